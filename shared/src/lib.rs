@@ -1,1 +1,16 @@
-//! placeholder
+//! What web and workers have in common: the messages and tables through which they meet, and the ways to reach both servers.
+//!
+//! `item`, `run`, `message`, `address` and `retry` are pure; `topology` and `broker` speak to RabbitMQ, `store` to
+//! PostgreSQL, and the two don't know each other.
+
+pub mod address;
+pub mod broker;
+pub mod config;
+pub mod item;
+pub mod message;
+pub mod retry;
+pub mod run;
+pub mod shutdown;
+pub mod store;
+pub mod telemetry;
+pub mod topology;

@@ -1,0 +1,416 @@
+//! RabbitMQ: connections over a list of nodes, and a publisher that returns when the broker has the message on disk.
+//!
+//! Supervision is our own, not lapin's: any error, timeout or refused message tears the connection down and builds a new
+//! one, because a channel error would otherwise leave its users waiting for ever. Publishing has its own connections,
+//! since a broker that blocks a publisher stops everything else on that connection too, acks and heartbeats included.
+
+use std::{
+    borrow::Cow,
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use futures::future::try_join_all;
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
+    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable, ShortString},
+    uri::AMQPUri,
+};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::{
+    sync::{Mutex, mpsc, oneshot},
+    time::{sleep, timeout},
+};
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use crate::{
+    config::Config,
+    message::{DeadReason, Message, encode},
+    retry::Reconnect,
+    telemetry, topology,
+};
+
+const HEARTBEAT_S: u16 = 15;
+const CONNECT_TIMEOUT_MS: u64 = 5_000;
+const PERSISTENT: u8 = 2;
+/// A burst is published, then all of its confirms are awaited: so a returned message is always told within its burst.
+const BURST: usize = 512;
+/// Publishes polled together: one system call for many frames.
+const POLLED_TOGETHER: usize = 64;
+/// Batches that may wait for a lane before `publish` makes its callers wait.
+const WAITING_BATCHES: usize = 64;
+
+/// Why the pipeline can't speak to RabbitMQ at the moment.
+#[derive(Debug, thiserror::Error)]
+pub enum BrokerError {
+    /// An address that is none.
+    #[error("amqp.urls holds something that is not amqp://user:password@host:port/vhost: {0}")]
+    Url(String),
+    /// No node could be reached, or the broker ended the conversation.
+    #[error("RabbitMQ: {0}")]
+    Amqp(#[from] lapin::Error),
+    /// The broker is silent: overloaded, blocked by an alarm, or cut off.
+    #[error("RabbitMQ did not answer in time")]
+    Timeout,
+    /// The broker did not take a message.
+    #[error("RabbitMQ did not take a message for {0}: {1}")]
+    Refused(String, &'static str),
+    /// The process is ending.
+    #[error("the publisher is closed")]
+    Closed,
+}
+
+/// How to reach RabbitMQ.
+#[derive(Debug)]
+pub struct Broker {
+    urls: Vec<SecretString>,
+    name: String,
+    declare: bool,
+    retry_delays: Vec<Duration>,
+    answer_timeout: Duration,
+}
+
+impl Broker {
+    /// `name` is what the management console shows the connections as.
+    #[must_use]
+    pub fn new(config: &Config, name: impl Into<String>) -> Arc<Self> {
+        Arc::new(Self {
+            urls: config.amqp.urls.clone(),
+            name: name.into(),
+            declare: config.amqp.declare_topology,
+            retry_delays: config.retry.rungs(),
+            answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
+        })
+    }
+
+    /// Connects to the first node that answers, and declares the topology.
+    ///
+    /// # Errors
+    /// The last node's.
+    pub async fn connect(&self, purpose: &str) -> Result<Connection, BrokerError> {
+        let mut last = BrokerError::Timeout;
+        for url in &self.urls {
+            match timeout(self.answer_timeout, self.connect_to(url, purpose)).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error)) => last = error,
+                Err(_) => last = BrokerError::Timeout,
+            }
+        }
+        Err(last)
+    }
+
+    async fn connect_to(&self, url: &SecretString, purpose: &str) -> Result<Connection, BrokerError> {
+        let mut uri: AMQPUri = url.expose_secret().parse().map_err(BrokerError::Url)?;
+        uri.query.heartbeat = Some(HEARTBEAT_S);
+        uri.query.connection_timeout = Some(CONNECT_TIMEOUT_MS);
+        let properties =
+            ConnectionProperties::default().with_connection_name(format!("{} {purpose}", self.name).into());
+        let connection = Connection::connect_uri(uri, properties).await?;
+        if self.declare {
+            self.declare_on(&connection).await?;
+        }
+        Ok(connection)
+    }
+
+    async fn declare_on(&self, connection: &Connection) -> Result<(), BrokerError> {
+        let channel = connection.create_channel().await?;
+        topology::declare(&channel, &self.retry_delays).await?;
+        channel.close(200, "declared".into()).await?;
+        Ok(())
+    }
+
+    /// Declares the topology, whatever the configuration says of it: what `mailrun setup` does.
+    ///
+    /// # Errors
+    /// The broker's, for instance when the user has no right to.
+    pub async fn declare_topology(&self) -> Result<(), BrokerError> {
+        let connection = self.connect("setup").await?;
+        if !self.declare {
+            timeout(self.answer_timeout, self.declare_on(&connection)).await.map_err(|_| BrokerError::Timeout)??;
+        }
+        connection.close(200, "done".into()).await?;
+        Ok(())
+    }
+
+    /// How long the broker may take to answer.
+    #[must_use]
+    pub fn answer_timeout(&self) -> Duration {
+        self.answer_timeout
+    }
+
+    /// Starts a publisher with `lanes` connections. It lives until every clone of it is dropped.
+    #[must_use]
+    pub fn publisher(self: &Arc<Self>, lanes: usize) -> Publisher {
+        let (sender, receiver) = mpsc::channel(WAITING_BATCHES);
+        let receiver = Arc::new(Mutex::new(receiver));
+        for _ in 0..lanes {
+            tokio::spawn(Arc::clone(self).publish_lane(Arc::clone(&receiver)));
+        }
+        Publisher(sender)
+    }
+
+    /// One publishing task: its connection, its confirm channel, and what it has not got a confirm for yet.
+    async fn publish_lane(self: Arc<Self>, receiver: Arc<Mutex<mpsc::Receiver<Batch>>>) {
+        let mut reconnect = Reconnect::default();
+        let mut batches = Vec::new();
+        loop {
+            // Connect only when there is something to say.
+            if batches.is_empty() && !fill(&receiver, &mut batches).await {
+                return;
+            }
+            let error = match self.confirm_channel().await {
+                Ok((connection, channel)) => {
+                    let ended = self.publish_on(&channel, &receiver, &mut batches, &mut reconnect).await;
+                    // Whatever state the channel is in, nothing more is owed to it.
+                    let _ = timeout(Duration::from_secs(1), connection.close(200, "done".into())).await;
+                    match ended {
+                        Ok(()) => return,
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            let wait = reconnect.next_wait();
+            warn!(%error, wait_ms = wait.as_millis(), "publishing is interrupted; trying again");
+            sleep(wait).await;
+            batches.retain(|batch: &Batch| !batch.done.is_closed());
+        }
+    }
+
+    async fn confirm_channel(&self) -> Result<(Connection, Channel), BrokerError> {
+        let connection = self.connect("publish").await?;
+        let open = async {
+            let channel = connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok::<_, lapin::Error>(channel)
+        };
+        let channel = timeout(self.answer_timeout, open).await.map_err(|_| BrokerError::Timeout)??;
+        Ok((connection, channel))
+    }
+
+    /// Publishes burst after burst, until the publisher is dropped (`Ok`) or something goes wrong (`Err`).
+    async fn publish_on(
+        &self,
+        channel: &Channel,
+        receiver: &Mutex<mpsc::Receiver<Batch>>,
+        batches: &mut Vec<Batch>,
+        reconnect: &mut Reconnect,
+    ) -> Result<(), BrokerError> {
+        loop {
+            if batches.is_empty() && !fill(receiver, batches).await {
+                return Ok(());
+            }
+            timeout(self.answer_timeout, burst(channel, batches)).await.map_err(|_| BrokerError::Timeout)??;
+            reconnect.reset();
+        }
+    }
+}
+
+/// Waits for a batch, then takes what else is there, up to a burst. False: the publisher is gone, and all is published.
+async fn fill(receiver: &Mutex<mpsc::Receiver<Batch>>, batches: &mut Vec<Batch>) -> bool {
+    let mut receiver = receiver.lock().await;
+    let Some(first) = receiver.recv().await else {
+        return false;
+    };
+    let mut messages = first.messages.len();
+    batches.push(first);
+    while messages < BURST
+        && let Ok(next) = receiver.try_recv()
+    {
+        messages += next.messages.len();
+        batches.push(next);
+    }
+    true
+}
+
+/// Publishes all messages of `batches` and awaits their confirms. What is confirmed leaves `batches`; what is not stays,
+/// to be published again: a message too many is absorbed by the fence and the join, one too few would be lost.
+async fn burst(channel: &Channel, batches: &mut Vec<Batch>) -> Result<(), BrokerError> {
+    let mut confirms = Vec::new();
+    let messages: Vec<&Outgoing> = batches.iter().flat_map(|batch| &batch.messages).collect();
+    for together in messages.chunks(POLLED_TOGETHER) {
+        confirms.extend(try_join_all(together.iter().map(|message| message.publish(channel))).await?);
+    }
+    let mut refused: HashSet<Uuid> = HashSet::new();
+    let mut refusal = None;
+    for (message, confirm) in messages.into_iter().zip(confirms) {
+        let (taken, returned) = match confirm.await? {
+            Confirmation::Ack(returned) => (true, returned),
+            Confirmation::Nack(returned) => (false, returned),
+            Confirmation::NotRequested => (false, None),
+        };
+        if !taken {
+            refused.insert(message.id);
+            refusal = Some((message.queue.to_string(), "it is full, or its disk or memory is"));
+        }
+        // The broker returns a message before it confirms it, so lapin may attach it to a neighbour's confirm.
+        let returned = returned.and_then(|returned| {
+            let id = returned.properties.message_id().as_ref()?.as_str().parse().ok()?;
+            Some((id, returned.routing_key.to_string()))
+        });
+        if let Some((id, queue)) = returned {
+            refused.insert(id);
+            refusal = Some((queue, "there is no such queue"));
+        }
+    }
+    let waiting = std::mem::take(batches);
+    for mut batch in waiting {
+        batch.messages.retain(|message| refused.contains(&message.id));
+        if batch.messages.is_empty() {
+            // Nobody waits any more if this fails.
+            let _ = batch.done.send(());
+        } else {
+            batches.push(batch);
+        }
+    }
+    refusal.map_or(Ok(()), |(queue, why)| Err(BrokerError::Refused(queue, why)))
+}
+
+/// Messages that are confirmed together.
+#[derive(Debug)]
+struct Batch {
+    messages: Vec<Outgoing>,
+    done: oneshot::Sender<()>,
+}
+
+/// Publishes messages and waits for the broker's confirms. Clones share the same lanes.
+#[derive(Clone, Debug)]
+pub struct Publisher(mpsc::Sender<Batch>);
+
+impl Publisher {
+    /// Returns when the broker has every message on disk: publishes again after every interruption, for as long as it
+    /// takes. Dropping the future gives up on what is not confirmed yet.
+    ///
+    /// # Errors
+    /// Only when the publisher is closed.
+    pub async fn publish(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
+        if messages.is_empty() {
+            return Ok(());
+        }
+        let (done, confirmed) = oneshot::channel();
+        self.0.send(Batch { messages, done }).await.map_err(|_| BrokerError::Closed)?;
+        confirmed.await.map_err(|_| BrokerError::Closed)
+    }
+}
+
+/// A message to publish: persistent, mandatory, with an id.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    id: Uuid,
+    queue: Cow<'static, str>,
+    kind: Cow<'static, str>,
+    body: Vec<u8>,
+    headers: FieldTable,
+}
+
+impl Outgoing {
+    /// `message` for the queue where it belongs.
+    #[must_use]
+    pub fn new<M: Message>(message: &M) -> Self {
+        Self::raw(M::QUEUE, M::TYPE, encode(message))
+    }
+
+    /// A body that is not understood, as it came.
+    #[must_use]
+    pub fn raw(queue: impl Into<Cow<'static, str>>, kind: impl Into<Cow<'static, str>>, body: Vec<u8>) -> Self {
+        Self { id: Uuid::new_v4(), queue: queue.into(), kind: kind.into(), body, headers: FieldTable::default() }
+    }
+
+    /// Sends it to another queue: one that waits, or the dead letters.
+    #[must_use]
+    pub fn to(mut self, queue: impl Into<Cow<'static, str>>) -> Self {
+        self.queue = queue.into();
+        self
+    }
+
+    /// Joins the message to its run's trace.
+    #[must_use]
+    pub fn of_run(self, run_id: Uuid) -> Self {
+        self.header("traceparent", &telemetry::traceparent(run_id))
+    }
+
+    /// Turns it into a dead letter, with its reason where the management console shows it.
+    #[must_use]
+    pub fn dead(self, reason: DeadReason, error: &str) -> Self {
+        let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        let mut this = self.to(topology::DEAD).header(REASON_HEADER, reason.as_str()).header(ERROR_HEADER, error);
+        let now_ms = i64::try_from(now_ms).unwrap_or(i64::MAX);
+        this.headers.insert(DIED_AT_HEADER.into(), AMQPValue::LongLongInt(now_ms));
+        this
+    }
+
+    /// Adds a text header.
+    #[must_use]
+    pub fn header(mut self, key: &'static str, value: &str) -> Self {
+        self.headers.insert(key.into(), AMQPValue::LongString(value.into()));
+        self
+    }
+
+    /// Carries over headers of a delivery, but not those with which the broker counts its rounds: a message that still
+    /// has them can be dropped as a cycle.
+    #[must_use]
+    pub fn with_headers_of(mut self, properties: &BasicProperties) -> Self {
+        const BROKERS_OWN: [&str; 5] =
+            ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
+        if let Some(headers) = properties.headers() {
+            for (key, value) in headers.inner() {
+                if !BROKERS_OWN.iter().any(|prefix| key.as_str().starts_with(prefix)) {
+                    self.headers.insert(key.clone(), value.clone());
+                }
+            }
+        }
+        self
+    }
+
+    async fn publish(&self, channel: &Channel) -> lapin::Result<lapin::PublisherConfirm> {
+        let properties = BasicProperties::default()
+            .with_delivery_mode(PERSISTENT)
+            .with_content_type("application/json".into())
+            .with_message_id(ShortString::from(self.id.to_string()))
+            .with_type(ShortString::from(self.kind.as_ref()))
+            .with_headers(self.headers.clone());
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        channel
+            .basic_publish(topology::EXCHANGE.into(), self.queue.as_ref().into(), options, &self.body, properties)
+            .await
+    }
+}
+
+/// The header that says why a message is dead: `failed`, `unknown` or `poison`.
+pub const REASON_HEADER: &str = "x-mailrun-reason";
+/// The header with the error's text.
+pub const ERROR_HEADER: &str = "x-mailrun-error";
+/// The header with the moment of death, in milliseconds since 1970.
+pub const DIED_AT_HEADER: &str = "x-mailrun-died-at";
+
+/// How many messages wait in `queue`, not counting those that are delivered and not acknowledged.
+///
+/// # Errors
+/// The broker's; the channel is of no use after that.
+pub async fn depth(channel: &Channel, queue: &str) -> lapin::Result<u32> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    Ok(channel.queue_declare(queue.into(), options, FieldTable::default()).await?.message_count())
+}
+
+/// Waits until RabbitMQ answers, for start-up.
+///
+/// # Errors
+/// After `patience`, the last reason.
+pub async fn wait_until_reachable(broker: &Broker, patience: Duration) -> Result<(), BrokerError> {
+    let mut reconnect = Reconnect::default();
+    let deadline = tokio::time::Instant::now() + patience;
+    loop {
+        match broker.connect("hello").await {
+            Ok(connection) => {
+                let _ = connection.close(200, "hello".into()).await;
+                info!("RabbitMQ answers");
+                return Ok(());
+            }
+            Err(error) if tokio::time::Instant::now() >= deadline => return Err(error),
+            Err(_) => sleep(reconnect.next_wait()).await,
+        }
+    }
+}

@@ -1,0 +1,455 @@
+//! Settings: read once in `main` from defaults, `mailrun.toml` and the environment, then passed down as typed values.
+//!
+//! Every key has its unit in its name, unknown keys are refused, and secrets are redacted wherever settings are printed.
+
+use std::{collections::HashMap, net::SocketAddr, path::Path, time::Duration};
+
+use config::{Environment, File, FileFormat};
+use secrecy::SecretString;
+use serde::Deserialize;
+
+/// Everything that can be set. Each part is documented where it stands.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// PostgreSQL.
+    pub database: DatabaseConfig,
+    /// RabbitMQ.
+    pub amqp: AmqpConfig,
+    /// The pages.
+    pub web: WebConfig,
+    /// The pump.
+    pub fan_out: FanOutConfig,
+    /// The senders.
+    pub send: SendConfig,
+    /// What happens after an attempt that failed for a passing reason.
+    pub retry: RetryConfig,
+    /// The counters.
+    pub progress: ProgressConfig,
+    /// The repair of what went missing.
+    pub sweep: SweepConfig,
+    /// How workers tell that another one is dead.
+    pub heartbeat: HeartbeatConfig,
+    /// Who carries the mail.
+    pub mailer: MailerConfig,
+    /// Logging.
+    pub log: LogConfig,
+}
+
+/// `[database]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DatabaseConfig {
+    /// `postgres://user:password@host:port/database`; `DATABASE_URL` wins over it.
+    pub url: SecretString,
+    /// Connections a process keeps at most.
+    pub max_connections: u32,
+    /// How long a request for a connection may wait.
+    pub acquire_timeout_ms: u64,
+}
+
+impl Default for DatabaseConfig {
+    fn default() -> Self {
+        Self {
+            url: "postgres://mailrun@127.0.0.1:5432/mailrun".into(),
+            max_connections: 10,
+            acquire_timeout_ms: 10_000,
+        }
+    }
+}
+
+/// `[amqp]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AmqpConfig {
+    /// `amqp://user:password@host:port/vhost`, one for each node of the cluster, tried in turn. `AMQP_URL` wins over it,
+    /// with commas between several.
+    pub urls: Vec<SecretString>,
+    /// Connections that a process publishes on, each with one confirm channel.
+    pub publish_lanes: usize,
+    /// Whether processes declare the exchanges and queues when they connect. Set it to false where they have no right to,
+    /// and run `mailrun setup` with a user who has.
+    pub declare_topology: bool,
+    /// The broker must answer a publish, an ack or a declaration within this time.
+    pub answer_timeout_ms: u64,
+}
+
+impl Default for AmqpConfig {
+    fn default() -> Self {
+        Self {
+            urls: vec!["amqp://guest:guest@127.0.0.1:5672/%2f".into()],
+            publish_lanes: 2,
+            declare_topology: true,
+            answer_timeout_ms: 30_000,
+        }
+    }
+}
+
+/// `[web]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WebConfig {
+    /// Where to listen. An address that others can reach needs a password.
+    pub listen: SocketAddr,
+    /// The password of the pages (any user name); none: no login, on loopback only.
+    pub password: Option<SecretString>,
+    /// The largest form that is read.
+    pub max_body_bytes: usize,
+    /// The most addresses in one run.
+    pub max_addresses: usize,
+    /// The subject of the invitations.
+    pub subject: String,
+    /// The text of the invitations.
+    pub body: String,
+}
+
+impl Default for WebConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            password: None,
+            max_body_bytes: 64 * 1024 * 1024,
+            max_addresses: 1_000_000,
+            subject: "You are invited!".into(),
+            body: "Join us. We have cake.".into(),
+        }
+    }
+}
+
+/// `[fan_out]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FanOutConfig {
+    /// Items of a run that may be released and not yet settled. It bounds the queues, and how long a pause takes to act.
+    pub window_items: i32,
+    /// Items released by one step.
+    pub chunk_items: i32,
+    /// A rate limit lets the pump catch up with at most this much time.
+    pub rate_burst_ms: u64,
+}
+
+impl Default for FanOutConfig {
+    fn default() -> Self {
+        Self { window_items: 5_000, chunk_items: 1_000, rate_burst_ms: 500 }
+    }
+}
+
+/// `[send]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SendConfig {
+    /// Sends in flight in one process, each with a mailer connection of its own. A worker that is killed leaves at most so
+    /// many invitations in the state `unknown`.
+    pub permits: usize,
+    /// Unacknowledged deliveries the broker hands out ahead.
+    pub prefetch: u16,
+    /// Deliveries claimed by one statement at most.
+    pub claim_batch: usize,
+    /// Results in one message at most.
+    pub result_batch: usize,
+    /// Whether an attempt with an unknown end waits for a person, or is sent again.
+    pub on_unknown: OnUnknown,
+    /// How long a shutdown waits for the sends in flight.
+    pub shutdown_deadline_ms: u64,
+}
+
+impl Default for SendConfig {
+    fn default() -> Self {
+        Self {
+            permits: 64,
+            prefetch: 400,
+            claim_batch: 200,
+            result_batch: 200,
+            on_unknown: OnUnknown::Hold,
+            shutdown_deadline_ms: 30_000,
+        }
+    }
+}
+
+/// The policy for attempts of which nobody can know whether they went out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnUnknown {
+    /// Show it, and let a person decide.
+    Hold,
+    /// Send again, and accept that the person may get two.
+    Resend,
+}
+
+/// `[retry]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetryConfig {
+    /// Tries within one attempt, a moment apart, before the item goes to a rung.
+    pub in_process_tries: u32,
+    /// The first of those moments; the next ones double.
+    pub in_process_first_ms: u64,
+    /// The rungs: how long an item waits before its second, third, … try. After the last one it is dead.
+    pub rungs_ms: Vec<u64>,
+}
+
+impl Default for RetryConfig {
+    fn default() -> Self {
+        Self { in_process_tries: 1, in_process_first_ms: 20, rungs_ms: vec![250, 1_000, 5_000] }
+    }
+}
+
+impl RetryConfig {
+    /// The rungs as durations.
+    #[must_use]
+    pub fn rungs(&self) -> Vec<Duration> {
+        self.rungs_ms.iter().copied().map(Duration::from_millis).collect()
+    }
+}
+
+/// `[progress]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProgressConfig {
+    /// Result messages that are counted in one transaction at most.
+    pub batch_messages: usize,
+}
+
+impl Default for ProgressConfig {
+    fn default() -> Self {
+        Self { batch_messages: 50 }
+    }
+}
+
+/// `[sweep]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SweepConfig {
+    /// How often to look.
+    pub interval_ms: u64,
+    /// A run whose counters have not moved for so long may be missing something.
+    pub stalled_after_ms: u64,
+    /// Items put back in one go.
+    pub batch_items: i64,
+}
+
+impl Default for SweepConfig {
+    fn default() -> Self {
+        Self { interval_ms: 2_000, stalled_after_ms: 15_000, batch_items: 1_000 }
+    }
+}
+
+/// `[heartbeat]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HeartbeatConfig {
+    /// How often a worker says that it lives.
+    pub interval_ms: u64,
+    /// A worker that has not said so for this long is dead to the others, and to itself.
+    pub dead_after_ms: u64,
+}
+
+impl Default for HeartbeatConfig {
+    fn default() -> Self {
+        Self { interval_ms: 1_000, dead_after_ms: 8_000 }
+    }
+}
+
+/// `[mailer]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MailerConfig {
+    /// The simulated mailer.
+    pub simulated: SimulatedConfig,
+}
+
+/// `[mailer.simulated]`: no mail leaves the machine; which sends fail depends on nothing but these numbers.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SimulatedConfig {
+    /// How long each send takes.
+    pub latency_ms: u64,
+    /// Every so manieth email of a run meets *Internet Down* until a person replays it; 0: none.
+    pub down_every: i32,
+    /// Every so manieth email of a run fails at its first try, and passes at the next; 0: none.
+    pub flaky_every: i32,
+    /// A file that gets a line for each email handed over, for tests and the curious: its Message-ID.
+    pub journal: Option<std::path::PathBuf>,
+}
+
+impl Default for SimulatedConfig {
+    fn default() -> Self {
+        Self { latency_ms: 0, down_every: 100, flaky_every: 150, journal: None }
+    }
+}
+
+/// `[log]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// What to log, in the syntax of `RUST_LOG`, which wins over it.
+    pub filter: String,
+    /// One JSON object a line, for machines.
+    pub json: bool,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { filter: "info,sqlx=warn,lapin=warn".into(), json: false }
+    }
+}
+
+/// Why the settings can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Unreadable, of the wrong type, or an unknown key.
+    #[error("the settings can't be read: {0}")]
+    Read(#[from] config::ConfigError),
+    /// Readable, but not sensible.
+    #[error("the setting {key} is not usable: {reason}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// Why not, and what would be.
+        reason: String,
+    },
+}
+
+/// The environment's settings: `MAILRUN_SEND__PERMITS=10` is `permits` in `[send]`.
+const PREFIX: &str = "MAILRUN_";
+
+impl Config {
+    /// Reads the settings: defaults, then `file` or `mailrun.toml` in the working directory, then the environment.
+    ///
+    /// # Errors
+    /// The first thing wrong, with its key.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        Self::read(file, std::env::vars().collect())
+    }
+
+    fn read(file: Option<&Path>, environment: HashMap<String, String>) -> Result<Self, ConfigError> {
+        let file = match file {
+            Some(path) => File::from(path).required(true),
+            None => File::new("mailrun.toml", FileFormat::Toml).required(false),
+        };
+        let nonempty = |key: &str| environment.get(key).filter(|value| !value.is_empty()).cloned();
+        let (database_url, amqp_url) = (nonempty("DATABASE_URL"), nonempty("AMQP_URL"));
+        // Only names with a section are settings; MAILRUN_HOME and MAILRUN_CONFIG are none.
+        let ours = environment
+            .into_iter()
+            .filter(|(key, _)| key.strip_prefix(PREFIX).is_some_and(|key| key.contains("__")))
+            .collect();
+        let environment = Environment::with_prefix("MAILRUN")
+            .prefix_separator("_")
+            .separator("__")
+            .try_parsing(true)
+            .list_separator(",")
+            .with_list_parse_key("amqp.urls")
+            .with_list_parse_key("retry.rungs_ms")
+            .source(Some(ours));
+        let mut builder = config::Config::builder().add_source(file).add_source(environment);
+        if let Some(url) = database_url {
+            builder = builder.set_override("database.url", url)?;
+        }
+        if let Some(urls) = amqp_url {
+            builder = builder.set_override("amqp.urls", urls.split(',').map(str::trim).collect::<Vec<_>>())?;
+        }
+        let config: Self = builder.build()?.try_deserialize()?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |key, reason: &str| Err(ConfigError::Value { key, reason: reason.to_owned() });
+        if self.amqp.urls.is_empty() {
+            return wrong("amqp.urls", "name at least one node, as amqp://user:password@host:port/vhost");
+        }
+        if !self.web.listen.ip().is_loopback() && self.web.password.is_none() {
+            return wrong(
+                "web.listen",
+                "others can reach this address: set web.password as well, or listen on 127.0.0.1",
+            );
+        }
+        if !(1..=1_000).contains(&self.send.permits) {
+            return wrong("send.permits", "from 1 to 1000");
+        }
+        if self.send.prefetch == 0 || self.send.prefetch > 2_000 {
+            return wrong("send.prefetch", "from 1 to 2000, the most a quorum queue allows");
+        }
+        if self.send.claim_batch == 0 || self.send.result_batch == 0 || self.progress.batch_messages == 0 {
+            return wrong("send.claim_batch, send.result_batch, progress.batch_messages", "at least 1");
+        }
+        if !(1..=5_000).contains(&self.fan_out.chunk_items) || self.fan_out.window_items < 1 {
+            return wrong("fan_out", "chunk_items is from 1 to 5000, window_items at least 1");
+        }
+        if self.amqp.publish_lanes == 0 {
+            return wrong("amqp.publish_lanes", "at least 1");
+        }
+        if self.heartbeat.interval_ms == 0 || self.heartbeat.dead_after_ms < 3 * self.heartbeat.interval_ms {
+            return wrong(
+                "heartbeat.dead_after_ms",
+                "at least three times interval_ms, so that one lost heartbeat kills nobody",
+            );
+        }
+        if self.sweep.interval_ms == 0 {
+            return wrong("sweep.interval_ms", "at least 1");
+        }
+        if self.retry.rungs_ms.contains(&0) || self.retry.rungs_ms.len() > 20 {
+            return wrong("retry.rungs_ms", "at most 20 waits of at least 1 ms each");
+        }
+        if self.retry.in_process_tries > 5 || self.retry.in_process_first_ms > 100 {
+            return wrong(
+                "retry",
+                "in_process_tries is at most 5 and in_process_first_ms at most 100: longer waits belong on a rung",
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use secrecy::ExposeSecret;
+
+    fn read(environment: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        Config::read(None, environment)
+    }
+
+    #[test]
+    fn the_defaults_are_usable() {
+        read(&[]).unwrap();
+    }
+
+    #[test]
+    fn the_environment_sets_any_key() {
+        let config = read(&[
+            ("MAILRUN_SEND__PERMITS", "7"),
+            ("MAILRUN_RETRY__RUNGS_MS", "5,10"),
+            ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "3"),
+            ("MAILRUN_HOME", "/somewhere"),
+            ("AMQP_URL", "amqp://a, amqp://b"),
+            ("DATABASE_URL", "postgres://x"),
+        ])
+        .unwrap();
+        assert_eq!(config.send.permits, 7);
+        assert_eq!(config.retry.rungs_ms, [5, 10]);
+        assert_eq!(config.mailer.simulated.latency_ms, 3);
+        assert_eq!(config.amqp.urls.len(), 2);
+        assert_eq!(config.amqp.urls[1].expose_secret(), "amqp://b");
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        assert!(read(&[("MAILRUN_SEND__PERMITZ", "7")]).unwrap_err().to_string().contains("permitz"));
+    }
+
+    #[test]
+    fn an_address_others_can_reach_needs_a_password() {
+        let error = read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80")]).unwrap_err().to_string();
+        assert!(error.contains("web.password"), "{error}");
+        read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80"), ("MAILRUN_WEB__PASSWORD", "letmein")]).unwrap();
+    }
+
+    #[test]
+    fn secrets_are_not_printed() {
+        let config = read(&[("DATABASE_URL", "postgres://u:hunter2@h/d"), ("AMQP_URL", "amqp://u:hunter2@h")]).unwrap();
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+}

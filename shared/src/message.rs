@@ -1,0 +1,328 @@
+//! The messages on the queues: small, versioned JSON that a person can read, and publish by hand, in the management console.
+//!
+//! They carry ids, never addresses: personal data stays in PostgreSQL, and a replayed message acts on current data.
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use uuid::Uuid;
+
+use crate::{item::ItemState, topology};
+
+/// A message that lives on one of the queues.
+pub trait Message: Serialize + DeserializeOwned {
+    /// The AMQP `type`, with the version of the body's form.
+    const TYPE: &'static str;
+    /// The queue it belongs to, which is its routing key as well.
+    const QUEUE: &'static str;
+
+    /// What the form of the body alone can't rule out.
+    ///
+    /// # Errors
+    /// Says which field is wrong, and how.
+    fn check(&self) -> Result<(), &'static str> {
+        Ok(())
+    }
+}
+
+/// Why a message can't be understood. It goes to the dead letters with this reason.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// A later version's message, or another system's.
+    #[error("the message type is {found:?}, this worker understands {known:?}")]
+    Type {
+        /// The AMQP `type` of the message.
+        found: String,
+        /// The one that belongs on the queue.
+        known: &'static str,
+    },
+    /// Not JSON, or not of this form.
+    #[error("the body is not a valid {0} message: {1}")]
+    Body(&'static str, serde_json::Error),
+    /// The form is right, the content is not.
+    #[error("the body is not a valid {0} message: {1}")]
+    Content(&'static str, &'static str),
+}
+
+/// Reads a message's body. `kind` is its AMQP `type`; a message published by hand needs none.
+///
+/// # Errors
+/// The reason for the dead letter.
+pub fn decode<M: Message>(kind: Option<&str>, body: &[u8]) -> Result<M, DecodeError> {
+    if let Some(found) = kind.filter(|found| !found.is_empty() && *found != M::TYPE) {
+        return Err(DecodeError::Type { found: found.to_owned(), known: M::TYPE });
+    }
+    let message: M = serde_json::from_slice(body).map_err(|error| DecodeError::Body(M::TYPE, error))?;
+    message.check().map_err(|reason| DecodeError::Content(M::TYPE, reason))?;
+    Ok(message)
+}
+
+/// Writes a message's body.
+#[must_use]
+pub fn encode<M: Message>(message: &M) -> Vec<u8> {
+    #[expect(clippy::expect_used, reason = "plain structs with string keys always serialise")]
+    serde_json::to_vec(message).expect("a message serialises")
+}
+
+/// Drives the pump: what to do next for a run. `{"run_id": "…"}` alone, published by hand, gets a run going again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunMessage {
+    /// The run.
+    pub run_id: Uuid,
+    /// What to do.
+    #[serde(default)]
+    pub command: Command,
+}
+
+/// What a [`RunMessage`] asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Command {
+    /// Release the next chunk of the present pass.
+    Release(Step),
+    /// Begin a pass over the failed or unknown items.
+    Replay(Replay),
+    /// Settle everything nobody has begun to send.
+    Cancel {
+        /// The same command twice begins one pass.
+        command_id: Uuid,
+    },
+}
+
+impl Default for Command {
+    fn default() -> Self {
+        Self::Release(Step::default())
+    }
+}
+
+/// The place in a run that a message speaks of. One that names another place than the present one is stale, and dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Step {
+    /// The pass; null: the present one.
+    #[serde(default)]
+    pub pass: Option<i32>,
+    /// The step within it; null: the present one.
+    #[serde(default)]
+    pub step: Option<i32>,
+}
+
+/// Which of a run's items to send again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Replay {
+    /// The same command twice begins one pass.
+    pub command_id: Uuid,
+    /// `failed`, `unknown` or both.
+    pub states: Vec<ItemState>,
+    /// Only items that ended with this error; null: all.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+impl Message for RunMessage {
+    const TYPE: &'static str = "mailrun.run.v1";
+    const QUEUE: &'static str = topology::RUNS;
+
+    fn check(&self) -> Result<(), &'static str> {
+        match &self.command {
+            Command::Replay(replay) if replay.states.is_empty() => Err("a replay names at least one state"),
+            Command::Replay(replay)
+                if replay.states.iter().any(|state| !matches!(state, ItemState::Failed | ItemState::Unknown)) =>
+            {
+                Err("only failed and unknown items can be replayed")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Asks for one attempt at one invitation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ItemMessage {
+    /// The run it belongs to.
+    pub run_id: Uuid,
+    /// The item.
+    pub item_id: i64,
+    /// The attempt asked for, from 1: its fence. Only one worker ever carries it out.
+    pub attempt: i32,
+    /// Which try of the present budget this is, from 1.
+    #[serde(default = "first")]
+    pub tries: i16,
+    /// How often a person has asked for the item again.
+    #[serde(default)]
+    pub replays: i16,
+}
+
+fn first() -> i16 {
+    1
+}
+
+impl ItemMessage {
+    /// The next attempt of the same budget.
+    #[must_use]
+    pub fn next_try(self) -> Self {
+        Self { attempt: self.attempt + 1, tries: self.tries.saturating_add(1), ..self }
+    }
+
+    /// The next attempt, without a try charged: a shutdown or a dead worker is not the address's fault.
+    #[must_use]
+    pub fn again(self) -> Self {
+        Self { attempt: self.attempt + 1, ..self }
+    }
+
+    /// The next attempt with a fresh budget, as a person asks for it: the form in which an item waits in the dead letters.
+    #[must_use]
+    pub fn replayed(self) -> Self {
+        Self { attempt: self.attempt + 1, tries: 1, replays: self.replays.saturating_add(1), ..self }
+    }
+
+    /// A result of this attempt.
+    #[must_use]
+    pub fn result(self, state: ItemState, error: Option<String>) -> ItemResult {
+        ItemResult {
+            item_id: self.item_id,
+            attempt: self.attempt,
+            tries: self.tries,
+            replays: self.replays,
+            state,
+            error,
+            due_in_ms: None,
+        }
+    }
+}
+
+impl Message for ItemMessage {
+    const TYPE: &'static str = "mailrun.item.v1";
+    const QUEUE: &'static str = topology::ITEMS;
+
+    fn check(&self) -> Result<(), &'static str> {
+        // The upper bounds leave room to count on without overflow.
+        if !(1..1_000_000).contains(&self.attempt) {
+            return Err("attempt is a number from 1 to 999999");
+        }
+        if self.tries < 1 {
+            return Err("tries is a number from 1");
+        }
+        if self.replays < 0 {
+            return Err("replays is a number from 0");
+        }
+        Ok(())
+    }
+}
+
+/// What became of some attempts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResultsMessage {
+    /// In no particular order, of any number of runs.
+    pub results: Vec<ItemResult>,
+}
+
+impl Message for ResultsMessage {
+    const TYPE: &'static str = "mailrun.results.v1";
+    const QUEUE: &'static str = topology::RESULTS;
+
+    fn check(&self) -> Result<(), &'static str> {
+        if self.results.iter().any(|result| !(1..=1_000_000).contains(&result.attempt)) {
+            return Err("attempt is a number from 1 to 1000000");
+        }
+        Ok(())
+    }
+}
+
+/// What became of one attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ItemResult {
+    /// The item.
+    pub item_id: i64,
+    /// The attempt, from 1.
+    pub attempt: i32,
+    /// Which try of its budget it was.
+    pub tries: i16,
+    /// How often a person had asked for the item again.
+    pub replays: i16,
+    /// The state it leaves the item in.
+    pub state: ItemState,
+    /// Why it did not succeed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// retrying: the next attempt is due after so many milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub due_in_ms: Option<i64>,
+}
+
+/// Why a message is in the dead letters: the header `x-mailrun-reason`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeadReason {
+    /// Out of tries, or refused for good.
+    Failed,
+    /// Its worker died between the mail server and the report.
+    Unknown,
+    /// Not understood.
+    Poison,
+}
+
+impl DeadReason {
+    /// The header's text.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Failed => "failed",
+            Self::Unknown => "unknown",
+            Self::Poison => "poison",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_message_written_by_hand_needs_only_the_run() {
+        let run_id = Uuid::from_u128(7);
+        let body = format!(r#"{{"run_id":"{run_id}"}}"#);
+        let message: RunMessage = decode(None, body.as_bytes()).unwrap();
+        assert_eq!(message, RunMessage { run_id, command: Command::Release(Step { pass: None, step: None }) });
+    }
+
+    #[test]
+    fn an_item_message_written_by_hand_needs_no_budget() {
+        let body = format!(r#"{{"run_id":"{}","item_id":5,"attempt":2}}"#, Uuid::from_u128(7));
+        let message: ItemMessage = decode(None, body.as_bytes()).unwrap();
+        assert_eq!((message.attempt, message.tries, message.replays), (2, 1, 0));
+    }
+
+    #[test]
+    fn every_message_survives_the_wire() {
+        let run_id = Uuid::from_u128(7);
+        for command in [
+            Command::Release(Step { pass: Some(2), step: Some(9) }),
+            Command::Replay(Replay { command_id: run_id, states: vec![ItemState::Failed], error: None }),
+            Command::Cancel { command_id: run_id },
+        ] {
+            let message = RunMessage { run_id, command };
+            assert_eq!(decode::<RunMessage>(Some(RunMessage::TYPE), &encode(&message)).unwrap(), message);
+        }
+        let item = ItemMessage { run_id, item_id: 1, attempt: 1, tries: 1, replays: 0 };
+        assert_eq!(decode::<ItemMessage>(None, &encode(&item)).unwrap(), item);
+        let results = ResultsMessage {
+            results: vec![item.result(ItemState::Sent, None), item.result(ItemState::Failed, Some("no".into()))],
+        };
+        assert_eq!(decode::<ResultsMessage>(None, &encode(&results)).unwrap(), results);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_an_error_that_says_why() {
+        let error = |kind, body: &str| decode::<ItemMessage>(kind, body.as_bytes()).unwrap_err().to_string();
+        assert!(error(None, "hello").contains("not a valid mailrun.item.v1"));
+        assert!(error(Some("mailrun.item.v2"), "{}").contains("mailrun.item.v2"));
+        let run_id = Uuid::from_u128(7);
+        assert!(error(None, &format!(r#"{{"run_id":"{run_id}","item_id":1,"attempt":0}}"#)).contains("from 1"));
+        let replay_sent =
+            format!(r#"{{"run_id":"{run_id}","command":{{"replay":{{"command_id":"{run_id}","states":["sent"]}}}}}}"#);
+        assert!(decode::<RunMessage>(None, replay_sent.as_bytes()).is_err());
+    }
+}

@@ -1,0 +1,192 @@
+//! A run's counters and what follows from them: its phase, the room in its window, and its rate budget. Pure functions.
+
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::{Deserialize, Serialize};
+
+/// What a person wants of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
+#[serde(rename_all = "snake_case")]
+#[sqlx(type_name = "wanted_state", rename_all = "snake_case")]
+pub enum Wanted {
+    /// Release its items.
+    Running,
+    /// Release nothing more for now.
+    Paused,
+    /// Send nothing more, for good.
+    Cancelled,
+}
+
+/// How many of a run's items are in each state. They always add up to `total`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "each is the number of items in the state of that name")]
+pub struct Counters {
+    pub total: i32,
+    pub pending: i32,
+    pub retrying: i32,
+    pub cancelled: i32,
+    pub unknown: i32,
+    pub failed: i32,
+    pub sent: i32,
+}
+
+impl Counters {
+    /// Items that still have to be sent in the present pass.
+    #[must_use]
+    pub fn open(&self) -> i32 {
+        self.pending + self.retrying
+    }
+
+    /// Items that are settled, one way or another.
+    #[must_use]
+    pub fn settled(&self) -> i32 {
+        self.total - self.open()
+    }
+}
+
+/// What a run is doing, in the words of the pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Accepted; nothing is settled yet.
+    Queued,
+    /// Being sent.
+    Running,
+    /// Nothing more is released until a person resumes it.
+    Paused,
+    /// A person cancelled it; what was in flight is still being settled.
+    Cancelling,
+    /// Settled after a person cancelled it.
+    Cancelled,
+    /// Every item is settled.
+    Finished,
+}
+
+impl Phase {
+    /// What `counters` and the wanted state amount to.
+    #[must_use]
+    pub fn of(wanted: Wanted, counters: &Counters) -> Self {
+        match (wanted, counters.open()) {
+            (Wanted::Cancelled, 0) if counters.cancelled > 0 => Self::Cancelled,
+            (_, 0) => Self::Finished,
+            (Wanted::Cancelled, _) => Self::Cancelling,
+            (Wanted::Paused, _) => Self::Paused,
+            (Wanted::Running, open) if open == counters.total => Self::Queued,
+            (Wanted::Running, _) => Self::Running,
+        }
+    }
+
+    /// Whether nothing will change without a person.
+    #[must_use]
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Cancelled | Self::Finished)
+    }
+}
+
+/// How many released items are not settled yet.
+///
+/// `unreleased` are those that the first pass has not reached: they are pending, but not on the conveyor. `unapplied` are
+/// those of the newest replay chunk that the counters don't show as pending again yet.
+#[must_use]
+pub fn outstanding(counters: &Counters, unreleased: i32, unapplied: i32) -> i32 {
+    (counters.open() - unreleased).max(0) + unapplied
+}
+
+/// A grant to release items under a rate limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allowance {
+    /// So many items may be released now.
+    pub items: i32,
+    /// The next one may be released from this moment on.
+    pub next_due_at: DateTime<Utc>,
+}
+
+/// Grants at most `wish` items to a run that may release `per_second`.
+///
+/// This is the leaky bucket as a meter (GCRA): each item moves `next_due_at` on by its share of a second, so the rate is
+/// exact over any time, however many pumps ask; what went unused is not saved up beyond `burst`.
+#[must_use]
+pub fn allow(
+    wish: i32,
+    per_second: Option<i32>,
+    next_due_at: DateTime<Utc>,
+    now: DateTime<Utc>,
+    burst: Duration,
+) -> Allowance {
+    let Some(per_second) = per_second else {
+        return Allowance { items: wish, next_due_at: now };
+    };
+    let burst = TimeDelta::from_std(burst).unwrap_or(TimeDelta::zero());
+    let from = next_due_at.max(now - burst);
+    let Some(late_us) = (now - from).num_microseconds().filter(|late| *late >= 0) else {
+        return Allowance { items: 0, next_due_at };
+    };
+    // One is due at `from` itself, another one after each interval since.
+    let due = late_us.saturating_mul(i64::from(per_second)) / 1_000_000 + 1;
+    let items = i32::try_from(due).unwrap_or(i32::MAX).min(wish);
+    let spent_us = i64::from(items) * 1_000_000 / i64::from(per_second);
+    Allowance { items, next_due_at: from + TimeDelta::microseconds(spent_us) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn counters(pending: i32, sent: i32, cancelled: i32) -> Counters {
+        Counters { total: pending + sent + cancelled, pending, sent, cancelled, ..Counters::default() }
+    }
+
+    #[test]
+    fn a_phase_follows_from_the_wish_and_the_counters() {
+        assert_eq!(Phase::of(Wanted::Running, &counters(5, 0, 0)), Phase::Queued);
+        assert_eq!(Phase::of(Wanted::Running, &counters(4, 1, 0)), Phase::Running);
+        assert_eq!(Phase::of(Wanted::Paused, &counters(4, 1, 0)), Phase::Paused);
+        assert_eq!(Phase::of(Wanted::Cancelled, &counters(4, 1, 0)), Phase::Cancelling);
+        assert_eq!(Phase::of(Wanted::Cancelled, &counters(0, 1, 4)), Phase::Cancelled);
+        // Cancelled too late: everything had been sent.
+        assert_eq!(Phase::of(Wanted::Cancelled, &counters(0, 5, 0)), Phase::Finished);
+        assert_eq!(Phase::of(Wanted::Paused, &counters(0, 5, 0)), Phase::Finished);
+    }
+
+    #[test]
+    fn what_is_not_released_is_not_outstanding() {
+        assert_eq!(outstanding(&counters(100, 20, 0), 70, 0), 30);
+        assert_eq!(outstanding(&counters(0, 120, 0), 0, 7), 7);
+    }
+
+    #[test]
+    fn without_a_limit_everything_is_allowed() {
+        let now = Utc::now();
+        assert_eq!(allow(500, None, now, now, Duration::ZERO).items, 500);
+    }
+
+    proptest! {
+        #[test]
+        fn over_any_time_the_rate_is_what_was_set(
+            per_second in 1..5000i32,
+            waits_ms in prop::collection::vec(1..400i64, 1..50),
+            wish in 1..2000i32,
+        ) {
+            let start = DateTime::UNIX_EPOCH;
+            let burst = Duration::from_millis(250);
+            let (mut now, mut next_due_at, mut released) = (start, start, 0i64);
+            for wait in &waits_ms {
+                now += TimeDelta::milliseconds(*wait);
+                let allowance = allow(wish, Some(per_second), next_due_at, now, burst);
+                next_due_at = allowance.next_due_at;
+                released += i64::from(allowance.items);
+            }
+            let elapsed_ms = (now - start).num_milliseconds();
+            // Each chunk may round one microsecond down for each of its items.
+            let most = (elapsed_ms * i64::from(per_second)) / 1000 + 1 + i64::try_from(waits_ms.len()).unwrap();
+            prop_assert!(released <= most, "{released} released, {most} allowed");
+            let held_back = waits_ms.iter().any(|wait| *wait > 250) || i64::from(wish) * 1000 < i64::from(per_second) * 400;
+            if !held_back {
+                let least = elapsed_ms * i64::from(per_second) / 1000 - 1;
+                prop_assert!(released >= least, "{released} released, {least} due");
+            }
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! Claims. Inserting the row is claiming the attempt; the primary key sees to it that only one worker ever does.
+
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::{
+    item::{ItemState, Standing},
+    run::Wanted,
+};
+
+/// A claim that was granted, with what is needed to carry it out.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    /// The item.
+    pub item_id: i64,
+    /// The attempt.
+    pub number: i32,
+    /// The run.
+    pub run_id: Uuid,
+    /// The item's place in its run, from 1.
+    pub position: i32,
+    /// The recipient.
+    pub email: String,
+    /// The recipient's name.
+    pub name: Option<String>,
+    /// The invitation's subject.
+    pub subject: String,
+    /// The invitation's text.
+    pub body: String,
+    /// What is wanted of the run. If it is cancelled the claim means: nobody else will send it either.
+    pub wanted: Wanted,
+}
+
+/// Claims attempts for a worker: those that are neither outdated nor claimed by anyone. Those not returned were refused;
+/// [`find`] says why. The `WHERE` clause is [`Standing::allows`].
+///
+/// # Errors
+/// The database's.
+pub async fn claim(
+    conn: &mut PgConnection,
+    worker_id: i64,
+    item_ids: &[i64],
+    numbers: &[i32],
+) -> sqlx::Result<Vec<Claimed>> {
+    sqlx::query_as!(
+        Claimed,
+        r#"WITH claimed AS (
+               INSERT INTO attempts (item_id, number, worker_id)
+               SELECT asked.item_id, asked.number, $1
+               FROM unnest($2::bigint[], $3::integer[]) AS asked (item_id, number)
+               JOIN run_items i ON i.id = asked.item_id
+               WHERE i.state <> 'sent'
+                 AND (i.attempt < asked.number OR (i.attempt = asked.number AND i.state = 'pending'))
+               ORDER BY asked.item_id, asked.number
+               ON CONFLICT DO NOTHING
+               RETURNING item_id, number
+           )
+           SELECT claimed.item_id AS "item_id!", claimed.number AS "number!", i.run_id, i.position, u.email, u.name,
+                  r.subject, r.body, r.wanted AS "wanted: Wanted"
+           FROM claimed
+           JOIN run_items i ON i.id = claimed.item_id
+           JOIN users u ON u.id = i.user_id
+           JOIN runs r ON r.id = i.run_id"#,
+        worker_id,
+        item_ids,
+        numbers,
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// What is known of an attempt whose claim was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The item.
+    pub item_id: i64,
+    /// The attempt asked for.
+    pub number: i32,
+    /// Where the item stands.
+    pub standing: Standing,
+    /// Who claimed the attempt.
+    pub owner: Option<Owner>,
+}
+
+/// The holder of a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The worker.
+    pub worker_id: i64,
+    /// Whether its heartbeat is fresh, and it has not ended.
+    pub alive: bool,
+}
+
+/// Looks up attempts whose claim was refused. One that isn't returned names an item that doesn't exist.
+///
+/// # Errors
+/// The database's.
+pub async fn find(
+    conn: &mut PgConnection,
+    dead_after: Duration,
+    item_ids: &[i64],
+    numbers: &[i32],
+) -> sqlx::Result<Vec<Found>> {
+    let rows = sqlx::query!(
+        r#"SELECT asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: ItemState",
+                  a.worker_id AS "worker_id?",
+                  (w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => $1)) AS alive
+           FROM unnest($2::bigint[], $3::integer[]) AS asked (item_id, number)
+           JOIN run_items i ON i.id = asked.item_id
+           LEFT JOIN attempts a ON a.item_id = asked.item_id AND a.number = asked.number
+           LEFT JOIN workers w ON w.id = a.worker_id"#,
+        dead_after.as_secs_f64(),
+        item_ids,
+        numbers,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Found {
+            item_id: row.item_id,
+            number: row.number,
+            standing: Standing { attempt: row.attempt, state: row.state },
+            owner: row.worker_id.map(|worker_id| Owner { worker_id, alive: row.alive.unwrap_or(false) }),
+        })
+        .collect())
+}
+
+/// Where items stand, to see whether a reported outcome has been applied.
+///
+/// # Errors
+/// The database's.
+pub async fn standings(conn: &mut PgConnection, item_ids: &[i64]) -> sqlx::Result<Vec<(i64, Standing)>> {
+    let rows =
+        sqlx::query!(r#"SELECT id, attempt, state AS "state: ItemState" FROM run_items WHERE id = ANY($1)"#, item_ids)
+            .fetch_all(conn)
+            .await?;
+    Ok(rows.into_iter().map(|row| (row.id, Standing { attempt: row.attempt, state: row.state })).collect())
+}

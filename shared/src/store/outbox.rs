@@ -1,0 +1,50 @@
+//! The outbox: run messages that became true with a transaction, and wait for RabbitMQ.
+
+use sqlx::{PgConnection, types::Json};
+
+use crate::message::RunMessage;
+
+/// A message that waits.
+#[derive(Debug)]
+pub struct Waiting {
+    /// For [`mark_published`].
+    pub id: i64,
+    /// The message.
+    pub message: RunMessage,
+}
+
+/// Puts a message in, to be published once the caller's transaction has committed.
+///
+/// # Errors
+/// The database's.
+pub async fn put(conn: &mut PgConnection, message: &RunMessage) -> sqlx::Result<()> {
+    sqlx::query!("INSERT INTO outbox (message) VALUES ($1)", Json(message) as _).execute(conn).await?;
+    Ok(())
+}
+
+/// The oldest messages that are due, locked until the caller's transaction ends, so that several relays don't publish
+/// the same ones.
+///
+/// # Errors
+/// The database's.
+pub async fn take(conn: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Waiting>> {
+    let rows = sqlx::query!(
+        r#"SELECT id, message AS "message: Json<RunMessage>" FROM outbox
+           WHERE published_at IS NULL AND publish_at <= now()
+           ORDER BY publish_at, id LIMIT $1
+           FOR UPDATE SKIP LOCKED"#,
+        limit
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows.into_iter().map(|row| Waiting { id: row.id, message: row.message.0 }).collect())
+}
+
+/// Marks messages as published, after the broker's confirm.
+///
+/// # Errors
+/// The database's.
+pub async fn mark_published(conn: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> {
+    sqlx::query!("UPDATE outbox SET published_at = now() WHERE id = ANY($1)", ids).execute(conn).await?;
+    Ok(())
+}

@@ -1,0 +1,323 @@
+//! The pump's place in each run: passes, their cursors, steps and rate budgets.
+
+use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::{
+    item::ItemState,
+    message::Replay,
+    run::{Counters, Wanted},
+};
+
+/// Why the pump goes over a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::Type)]
+#[sqlx(type_name = "pass_kind", rename_all = "snake_case")]
+pub enum PassKind {
+    /// Releases every item once.
+    First,
+    /// Releases failed or unknown items again.
+    Replay,
+    /// Settles what nobody has begun to send.
+    Cancel,
+}
+
+/// A run's present pass.
+#[derive(Clone, Debug)]
+pub struct Pass {
+    /// The run.
+    pub run_id: Uuid,
+    /// Passes count from 1.
+    pub number: i32,
+    /// What it is for.
+    pub kind: PassKind,
+    /// replay: the states asked for.
+    pub states: Vec<ItemState>,
+    /// replay: the error asked for; none: all.
+    pub error: Option<String>,
+    /// Items up to this position are released.
+    pub cursor: i32,
+    /// The cursor before the newest chunk.
+    pub chunk_start: i32,
+    /// The step that comes next.
+    pub step: i32,
+    /// The rate budget.
+    pub next_due_at: DateTime<Utc>,
+    /// When it began.
+    pub created_at: DateTime<Utc>,
+    /// When it had gone over the whole run.
+    pub done_at: Option<DateTime<Utc>>,
+}
+
+/// What the pump has to know of a run besides its pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Situation {
+    /// What a person wants of it.
+    pub wanted: Wanted,
+    /// Its rate limit.
+    pub sends_per_second: Option<i32>,
+    /// Its counters.
+    pub counters: Counters,
+    /// What its first pass has released.
+    pub first_released: i32,
+    /// The database's clock.
+    pub now: DateTime<Utc>,
+}
+
+/// An item for the pump.
+#[derive(Clone, Copy, Debug)]
+pub struct Item {
+    /// The item.
+    pub id: i64,
+    /// Its place in the run.
+    pub position: i32,
+    /// The attempt its state speaks of.
+    pub attempt: i32,
+    /// Its state.
+    pub state: ItemState,
+    /// The tries used of its budget.
+    pub tries: i16,
+    /// How often it was asked for again.
+    pub replays: i16,
+}
+
+/// Locks a run for the pump until the transaction ends, making its first pass if need be, and returns the present pass.
+/// None: there is no such run.
+///
+/// # Errors
+/// The database's.
+pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Pass>> {
+    sqlx::query!(
+        "INSERT INTO run_passes (run_id, number, kind) SELECT id, 1, 'first' FROM runs WHERE id = $1 ON CONFLICT DO NOTHING",
+        run_id
+    )
+    .execute(&mut *conn)
+    .await?;
+    // The first pass stands for the run: locking the newest one would miss one that is begun meanwhile.
+    sqlx::query!("SELECT number FROM run_passes WHERE run_id = $1 AND number = 1 FOR UPDATE", run_id)
+        .fetch_optional(&mut *conn)
+        .await?;
+    sqlx::query_as!(
+        Pass,
+        r#"SELECT run_id, number, kind AS "kind: PassKind", states AS "states: Vec<ItemState>", error, cursor, chunk_start,
+                  step, next_due_at, created_at, done_at
+           FROM run_passes WHERE run_id = $1 ORDER BY number DESC LIMIT 1"#,
+        run_id
+    )
+    .fetch_optional(conn)
+    .await
+}
+
+/// Begins the pass that comes after `last`. False: the command that asks for it has been carried out before.
+///
+/// # Errors
+/// The database's.
+pub async fn begin_replay(conn: &mut PgConnection, last: &Pass, replay: &Replay) -> sqlx::Result<bool> {
+    let begun = sqlx::query!(
+        "INSERT INTO run_passes (run_id, number, kind, command_id, states, error)
+         VALUES ($1, $2, 'replay', $3, $4, $5) ON CONFLICT (command_id) DO NOTHING",
+        last.run_id,
+        last.number + 1,
+        replay.command_id,
+        &replay.states as _,
+        replay.error,
+    )
+    .execute(conn)
+    .await?;
+    Ok(begun.rows_affected() == 1)
+}
+
+/// Begins a pass that settles everything open. False: the command has been carried out before.
+///
+/// # Errors
+/// The database's.
+pub async fn begin_cancel(conn: &mut PgConnection, last: &Pass, command_id: Uuid) -> sqlx::Result<bool> {
+    let begun = sqlx::query!(
+        "INSERT INTO run_passes (run_id, number, kind, command_id) VALUES ($1, $2, 'cancel', $3)
+         ON CONFLICT (command_id) DO NOTHING",
+        last.run_id,
+        last.number + 1,
+        command_id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(begun.rows_affected() == 1)
+}
+
+/// Whether a command has begun a pass already, and which.
+///
+/// # Errors
+/// The database's.
+pub async fn begun_by(conn: &mut PgConnection, command_id: Uuid) -> sqlx::Result<Option<i32>> {
+    sqlx::query_scalar!("SELECT number FROM run_passes WHERE command_id = $1", command_id).fetch_optional(conn).await
+}
+
+/// The run's wishes and counters. None: there is no such run.
+///
+/// # Errors
+/// The database's.
+pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Situation>> {
+    let row = sqlx::query!(
+        r#"SELECT r.wanted AS "wanted: Wanted", r.sends_per_second, p.total, p.pending, p.retrying, p.cancelled,
+                  p.unknown, p.failed, p.sent, f.released, clock_timestamp() AS "now!"
+           FROM runs r JOIN run_progress p ON p.run_id = r.id JOIN run_passes f ON f.run_id = r.id AND f.number = 1
+           WHERE r.id = $1"#,
+        run_id
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| Situation {
+        wanted: row.wanted,
+        sends_per_second: row.sends_per_second,
+        counters: Counters {
+            total: row.total,
+            pending: row.pending,
+            retrying: row.retrying,
+            cancelled: row.cancelled,
+            unknown: row.unknown,
+            failed: row.failed,
+            sent: row.sent,
+        },
+        first_released: row.released,
+        now: row.now,
+    }))
+}
+
+/// The items that the pass releases next, in order of position.
+///
+/// # Errors
+/// The database's.
+pub async fn next_items(conn: &mut PgConnection, pass: &Pass, limit: i32) -> sqlx::Result<Vec<Item>> {
+    let limit = i64::from(limit);
+    match pass.kind {
+        PassKind::First => {
+            sqlx::query_as!(
+                Item,
+                r#"SELECT id, position, attempt, state AS "state: ItemState", tries, replays FROM run_items
+                   WHERE run_id = $1 AND position > $2 ORDER BY position LIMIT $3"#,
+                pass.run_id,
+                pass.cursor,
+                limit
+            )
+            .fetch_all(conn)
+            .await
+        }
+        // The partial index run_items_to_look_at serves this one, so its predicate is repeated.
+        PassKind::Replay => {
+            sqlx::query_as!(
+                Item,
+                r#"SELECT id, position, attempt, state AS "state: ItemState", tries, replays FROM run_items
+                   WHERE run_id = $1 AND position > $2 AND state IN ('failed', 'unknown')
+                     AND state = ANY($4) AND ($5::text IS NULL OR error = $5)
+                   ORDER BY position LIMIT $3"#,
+                pass.run_id,
+                pass.cursor,
+                limit,
+                &pass.states as _,
+                pass.error,
+            )
+            .fetch_all(conn)
+            .await
+        }
+        PassKind::Cancel => {
+            sqlx::query_as!(
+                Item,
+                r#"SELECT id, position, attempt, state AS "state: ItemState", tries, replays FROM run_items
+                   WHERE run_id = $1 AND position > $2 AND state IN ('pending', 'retrying')
+                   ORDER BY position LIMIT $3"#,
+                pass.run_id,
+                pass.cursor,
+                limit
+            )
+            .fetch_all(conn)
+            .await
+        }
+    }
+}
+
+/// Items of a replay's newest chunk that are still shown as they were before: their results are on the way.
+///
+/// # Errors
+/// The database's.
+pub async fn unapplied(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<i32> {
+    if pass.kind != PassKind::Replay {
+        return Ok(0);
+    }
+    let count = sqlx::query_scalar!(
+        r#"SELECT count(*) AS "count!" FROM run_items
+           WHERE run_id = $1 AND position > $2 AND position <= $3 AND state IN ('failed', 'unknown')
+             AND state = ANY($4) AND ($5::text IS NULL OR error = $5) AND finished_at < $6"#,
+        pass.run_id,
+        pass.chunk_start,
+        pass.cursor,
+        &pass.states as _,
+        pass.error,
+        pass.created_at,
+    )
+    .fetch_one(conn)
+    .await?;
+    Ok(i32::try_from(count).unwrap_or(i32::MAX))
+}
+
+/// What a step released.
+#[derive(Clone, Copy, Debug)]
+pub struct Advance {
+    /// The position of the last item released.
+    pub cursor: i32,
+    /// How many there were.
+    pub released: i32,
+    /// The rate budget after them.
+    pub next_due_at: DateTime<Utc>,
+}
+
+/// Moves the pass on by one step. The caller has published the chunk and the message for the next step by then.
+///
+/// # Errors
+/// The database's.
+pub async fn advance(conn: &mut PgConnection, pass: &Pass, by: Advance) -> sqlx::Result<()> {
+    sqlx::query!(
+        "UPDATE run_passes SET step = step + 1, chunk_start = cursor, cursor = $3, released = released + $4,
+                next_due_at = $5, seen_at = clock_timestamp()
+         WHERE run_id = $1 AND number = $2",
+        pass.run_id,
+        pass.number,
+        by.cursor,
+        by.released,
+        by.next_due_at,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Notes that the pass has gone over the whole run.
+///
+/// # Errors
+/// The database's.
+pub async fn finish(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
+    sqlx::query!(
+        "UPDATE run_passes SET done_at = clock_timestamp(), seen_at = clock_timestamp() WHERE run_id = $1 AND number = $2",
+        pass.run_id,
+        pass.number
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Notes that a message for this pass goes round, though it releases nothing yet. At most once a second, since a waiting
+/// run comes by ten times as often.
+///
+/// # Errors
+/// The database's.
+pub async fn touch(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
+    sqlx::query!(
+        "UPDATE run_passes SET seen_at = clock_timestamp()
+         WHERE run_id = $1 AND number = $2 AND seen_at < clock_timestamp() - interval '1 second'",
+        pass.run_id,
+        pass.number
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}

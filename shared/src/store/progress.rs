@@ -1,0 +1,169 @@
+//! Applies results: items and counters in one transaction, so that no counter can ever differ from a count of the items.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
+
+use crate::{
+    item::{CounterDelta, ItemState, Standing, merge},
+    message::ItemResult,
+};
+
+/// What a batch of results did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Results that said something new.
+    pub changed: usize,
+    /// Results that were known, outdated or doubled.
+    pub absorbed: usize,
+    /// Results of items that don't exist.
+    pub strange: usize,
+}
+
+/// An item as it is and as it becomes.
+struct Item {
+    run_id: Uuid,
+    user_id: i64,
+    standing: Standing,
+    /// The result that won, by its place in the batch.
+    winner: Option<usize>,
+}
+
+/// Applies a batch of results, in one transaction of its own.
+///
+/// Any number of processes may do so at once: items are locked in order of id, counters last and in order of run.
+///
+/// # Errors
+/// The database's. Nothing is applied then, and the batch can be applied again.
+pub async fn apply(pool: &PgPool, results: &[&ItemResult]) -> sqlx::Result<Applied> {
+    let mut tx = pool.begin().await?;
+    let mut items = lock_items(&mut tx, results).await?;
+    let mut applied = Applied::default();
+    let mut deltas: BTreeMap<Uuid, CounterDelta> = BTreeMap::new();
+    for (index, result) in results.iter().enumerate() {
+        let Some(item) = items.get_mut(&result.item_id) else {
+            applied.strange += 1;
+            continue;
+        };
+        let (next, delta) = merge(item.standing, Standing { attempt: result.attempt, state: result.state });
+        if next == item.standing {
+            applied.absorbed += 1;
+            continue;
+        }
+        applied.changed += 1;
+        item.standing = next;
+        item.winner = Some(index);
+        deltas.entry(item.run_id).or_default().add(delta);
+    }
+    if applied.changed > 0 {
+        update_items(&mut tx, &items, results).await?;
+        mark_emailed(&mut tx, &items).await?;
+        update_counters(&mut tx, &deltas).await?;
+        tx.commit().await?;
+    }
+    Ok(applied)
+}
+
+async fn lock_items(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::Result<HashMap<i64, Item>> {
+    let ids: HashSet<i64> = results.iter().map(|result| result.item_id).collect();
+    let ids: Vec<i64> = ids.into_iter().collect();
+    let rows = sqlx::query!(
+        r#"SELECT id, run_id, user_id, attempt, state AS "state: ItemState" FROM run_items
+           WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE"#,
+        &ids
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let standing = Standing { attempt: row.attempt, state: row.state };
+            (row.id, Item { run_id: row.run_id, user_id: row.user_id, standing, winner: None })
+        })
+        .collect())
+}
+
+async fn update_items(
+    conn: &mut PgConnection,
+    items: &HashMap<i64, Item>,
+    results: &[&ItemResult],
+) -> sqlx::Result<()> {
+    let winners: Vec<&ItemResult> = items.values().filter_map(|item| item.winner.map(|index| results[index])).collect();
+    let ids: Vec<i64> = winners.iter().map(|result| result.item_id).collect();
+    let attempts: Vec<i32> = winners.iter().map(|result| result.attempt).collect();
+    let tries: Vec<i16> = winners.iter().map(|result| result.tries).collect();
+    let replays: Vec<i16> = winners.iter().map(|result| result.replays).collect();
+    let states: Vec<ItemState> = winners.iter().map(|result| result.state).collect();
+    let errors: Vec<Option<&str>> = winners.iter().map(|result| result.error.as_deref()).collect();
+    let due_in_s: Vec<Option<f64>> =
+        winners.iter().map(|result| result.due_in_ms.map(|ms| ms as f64 / 1000.0)).collect();
+    sqlx::query!(
+        "UPDATE run_items i
+         SET attempt = n.attempt, tries = n.tries, replays = n.replays, state = n.state, error = n.error,
+             due_at = now() + make_interval(secs => n.due_in_s),
+             finished_at = CASE WHEN n.state NOT IN ('pending', 'retrying') THEN now() END
+         FROM unnest($1::bigint[], $2::integer[], $3::smallint[], $4::smallint[], $5::item_state[], $6::text[],
+                     $7::double precision[])
+              AS n (id, attempt, tries, replays, state, error, due_in_s)
+         WHERE i.id = n.id",
+        &ids,
+        &attempts,
+        &tries,
+        &replays,
+        &states as _,
+        &errors as _,
+        &due_in_s as _,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+async fn mark_emailed(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sqlx::Result<()> {
+    let users: Vec<i64> = items
+        .values()
+        .filter(|item| item.winner.is_some() && item.standing.state == ItemState::Sent)
+        .map(|item| item.user_id)
+        .collect();
+    if !users.is_empty() {
+        sqlx::query!("UPDATE users SET emailed_at = now() WHERE id = ANY($1) AND emailed_at IS NULL", &users)
+            .execute(conn)
+            .await?;
+    }
+    Ok(())
+}
+
+/// The hot rows of the whole pipeline: touched once a batch, and last, so that they are locked for the shortest time.
+async fn update_counters(conn: &mut PgConnection, deltas: &BTreeMap<Uuid, CounterDelta>) -> sqlx::Result<()> {
+    for (run_id, delta) in deltas {
+        let of = |state| delta.of(state);
+        sqlx::query!(
+            "WITH moved AS (
+                 UPDATE run_progress
+                 SET pending = pending + $2, retrying = retrying + $3, cancelled = cancelled + $4,
+                     unknown = unknown + $5, failed = failed + $6, sent = sent + $7,
+                     updated_at = clock_timestamp(),
+                     started_at = CASE WHEN finished_at IS NOT NULL AND pending + $2 + retrying + $3 > 0
+                                       THEN clock_timestamp() ELSE started_at END,
+                     finished_at = CASE WHEN pending + $2 + retrying + $3 = 0
+                                        THEN coalesce(finished_at, clock_timestamp()) END
+                 WHERE run_id = $1
+                 RETURNING total - pending - retrying AS settled
+             )
+             INSERT INTO run_samples (run_id, at, settled)
+             SELECT $1, date_trunc('second', clock_timestamp()), settled FROM moved
+             ON CONFLICT (run_id, at) DO UPDATE SET settled = excluded.settled",
+            run_id,
+            of(ItemState::Pending),
+            of(ItemState::Retrying),
+            of(ItemState::Cancelled),
+            of(ItemState::Unknown),
+            of(ItemState::Failed),
+            of(ItemState::Sent),
+        )
+        .execute(&mut *conn)
+        .await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,309 @@
+//! A submission: addresses become users, a run, its items and the message that starts it, in one transaction.
+//!
+//! The list goes through a temporary table, so that a million addresses cost neither memory here nor a statement each.
+//! Statements on that table can't be checked at compile time: it does not exist then.
+
+use serde::{Deserialize, Serialize};
+use sqlx::{PgConnection, PgPool, types::Json};
+use uuid::Uuid;
+
+use crate::{
+    address::{self, Address},
+    message::{Command, RunMessage, Step},
+    store::{may_pass, outbox},
+};
+
+/// How many invalid entries are kept to be shown; all of them are counted.
+const SHOWN_INVALID: usize = 100;
+/// The list is copied to the server in pieces of about this size.
+const COPY_BYTES: usize = 256 * 1024;
+/// Two submissions that name the same people may deadlock; the one that PostgreSQL ends is run again.
+const TRIES: u32 = 5;
+
+/// What a person submits.
+#[derive(Clone, Copy, Debug)]
+pub struct Submission<'a> {
+    /// The form's token: the same token and text are the same submission.
+    pub token: Uuid,
+    /// The addresses, as they were typed.
+    pub text: &'a str,
+    /// The invitation's subject.
+    pub subject: &'a str,
+    /// The invitation's text.
+    pub body: &'a str,
+    /// The run's rate limit; none: as fast as possible.
+    pub sends_per_second: Option<i32>,
+    /// The most addresses that are taken.
+    pub max_addresses: usize,
+}
+
+impl Submission<'_> {
+    /// The run's id, which follows from the submission: whoever submits it again asks for the same run.
+    #[must_use]
+    pub fn run_id(&self) -> Uuid {
+        Uuid::new_v5(&self.token, self.text.as_bytes())
+    }
+}
+
+/// What became of it.
+#[derive(Debug)]
+pub enum Submitted {
+    /// Committed: nothing that happens from here on can lose it.
+    Accepted(Uuid),
+    /// This very submission was accepted before.
+    Before(Uuid),
+    /// No run was made.
+    Refused(Refusal),
+}
+
+/// Why no run was made.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is nothing in the list.
+    Empty,
+    /// There are more addresses than a run may have.
+    TooMany {
+        /// The limit.
+        limit: usize,
+    },
+    /// Nobody in it can be invited.
+    NothingNew(Tally),
+}
+
+/// What was in a list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Invitations that the run sends.
+    pub accepted: i32,
+    /// People invited before, or waiting in another run.
+    pub already_invited: i32,
+    /// People whose invitation failed, or is unclear, in an earlier run.
+    pub already_failed: i32,
+    /// Addresses that stood in the list before.
+    pub repeated: i32,
+    /// Entries that are no address.
+    pub invalid: i32,
+    /// The first of those.
+    pub invalid_entries: Vec<InvalidEntry>,
+}
+
+/// An entry that is no address, and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InvalidEntry {
+    /// The line, from 1.
+    pub line: u32,
+    /// What stands there, shortened.
+    pub text: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Takes a submission in.
+///
+/// # Errors
+/// The database's. Nothing is written then.
+pub async fn submit(pool: &PgPool, submission: Submission<'_>) -> sqlx::Result<Submitted> {
+    if address::parse(submission.text).next().is_none() {
+        return Ok(Submitted::Refused(Refusal::Empty));
+    }
+    let mut tries = 1;
+    loop {
+        match submit_once(pool, submission).await {
+            Err(error) if tries < TRIES && may_pass(&error) => tries += 1,
+            result => return result,
+        }
+    }
+}
+
+async fn submit_once(pool: &PgPool, submission: Submission<'_>) -> sqlx::Result<Submitted> {
+    let run_id = submission.run_id();
+    let mut tx = pool.begin().await?;
+    // First of all, so that the second of two simultaneous clicks waits here for the first one's end.
+    if !insert_run(&mut tx, run_id, submission).await? {
+        return Ok(Submitted::Before(run_id));
+    }
+    let (listed, mut tally) = match copy_list(&mut tx, submission).await? {
+        Some(copied) => copied,
+        None => {
+            return Ok(Submitted::Refused(Refusal::TooMany { limit: submission.max_addresses }));
+        }
+    };
+    let distinct = deduplicate(&mut tx).await?;
+    tally.repeated = listed - distinct;
+    insert_users(&mut tx).await?;
+    tally.accepted = insert_items(&mut tx, run_id).await?;
+    count_others(&mut tx, run_id, &mut tally).await?;
+    if tally.accepted == 0 {
+        return Ok(Submitted::Refused(Refusal::NothingNew(tally)));
+    }
+    complete_run(&mut tx, run_id, &tally).await?;
+    let start = Command::Release(Step { pass: Some(1), step: Some(0) });
+    outbox::put(&mut tx, &RunMessage { run_id, command: start }).await?;
+    tx.commit().await?;
+    Ok(Submitted::Accepted(run_id))
+}
+
+async fn insert_run(conn: &mut PgConnection, run_id: Uuid, submission: Submission<'_>) -> sqlx::Result<bool> {
+    let inserted = sqlx::query!(
+        "INSERT INTO runs (id, subject, body, sends_per_second, total) VALUES ($1, $2, $3, $4, 0) ON CONFLICT DO NOTHING",
+        run_id,
+        submission.subject,
+        submission.body,
+        submission.sends_per_second,
+    )
+    .execute(conn)
+    .await?;
+    Ok(inserted.rows_affected() == 1)
+}
+
+/// Copies the valid addresses into the temporary table `listed`. None: there are too many.
+async fn copy_list(conn: &mut PgConnection, submission: Submission<'_>) -> sqlx::Result<Option<(i32, Tally)>> {
+    sqlx::query(r#"CREATE TEMP TABLE listed (place integer, email text COLLATE "C", name text) ON COMMIT DROP"#)
+        .execute(&mut *conn)
+        .await?;
+    let mut tally = Tally::default();
+    let mut place: i32 = 0;
+    let mut rows = String::with_capacity(COPY_BYTES + 1024);
+    let mut copy = conn.copy_in_raw("COPY listed (place, email, name) FROM STDIN").await?;
+    for entry in address::parse(submission.text) {
+        match entry.parsed {
+            Ok(address) => {
+                place += 1;
+                if usize::try_from(place).is_ok_and(|place| place > submission.max_addresses) {
+                    copy.abort("too many addresses").await?;
+                    return Ok(None);
+                }
+                push_row(&mut rows, place, &address);
+                if rows.len() >= COPY_BYTES {
+                    copy.send(rows.as_bytes()).await?;
+                    rows.clear();
+                }
+            }
+            Err(invalid) => {
+                tally.invalid += 1;
+                if tally.invalid_entries.len() < SHOWN_INVALID {
+                    let reason = invalid.reason.to_owned();
+                    tally.invalid_entries.push(InvalidEntry { line: entry.line, text: invalid.text, reason });
+                }
+            }
+        }
+    }
+    copy.send(rows.as_bytes()).await?;
+    copy.finish().await?;
+    Ok(Some((place, tally)))
+}
+
+/// A row in the text form of COPY.
+fn push_row(rows: &mut String, place: i32, address: &Address) {
+    rows.push_str(&place.to_string());
+    rows.push('\t');
+    push_escaped(rows, &address.email);
+    rows.push('\t');
+    match &address.name {
+        Some(name) => push_escaped(rows, name),
+        None => rows.push_str("\\N"),
+    }
+    rows.push('\n');
+}
+
+/// Addresses and names hold no control characters, but a backslash is possible in both.
+fn push_escaped(rows: &mut String, text: &str) {
+    for character in text.chars() {
+        if character == '\\' {
+            rows.push('\\');
+        }
+        rows.push(character);
+    }
+}
+
+/// Leaves each address once, where it stood first, in the temporary table `invited`.
+async fn deduplicate(conn: &mut PgConnection) -> sqlx::Result<i32> {
+    let distinct = sqlx::query(
+        "CREATE TEMP TABLE invited ON COMMIT DROP AS
+         SELECT DISTINCT ON (email) place, email, name FROM listed ORDER BY email, place",
+    )
+    .execute(&mut *conn)
+    .await?;
+    // Without statistics the joins below may be planned as for a handful of rows.
+    sqlx::query("ANALYZE invited").execute(conn).await?;
+    Ok(to_count(distinct.rows_affected()))
+}
+
+/// In one order for everybody, so that two submissions of the same new people wait for each other and don't deadlock.
+async fn insert_users(conn: &mut PgConnection) -> sqlx::Result<()> {
+    sqlx::query(
+        "INSERT INTO users (email, name) SELECT email, name FROM invited ORDER BY email ON CONFLICT (email) DO NOTHING",
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// An item for everyone who has none that counts. The filter is a courtesy that leaves the positions without gaps; what
+/// keeps two submissions of the same moment apart is the unique index.
+async fn insert_items(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<i32> {
+    let inserted = sqlx::query(
+        "INSERT INTO run_items (run_id, user_id, position)
+         SELECT $1, u.id, row_number() OVER (ORDER BY invited.place)
+         FROM invited JOIN users u USING (email)
+         WHERE NOT EXISTS (SELECT FROM run_items i WHERE i.user_id = u.id AND i.state <> 'cancelled')
+         ORDER BY invited.place
+         ON CONFLICT (user_id) WHERE state <> 'cancelled' DO NOTHING",
+    )
+    .bind(run_id)
+    .execute(conn)
+    .await?;
+    Ok(to_count(inserted.rows_affected()))
+}
+
+/// Counts those who were left out because of an item in another run.
+async fn count_others(conn: &mut PgConnection, run_id: Uuid, tally: &mut Tally) -> sqlx::Result<()> {
+    let (others, failed): (i64, i64) = sqlx::query_as(
+        "SELECT count(*), count(*) FILTER (WHERE i.state IN ('failed', 'unknown'))
+         FROM invited JOIN users u USING (email)
+         JOIN run_items i ON i.user_id = u.id AND i.state <> 'cancelled' AND i.run_id <> $1",
+    )
+    .bind(run_id)
+    .fetch_one(conn)
+    .await?;
+    tally.already_failed = i32::try_from(failed).unwrap_or(i32::MAX);
+    tally.already_invited = i32::try_from(others - failed).unwrap_or(i32::MAX);
+    Ok(())
+}
+
+async fn complete_run(conn: &mut PgConnection, run_id: Uuid, tally: &Tally) -> sqlx::Result<()> {
+    sqlx::query!(
+        "UPDATE runs SET total = $2, already_invited = $3, already_failed = $4, repeated = $5, invalid = $6,
+                invalid_entries = $7
+         WHERE id = $1",
+        run_id,
+        tally.accepted,
+        tally.already_invited,
+        tally.already_failed,
+        tally.repeated,
+        tally.invalid,
+        Json(&tally.invalid_entries) as _,
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!("INSERT INTO run_progress (run_id, total, pending) VALUES ($1, $2, $2)", run_id, tally.accepted)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+fn to_count(rows: u64) -> i32 {
+    i32::try_from(rows).unwrap_or(i32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_survives_backslashes() {
+        let mut rows = String::new();
+        push_row(&mut rows, 3, &Address { email: r#""a\\b"@x.org"#.into(), name: Some(r"C:\N".into()) });
+        assert_eq!(rows, "3\t\"a\\\\\\\\b\"@x.org\tC:\\\\N\n");
+    }
+}

@@ -1,0 +1,112 @@
+//! What may be missing from the conveyor: runs that have not moved for long, and the items they wait for.
+
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::{item::ItemState, run::Wanted};
+
+/// Any number will do, as long as it is the same for all sweepers.
+const ADVISORY_LOCK: i64 = 0x6d61_696c_7275_6e01;
+
+/// Makes the caller the only sweeper until its transaction ends. False: there is one.
+///
+/// # Errors
+/// The database's.
+pub async fn try_lock(conn: &mut PgConnection) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(r#"SELECT pg_try_advisory_xact_lock($1) AS "locked!""#, ADVISORY_LOCK).fetch_one(conn).await
+}
+
+/// A run whose counters have not moved for long.
+#[derive(Clone, Copy, Debug)]
+pub struct Stalled {
+    /// The run.
+    pub run_id: Uuid,
+    /// What a person wants of it.
+    pub wanted: Wanted,
+    /// Whether a message that drives its present pass has been seen lately, or none is needed.
+    pub driven: bool,
+    /// Whether a pass that cancels it has begun.
+    pub cancel_begun: bool,
+}
+
+/// The unfinished runs whose counters have not moved for `stalled_after`.
+///
+/// # Errors
+/// The database's.
+pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> sqlx::Result<Vec<Stalled>> {
+    sqlx::query_as!(
+        Stalled,
+        r#"SELECT p.run_id, r.wanted AS "wanted: Wanted",
+                  coalesce(last.done_at IS NOT NULL
+                           OR last.seen_at > clock_timestamp() - make_interval(secs => $1), false) AS "driven!",
+                  coalesce(last.kind = 'cancel', false) AS "cancel_begun!"
+           FROM run_progress p
+           JOIN runs r ON r.id = p.run_id
+           LEFT JOIN LATERAL (
+               SELECT kind, seen_at, done_at FROM run_passes WHERE run_id = p.run_id ORDER BY number DESC LIMIT 1
+           ) last ON true
+           WHERE p.finished_at IS NULL AND p.updated_at < clock_timestamp() - make_interval(secs => $1)"#,
+        stalled_after.as_secs_f64(),
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// A released item that is still open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenItem {
+    /// The item.
+    pub id: i64,
+    /// Its place in the run.
+    pub position: i32,
+    /// The attempt its state speaks of.
+    pub attempt: i32,
+    /// `pending` or `retrying`.
+    pub state: ItemState,
+    /// The tries used of its budget.
+    pub tries: i16,
+    /// How often it was asked for again.
+    pub replays: i16,
+    /// Whether somebody holds the claim of the attempt it waits for: null, or whether that worker lives.
+    pub owner_alive: Option<bool>,
+}
+
+/// The released and open items of a run, behind position `after`, whose next attempt is overdue.
+///
+/// # Errors
+/// The database's.
+pub async fn open_items(
+    conn: &mut PgConnection,
+    run_id: Uuid,
+    stalled_after: Duration,
+    dead_after: Duration,
+    after: i32,
+    limit: i64,
+) -> sqlx::Result<Vec<OpenItem>> {
+    sqlx::query_as!(
+        OpenItem,
+        r#"SELECT i.id, i.position, i.attempt, i.state AS "state: ItemState", i.tries, i.replays,
+                  CASE WHEN a.worker_id IS NOT NULL
+                       THEN coalesce(w.stopped_at IS NULL
+                                     AND w.heartbeat_at > clock_timestamp() - make_interval(secs => $3), false)
+                  END AS owner_alive
+           FROM run_items i
+           LEFT JOIN attempts a ON a.item_id = i.id
+                 AND a.number = i.attempt + CASE WHEN i.state = 'retrying' THEN 1 ELSE 0 END
+           LEFT JOIN workers w ON w.id = a.worker_id
+           WHERE i.run_id = $1 AND i.position > $4 AND i.state IN ('pending', 'retrying')
+             AND (i.due_at IS NULL OR i.due_at < clock_timestamp() - make_interval(secs => $2))
+             AND (i.attempt > 1 OR i.state = 'retrying'
+                  OR i.position <= (SELECT cursor FROM run_passes f WHERE f.run_id = $1 AND f.number = 1))
+           ORDER BY i.position LIMIT $5"#,
+        run_id,
+        stalled_after.as_secs_f64(),
+        dead_after.as_secs_f64(),
+        after,
+        limit,
+    )
+    .fetch_all(conn)
+    .await
+}

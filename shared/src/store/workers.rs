@@ -1,0 +1,39 @@
+//! Signs of life: each worker process writes its own row, and nobody else's.
+
+use sqlx::PgConnection;
+
+/// Registers this process and returns its id, which is never used again.
+///
+/// # Errors
+/// The database's.
+pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32) -> sqlx::Result<i64> {
+    sqlx::query_scalar!("INSERT INTO workers (roles, host, pid) VALUES ($1, $2, $3) RETURNING id", roles, host, pid)
+        .fetch_one(conn)
+        .await
+}
+
+/// Says that the worker lives.
+///
+/// # Errors
+/// The database's.
+pub async fn heartbeat(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sqlx::Result<()> {
+    sqlx::query!("UPDATE workers SET heartbeat_at = now(), in_flight = $2 WHERE id = $1", worker_id, in_flight)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// Says that the worker has ended. A claim that it leaves open is `unknown` from now on.
+///
+/// # Errors
+/// The database's.
+pub async fn stop(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sqlx::Result<()> {
+    sqlx::query!(
+        "UPDATE workers SET heartbeat_at = now(), stopped_at = now(), in_flight = $2 WHERE id = $1",
+        worker_id,
+        in_flight
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}

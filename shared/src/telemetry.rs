@@ -1,0 +1,41 @@
+//! Logs: to standard error, with ids as fields, never an address, a secret or a message's body.
+
+use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
+use uuid::Uuid;
+
+use crate::config::LogConfig;
+
+/// Installs the log for the whole process. `RUST_LOG` wins over the configuration.
+///
+/// # Panics
+/// When called twice.
+pub fn init(config: &LogConfig) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(&config.filter));
+    let registry = tracing_subscriber::registry().with(filter);
+    if config.json {
+        registry.with(fmt::layer().json().with_writer(std::io::stderr)).init();
+    } else {
+        registry.with(fmt::layer().with_target(false).with_writer(std::io::stderr)).init();
+    }
+}
+
+/// The W3C `traceparent` header of a message that belongs to a run: the trace is the run itself, so all of its messages
+/// are found under one id, whoever published them.
+#[must_use]
+pub fn traceparent(run_id: Uuid) -> String {
+    let span = rand::random::<u64>().max(1);
+    format!("00-{}-{span:016x}-01", run_id.simple())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_is_named_by_its_run() {
+        let run_id = Uuid::from_u128(0xabc);
+        let header = traceparent(run_id);
+        assert_eq!(header.len(), 55);
+        assert!(header.starts_with(&format!("00-{}-", run_id.simple())));
+    }
+}
