@@ -173,6 +173,8 @@ COMMENT ON TABLE attempts IS
     'The claims: a row here is the right to carry out that attempt, or to cancel it. Insert-only; the primary key is the fence. Writer: send (fan_out for a cancelled run).
 No foreign keys: this is the hottest table, and a row is only ever inserted by a join with run_items.';
 
+COMMENT ON COLUMN attempts.worker_id IS 'Who carries it out; 0: nobody ever will, the run was cancelled.';
+
 CREATE TABLE outbox (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     message      jsonb NOT NULL,

@@ -1,1 +1,175 @@
-//! placeholder
+//! The pages: takes lists in through the form, shows runs from the ledger, and hands what the outbox holds to RabbitMQ.
+
+
+mod actions;
+mod assets;
+mod body;
+mod error;
+mod form;
+mod guard;
+mod progress;
+mod relay;
+mod results;
+mod runs;
+mod view;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{HeaderValue, Request, StatusCode, header},
+    middleware,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use mailrun_shared::{
+    broker::Broker,
+    config::{Config, WebConfig},
+    store,
+};
+use sqlx::PgPool;
+use tokio::{net::TcpListener, sync::Notify, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tower_http::{set_header::SetResponseHeaderLayer, trace::TraceLayer};
+use tracing::{Level, info, info_span, warn};
+
+/// A person waits for the page, so the wait for a database connection ends sooner than a worker's.
+const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
+/// How long a health check waits for the database.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
+/// After the stop, requests under way get this long.
+const DRAIN: Duration = Duration::from_secs(10);
+/// Nothing but our own files, and nobody may frame a page.
+const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; \
+     img-src 'self' data:; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
+
+/// Why the pages can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum WebError {
+    /// The setting `database.url` is no address.
+    #[error("database.url is no address of a PostgreSQL database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// The address is taken, or not this machine's.
+    #[error("can't listen on {address}: {source}; stop what is using it, or set web.listen to another address")]
+    Listen {
+        /// The setting `web.listen`.
+        address: SocketAddr,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The listening socket broke.
+    #[error("serving the pages ended: {0}")]
+    Serve(#[from] io::Error),
+    /// A bug.
+    #[error("the outbox relay ended unasked: {0}")]
+    Relay(#[from] tokio::task::JoinError),
+}
+
+/// What every handler may use.
+struct App {
+    pool: PgPool,
+    config: WebConfig,
+    /// Wakes the relay when there is something new in the outbox.
+    outbox: Arc<Notify>,
+    /// The memory for forms that are being read.
+    room: body::Room,
+}
+
+type Shared = State<Arc<App>>;
+
+/// Serves the pages and runs the outbox relay until `stop` is cancelled.
+///
+/// The schema must be there already: `mailrun setup` makes it. Neither PostgreSQL nor RabbitMQ has to answer yet.
+///
+/// # Errors
+/// When the settings can't be used, or serving ended by itself.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError> {
+    let mut database = config.database.clone();
+    database.acquire_timeout_ms = database.acquire_timeout_ms.min(ACQUIRE_TIMEOUT_MS);
+    let pool = store::open(&database, "mailrun web")?;
+    let address = config.web.listen;
+    let listener = TcpListener::bind(address).await.map_err(|source| WebError::Listen { address, source })?;
+    // Port 0 is only known by now.
+    info!(address = %listener.local_addr()?, login = config.web.password.is_some(), "serving the pages");
+
+    let outbox = Arc::new(Notify::new());
+    let publisher = Broker::new(&config, "mailrun web").publisher(1);
+    // Whoever of the two ends first takes the other along.
+    let ending = stop.child_token();
+    let relay = tokio::spawn({
+        let (pool, outbox, ending) = (pool.clone(), Arc::clone(&outbox), ending.clone());
+        async move {
+            let _guard = ending.clone().drop_guard();
+            relay::run(&pool, &publisher, &outbox, &ending).await;
+        }
+    });
+    let room = body::Room::new(config.web.max_body_bytes);
+    let app = Arc::new(App { pool: pool.clone(), config: config.web, outbox, room });
+    let served = serve(listener, router(app), &ending).await;
+    ending.cancel();
+    relay.await?;
+    pool.close().await;
+    Ok(served?)
+}
+
+/// Serves until `stop`, then for as long as the requests under way need, up to [`DRAIN`].
+async fn serve(listener: TcpListener, router: Router, stop: &CancellationToken) -> io::Result<()> {
+    let server = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+    tokio::select! {
+        served = server.into_future() => served,
+        () = async { stop.cancelled().await; tokio::time::sleep(DRAIN).await } => {
+            warn!("some requests did not end in time; leaving them");
+            Ok(())
+        }
+    }
+}
+
+fn router(app: Arc<App>) -> Router {
+    let header = |name, value| SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value));
+    Router::new()
+        .route("/", get(form::show))
+        .route("/invites", post(form::submit).get(form::back_to_form))
+        .route("/runs", get(runs::show))
+        .route("/runs/{id}", get(results::show))
+        .route("/runs/{id}/progress", get(progress::show))
+        .route("/runs/{id}/actions", get(results::actions))
+        .route("/runs/{id}/troubles", get(results::troubles))
+        .route("/runs/{id}/retry", post(actions::retry).get(actions::back_to_run))
+        .route("/runs/{id}/pause", post(actions::pause).get(actions::back_to_run))
+        .route("/runs/{id}/resume", post(actions::resume).get(actions::back_to_run))
+        .route("/runs/{id}/cancel", post(actions::cancel).get(actions::back_to_run))
+        .route("/static/{name}", get(assets::show))
+        .route("/healthz", get(health))
+        .fallback(error::not_found)
+        .method_not_allowed_fallback(error::method_not_allowed)
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), guard::check))
+        .layer(header(header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY))
+        .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
+        .layer(header(header::REFERRER_POLICY, "same-origin"))
+        // What goes wrong is logged where it is known, so the trace adds only the request it happened in.
+        .layer(
+            TraceLayer::new_for_http()
+                .make_span_with(|request: &Request<_>| {
+                    info_span!("request", method = %request.method(), path = request.uri().path())
+                })
+                .on_response(tower_http::trace::DefaultOnResponse::new().level(Level::DEBUG))
+                .on_failure(()),
+        )
+        .with_state(app)
+}
+
+/// `GET /healthz`: whether the database answers.
+async fn health(State(app): Shared) -> Response {
+    match timeout(HEALTH_TIMEOUT, app.pool.acquire()).await {
+        Ok(Ok(mut connection)) => match timeout(HEALTH_TIMEOUT, sqlx::Connection::ping(&mut *connection)).await {
+            Ok(Ok(())) => "ok".into_response(),
+            _ => unhealthy(),
+        },
+        _ => unhealthy(),
+    }
+}
+
+fn unhealthy() -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer").into_response()
+}

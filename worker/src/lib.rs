@@ -1,1 +1,210 @@
-//! placeholder
+//! The workers: one file for each stage of the pipeline, in the order of the data.
+//!
+//! `fan_out` releases a run's items, `send` carries them out through a `mailer`, `progress` counts the results. `replay`
+//! and `sweep` belong to the fan-out's role. `consumer` is the only file that acknowledges; `outcome` and `claims` hold
+//! the protocol's decisions and memory.
+
+mod claims;
+mod consumer;
+mod fan_out;
+mod heartbeat;
+pub mod mailer;
+mod outcome;
+mod poison;
+mod progress;
+mod replay;
+mod send;
+mod sweep;
+
+use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
+
+use mailrun_shared::{
+    broker::{Broker, Publisher},
+    config::Config,
+    retry::Reconnect,
+    store, topology,
+};
+use sqlx::PgPool;
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{error, info, warn};
+
+use crate::{
+    consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, progress::Progress, send::Senders, sweep::Sweeper,
+};
+
+/// Run messages handed out ahead to one pump.
+const FAN_OUT_PREFETCH: u16 = 16;
+
+/// What a worker process does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// Releases items, replays dead letters, and sweeps.
+    FanOut,
+    /// Sends.
+    Send,
+    /// Counts.
+    Progress,
+}
+
+/// A role that doesn't exist.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no role; there are fan-out, send and progress")]
+pub struct NoSuchRole(String);
+
+impl FromStr for Role {
+    type Err = NoSuchRole;
+
+    fn from_str(text: &str) -> Result<Self, NoSuchRole> {
+        match text {
+            "fan-out" => Ok(Self::FanOut),
+            "send" => Ok(Self::Send),
+            "progress" => Ok(Self::Progress),
+            _ => Err(NoSuchRole(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::FanOut => "fan-out",
+            Self::Send => "send",
+            Self::Progress => "progress",
+        })
+    }
+}
+
+/// Why a worker ended otherwise than it should.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The database's address is none.
+    #[error("database.url is not usable: {0}")]
+    Database(#[from] sqlx::Error),
+    /// The mailer can't be used as configured.
+    #[error(transparent)]
+    Mailer(#[from] mailer::SimulatedError),
+    /// A part ended by itself.
+    #[error("a part of the worker ended by itself; the process is of no use without it")]
+    DeadTask,
+    /// The drain took too long.
+    #[error("what was in flight could not be finished within {0:?}; it will be settled by other workers")]
+    Deadline(Duration),
+}
+
+/// Works in `roles` until `stop`, then drains in the order of the data: takes nothing more, finishes what is in flight,
+/// publishes, acknowledges, closes.
+///
+/// # Errors
+/// When a part ended by itself, or the drain took too long.
+pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken) -> Result<(), WorkerError> {
+    let names = roles.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let pool = store::open(&config.database, &format!("mailrun worker {names}"))?;
+    let Some(heartbeat) = register(&pool, &names, &config, &stop).await else { return Ok(()) };
+    info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
+    let broker = Broker::new(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()));
+    let publisher = broker.publisher(config.amqp.publish_lanes);
+    let beating = CancellationToken::new();
+    let beat = tokio::spawn({
+        let (heartbeat, beating) = (Arc::clone(&heartbeat), beating.clone());
+        async move { heartbeat.beat(beating).await }
+    });
+
+    let consumers = TaskTracker::new();
+    let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, &consumers, &stop)?;
+    drop(publisher);
+    let ended = supervise(parts, &consumers, &stop, Duration::from_millis(config.send.shutdown_deadline_ms)).await;
+    beating.cancel();
+    let _ = beat.await;
+    if ended.is_ok() {
+        heartbeat.stop().await;
+    }
+    info!(worker_id = heartbeat.worker_id(), "worker stopped");
+    ended
+}
+
+/// Registers, however long PostgreSQL takes to answer. None: told to stop before that.
+async fn register(pool: &PgPool, roles: &str, config: &Config, stop: &CancellationToken) -> Option<Arc<Heartbeat>> {
+    let mut trouble = Reconnect::default();
+    loop {
+        match stop.run_until_cancelled(Heartbeat::register(pool, roles, &config.heartbeat)).await? {
+            Ok(heartbeat) => return Some(Arc::new(heartbeat)),
+            Err(error) => {
+                let wait = trouble.next_wait();
+                warn!(%error, wait_ms = wait.as_millis(), "this worker can't register; trying again");
+                stop.run_until_cancelled(sleep(wait)).await?;
+            }
+        }
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "the one place where everything is put together")]
+fn start(
+    config: &Config,
+    roles: &BTreeSet<Role>,
+    pool: &PgPool,
+    broker: &Arc<Broker>,
+    publisher: &Publisher,
+    heartbeat: &Arc<Heartbeat>,
+    consumers: &TaskTracker,
+    stop: &CancellationToken,
+) -> Result<JoinSet<()>, WorkerError> {
+    let mut parts = JoinSet::new();
+    let consume = |queue, prefetch| Consumer::start(Arc::clone(broker), queue, prefetch, stop.clone(), consumers);
+    for role in roles {
+        match role {
+            Role::FanOut => {
+                let pump = FanOut::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
+                parts.spawn(pump.run(consume(topology::RUNS, FAN_OUT_PREFETCH), stop.clone()));
+                let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
+                parts.spawn(sweeper.run(stop.clone()));
+            }
+            Role::Send => {
+                let transport = mailer::transport(&config.mailer)?;
+                let senders =
+                    Senders::new(config.clone(), pool.clone(), publisher.clone(), Arc::clone(heartbeat), transport);
+                parts.spawn(senders.run(consume(topology::ITEMS, config.send.prefetch), stop.clone()));
+            }
+            Role::Progress => {
+                let progress = Progress::new(config.progress.clone(), pool.clone(), publisher.clone());
+                let prefetch = u16::try_from(config.progress.batch_messages * 2).unwrap_or(u16::MAX).min(2_000);
+                parts.spawn(progress.run(consume(topology::RESULTS, prefetch), stop.clone()));
+            }
+        }
+    }
+    consumers.close();
+    Ok(parts)
+}
+
+/// Waits for the end. A part that ends before it was told to takes the process with it: half a worker is worse than none.
+async fn supervise(
+    mut parts: JoinSet<()>,
+    consumers: &TaskTracker,
+    stop: &CancellationToken,
+    deadline: Duration,
+) -> Result<(), WorkerError> {
+    let dead = tokio::select! {
+        () = stop.cancelled() => false,
+        ended = parts.join_next() => {
+            error!(?ended, "a part of this worker ended by itself");
+            stop.cancel();
+            true
+        }
+    };
+    let drain = async {
+        let mut clean = true;
+        while let Some(ended) = parts.join_next().await {
+            clean &= ended.is_ok();
+        }
+        consumers.wait().await;
+        clean
+    };
+    match timeout(deadline, drain).await {
+        Ok(true) if !dead => Ok(()),
+        Ok(_) => Err(WorkerError::DeadTask),
+        Err(_) => Err(WorkerError::Deadline(deadline)),
+    }
+}

@@ -5,10 +5,7 @@ use std::time::Duration;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::{
-    item::{ItemState, Standing},
-    run::Wanted,
-};
+use crate::item::{ItemState, Standing};
 
 /// A claim that was granted, with what is needed to carry it out.
 #[derive(Clone, Debug)]
@@ -29,12 +26,15 @@ pub struct Claimed {
     pub subject: String,
     /// The invitation's text.
     pub body: String,
-    /// What is wanted of the run. If it is cancelled the claim means: nobody else will send it either.
-    pub wanted: Wanted,
+    /// The run is cancelled: the claim is nobody's, and the attempt is not to be carried out.
+    pub cancelled: bool,
 }
 
 /// Claims attempts for a worker: those that are neither outdated nor claimed by anyone. Those not returned were refused;
 /// [`find`] says why. The `WHERE` clause is [`Standing::allows`].
+///
+/// In a cancelled run the claim goes to nobody: the attempt will never be carried out, and anyone may report it as
+/// cancelled, now or later.
 ///
 /// # Errors
 /// The database's.
@@ -48,17 +48,18 @@ pub async fn claim(
         Claimed,
         r#"WITH claimed AS (
                INSERT INTO attempts (item_id, number, worker_id)
-               SELECT asked.item_id, asked.number, $1
+               SELECT asked.item_id, asked.number, CASE WHEN r.wanted = 'cancelled' THEN $4::bigint ELSE $1::bigint END
                FROM unnest($2::bigint[], $3::integer[]) AS asked (item_id, number)
                JOIN run_items i ON i.id = asked.item_id
+               JOIN runs r ON r.id = i.run_id
                WHERE i.state <> 'sent'
                  AND (i.attempt < asked.number OR (i.attempt = asked.number AND i.state = 'pending'))
                ORDER BY asked.item_id, asked.number
                ON CONFLICT DO NOTHING
-               RETURNING item_id, number
+               RETURNING item_id, number, worker_id
            )
            SELECT claimed.item_id AS "item_id!", claimed.number AS "number!", i.run_id, i.position, u.email, u.name,
-                  r.subject, r.body, r.wanted AS "wanted: Wanted"
+                  r.subject, r.body, claimed.worker_id = $4 AS "cancelled!"
            FROM claimed
            JOIN run_items i ON i.id = claimed.item_id
            JOIN users u ON u.id = i.user_id
@@ -66,6 +67,7 @@ pub async fn claim(
         worker_id,
         item_ids,
         numbers,
+        NOBODY,
     )
     .fetch_all(conn)
     .await
@@ -86,12 +88,26 @@ pub struct Found {
 
 /// The holder of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner {
-    /// The worker.
-    pub worker_id: i64,
-    /// Whether its heartbeat is fresh, and it has not ended.
-    pub alive: bool,
+pub enum Owner {
+    /// The run was cancelled: nobody will ever carry the attempt out.
+    Nobody,
+    /// A worker has begun to.
+    Worker {
+        /// Its id.
+        id: i64,
+        /// Whether its heartbeat is fresh, and it has not ended.
+        alive: bool,
+    },
 }
+
+impl Owner {
+    pub(super) fn new(worker_id: i64, alive: Option<bool>) -> Self {
+        if worker_id == NOBODY { Self::Nobody } else { Self::Worker { id: worker_id, alive: alive.unwrap_or(false) } }
+    }
+}
+
+/// The owner of claims that say: cancelled. Workers count from 1.
+const NOBODY: i64 = 0;
 
 /// Looks up attempts whose claim was refused. One that isn't returned names an item that doesn't exist.
 ///
@@ -123,7 +139,7 @@ pub async fn find(
             item_id: row.item_id,
             number: row.number,
             standing: Standing { attempt: row.attempt, state: row.state },
-            owner: row.worker_id.map(|worker_id| Owner { worker_id, alive: row.alive.unwrap_or(false) }),
+            owner: row.worker_id.map(|id| Owner::new(id, row.alive)),
         })
         .collect())
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::{item::ItemState, run::Wanted};
+use crate::{item::ItemState, message::ItemMessage, run::Wanted, store::attempts::Owner};
 
 /// Any number will do, as long as it is the same for all sweepers.
 const ADVISORY_LOCK: i64 = 0x6d61_696c_7275_6e01;
@@ -57,20 +57,12 @@ pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> s
 /// A released item that is still open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpenItem {
-    /// The item.
-    pub id: i64,
+    /// The attempt it waits for.
+    pub next: ItemMessage,
     /// Its place in the run.
     pub position: i32,
-    /// The attempt its state speaks of.
-    pub attempt: i32,
-    /// `pending` or `retrying`.
-    pub state: ItemState,
-    /// The tries used of its budget.
-    pub tries: i16,
-    /// How often it was asked for again.
-    pub replays: i16,
-    /// Whether somebody holds the claim of the attempt it waits for: null, or whether that worker lives.
-    pub owner_alive: Option<bool>,
+    /// Who has claimed that attempt.
+    pub owner: Option<Owner>,
 }
 
 /// The released and open items of a run, behind position `after`, whose next attempt is overdue.
@@ -85,13 +77,10 @@ pub async fn open_items(
     after: i32,
     limit: i64,
 ) -> sqlx::Result<Vec<OpenItem>> {
-    sqlx::query_as!(
-        OpenItem,
+    let rows = sqlx::query!(
         r#"SELECT i.id, i.position, i.attempt, i.state AS "state: ItemState", i.tries, i.replays,
-                  CASE WHEN a.worker_id IS NOT NULL
-                       THEN coalesce(w.stopped_at IS NULL
-                                     AND w.heartbeat_at > clock_timestamp() - make_interval(secs => $3), false)
-                  END AS owner_alive
+                  a.worker_id AS "worker_id?",
+                  (w.stopped_at IS NULL AND w.heartbeat_at > clock_timestamp() - make_interval(secs => $3)) AS alive
            FROM run_items i
            LEFT JOIN attempts a ON a.item_id = i.id
                  AND a.number = i.attempt + CASE WHEN i.state = 'retrying' THEN 1 ELSE 0 END
@@ -108,5 +97,17 @@ pub async fn open_items(
         limit,
     )
     .fetch_all(conn)
-    .await
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let present =
+                ItemMessage { run_id, item_id: row.id, attempt: row.attempt, tries: row.tries, replays: row.replays };
+            OpenItem {
+                next: if row.state == ItemState::Retrying { present.next_try() } else { present },
+                position: row.position,
+                owner: row.worker_id.map(|id| Owner::new(id, row.alive)),
+            }
+        })
+        .collect())
 }

@@ -1,0 +1,181 @@
+//! A client's side: finds the keeper of a folder or starts one, and waits for what it reports.
+
+use std::{
+    fs,
+    path::Path,
+    process::{ExitStatus, Stdio},
+    time::{Duration, Instant},
+};
+
+use tokio::{process::Command, task::JoinHandle};
+
+use super::{
+    error::{StackError, io_error},
+    folder::{Folder, open_log, tail},
+    keeper::KEEPER_LOCK,
+    lease, processes,
+    state::{Phase, ServerStatus, State, now_ms},
+};
+
+/// How often a client looks at the keeper's state.
+const POLL: Duration = Duration::from_millis(25);
+/// How long a start, a stop or a change may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+/// How often a keeper that ends without a word is replaced.
+const KEEPERS: u32 = 3;
+
+/// How to start a keeper.
+pub(crate) struct KeeperCommand<'a> {
+    /// The mailrun program.
+    pub(crate) program: &'a Path,
+    /// How long it stays after the last client.
+    pub(crate) linger: Duration,
+}
+
+impl KeeperCommand<'_> {
+    /// Starts it in a process group of its own, so that Ctrl-C in the client's terminal doesn't reach it.
+    fn start(&self, folder: &Folder) -> Result<JoinHandle<std::io::Result<ExitStatus>>, StackError> {
+        let program = self.program.canonicalize().map_err(io_error("Finding", self.program))?;
+        let log_path = folder.log("keeper");
+        let log = open_log(&log_path).map_err(io_error("Opening", &log_path))?;
+        let same_log = log.try_clone().map_err(io_error("Opening", &log_path))?;
+        let mut child = Command::new(&program)
+            .args(["stack-keeper", "--linger-seconds", &self.linger.as_secs().to_string(), "--home"])
+            .arg(folder.root())
+            .process_group(0)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(same_log)
+            .spawn()
+            .map_err(io_error("Starting", &program))?;
+        // Waited for in the background, so that an ended keeper leaves no zombie in its client.
+        Ok(tokio::spawn(async move { child.wait().await }))
+    }
+}
+
+/// Waits until the stack is ready, starting a keeper where none runs. The caller holds the lease.
+pub(crate) async fn join(
+    folder: &Folder,
+    keeper: &KeeperCommand<'_>,
+    report: impl Fn(&str),
+) -> Result<State, StackError> {
+    let begun_ms = now_ms();
+    let deadline = Deadline::new("Starting the local stack");
+    let mut started: Option<JoinHandle<std::io::Result<ExitStatus>>> = None;
+    let mut keepers = 0;
+    let mut notes_shown = 0;
+    loop {
+        let state = State::read(folder);
+        if keeper_runs(folder)? {
+            if let Some(state) = state.filter(|state| processes::exists(state.keeper_pid)) {
+                if state.phase != Phase::Stopping {
+                    state.notes.iter().skip(notes_shown).for_each(|note| report(note));
+                    notes_shown = notes_shown.max(state.notes.len());
+                }
+                let settled =
+                    |status: &ServerStatus| matches!(status, ServerStatus::Running { .. } | ServerStatus::Stopped);
+                if state.phase == Phase::Ready && state.all(settled) {
+                    return Ok(state);
+                }
+            }
+        } else if started.as_ref().is_none_or(JoinHandle::is_finished) {
+            if let Some(State { phase: Phase::Failed(why), written_at_ms, .. }) = state
+                && written_at_ms >= begun_ms
+            {
+                return Err(StackError::NotStarted(why));
+            }
+            if keepers == KEEPERS {
+                let log = folder.log("keeper");
+                return Err(StackError::NotStarted(format!(
+                    "Its keeper ends at once. The end of {}:\n{}",
+                    log.display(),
+                    tail(&log, 10)
+                )));
+            }
+            forget_state(folder)?;
+            started = Some(keeper.start(folder)?);
+            keepers += 1;
+        }
+        deadline.pause(folder).await?;
+    }
+}
+
+/// Waits until the state of a running keeper satisfies `holds`.
+pub(crate) async fn wait_for(
+    folder: &Folder,
+    what: &'static str,
+    holds: impl Fn(&State) -> bool,
+) -> Result<State, StackError> {
+    let deadline = Deadline::new(what);
+    loop {
+        if !keeper_runs(folder)? {
+            return Err(StackError::NotStarted("Its keeper has ended meanwhile; start it again.".to_owned()));
+        }
+        if let Some(state) = State::read(folder).filter(&holds) {
+            return Ok(state);
+        }
+        deadline.pause(folder).await?;
+    }
+}
+
+/// Waits until the keeper has ended, or has refused to because of other clients. Servers without a keeper are ended here.
+pub(crate) async fn wait_for_end(folder: &Folder, request: &Path) -> Result<bool, StackError> {
+    let deadline = Deadline::new("Stopping the local stack");
+    loop {
+        let lock_path = folder.path(KEEPER_LOCK);
+        if let Some(_alone) = lease::try_exclusive(&lock_path).map_err(io_error("Locking", &lock_path))? {
+            processes::end_leftovers(folder)
+                .await
+                .map_err(|source| StackError::Io { what: "Ending the servers failed".to_owned(), source })?;
+            let _ = fs::remove_file(request);
+            return Ok(true);
+        }
+        let serving = State::read(folder).is_some_and(|state| matches!(state.phase, Phase::Ready | Phase::Starting));
+        if serving && !request.exists() {
+            return Ok(false);
+        }
+        deadline.pause(folder).await?;
+    }
+}
+
+fn keeper_runs(folder: &Folder) -> Result<bool, StackError> {
+    let path = folder.path(KEEPER_LOCK);
+    lease::held_exclusively(&path).map_err(io_error("Looking at", &path))
+}
+
+/// Removes the state of a keeper that was killed, so that nobody takes it for the next keeper's.
+fn forget_state(folder: &Folder) -> Result<(), StackError> {
+    let path = folder.path(KEEPER_LOCK);
+    if let Some(_alone) = lease::try_exclusive(&path).map_err(io_error("Locking", &path))? {
+        let _ = fs::remove_file(folder.path("state.json"));
+    }
+    Ok(())
+}
+
+/// Polls until it's too late.
+pub(crate) struct Deadline {
+    what: &'static str,
+    end: Instant,
+}
+
+impl Deadline {
+    /// Starts to count.
+    pub(crate) fn new(what: &'static str) -> Self {
+        Self { what, end: Instant::now() + PATIENCE }
+    }
+
+    /// Waits a little, or says that it took too long.
+    pub(crate) async fn pause(&self, folder: &Folder) -> Result<(), StackError> {
+        if Instant::now() >= self.end {
+            return Err(self.passed(folder));
+        }
+        tokio::time::sleep(POLL).await;
+        Ok(())
+    }
+
+    /// The error of a deadline that has passed.
+    pub(crate) fn passed(&self, folder: &Folder) -> StackError {
+        StackError::Timeout { what: self.what, seconds: PATIENCE.as_secs(), logs: folder.logs().display().to_string() }
+    }
+}

@@ -1,0 +1,70 @@
+//! The few calls of RabbitMQ's management API that the local stack needs.
+
+use std::time::Duration;
+
+use reqwest::{Client, Method, Response};
+use serde_json::{Value, json};
+use url::Url;
+
+use super::{error::StackError, state::USER};
+
+/// A client of one private node's management API.
+#[derive(Clone, Debug)]
+pub(crate) struct Management {
+    // `None` only if the HTTP client could not be built, which then shows as a refused request.
+    client: Option<Client>,
+    port: u16,
+    password: String,
+}
+
+impl Management {
+    /// A client with the stack's login.
+    pub(crate) fn new(port: u16, password: &str) -> Self {
+        // A proxy from the environment has nothing to do with loopback.
+        let client = Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().ok();
+        Self { client, port, password: password.to_owned() }
+    }
+
+    /// Whether the node has started and listens on a port.
+    pub(crate) async fn listens(&self, port: u16) -> bool {
+        self.send(Method::GET, &["health", "checks", "port-listener", &port.to_string()], None).await.is_ok()
+    }
+
+    /// Creates a virtual host, with all rights for the stack's user.
+    pub(crate) async fn create_vhost(&self, name: &str) -> Result<(), StackError> {
+        let what = || format!("create the virtual host {name}");
+        let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
+        self.send(Method::PUT, &["vhosts", name], Some(json!({}))).await.map_err(refused(what()))?;
+        self.send(Method::PUT, &["permissions", name, USER], Some(all)).await.map(drop).map_err(refused(what()))
+    }
+
+    /// Deletes a virtual host with all it holds, if it's there.
+    pub(crate) async fn delete_vhost(&self, name: &str) -> Result<(), StackError> {
+        match self.send(Method::DELETE, &["vhosts", name], None).await {
+            Err(answer) if !answer.starts_with("404") => {
+                Err(refused(format!("delete the virtual host {name}"))(answer))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn send(&self, method: Method, path: &[&str], body: Option<Value>) -> Result<Response, String> {
+        let client = self.client.as_ref().ok_or("no HTTP client")?;
+        let mut url = Url::parse(&format!("http://127.0.0.1:{}/api", self.port)).map_err(|error| error.to_string())?;
+        url.path_segments_mut().map_err(|()| "no path".to_owned())?.extend(path);
+        let mut request = client.request(method, url).basic_auth(USER, Some(&self.password));
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let response = request.send().await.map_err(|error| error.to_string())?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        Err(format!("{status} {}", response.text().await.unwrap_or_default()))
+    }
+}
+
+fn refused(what: String) -> impl FnOnce(String) -> StackError {
+    move |answer| StackError::Management { what, answer }
+}

@@ -1,0 +1,201 @@
+//! Installs missing programs from the system's packages (Debian, Ubuntu), or says what to install.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::IsTerminal as _,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+};
+
+use tokio::process::Command;
+
+use super::{error::StackError, lease, postgres, rabbitmq};
+
+/// The commands that install packages, run by root; see the file.
+const INSTALL: &str = include_str!("install.sh");
+
+/// A program that Mailrun needs, and the packages it comes in.
+#[derive(Clone, Copy, Debug)]
+pub struct Package {
+    /// What people call it.
+    pub name: &'static str,
+    /// What it's needed for, continuing "to …".
+    pub purpose: &'static str,
+    /// Its packages in Debian and Ubuntu.
+    pub apt: &'static [&'static str],
+    /// What to install on other systems.
+    pub elsewhere: &'static str,
+    /// Whether it's there.
+    pub present: fn() -> bool,
+}
+
+/// The message broker.
+pub const RABBITMQ: Package = Package {
+    name: "RabbitMQ",
+    purpose: "carry the messages between Mailrun's processes",
+    apt: &["rabbitmq-server"],
+    elsewhere: "RabbitMQ 3.10 or later (macOS: `brew install rabbitmq`; Fedora: `dnf install rabbitmq-server`)",
+    present: || rabbitmq::Programs::find().is_some(),
+};
+
+/// The database.
+pub const POSTGRESQL: Package = Package {
+    name: "PostgreSQL",
+    purpose: "keep runs, items and their outcomes",
+    apt: &["postgresql"],
+    elsewhere: "PostgreSQL 14 or later (macOS: `brew install postgresql@17`; Fedora: `dnf install postgresql-server`)",
+    present: || postgres::newest_programs().is_some(),
+};
+
+/// The browser of the page tests.
+pub const CHROMIUM: Package = Package {
+    name: "Chromium",
+    purpose: "drive the pages in the browser tests",
+    apt: &["chromium", "chromium-driver"],
+    elsewhere: "Chromium and its chromedriver, both on PATH",
+    present: || on_path("chromium").is_some() && on_path("chromedriver").is_some(),
+};
+
+/// Installs those of the packages that are missing. `report` gets a line for each step.
+pub async fn ensure_packages(packages: &[Package], report: impl Fn(&str)) -> Result<(), StackError> {
+    if missing(packages).is_empty() {
+        return Ok(());
+    }
+    // Several test programs start at once; one of them installs, and the others find it done.
+    let _turn = tokio::task::spawn_blocking(install_turn).await.ok().flatten();
+    let missing = missing(packages);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let apt: Vec<&str> = missing.iter().flat_map(|package| package.apt).copied().collect();
+    if !Path::new("/usr/bin/apt-get").exists() {
+        return Err(StackError::Missing(by_hand(&missing, None)));
+    }
+    let Some(mut command) = as_root(&apt).await else {
+        return Err(StackError::Missing(by_hand(&missing, Some(&apt.join(" ")))));
+    };
+    for package in &missing {
+        report(&format!("Installing {} ({}) to {}", package.name, package.apt.join(", "), package.purpose));
+    }
+    let output = command
+        .output()
+        .await
+        .map_err(|source| StackError::Io { what: "Starting apt-get failed".to_owned(), source })?;
+    let missing = self::missing(packages);
+    if output.status.success() && missing.is_empty() {
+        return Ok(());
+    }
+    Err(StackError::Install { packages: apt.join(" "), output: last_lines(&output) })
+}
+
+fn missing(packages: &[Package]) -> Vec<Package> {
+    packages.iter().filter(|package| !(package.present)()).copied().collect()
+}
+
+/// A program on PATH, or in the folders of administrators' programs that PATH often leaves out.
+pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin", "/usr/local/sbin", "/sbin"].map(PathBuf::from))
+        .map(|folder| folder.join(program))
+        .find(|file| file.is_file())
+}
+
+/// The install script as root: directly, through sudo without a password, or through sudo that asks on the terminal.
+async fn as_root(apt: &[&str]) -> Option<Command> {
+    let mut command = if rustix::process::geteuid().is_root() {
+        Command::new("/bin/sh")
+    } else {
+        let sudo = on_path("sudo")?;
+        let silent = Command::new(&sudo)
+            .args(["-n", "true"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .await
+            .is_ok_and(|status| status.success());
+        if !silent && !std::io::stdin().is_terminal() {
+            return None;
+        }
+        let mut command = Command::new(sudo);
+        command.arg("/bin/sh");
+        command
+    };
+    command.args(["-c", INSTALL, "install"]).args(apt).stdin(Stdio::null());
+    Some(command)
+}
+
+fn by_hand(missing: &[Package], apt: Option<&str>) -> String {
+    let needs = missing
+        .iter()
+        .map(|package| format!("{} (to {})", package.name, package.purpose))
+        .collect::<Vec<_>>()
+        .join(", ");
+    let how = match apt {
+        Some(apt) => format!("run `sudo apt-get install --no-install-recommends {apt}`"),
+        None => missing.iter().map(|package| format!("install {}", package.elsewhere)).collect::<Vec<_>>().join("; "),
+    };
+    format!(
+        "Mailrun needs {needs}, which isn't installed here and can't be installed from here. To go on, {how}, and start Mailrun again. Or set DATABASE_URL and AMQP_URL to servers you already run."
+    )
+}
+
+/// Waits for the machine-wide turn to install. Without one (say a foreign lock file) apt's own lock must do.
+fn install_turn() -> Option<File> {
+    let file = lease::open_shared_by_users("mailrun-install.lock")?;
+    file.lock().ok()?;
+    Some(file)
+}
+
+fn last_lines(output: &Output) -> String {
+    let text = format!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
+
+/// The folders in `parent` whose names start with `prefix`, the one with the highest version last.
+pub(crate) fn versions(parent: &str, prefix: &str) -> Vec<PathBuf> {
+    let numbers = |path: &PathBuf| -> Vec<u32> {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name[prefix.len()..].split(['.', '-']).map_while(|part| part.parse().ok()).collect()
+    };
+    let Ok(entries) = fs::read_dir(parent) else {
+        return Vec::new();
+    };
+    let mut found: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(prefix)))
+        .collect();
+    found.sort_by_key(numbers);
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_ordered_by_number() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["server-3.9.1", "server-3.10.8", "other"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let found = versions(dir.path().to_str().unwrap(), "server-");
+        assert_eq!(found.len(), 2);
+        assert!(found[1].ends_with("server-3.10.8"));
+    }
+
+    #[test]
+    fn the_text_for_other_systems_names_programs_and_the_way_around() {
+        let text = by_hand(&[RABBITMQ, POSTGRESQL], None);
+        for part in ["brew install rabbitmq", "brew install postgresql", "DATABASE_URL", "AMQP_URL"] {
+            assert!(text.contains(part), "{part} missing in: {text}");
+        }
+        assert!(
+            by_hand(&[RABBITMQ], Some("rabbitmq-server"))
+                .contains("sudo apt-get install --no-install-recommends rabbitmq-server")
+        );
+    }
+}

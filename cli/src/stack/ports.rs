@@ -1,0 +1,132 @@
+//! Chooses the stack's loopback ports: the remembered ones, else the preferred ones, else any that are free.
+
+use std::{
+    fs::{self, File},
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{folder::write_private, lease};
+
+/// How many ports from the preferred one on are looked at before any free one is taken.
+const SPAN: u16 = 40;
+
+/// The ports of one stack, all on 127.0.0.1.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Ports {
+    /// PostgreSQL.
+    pub(crate) postgres: u16,
+    /// RabbitMQ: AMQP 0-9-1.
+    pub(crate) amqp: u16,
+    /// RabbitMQ: management page and API.
+    pub(crate) management: u16,
+    /// RabbitMQ: metrics.
+    pub(crate) prometheus: u16,
+    /// RabbitMQ: Erlang distribution, which its command line tools use.
+    pub(crate) distribution: u16,
+    /// The Erlang port mapper of this stack alone.
+    pub(crate) epmd: u16,
+}
+
+impl Ports {
+    /// The ports to use now: what `file` remembers, with others for those taken meanwhile. Writes the file.
+    /// They stay reserved against other stacks for as long as the second value lives.
+    pub(crate) fn choose(file: &Path) -> io::Result<(Self, Reserved)> {
+        // An unreadable file is no loss: the ports are chosen anew.
+        let remembered: Self =
+            fs::read(file).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+        let mut reserved = Reserved::default();
+        let mut next = |before: u16, preferred: u16| pick(before, preferred, &mut reserved);
+        let ports = Self {
+            postgres: next(remembered.postgres, 5433)?,
+            amqp: next(remembered.amqp, 5673)?,
+            management: next(remembered.management, 15673)?,
+            prometheus: next(remembered.prometheus, 15733)?,
+            distribution: next(remembered.distribution, 25673)?,
+            epmd: next(remembered.epmd, 4370)?,
+        };
+        write_private(file, &serde_json::to_vec_pretty(&ports)?)?;
+        Ok((ports, reserved))
+    }
+
+    /// The ports RabbitMQ itself listens on.
+    pub(crate) fn rabbitmq(&self) -> [u16; 4] {
+        [self.amqp, self.management, self.prometheus, self.distribution]
+    }
+}
+
+/// Ports that no other stack of this machine chooses: between choosing a port and listening on it lie seconds.
+#[derive(Debug, Default)]
+pub(crate) struct Reserved {
+    taken: Vec<u16>,
+    locks: Vec<File>,
+}
+
+impl Reserved {
+    /// Takes a port, if nobody listens on it or has reserved it.
+    fn take(&mut self, port: u16) -> bool {
+        if self.taken.contains(&port) || !is_free(port) {
+            return false;
+        }
+        // Without a lock file the port is taken all the same; if that goes wrong the keeper chooses again.
+        if let Some(file) = lease::open_shared_by_users(&format!("mailrun-port-{port}.lock")) {
+            if file.try_lock().is_err() {
+                return false;
+            }
+            self.locks.push(file);
+        }
+        self.taken.push(port);
+        true
+    }
+}
+
+fn pick(remembered: u16, preferred: u16, reserved: &mut Reserved) -> io::Result<u16> {
+    let first = (remembered != 0).then_some(remembered);
+    if let Some(port) = first.into_iter().chain(preferred..preferred + SPAN).find(|port| reserved.take(*port)) {
+        return Ok(port);
+    }
+    loop {
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        if reserved.take(port) {
+            return Ok(port);
+        }
+    }
+}
+
+/// Whether nobody listens on a loopback port. Somebody may take it a moment later; the keeper then chooses again.
+pub(crate) fn is_free(port: u16) -> bool {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    // Where an address of its own may be bound beside a listener on all addresses, only connecting shows that listener.
+    TcpListener::bind(address).is_ok() && TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_err()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_remembered_and_replaced_when_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("ports.json");
+        let (first, reserved) = Ports::choose(&file).unwrap();
+        let (other, _reserved) = Ports::choose(&dir.path().join("other.json")).unwrap();
+        assert_ne!(other.postgres, first.postgres, "a reserved port is not chosen again");
+        drop(reserved);
+        let _stranger = TcpListener::bind((Ipv4Addr::LOCALHOST, first.amqp)).unwrap();
+        let (second, _reserved) = Ports::choose(&file).unwrap();
+        assert_ne!(second.amqp, first.amqp);
+        assert_eq!(second.epmd, first.epmd);
+    }
+
+    #[test]
+    fn no_port_is_given_twice() {
+        let mut reserved = Reserved::default();
+        let first = pick(0, 47_001, &mut reserved).unwrap();
+        assert_ne!(pick(first, first, &mut reserved).unwrap(), first);
+    }
+}

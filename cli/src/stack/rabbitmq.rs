@@ -1,0 +1,254 @@
+//! The private RabbitMQ and its own Erlang port mapper: their programs, configuration, and how they're started.
+
+use std::{
+    env, io,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use rustix::process::Signal;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process::Command,
+};
+
+use super::{
+    error::{StackError, io_error},
+    folder::{Folder, open_log, private_dir, write_private},
+    management::Management,
+    packages::{on_path, versions},
+    ports::Ports,
+    server::Server,
+    state::{Login, USER},
+};
+
+/// The virtual host that exists from the first start on.
+pub(crate) const DEFAULT_VHOST: &str = "mailrun";
+
+const PLUGINS: &str = "[rabbitmq_management,rabbitmq_prometheus,rabbitmq_shovel,rabbitmq_shovel_management].\n";
+
+/// RabbitMQ's start script and the port mapper.
+#[derive(Clone, Debug)]
+pub(crate) struct Programs {
+    server: PathBuf,
+    epmd: PathBuf,
+}
+
+impl Programs {
+    /// Finds them. The wrapper that packages put into /usr/sbin switches users, so what it wraps comes first.
+    pub(crate) fn find() -> Option<Self> {
+        let packaged = || {
+            versions("/usr/lib/rabbitmq/lib", "rabbitmq_server-")
+                .into_iter()
+                .rev()
+                .map(|version| version.join("sbin/rabbitmq-server"))
+                .chain(
+                    ["/usr/lib/rabbitmq/bin/rabbitmq-server", "/opt/homebrew/opt/rabbitmq/sbin/rabbitmq-server"]
+                        .map(PathBuf::from),
+                )
+                .find(|script| script.is_file())
+        };
+        let runtime = || versions("/usr/lib/erlang", "erts-").pop().map(|version| version.join("bin/epmd"));
+        Some(Self {
+            server: packaged().or_else(|| on_path("rabbitmq-server"))?,
+            epmd: on_path("epmd").or_else(runtime).filter(|epmd| epmd.is_file())?,
+        })
+    }
+}
+
+/// A RabbitMQ that is ready to be started.
+pub(crate) struct RabbitMq {
+    script: PathBuf,
+    home: PathBuf,
+    log: PathBuf,
+    ports: Ports,
+    node_name: String,
+    marker: String,
+    management: Management,
+}
+
+impl RabbitMq {
+    /// Writes the configuration.
+    pub(crate) fn prepare(
+        folder: &Folder,
+        programs: &Programs,
+        login: &Login,
+        ports: Ports,
+    ) -> Result<Self, StackError> {
+        let home = folder.path("rabbitmq");
+        for name in ["", "data", "config", "config/none"] {
+            private_dir(&home.join(name))?;
+        }
+        for (name, content) in [
+            ("config/rabbitmq.conf", configuration(login, ports)),
+            ("config/advanced.config", "[].\n".to_owned()),
+            ("config/rabbitmq-env.conf", String::new()),
+            ("config/enabled_plugins", PLUGINS.to_owned()),
+            (".erlang.cookie", login.cookie.clone()),
+        ] {
+            let path = home.join(name);
+            write_private(&path, content.as_bytes()).map_err(io_error("Writing", &path))?;
+        }
+        Ok(Self {
+            script: programs.server.clone(),
+            log: folder.log("rabbitmq-start"),
+            home,
+            ports,
+            node_name: login.node_name.clone(),
+            marker: folder.marker("rabbitmq"),
+            management: Management::new(ports.management, &login.password),
+        })
+    }
+}
+
+fn configuration(login: &Login, ports: Ports) -> String {
+    let Ports { amqp, management, prometheus, .. } = ports;
+    let password = &login.password;
+    format!(
+        "# Written at each start; changes here are lost.
+listeners.tcp.local = 127.0.0.1:{amqp}
+management.tcp.ip = 127.0.0.1
+management.tcp.port = {management}
+prometheus.tcp.ip = 127.0.0.1
+prometheus.tcp.port = {prometheus}
+
+default_vhost = {DEFAULT_VHOST}
+default_user = {USER}
+default_pass = {password}
+default_user_tags.administrator = true
+default_permissions.configure = .*
+default_permissions.read = .*
+default_permissions.write = .*
+
+vm_memory_high_watermark.absolute = 1GiB
+disk_free_limit.absolute = 200MB
+# The default of 512 MB per log is meant for bigger machines than a laptop.
+raft.wal_max_size_bytes = 67108864
+
+log.console = false
+log.file = rabbitmq.log
+log.file.level = warning
+log.file.rotation.size = 5242880
+log.file.rotation.count = 1
+"
+    )
+}
+
+impl Server for RabbitMq {
+    const NAME: &'static str = "RabbitMQ";
+    const STOP: Signal = Signal::TERM;
+
+    fn log(&self) -> &Path {
+        &self.log
+    }
+
+    fn command(&self) -> io::Result<Command> {
+        let log = open_log(&self.log)?;
+        let config = self.home.join("config");
+        let mut command = Command::new(&self.script);
+        // Nothing of the caller's environment or of /etc/rabbitmq may reach this node.
+        command
+            .env_clear()
+            .env("PATH", env::var_os("PATH").unwrap_or_default())
+            .env("LANG", "C.UTF-8")
+            .env("HOME", &self.home)
+            .env("ERL_EPMD_PORT", self.ports.epmd.to_string())
+            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
+            // Without this, Erlang starts a port mapper of its own, one that nobody ends, where ours doesn't answer.
+            .env("ERL_FLAGS", "-start_epmd false")
+            .env("ERL_CRASH_DUMP_SECONDS", "0")
+            .env("RABBITMQ_NODENAME", &self.node_name)
+            .env("RABBITMQ_DIST_PORT", self.ports.distribution.to_string())
+            .env("RABBITMQ_MNESIA_BASE", self.home.join("data"))
+            .env("RABBITMQ_SCHEMA_DIR", self.home.join("data/schema"))
+            .env("RABBITMQ_GENERATED_CONFIG_DIR", self.home.join("data/generated"))
+            .env("RABBITMQ_LOG_BASE", self.log.parent().unwrap_or(&self.home))
+            .env("RABBITMQ_CONFIG_FILE", config.join("rabbitmq.conf"))
+            .env("RABBITMQ_CONFIG_FILES", config.join("none"))
+            .env("RABBITMQ_ADVANCED_CONFIG_FILE", config.join("advanced.config"))
+            .env("RABBITMQ_CONF_ENV_FILE", config.join("rabbitmq-env.conf"))
+            .env("RABBITMQ_ENABLED_PLUGINS_FILE", config.join("enabled_plugins"))
+            // With this the script becomes the Erlang machine instead of waiting for it; `-noinput` takes the input away again.
+            .env("RABBITMQ_ALLOW_INPUT", "1")
+            .args(["-noinput", "-kernel", "inet_dist_use_interface", "{127,0,0,1}"])
+            .args(["+S", "2:2", "-mailrun", &self.marker])
+            .current_dir(&self.home)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        Ok(command)
+    }
+
+    async fn answers(&self) -> bool {
+        self.management.listens(self.ports.amqp).await
+    }
+}
+
+/// The Erlang port mapper of this stack: on a port of its own, so that no other node shares it or outlives it.
+pub(crate) struct Epmd {
+    program: PathBuf,
+    port: u16,
+    log: PathBuf,
+    marker: String,
+}
+
+impl Epmd {
+    /// The port mapper for these ports.
+    pub(crate) fn prepare(folder: &Folder, programs: &Programs, ports: Ports) -> Self {
+        Self {
+            program: programs.epmd.clone(),
+            port: ports.epmd,
+            log: folder.log("epmd"),
+            marker: folder.marker("epmd"),
+        }
+    }
+}
+
+impl Server for Epmd {
+    const NAME: &'static str = "The Erlang port mapper";
+    const STOP: Signal = Signal::TERM;
+
+    fn log(&self) -> &Path {
+        &self.log
+    }
+
+    fn command(&self) -> io::Result<Command> {
+        let log = open_log(&self.log)?;
+        let mut command = Command::new(&self.program);
+        command
+            // It takes no name or label as an option, and must be recognised when its keeper was killed.
+            .arg0(&self.marker)
+            .env_clear()
+            .args(["-address", "127.0.0.1", "-port", &self.port.to_string()])
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        Ok(command)
+    }
+
+    async fn answers(&self) -> bool {
+        // Its request for the names of all nodes; the answer begins with its port.
+        let ask = async {
+            let mut socket = TcpStream::connect(("127.0.0.1", self.port)).await?;
+            socket.write_all(&[0, 1, b'n']).await?;
+            socket.read_u32().await
+        };
+        ask.await.is_ok_and(|port| port == u32::from(self.port))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_listens_on_loopback_only() {
+        let login =
+            Login { password: "secret".to_owned(), node_name: "n@localhost".to_owned(), cookie: "c".to_owned() };
+        let text = configuration(&login, Ports { amqp: 1, management: 2, prometheus: 3, ..Ports::default() });
+        assert!(text.contains("listeners.tcp.local = 127.0.0.1:1\n"));
+        assert_eq!(text.matches("tcp.ip = 127.0.0.1").count(), 2);
+    }
+}

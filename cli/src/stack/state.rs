@@ -1,0 +1,172 @@
+//! What the keeper tells its clients, in `state.json`, and the login that both use, in `login.json`.
+
+use std::{
+    fs, io,
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use rand::RngExt as _;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    error::{StackError, io_error},
+    folder::{Folder, write_private},
+    ports::Ports,
+};
+
+/// The user of both servers.
+pub(crate) const USER: &str = "mailrun";
+
+/// How one server is doing.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "status")]
+pub(crate) enum ServerStatus {
+    /// It is being started, for the first time or again.
+    #[default]
+    Starting,
+    /// It answers.
+    Running {
+        /// Its process.
+        pid: u32,
+    },
+    /// It was stopped on purpose.
+    Stopped,
+    /// It didn't start, or died too often.
+    Failed {
+        /// What happened, with the end of its log.
+        why: String,
+    },
+}
+
+/// How the whole stack is doing.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Phase {
+    /// The servers are starting.
+    Starting,
+    /// Clients may use it.
+    Ready,
+    /// It ends, and takes no new clients.
+    Stopping,
+    /// It has given up; the text says why.
+    Failed(String),
+}
+
+/// The content of `state.json`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
+    /// The keeper's process.
+    pub(crate) keeper_pid: u32,
+    /// When this was written, in milliseconds since 1970.
+    pub(crate) written_at_ms: u64,
+    /// How the whole is doing.
+    pub(crate) phase: Phase,
+    /// One line per step of the start so far, to show to people.
+    pub(crate) notes: Vec<String>,
+    /// The ports in use.
+    pub(crate) ports: Ports,
+    /// PostgreSQL.
+    pub(crate) postgres: ServerStatus,
+    /// RabbitMQ.
+    pub(crate) rabbitmq: ServerStatus,
+    /// The Erlang port mapper.
+    pub(crate) epmd: ServerStatus,
+}
+
+impl State {
+    /// The state of a stack that starts now, kept by this process.
+    pub(crate) fn new(ports: Ports) -> Self {
+        Self {
+            keeper_pid: std::process::id(),
+            written_at_ms: now_ms(),
+            phase: Phase::Starting,
+            notes: Vec::new(),
+            ports,
+            postgres: ServerStatus::Starting,
+            rabbitmq: ServerStatus::Starting,
+            epmd: ServerStatus::Starting,
+        }
+    }
+
+    /// Whether something holds for all servers.
+    pub(crate) fn all(&self, holds: impl Fn(&ServerStatus) -> bool) -> bool {
+        [&self.postgres, &self.rabbitmq, &self.epmd].into_iter().all(holds)
+    }
+
+    /// Reads the file; `None` if there's none.
+    pub(crate) fn read(folder: &Folder) -> Option<Self> {
+        serde_json::from_slice(&fs::read(folder.path("state.json")).ok()?).ok()
+    }
+
+    /// Writes the file, with the time.
+    pub(crate) fn write(&mut self, folder: &Folder) -> Result<(), StackError> {
+        self.written_at_ms = now_ms();
+        let path = folder.path("state.json");
+        let text = serde_json::to_vec_pretty(self).map_err(io::Error::from).map_err(io_error("Writing", &path))?;
+        write_private(&path, &text).map_err(io_error("Writing", &path))
+    }
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_millis().try_into().unwrap_or(u64::MAX))
+}
+
+/// What is drawn once per folder and never changes after.
+#[derive(Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Login {
+    /// The password of both servers' user.
+    pub(crate) password: String,
+    /// RabbitMQ's node name, part of its data: fixed, so that the folder can be moved.
+    pub(crate) node_name: String,
+    /// The secret between RabbitMQ and its command line tools.
+    pub(crate) cookie: String,
+}
+
+impl Login {
+    /// Reads the login, or draws it and writes it down before any server starts.
+    pub(crate) fn load(folder: &Folder) -> Result<Self, StackError> {
+        let path = folder.path("login.json");
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text).map_err(io::Error::from).map_err(io_error("Reading", &path)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let login =
+                    Self { password: word(32), node_name: format!("mailrun-{}@localhost", word(6)), cookie: word(40) };
+                login.write(&path).map_err(io_error("Writing", &path))?;
+                Ok(login)
+            }
+            Err(error) => Err(io_error("Reading", &path)(error)),
+        }
+    }
+
+    fn write(&self, path: &Path) -> io::Result<()> {
+        write_private(path, &serde_json::to_vec_pretty(self)?)
+    }
+}
+
+/// A random word of lower-case letters and digits, which needs no quoting anywhere.
+fn word(length: usize) -> String {
+    const LETTERS: &[u8; 32] = b"abcdefghijkmnopqrstuvwxyz2345678";
+    let mut random = rand::rng();
+    (0..length).map(|_| char::from(LETTERS[random.random_range(0..LETTERS.len())])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn the_login_is_drawn_once_and_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::open(dir.path()).unwrap();
+        let first = Login::load(&folder).unwrap();
+        assert_eq!(Login::load(&folder).unwrap().password, first.password);
+        let mode = fs::metadata(folder.path("login.json")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+}

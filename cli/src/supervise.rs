@@ -1,0 +1,268 @@
+//! Runs further processes of the own program as children: restarts those that die, stops all in order, and sees to it
+//! that none outlives its parent.
+//!
+//! A parent that is killed can't stop anybody, so each child watches its standard input: the parent holds the other
+//! end of that pipe and never writes, and the kernel closes it when the parent ends, however it ends.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs::File,
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncRead, BufReader},
+    process::{Child, ChildStdin, Command},
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+
+use crate::stack::open_log;
+
+/// Set for a child that shall stop when its standard input ends.
+pub const STOP_ON_STDIN_EOF: &str = "MAILRUN_STOP_ON_STDIN_EOF";
+
+/// The pause before the first restart; it doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A child that ran this long starts again with the first pause.
+const HEALTHY: Duration = Duration::from_secs(30);
+
+/// A process of the own program to run.
+#[derive(Clone, Debug)]
+pub struct Service {
+    /// Its name in the log and in notices, say `web` or `worker-1`.
+    pub name: String,
+    /// The program's arguments.
+    pub args: Vec<OsString>,
+    /// Environment variables beside the parent's own.
+    pub env: Vec<(OsString, OsString)>,
+}
+
+/// What happened to a child.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// It was started.
+    Started {
+        /// The service.
+        name: String,
+        /// Its process.
+        pid: u32,
+    },
+    /// It ended unasked and will be started again.
+    Died {
+        /// The service.
+        name: String,
+        /// How it ended.
+        how: String,
+        /// How often it died in a row.
+        deaths: u32,
+        /// The pause before it's started again.
+        pause: Duration,
+    },
+    /// It did not end in time when asked and was killed.
+    Killed {
+        /// The service.
+        name: String,
+    },
+}
+
+type Tell = Arc<dyn Fn(Notice) + Send + Sync>;
+
+/// The children of this process.
+pub struct Supervisor {
+    program: PathBuf,
+    log: Arc<Mutex<File>>,
+    tell: Tell,
+    children: Vec<Supervised>,
+}
+
+struct Supervised {
+    name: String,
+    stop: watch::Sender<Option<Duration>>,
+    kept: JoinHandle<()>,
+}
+
+impl Supervisor {
+    /// For children of `program`; their output goes to `log`, each line behind the service's name.
+    pub fn new(program: PathBuf, log: &Path, tell: impl Fn(Notice) + Send + Sync + 'static) -> io::Result<Self> {
+        if let Some(folder) = log.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        let log = Arc::new(Mutex::new(open_log(log)?));
+        Ok(Self { program, log, tell: Arc::new(tell), children: Vec::new() })
+    }
+
+    /// Starts a service; it runs until [`Supervisor::stop`].
+    pub fn start(&mut self, service: Service) -> io::Result<()> {
+        let child = spawn(&self.program, &service, &self.log)?;
+        let (stop, stop_asked) = watch::channel(None);
+        let name = service.name.clone();
+        let keeper =
+            Keeper { program: self.program.clone(), service, log: Arc::clone(&self.log), tell: Arc::clone(&self.tell) };
+        self.children.push(Supervised { name, stop, kept: tokio::spawn(keeper.keep(child, stop_asked)) });
+        Ok(())
+    }
+
+    /// Stops the services one after the other, those named in `order` first and in that order: SIGTERM, then SIGKILL
+    /// to one that hasn't ended within `each`.
+    pub async fn stop(self, order: &[&str], each: Duration) {
+        let mut children = self.children;
+        let place = |name: &str| order.iter().position(|first| *first == name).unwrap_or(order.len());
+        children.sort_by_key(|child| place(&child.name));
+        for child in children {
+            child.stop.send_replace(Some(each));
+            if let Err(error) = child.kept.await {
+                tracing::error!(service = child.name, %error, "The loop that keeps a service ended badly");
+            }
+        }
+    }
+}
+
+/// Keeps one service.
+struct Keeper {
+    program: PathBuf,
+    service: Service,
+    log: Arc<Mutex<File>>,
+    tell: Tell,
+}
+
+impl Keeper {
+    async fn keep(self, first: Started, mut stop: watch::Receiver<Option<Duration>>) {
+        let name = &self.service.name;
+        let mut next = Ok(first);
+        let mut deaths = 0;
+        loop {
+            let began = Instant::now();
+            let how = match next {
+                Ok(mut started) => {
+                    (self.tell)(Notice::Started { name: name.clone(), pid: started.child.id().unwrap_or_default() });
+                    let exit = tokio::select! {
+                        exit = started.child.wait() => Some(exit),
+                        _ = stop.wait_for(Option::is_some) => None,
+                    };
+                    let Some(exit) = exit else {
+                        // Without a deadline the supervisor was dropped: then there's nobody to wait.
+                        let wait = stop.borrow().unwrap_or_default();
+                        if !end(&mut started.child, wait).await {
+                            (self.tell)(Notice::Killed { name: name.clone() });
+                        }
+                        started.written().await;
+                        return;
+                    };
+                    started.written().await;
+                    ending(exit)
+                }
+                Err(error) => format!("it could not be started: {error}"),
+            };
+            deaths = if began.elapsed() >= HEALTHY { 1 } else { deaths + 1 };
+            let pause = (FIRST_PAUSE * 2_u32.pow((deaths - 1).min(10))).min(LONGEST_PAUSE);
+            write_line(&self.log, name, &format!("ended unexpectedly ({how}); starts again in {pause:?}"));
+            (self.tell)(Notice::Died { name: name.clone(), how, deaths, pause });
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                _ = stop.wait_for(Option::is_some) => return,
+            }
+            next = spawn(&self.program, &self.service, &self.log);
+        }
+    }
+}
+
+fn ending(exit: io::Result<ExitStatus>) -> String {
+    exit.map_or_else(|error| error.to_string(), |status| status.to_string())
+}
+
+/// A child and the copying of its output.
+struct Started {
+    child: Child,
+    /// The parent's end of the child's standard input. Kept apart from the child, whose `wait` would close it.
+    input: Option<ChildStdin>,
+    copies: Vec<JoinHandle<()>>,
+}
+
+impl Started {
+    /// Waits until its last lines are in the log. Bounded, as a grandchild may still hold the pipe.
+    async fn written(self) {
+        drop(self.input);
+        for copy in self.copies {
+            let _ = tokio::time::timeout(Duration::from_secs(2), copy).await;
+        }
+    }
+}
+
+fn spawn(program: &Path, service: &Service, log: &Arc<Mutex<File>>) -> io::Result<Started> {
+    let mut child = Command::new(program)
+        .args(&service.args)
+        .envs(service.env.iter().map(|(key, value)| (key, value)))
+        .env(STOP_ON_STDIN_EOF, "1")
+        // A group of its own: Ctrl-C reaches the parent alone, which then stops its children in order.
+        .process_group(0)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    let input = child.stdin.take();
+    let mut copies = Vec::new();
+    if let Some(output) = child.stdout.take() {
+        copies.push(tokio::spawn(copy(output, service.name.clone(), Arc::clone(log))));
+    }
+    if let Some(errors) = child.stderr.take() {
+        copies.push(tokio::spawn(copy(errors, service.name.clone(), Arc::clone(log))));
+    }
+    Ok(Started { child, input, copies })
+}
+
+async fn copy(from: impl AsyncRead + Unpin, name: String, log: Arc<Mutex<File>>) {
+    let mut lines = BufReader::new(from).split(b'\n');
+    while let Ok(Some(line)) = lines.next_segment().await {
+        write_line(&log, &name, &String::from_utf8_lossy(&line));
+    }
+}
+
+fn write_line(log: &Mutex<File>, name: &str, line: &str) {
+    let line = format!("{name:<10} | {}\n", line.trim_end());
+    // A full disk must not stop the service whose output this is.
+    let _ = log.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes());
+}
+
+/// Ends a child cleanly, or kills it after `wait`; says whether it ended cleanly.
+async fn end(child: &mut Child, wait: Duration) -> bool {
+    if let Some(pid) = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)) {
+        // The child is waited for by nobody else, so its id is still its own.
+        let _ = rustix::process::kill_process(pid, Signal::TERM);
+    }
+    let ended = tokio::time::timeout(wait, child.wait()).await.is_ok();
+    if !ended {
+        let _ = child.kill().await;
+    }
+    ended
+}
+
+/// Returns when the parent has gone, in a child of a [`Supervisor`]; elsewhere never.
+pub async fn parent_gone() {
+    if env::var_os(STOP_ON_STDIN_EOF).is_none_or(|value| value != "1") {
+        return std::future::pending().await;
+    }
+    let (tell, told) = oneshot::channel();
+    // A thread, not the runtime's blocking pool: a read that never returns would hold up the runtime's end.
+    let watcher = std::thread::Builder::new().name("parent".to_owned()).spawn(move || {
+        let mut input = io::stdin().lock();
+        let mut buffer = [0; 64];
+        while matches!(input.read(&mut buffer), Ok(1..)) {}
+        let _ = tell.send(());
+    });
+    match watcher {
+        Ok(_) => drop(told.await),
+        Err(error) => {
+            tracing::error!(%error, "The parent can't be watched");
+            std::future::pending::<()>().await;
+        }
+    }
+}

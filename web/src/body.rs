@@ -1,0 +1,254 @@
+//! Reads a submitted form, large or small, within a bounded amount of memory, and decodes it strictly.
+
+use std::{mem, sync::Arc, time::Duration};
+
+use axum::{
+    body::Body,
+    http::{HeaderMap, Request, StatusCode, header},
+};
+use http_body_util::BodyExt as _;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+
+use crate::error::ErrorPage;
+
+/// So many of the largest forms are read at once; what comes on top waits for its turn.
+const LARGEST_AT_ONCE: usize = 2;
+/// How long a form may wait for its turn.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// A sender that is silent for so long has gone.
+const SILENCE: Duration = Duration::from_secs(30);
+/// Of a form that is too large, so much is read and thrown away: a browser shows the answer only when it was let finish.
+const DISCARDED_PER_LIMIT: usize = 8;
+/// Memory is counted in units of this size.
+const UNIT_BYTES: usize = 1024;
+
+/// The memory that forms may take together.
+pub(crate) struct Room {
+    free: Arc<Semaphore>,
+    limit: usize,
+}
+
+impl Room {
+    /// For forms of at most `limit` bytes.
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { free: Arc::new(Semaphore::new(LARGEST_AT_ONCE * units(limit) as usize)), limit }
+    }
+
+    /// Room for `bytes`; a small form hardly ever waits, whatever large ones are being read.
+    async fn take(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ErrorPage> {
+        let taken = timeout(PATIENCE, Arc::clone(&self.free).acquire_many_owned(units(bytes))).await;
+        taken.ok().and_then(Result::ok).ok_or_else(|| {
+            ErrorPage::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "Too many lists at once",
+                "Other large lists are being taken in at the moment. Your list was not taken: \
+                 go back and send it again in a minute.",
+            )
+        })
+    }
+
+    /// Reads the whole form. The permit is to be kept for as long as the form is.
+    ///
+    /// # Errors
+    /// A page that says what is wrong with the request.
+    pub(crate) async fn read(&self, request: Request<Body>) -> Result<(Fields, OwnedSemaphorePermit), ErrorPage> {
+        let (parts, mut body) = request.into_parts();
+        check_content_type(&parts.headers)?;
+        let announced = content_length(&parts.headers);
+        if announced.is_some_and(|length| length > self.limit) {
+            discard(&mut body, self.limit * DISCARDED_PER_LIMIT).await;
+            return Err(self.too_large());
+        }
+        let permit = self.take(announced.unwrap_or(self.limit)).await?;
+        let mut bytes = Vec::with_capacity(announced.unwrap_or_default());
+        while let Some(piece) = next_piece(&mut body).await? {
+            if bytes.len() + piece.len() > self.limit {
+                drop(bytes);
+                discard(&mut body, self.limit * DISCARDED_PER_LIMIT).await;
+                return Err(self.too_large());
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        Ok((Fields::decode(&bytes)?, permit))
+    }
+
+    fn too_large(&self) -> ErrorPage {
+        let limit = megabytes(self.limit);
+        ErrorPage::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "The list is too large",
+            format!(
+                "At most {limit} can be sent at once, and nothing was taken. Go back, split the list into parts, \
+                 and send them one after another: nobody is invited twice."
+            ),
+        )
+    }
+}
+
+fn units(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(UNIT_BYTES).max(1)).unwrap_or(u32::MAX >> 4)
+}
+
+fn megabytes(bytes: usize) -> String {
+    const MB: usize = 1024 * 1024;
+    if bytes >= MB { format!("{} MB", bytes / MB) } else { format!("{} KB", bytes.div_ceil(1024)) }
+}
+
+async fn next_piece(body: &mut Body) -> Result<Option<axum::body::Bytes>, ErrorPage> {
+    loop {
+        match timeout(SILENCE, body.frame()).await {
+            Ok(None) => return Ok(None),
+            Ok(Some(Ok(frame))) => {
+                if let Ok(data) = frame.into_data() {
+                    return Ok(Some(data));
+                }
+            }
+            Ok(Some(Err(_))) => {
+                return Err(bad_request("The form did not arrive completely. Go back and send it again."));
+            }
+            Err(_) => {
+                return Err(ErrorPage::new(
+                    StatusCode::REQUEST_TIMEOUT,
+                    "The form did not arrive",
+                    "Nothing came for half a minute, so nothing was taken. Go back and send it again.",
+                ));
+            }
+        }
+    }
+}
+
+async fn discard(body: &mut Body, most: usize) {
+    let mut read = 0;
+    while read < most
+        && let Ok(Some(piece)) = next_piece(body).await
+    {
+        read += piece.len();
+    }
+}
+
+fn content_length(headers: &HeaderMap) -> Option<usize> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<(), ErrorPage> {
+    let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = given.split(';').next().unwrap_or_default().trim();
+    if essence.eq_ignore_ascii_case("application/x-www-form-urlencoded") {
+        return Ok(());
+    }
+    Err(ErrorPage::new(
+        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        "Not a form",
+        "This address takes forms only, as application/x-www-form-urlencoded.",
+    ))
+}
+
+fn bad_request(message: &'static str) -> ErrorPage {
+    ErrorPage::new(StatusCode::BAD_REQUEST, "The form can't be read", message)
+}
+
+/// The fields of a form, in their order.
+#[derive(Debug)]
+pub(crate) struct Fields(Vec<(String, String)>);
+
+impl Fields {
+    /// Decodes strictly: what is not UTF-8 is refused rather than turned into somebody else's address.
+    fn decode(body: &[u8]) -> Result<Self, ErrorPage> {
+        let decode = |text: &[u8]| {
+            unescape(text)
+                .ok_or_else(|| bad_request("Its text is not UTF-8. Save the list as UTF-8 and send it again."))
+        };
+        let fields = body.split(|byte| *byte == b'&').filter(|field| !field.is_empty()).map(|field| {
+            let (name, value) = match field.iter().position(|byte| *byte == b'=') {
+                Some(end) => (&field[..end], &field[end + 1..]),
+                None => (field, &field[..0]),
+            };
+            Ok((decode(name)?, decode(value)?))
+        });
+        fields.collect::<Result<_, _>>().map(Self)
+    }
+
+    /// The first field of that name.
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|field| field.0 == name).map(|field| field.1.as_str())
+    }
+
+    /// The same, leaving an empty field behind.
+    pub(crate) fn take(&mut self, name: &str) -> Option<String> {
+        self.0.iter_mut().find(|field| field.0 == name).map(|field| mem::take(&mut field.1))
+    }
+}
+
+/// Decodes `+` and `%XX`. A stray percent sign stands for itself. None: the result is not UTF-8.
+fn unescape(text: &[u8]) -> Option<String> {
+    let hex = |byte: Option<&u8>| byte.and_then(|byte| (*byte as char).to_digit(16));
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut index = 0;
+    while let Some(byte) = text.get(index) {
+        index += 1;
+        bytes.push(match byte {
+            b'+' => b' ',
+            b'%' => match (hex(text.get(index)), hex(text.get(index + 1))) {
+                (Some(high), Some(low)) => {
+                    index += 2;
+                    (high * 16 + low) as u8
+                }
+                _ => b'%',
+            },
+            byte => *byte,
+        });
+    }
+    String::from_utf8(bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(body: &str) -> Fields {
+        Fields::decode(body.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_form_is_decoded() {
+        let mut fields = decode("emails=a%40x.org%0D%0Ab%2Bc@x.org&&empty&name=J%C3%BCrgen+%3CX%3E&odd=50%&odd=2");
+        assert_eq!(fields.get("emails"), Some("a@x.org\r\nb+c@x.org"));
+        assert_eq!(fields.get("empty"), Some(""));
+        assert_eq!(fields.get("odd"), Some("50%"));
+        assert_eq!(fields.get("none"), None);
+        assert_eq!(fields.take("name").as_deref(), Some("Jürgen <X>"));
+    }
+
+    #[test]
+    fn what_is_not_utf8_is_refused() {
+        assert_eq!(Fields::decode(b"emails=%FF").unwrap_err().status(), StatusCode::BAD_REQUEST);
+        assert_eq!(Fields::decode(b"emails=\xE4@x.org").unwrap_err().status(), StatusCode::BAD_REQUEST);
+    }
+
+    #[tokio::test]
+    async fn a_small_form_does_not_wait_behind_a_large_one() {
+        let room = Room::new(64 * 1024);
+        let _large = room.take(64 * 1024).await.unwrap_or_else(|_| panic!("room for the first"));
+        let small = timeout(Duration::from_secs(1), room.take(100)).await;
+        assert!(small.is_ok_and(|taken| taken.is_ok()));
+    }
+
+    #[tokio::test]
+    async fn a_form_over_the_limit_is_refused_however_it_comes() {
+        let room = Room::new(16);
+        let form = |length: Option<&str>| {
+            let mut request = Request::post("/").header("content-type", "application/x-www-form-urlencoded");
+            if let Some(length) = length {
+                request = request.header("content-length", length);
+            }
+            request.body(Body::from("emails=ann@example.org")).unwrap()
+        };
+        for request in [form(None), form(Some("22"))] {
+            let refused = room.read(request).await.err().map(|page| page.status());
+            assert_eq!(refused, Some(StatusCode::PAYLOAD_TOO_LARGE));
+        }
+    }
+}

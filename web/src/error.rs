@@ -1,0 +1,128 @@
+//! Error pages: what happened and what to do next, in plain words.
+
+use std::borrow::Cow;
+
+use askama::Template;
+use axum::{
+    http::{HeaderValue, StatusCode, header},
+    response::{Html, IntoResponse, Response},
+};
+use mailrun_shared::store::may_pass;
+use tracing::{error, warn};
+
+/// PostgreSQL's code for a table that is not there.
+const UNDEFINED_TABLE: &str = "42P01";
+
+/// A page instead of the one that was asked for.
+#[derive(Debug)]
+pub(crate) struct ErrorPage {
+    status: StatusCode,
+    title: &'static str,
+    message: Cow<'static, str>,
+}
+
+#[derive(Template)]
+#[template(path = "error.html")]
+struct Page<'a> {
+    code: u16,
+    title: &'a str,
+    message: &'a str,
+}
+
+impl ErrorPage {
+    pub(crate) fn new(status: StatusCode, title: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
+        Self { status, title, message: message.into() }
+    }
+
+    pub(crate) fn no_such_run() -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "No such run",
+            "There is no run at this address. It may be mistyped; all runs are in the list.",
+        )
+    }
+
+    /// For a submission: the person must know whether the list is safe.
+    pub(crate) fn not_taken(error: &sqlx::Error) -> Self {
+        let mut page = Self::from_database(error);
+        page.title = "Your list was not taken";
+        page.message = match page.status {
+            StatusCode::SERVICE_UNAVAILABLE => format!(
+                "{} Nothing was kept: go back and send it again in a moment. Sending it twice invites nobody twice.",
+                page.message
+            ),
+            _ => format!("{} Nothing was kept.", page.message),
+        }
+        .into();
+        page
+    }
+
+    fn from_database(error: &sqlx::Error) -> Self {
+        if error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() == Some(UNDEFINED_TABLE) {
+            error!(%error, "the database has no schema; run `mailrun setup`");
+            return Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "Not set up yet",
+                "The database has no tables yet: run `mailrun setup` once.",
+            );
+        }
+        if may_pass(error) {
+            warn!(%error, "the database does not answer");
+            return Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "The database does not answer",
+                "The database can't be reached at the moment. Runs that were accepted are safe in it.",
+            );
+        }
+        error!(%error, "a query failed");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "Something went wrong",
+            "This is an error of ours. It is in the log; trying again may help.",
+        )
+    }
+
+    #[cfg(test)]
+    pub(crate) fn status(&self) -> StatusCode {
+        self.status
+    }
+}
+
+impl From<sqlx::Error> for ErrorPage {
+    fn from(error: sqlx::Error) -> Self {
+        Self::from_database(&error)
+    }
+}
+
+impl IntoResponse for ErrorPage {
+    fn into_response(self) -> Response {
+        let page = Page { code: self.status.as_u16(), title: self.title, message: &self.message };
+        (self.status, html(&page)).into_response()
+    }
+}
+
+/// Renders a page. Pages show the moment, so they are asked for anew; the form may come back from the history, with its
+/// token, but a page is never shared.
+pub(crate) fn html(page: &impl Template) -> Response {
+    match page.render() {
+        Ok(text) => {
+            ([(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"))], Html(text)).into_response()
+        }
+        Err(error) => {
+            error!(%error, "a template failed");
+            (StatusCode::INTERNAL_SERVER_ERROR, "This is an error of ours. It is in the log.").into_response()
+        }
+    }
+}
+
+pub(crate) async fn not_found() -> ErrorPage {
+    ErrorPage::new(StatusCode::NOT_FOUND, "Nothing here", "There is no page at this address.")
+}
+
+pub(crate) async fn method_not_allowed() -> ErrorPage {
+    ErrorPage::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "Not like this",
+        "This address exists, but doesn't understand that kind of request.",
+    )
+}

@@ -1,0 +1,247 @@
+//! `GET /` and `POST /invites`: the form, and taking its list into the ledger.
+
+use std::sync::Arc;
+
+use askama::Template;
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::StatusCode,
+    response::{IntoResponse, Redirect, Response},
+};
+use mailrun_shared::store::{
+    runs,
+    submit::{InvalidEntry, Refusal, Submission, Submitted, Tally, submit as take_in},
+};
+use tracing::info;
+use uuid::Uuid;
+
+use crate::{
+    App, Shared,
+    error::{ErrorPage, html},
+    runs::Row,
+    view::{counted, grouped},
+};
+
+/// The newest runs, below the form.
+const RECENT: i64 = 5;
+/// The highest rate limit that makes a difference.
+const MAX_PER_SECOND: i32 = 100_000;
+
+#[derive(Template)]
+#[template(path = "form.html")]
+struct FormPage<'a> {
+    token: Uuid,
+    emails: &'a str,
+    sends_per_second: &'a str,
+    problem: Option<Problem>,
+    rate_problem: Option<&'static str>,
+    subject: &'a str,
+    body: &'a str,
+    recent: Vec<Row>,
+}
+
+/// Why a list was not taken, beside the field.
+#[derive(Debug, Default, PartialEq)]
+struct Problem {
+    title: String,
+    reasons: Vec<String>,
+    /// Some of them can be retried in an earlier run.
+    failed_earlier: Option<String>,
+    /// How many entries are no address.
+    invalid_title: Option<String>,
+    invalid: Vec<InvalidEntry>,
+    /// Invalid entries beyond those that are shown.
+    more_invalid: Option<String>,
+}
+
+/// `GET /`
+pub(crate) async fn show(State(app): Shared) -> Result<Response, ErrorPage> {
+    let recent = recent(&app).await?;
+    Ok(html(&FormPage {
+        token: Uuid::new_v4(),
+        emails: "",
+        sends_per_second: "",
+        problem: None,
+        rate_problem: None,
+        subject: &app.config.subject,
+        body: &app.config.body,
+        recent,
+    }))
+}
+
+async fn recent(app: &App) -> sqlx::Result<Vec<Row>> {
+    Ok(runs::list(&app.pool, None, RECENT).await?.iter().map(Row::of).collect())
+}
+
+/// `GET /invites`: a page with an error stands under this address, and may be loaded again.
+pub(crate) async fn back_to_form() -> Redirect {
+    Redirect::to("/")
+}
+
+/// `POST /invites`
+pub(crate) async fn submit(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
+    let (mut fields, _room) = app.room.read(request).await?;
+    let token: Uuid = fields.get("token").and_then(|token| token.parse().ok()).ok_or_else(|| {
+        ErrorPage::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "The form is incomplete",
+            "Its token is missing, so a second click could not be told from the first. \
+             Open the form anew, paste the list, and send it.",
+        )
+    })?;
+    let text = fields.take("emails").ok_or_else(|| {
+        ErrorPage::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "The form is incomplete",
+            "The list of addresses, the field \u{201c}emails\u{201d}, is missing. Open the form anew, and send it from there.",
+        )
+    })?;
+    let rate_field = fields.take("sends_per_second").unwrap_or_default();
+    let sends_per_second = match parse_rate(&rate_field) {
+        Ok(limit) => limit,
+        Err(problem) => return Ok(refused(&app, token, &text, &rate_field, None, Some(problem)).await),
+    };
+    // A submission that loses its connection is tried again for a while; a database that is down is told at once.
+    drop(app.pool.acquire().await.map_err(|error| ErrorPage::not_taken(&error))?);
+    let submission = Submission {
+        token,
+        text: &text,
+        subject: &app.config.subject,
+        body: &app.config.body,
+        sends_per_second,
+        max_addresses: app.config.max_addresses,
+    };
+    match take_in(&app.pool, submission).await.map_err(|error| ErrorPage::not_taken(&error))? {
+        Submitted::Accepted(run_id) => {
+            app.outbox.notify_one();
+            info!(%run_id, "a run is accepted");
+            Ok(Redirect::to(&format!("/runs/{run_id}")).into_response())
+        }
+        Submitted::Before(run_id) => Ok(Redirect::to(&format!("/runs/{run_id}")).into_response()),
+        Submitted::Refused(refusal) => {
+            Ok(refused(&app, token, &text, &rate_field, Some(Problem::of(refusal)), None).await)
+        }
+    }
+}
+
+/// The form again, with what was typed, and what is wrong with it.
+async fn refused(
+    app: &Arc<App>,
+    token: Uuid,
+    emails: &str,
+    sends_per_second: &str,
+    problem: Option<Problem>,
+    rate_problem: Option<&'static str>,
+) -> Response {
+    let page = FormPage {
+        token,
+        emails,
+        sends_per_second,
+        problem,
+        rate_problem,
+        subject: &app.config.subject,
+        body: &app.config.body,
+        // What is wrong is more important than what else there is.
+        recent: recent(app).await.unwrap_or_default(),
+    };
+    (StatusCode::UNPROCESSABLE_ENTITY, html(&page)).into_response()
+}
+
+fn parse_rate(field: &str) -> Result<Option<i32>, &'static str> {
+    match field.trim() {
+        "" => Ok(None),
+        text => match text.parse() {
+            Ok(limit @ 1..=MAX_PER_SECOND) => Ok(Some(limit)),
+            _ => Err("Enter a whole number from 1 to 100,000, or leave it empty for no limit."),
+        },
+    }
+}
+
+impl Problem {
+    fn of(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Empty => Self {
+                title: "There is no address in the list.".to_owned(),
+                reasons: vec!["Paste or type at least one.".to_owned()],
+                ..Self::default()
+            },
+            Refusal::TooMany { limit } => Self {
+                title: format!(
+                    "The list has more than {} addresses.",
+                    grouped(i64::try_from(limit).unwrap_or(i64::MAX))
+                ),
+                reasons: vec!["Split it and send the parts one after another: nobody is invited twice.".to_owned()],
+                ..Self::default()
+            },
+            Refusal::NothingNew(tally) => Self::nothing_new(tally),
+        }
+    }
+
+    fn nothing_new(tally: Tally) -> Self {
+        let known = tally.already_invited + tally.already_failed;
+        let title = match (known, tally.invalid) {
+            (0, _) => "There is no valid address in the list.",
+            (_, 0) if tally.already_failed == 0 => "Everyone in the list has been invited already.",
+            _ => "Nobody in the list can be invited anew.",
+        };
+        let mut reasons = Vec::new();
+        if tally.already_invited > 0 {
+            let who = counted(tally.already_invited, "person was", "people were");
+            reasons.push(format!("{who} invited before, or waiting in another run."));
+        }
+        if tally.repeated > 0 {
+            let what = counted(tally.repeated, "address stands", "addresses stand");
+            reasons.push(format!("{what} in the list more than once."));
+        }
+        let invalid_title = (tally.invalid > 0)
+            .then(|| counted(tally.invalid, "entry is not an email address:", "entries are not email addresses:"));
+        let failed_earlier = (tally.already_failed > 0).then(|| {
+            counted(tally.already_failed, "invitation", "invitations")
+                + " failed, or had an unclear end, in an earlier run."
+        });
+        let shown = i32::try_from(tally.invalid_entries.len()).unwrap_or(i32::MAX);
+        let more_invalid = (tally.invalid > shown).then(|| grouped(tally.invalid - shown));
+        Self {
+            title: title.to_owned(),
+            reasons,
+            failed_earlier,
+            invalid_title,
+            invalid: tally.invalid_entries,
+            more_invalid,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_limit_is_a_number_or_nothing() {
+        assert_eq!(parse_rate(""), Ok(None));
+        assert_eq!(parse_rate(" 25 "), Ok(Some(25)));
+        for wrong in ["0", "-1", "1.5", "many", "100001", "99999999999"] {
+            assert!(parse_rate(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_why() {
+        let of = |tally| Problem::of(Refusal::NothingNew(tally));
+        let all_known = of(Tally { already_invited: 2, repeated: 1, ..Tally::default() });
+        assert_eq!(all_known.title, "Everyone in the list has been invited already.");
+        assert_eq!(
+            all_known.reasons,
+            [
+                "2 people were invited before, or waiting in another run.",
+                "1 address stands in the list more than once."
+            ]
+        );
+        let failed = of(Tally { already_failed: 1, ..Tally::default() });
+        assert!(failed.failed_earlier.is_some_and(|text| text.starts_with("1 invitation failed")));
+        let invalid = of(Tally { invalid: 3, ..Tally::default() });
+        assert_eq!(invalid.title, "There is no valid address in the list.");
+        assert_eq!(invalid.more_invalid.as_deref(), Some("3"));
+    }
+}

@@ -1,0 +1,199 @@
+//! `GET /runs/{id}`: one run, live, and the parts of its page that a poll may replace.
+
+use askama::Template;
+use axum::{
+    extract::{Path, Query, State},
+    response::Response,
+};
+use mailrun_shared::{
+    item::ItemState,
+    run::Phase,
+    store::runs::{self, Progress, Summary, Trouble},
+};
+use serde::Deserialize;
+use uuid::Uuid;
+
+use crate::{
+    App, Shared,
+    error::{ErrorPage, html},
+    progress::{Snapshot, load, may_replay, replay_token},
+    view::{self, Moment},
+};
+
+/// Failures on one page.
+const PAGE: usize = 100;
+
+/// What the address says beyond the run.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct Wish {
+    /// Failures behind this position.
+    #[serde(default)]
+    after: Option<String>,
+    /// The token of the replay that was asked for.
+    #[serde(default)]
+    asked: Option<String>,
+    /// `cancel`: ask whether that is really meant.
+    #[serde(default)]
+    confirm: Option<String>,
+}
+
+#[derive(Template)]
+#[template(path = "results.html")]
+struct ResultsPage {
+    now: Snapshot,
+    created: Moment,
+    legend: [Legend; 6],
+    summary: Summary,
+    more_invalid: i32,
+    asked: Option<Uuid>,
+    after: i32,
+    confirming: bool,
+    actions: Actions,
+    troubles: Troubles,
+}
+
+/// A line below the bar.
+struct Legend {
+    key: &'static str,
+    name: &'static str,
+    count: i32,
+    /// Shown even if there is none.
+    always: bool,
+}
+
+/// What a person can do with the run at this moment.
+#[derive(Template)]
+#[template(path = "actions.html")]
+struct Actions {
+    run_id: Uuid,
+    asked: bool,
+    retry: Option<Again>,
+    send_again: Option<Again>,
+    pause: bool,
+    resume: bool,
+    cancel: bool,
+    confirming: bool,
+    to_go: i32,
+}
+
+/// A replay that can be asked for.
+struct Again {
+    token: Uuid,
+    count: i32,
+}
+
+/// What went wrong.
+#[derive(Template)]
+#[template(path = "troubles.html")]
+struct Troubles {
+    run_id: Uuid,
+    total: i32,
+    after: i32,
+    list: Vec<Trouble>,
+    /// Where the next page begins.
+    next: Option<i32>,
+}
+
+impl Wish {
+    fn after(&self) -> i32 {
+        self.after.as_ref().and_then(|after| after.parse().ok()).filter(|after| *after > 0).unwrap_or(0)
+    }
+
+    fn confirming(&self) -> bool {
+        self.confirm.as_deref() == Some("cancel")
+    }
+}
+
+impl Actions {
+    fn of(progress: &Progress, now: &Snapshot, confirming: bool) -> Self {
+        let again =
+            |state, count| may_replay(progress, state).then(|| Again { token: replay_token(progress, state), count });
+        let cancel = matches!(now.phase, Phase::Queued | Phase::Running | Phase::Paused);
+        Self {
+            run_id: now.run_id,
+            asked: now.asked,
+            retry: again(ItemState::Failed, now.failed),
+            send_again: again(ItemState::Unknown, now.unknown),
+            pause: matches!(now.phase, Phase::Queued | Phase::Running),
+            resume: now.phase == Phase::Paused,
+            cancel,
+            confirming: confirming && cancel,
+            to_go: now.pending + now.retrying,
+        }
+    }
+}
+
+impl Troubles {
+    async fn load(app: &App, now: &Snapshot, after: i32) -> Result<Self, ErrorPage> {
+        let total = now.failed + now.unknown;
+        let mut list = match total {
+            0 => Vec::new(),
+            // One more than is shown tells whether there is another page.
+            _ => runs::troubles(&app.pool, now.run_id, after, PAGE as i64 + 1).await?,
+        };
+        let more = list.len() > PAGE;
+        list.truncate(PAGE);
+        let next = list.last().filter(|_| more).map(|last| last.position);
+        Ok(Self { run_id: now.run_id, total, after, list, next })
+    }
+}
+
+fn legend(now: &Snapshot) -> [Legend; 6] {
+    let line = |key, name, count, always| Legend { key, name, count, always };
+    [
+        line("sent", "successful", now.sent, true),
+        line("retrying", "retrying", now.retrying, false),
+        line("failed", "failed", now.failed, false),
+        line("unknown", "unknown", now.unknown, false),
+        line("cancelled", "cancelled", now.cancelled, false),
+        line("pending", "to go", now.pending, false),
+    ]
+}
+
+/// `GET /runs/{id}`
+pub(crate) async fn show(
+    State(app): Shared,
+    Path(id): Path<String>,
+    Query(wish): Query<Wish>,
+) -> Result<Response, ErrorPage> {
+    let progress = load(&app, &id).await?;
+    let summary = runs::summary(&app.pool, progress.run_id).await?.ok_or_else(ErrorPage::no_such_run)?;
+    let now = Snapshot::of(&progress, wish.asked.as_deref());
+    let actions = Actions::of(&progress, &now, wish.confirming());
+    let troubles = Troubles::load(&app, &now, wish.after()).await?;
+    let shown = i32::try_from(summary.invalid_entries.len()).unwrap_or(i32::MAX);
+    Ok(html(&ResultsPage {
+        created: Moment::new(progress.created_at, progress.now),
+        legend: legend(&now),
+        more_invalid: summary.invalid - shown,
+        summary,
+        asked: wish.asked.as_ref().and_then(|asked| asked.parse().ok()),
+        after: wish.after(),
+        confirming: actions.confirming,
+        actions,
+        troubles,
+        now,
+    }))
+}
+
+/// `GET /runs/{id}/actions`: the buttons, for the page's script.
+pub(crate) async fn actions(
+    State(app): Shared,
+    Path(id): Path<String>,
+    Query(wish): Query<Wish>,
+) -> Result<Response, ErrorPage> {
+    let progress = load(&app, &id).await?;
+    let now = Snapshot::of(&progress, wish.asked.as_deref());
+    Ok(html(&Actions::of(&progress, &now, wish.confirming())))
+}
+
+/// `GET /runs/{id}/troubles`: the table of failures, for the page's script.
+pub(crate) async fn troubles(
+    State(app): Shared,
+    Path(id): Path<String>,
+    Query(wish): Query<Wish>,
+) -> Result<Response, ErrorPage> {
+    let progress = load(&app, &id).await?;
+    let now = Snapshot::of(&progress, wish.asked.as_deref());
+    Ok(html(&Troubles::load(&app, &now, wish.after()).await?))
+}

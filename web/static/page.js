@@ -1,0 +1,74 @@
+// What every page does beyond plain HTML: one click is one submission, times are local, and lists may come from a file.
+"use strict";
+
+// The server tells a second click from a first one by the form's token; this only keeps it from being tempting.
+document.addEventListener("submit", (event) => {
+  const form = event.target;
+  if (!form.matches("form[data-once]")) return;
+  if (form.dataset.sent) {
+    event.preventDefault();
+    return;
+  }
+  form.dataset.sent = "yes";
+  // Not before the form is on its way: a disabled button would not be sent.
+  setTimeout(() => {
+    for (const button of form.querySelectorAll("button")) button.disabled = true;
+  });
+});
+
+// Coming back through the history shows the page as it was left.
+window.addEventListener("pageshow", () => {
+  for (const form of document.querySelectorAll("form[data-sent]")) {
+    delete form.dataset.sent;
+    for (const button of form.querySelectorAll("button")) button.disabled = false;
+  }
+});
+
+const format = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+for (const time of document.querySelectorAll("time[datetime]")) {
+  time.textContent = format.format(new Date(time.dateTime));
+}
+
+const emails = document.getElementById("emails");
+if (emails) {
+  const count = document.getElementById("count");
+  // Beyond this, counting at every pause of typing would be felt.
+  const countable = 4_000_000;
+  let pause = 0;
+
+  const tell = () => {
+    const text = emails.value;
+    const found = text.length > countable ? null : text.match(/[^\s,;<>"]+@[^\s,;<>"]+/g);
+    count.hidden = !found;
+    if (found) count.textContent = found.length === 1 ? "1 address" : `${found.length.toLocaleString("en")} addresses`;
+  };
+  emails.addEventListener("input", () => {
+    clearTimeout(pause);
+    pause = setTimeout(tell, 150);
+  });
+  tell();
+  // A form that was refused: begin at the top, where the list does, with the message in view.
+  if (emails.getAttribute("aria-invalid")) emails.setSelectionRange(0, 0);
+
+  const label = document.getElementById("from-file");
+  const input = label.querySelector("input");
+  label.hidden = false;
+  const add = async (file) => {
+    if (!file) return;
+    const text = await file.text();
+    emails.value = emails.value.trim() === "" ? text : `${emails.value.trimEnd()}\n${text}`;
+    tell();
+    emails.focus();
+  };
+  input.addEventListener("change", async () => {
+    await add(input.files[0]);
+    // The same file may be chosen again.
+    input.value = "";
+  });
+  emails.addEventListener("drop", (event) => {
+    const file = event.dataTransfer.files[0];
+    if (!file) return;
+    event.preventDefault();
+    add(file);
+  });
+}

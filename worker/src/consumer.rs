@@ -1,0 +1,247 @@
+//! Takes messages off a queue, and is the only file that acknowledges them.
+//!
+//! A consumer has a connection of its own and rebuilds it after any trouble; what was delivered on the lost one comes
+//! again. A [`Delivery`] is acknowledged by consuming it. Dropping it unacknowledged gives it back when the channel ends.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use futures::{StreamExt, future::try_join_all};
+use lapin::{
+    BasicProperties, Channel, Connection,
+    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
+    types::FieldTable,
+};
+use mailrun_shared::{
+    broker::{Broker, BrokerError},
+    retry::Reconnect,
+};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+
+const CONSUMER_TAG: &str = "mailrun";
+
+/// A message that was delivered, and has to be acknowledged.
+#[derive(Debug)]
+pub struct Delivery {
+    /// Its AMQP properties.
+    pub properties: BasicProperties,
+    /// Its body.
+    pub body: Vec<u8>,
+    tag: u64,
+    acks: mpsc::UnboundedSender<u64>,
+}
+
+impl Delivery {
+    /// Acknowledges the message: everything that follows from it is on disk. If its channel is gone by now this says
+    /// nothing, and the message comes again.
+    pub fn ack(self) {
+        let _ = self.acks.send(self.tag);
+    }
+
+    /// The AMQP `type`, if it has one.
+    pub fn kind(&self) -> Option<&str> {
+        self.properties.kind().as_ref().map(lapin::types::ShortString::as_str)
+    }
+}
+
+/// The receiving end of a queue.
+#[derive(Debug)]
+pub struct Consumer(mpsc::Receiver<Delivery>);
+
+impl Consumer {
+    /// Consumes `queue` until `stop`; then takes nothing more, waits until each delivery is acknowledged or dropped, and
+    /// closes. `prefetch` deliveries may be unacknowledged at a time.
+    pub fn start(
+        broker: Arc<Broker>,
+        queue: &'static str,
+        prefetch: u16,
+        stop: CancellationToken,
+        tasks: &TaskTracker,
+    ) -> Self {
+        let (sender, receiver) = mpsc::channel(usize::from(prefetch));
+        tasks.spawn(supervise(broker, queue, prefetch, sender, stop));
+        Self(receiver)
+    }
+
+    /// The next delivery; none: the consumer has stopped.
+    pub async fn next(&mut self) -> Option<Delivery> {
+        self.0.recv().await
+    }
+
+    /// Another delivery, if one is here already.
+    pub fn next_now(&mut self) -> Option<Delivery> {
+        self.0.try_recv().ok()
+    }
+}
+
+async fn supervise(
+    broker: Arc<Broker>,
+    queue: &'static str,
+    prefetch: u16,
+    deliveries: mpsc::Sender<Delivery>,
+    stop: CancellationToken,
+) {
+    let mut reconnect = Reconnect::default();
+    while !stop.is_cancelled() {
+        let ended = async {
+            let (connection, channel, consumer) = open(&broker, queue, prefetch).await?;
+            info!(queue, "consuming");
+            reconnect.reset();
+            let ended = serve(&channel, consumer, &deliveries, &stop, broker.answer_timeout()).await;
+            // The channel may be in any state: closing is a courtesy to the broker.
+            let _ = timeout(Duration::from_secs(1), connection.close(200, "done".into())).await;
+            ended
+        };
+        let Err(error) = ended.await else { return };
+        let wait = reconnect.next_wait();
+        warn!(queue, %error, wait_ms = wait.as_millis(), "consuming is interrupted; trying again");
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+}
+
+async fn open(
+    broker: &Broker,
+    queue: &'static str,
+    prefetch: u16,
+) -> Result<(Connection, Channel, lapin::Consumer), BrokerError> {
+    let connection = broker.connect(&format!("consume {queue}")).await?;
+    let open = async {
+        let channel = connection.create_channel().await?;
+        channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+        let consumer = channel
+            .basic_consume(queue.into(), CONSUMER_TAG.into(), BasicConsumeOptions::default(), FieldTable::default())
+            .await?;
+        Ok::<_, lapin::Error>((channel, consumer))
+    };
+    let (channel, consumer) = timeout(broker.answer_timeout(), open).await.map_err(|_| BrokerError::Timeout)??;
+    Ok((connection, channel, consumer))
+}
+
+/// Hands deliveries out and acknowledgements back, until told to stop and all are accounted for (`Ok`), or until the
+/// channel is of no use any more (`Err`).
+async fn serve(
+    channel: &Channel,
+    mut consumer: lapin::Consumer,
+    deliveries: &mpsc::Sender<Delivery>,
+    stop: &CancellationToken,
+    patience: Duration,
+) -> Result<(), BrokerError> {
+    let (acks, mut acked) = mpsc::unbounded_channel();
+    let mut watermark = Watermark::default();
+    loop {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            Some(tag) = acked.recv() => acknowledge(channel, &mut watermark, tag, &mut acked, patience).await?,
+            delivery = consumer.next() => {
+                // The stream ends silently when the broker cancels the consumer, for instance because the queue is gone.
+                let delivery = delivery.ok_or(BrokerError::Closed)??;
+                let delivery = Delivery {
+                    tag: delivery.delivery_tag,
+                    properties: delivery.properties,
+                    body: delivery.data,
+                    acks: acks.clone(),
+                };
+                // The channel has room for as many as the broker sends without an acknowledgement.
+                if deliveries.send(delivery).await.is_err() {
+                    break;
+                }
+            }
+        }
+    }
+    drop(acks);
+    timeout(patience, channel.basic_cancel(CONSUMER_TAG.into(), BasicCancelOptions::default()))
+        .await
+        .map_err(|_| BrokerError::Timeout)??;
+    // Ends when the last delivery is acknowledged or dropped.
+    while let Some(tag) = acked.recv().await {
+        acknowledge(channel, &mut watermark, tag, &mut acked, patience).await?;
+    }
+    Ok(())
+}
+
+async fn acknowledge(
+    channel: &Channel,
+    watermark: &mut Watermark,
+    first: u64,
+    more: &mut mpsc::UnboundedReceiver<u64>,
+    patience: Duration,
+) -> Result<(), BrokerError> {
+    let mut tags = vec![first];
+    while let Ok(tag) = more.try_recv() {
+        tags.push(tag);
+    }
+    let acks = watermark
+        .pass(tags)
+        .into_iter()
+        .map(|Ack { tag, multiple }| channel.basic_ack(tag, BasicAckOptions { multiple }));
+    timeout(patience, try_join_all(acks)).await.map_err(|_| BrokerError::Timeout)??;
+    Ok(())
+}
+
+/// An acknowledgement: of one delivery, or of all up to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ack {
+    tag: u64,
+    multiple: bool,
+}
+
+/// Turns finished deliveries into few acknowledgements: one for all that are finished without a gap, and one for each
+/// beyond the gap, so that a slow send holds nobody else's place in the prefetch.
+#[derive(Debug, Default)]
+struct Watermark {
+    /// Every delivery up to here is acknowledged. Tags count from 1.
+    level: u64,
+    /// Acknowledged beyond that.
+    beyond: BTreeSet<u64>,
+}
+
+impl Watermark {
+    fn pass(&mut self, mut tags: Vec<u64>) -> Vec<Ack> {
+        tags.sort_unstable();
+        self.beyond.extend(&tags);
+        while self.beyond.remove(&(self.level + 1)) {
+            self.level += 1;
+        }
+        // The broker must know the tag that stands for many, so it is the highest of the new ones.
+        let without_gap = tags.partition_point(|tag| *tag <= self.level);
+        let many = without_gap.checked_sub(1).map(|last| Ack { tag: tags[last], multiple: true });
+        let singles = tags[without_gap..].iter().map(|tag| Ack { tag: *tag, multiple: false });
+        many.into_iter().chain(singles).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ack(tag: u64, multiple: bool) -> Ack {
+        Ack { tag, multiple }
+    }
+
+    #[test]
+    fn finished_deliveries_without_a_gap_are_one_acknowledgement() {
+        let mut watermark = Watermark::default();
+        assert_eq!(watermark.pass(vec![2, 1, 3]), [ack(3, true)]);
+        assert_eq!(watermark.pass(vec![4]), [ack(4, true)]);
+    }
+
+    #[test]
+    fn a_slow_delivery_holds_up_nobody() {
+        let mut watermark = Watermark::default();
+        assert_eq!(watermark.pass(vec![2, 4]), [ack(2, false), ack(4, false)]);
+        // 2 is known to be acknowledged, so the one for many names 3, and covers 1.
+        assert_eq!(watermark.pass(vec![1, 3]), [ack(3, true)]);
+        // Here the level rises to 8, but 8 itself was acknowledged before.
+        assert_eq!(watermark.pass(vec![6, 8]), [ack(6, false), ack(8, false)]);
+        assert_eq!(watermark.pass(vec![5, 7]), [ack(7, true)]);
+        assert_eq!(watermark.pass(vec![9]), [ack(9, true)]);
+    }
+}

@@ -1,0 +1,301 @@
+//! The pump: releases a run chunk by chunk, so that runs take turns, and what is on the queues stays bounded.
+//!
+//! Each step publishes its chunk, then the message for the next step, and commits cursor and step last. A crash anywhere
+//! repeats the step, which the fence absorbs; a message that speaks of another step than the present one is stale.
+
+use std::{sync::Arc, time::Duration};
+
+use mailrun_shared::{
+    broker::{Broker, Outgoing, Publisher},
+    config::Config,
+    item::ItemState,
+    message::{Command, ItemMessage, ItemResult, ResultsMessage, RunMessage, Step, decode},
+    run::{Wanted, allow, outstanding},
+    store::{
+        attempts, may_pass,
+        passes::{self, Advance, Item, Pass, PassKind, Situation},
+    },
+    topology,
+};
+use sqlx::{PgConnection, PgPool};
+use tokio::{sync::Semaphore, time::sleep};
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info, warn};
+
+use crate::{
+    consumer::{Consumer, Delivery},
+    poison, replay,
+};
+
+/// Runs that one process works on at the same time.
+const CONCURRENCY: usize = 4;
+/// Before a step that failed is tried again.
+const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(500);
+
+/// The pump of one process.
+#[derive(Debug)]
+pub struct FanOut {
+    config: Config,
+    pool: PgPool,
+    broker: Arc<Broker>,
+    publisher: Publisher,
+}
+
+/// What comes after a step.
+#[derive(Debug)]
+enum After {
+    /// The message is spent.
+    Nothing,
+    /// The same message again, in a moment: there is no room, or it is not wanted now.
+    Wait,
+    /// A replay has gone over the whole run: its dead letters can be taken off the queue.
+    TidyDeadLetters(Box<Pass>),
+}
+
+impl FanOut {
+    /// The pump of this process.
+    #[must_use]
+    pub fn new(config: Config, pool: PgPool, broker: Arc<Broker>, publisher: Publisher) -> Arc<Self> {
+        Arc::new(Self { config, pool, broker, publisher })
+    }
+
+    /// Carries out run messages until the consumer stops, then finishes those under way.
+    pub async fn run(self: Arc<Self>, mut consumer: Consumer, stop: tokio_util::sync::CancellationToken) {
+        let permits = Arc::new(Semaphore::new(CONCURRENCY));
+        let tasks = TaskTracker::new();
+        while let Ok(permit) = Arc::clone(&permits).acquire_owned().await
+            && let Some(Some(delivery)) = stop.run_until_cancelled(consumer.next()).await
+        {
+            let this = Arc::clone(&self);
+            tasks.spawn(async move {
+                this.handle(delivery).await;
+                drop(permit);
+            });
+        }
+        tasks.close();
+        tasks.wait().await;
+    }
+
+    async fn handle(&self, delivery: Delivery) {
+        let message = match decode::<RunMessage>(delivery.kind(), &delivery.body) {
+            Ok(message) => message,
+            Err(error) => return poison::bury(&self.publisher, delivery, &error.to_string()).await,
+        };
+        let after = match self.step(&message).await {
+            Ok(Some(after)) => after,
+            Ok(None) => return poison::bury(&self.publisher, delivery, "there is no such run").await,
+            Err(error) => {
+                // What has been published is published again by the next try, and absorbed. An error that will not pass
+                // goes round as well, slowly and audibly, since the run must not be forgotten over it.
+                let passing = may_pass(&error);
+                warn!(run_id = %message.run_id, %error, passing, "a step failed; trying again");
+                sleep(PAUSE_AFTER_ERROR).await;
+                After::Wait
+            }
+        };
+        let done = match after {
+            After::Nothing => true,
+            After::Wait => {
+                let again = Outgoing::new(&message).to(topology::RUNS_WAIT).of_run(message.run_id);
+                self.publisher.publish(vec![again]).await.is_ok()
+            }
+            After::TidyDeadLetters(pass) => {
+                if let Err(error) = replay::tidy_dead_letters(&self.broker, &self.publisher, &pass).await {
+                    // The ledger is the truth: a dead letter that stays behind is refused by the fence.
+                    warn!(run_id = %message.run_id, %error, "some replayed dead letters stay on the queue");
+                }
+                true
+            }
+        };
+        if done {
+            delivery.ack();
+        }
+    }
+
+    /// Carries out one message. None: there is no such run.
+    async fn step(&self, message: &RunMessage) -> sqlx::Result<Option<After>> {
+        let mut tx = self.pool.begin().await?;
+        let Some(pass) = passes::lock(&mut tx, message.run_id).await? else { return Ok(None) };
+        let Some(situation) = passes::situation(&mut tx, message.run_id).await? else { return Ok(None) };
+        let after = match &message.command {
+            Command::Release(step) if is_stale(*step, &pass) => {
+                debug!(run_id = %message.run_id, ?step, pass = pass.number, "a stale step is dropped");
+                After::Nothing
+            }
+            Command::Release(_) => self.release(&mut tx, &pass, &situation).await?,
+            Command::Replay(replay) => {
+                let begun = passes::begun_by(&mut tx, replay.command_id).await?;
+                if begun.is_none() && pass.done_at.is_none() && situation.wanted != Wanted::Cancelled {
+                    // One pass after the other: the one before has not reached every item yet.
+                    passes::touch(&mut tx, &pass).await?;
+                    After::Wait
+                } else if situation.wanted == Wanted::Cancelled {
+                    After::Nothing
+                } else {
+                    let number = match begun {
+                        Some(number) => number,
+                        None => {
+                            passes::begin_replay(&mut tx, &pass, replay).await?;
+                            pass.number + 1
+                        }
+                    };
+                    self.start(message, number).await?
+                }
+            }
+            Command::Cancel { command_id } => {
+                let number = match passes::begun_by(&mut tx, *command_id).await? {
+                    Some(number) => number,
+                    None => {
+                        passes::begin_cancel(&mut tx, &pass, *command_id).await?;
+                        pass.number + 1
+                    }
+                };
+                self.start(message, number).await?
+            }
+        };
+        tx.commit().await?;
+        Ok(Some(after))
+    }
+
+    /// Publishes the first step of a pass that the caller's transaction has begun. The same command again starts it
+    /// again, which is stale if it has gone on by then.
+    async fn start(&self, message: &RunMessage, pass: i32) -> sqlx::Result<After> {
+        info!(run_id = %message.run_id, pass, command = ?message.command, "a pass begins");
+        // The step is published before the pass is committed, so it may come too early: it waits for the lock.
+        self.publish(vec![next_step(message.run_id, pass, 0)]).await?;
+        Ok(After::Nothing)
+    }
+
+    /// Releases the next chunk of the present pass, if there is room for it.
+    async fn release(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<After> {
+        if pass.done_at.is_some() {
+            return Ok(After::Nothing);
+        }
+        let cancels = pass.kind == PassKind::Cancel;
+        match situation.wanted {
+            // The command that cancels it has a message of its own.
+            Wanted::Cancelled if !cancels => return Ok(After::Nothing),
+            Wanted::Paused if !cancels => {
+                passes::touch(conn, pass).await?;
+                return Ok(After::Wait);
+            }
+            _ => {}
+        }
+        let allowance = self.allowance(conn, pass, situation).await?;
+        if allowance.items <= 0 {
+            passes::touch(conn, pass).await?;
+            return Ok(After::Wait);
+        }
+        let items = passes::next_items(conn, pass, allowance.items).await?;
+        let Some(last) = items.last() else {
+            passes::finish(conn, pass).await?;
+            debug!(run_id = %pass.run_id, pass = pass.number, "the pass has gone over the whole run");
+            let replayed = pass.kind == PassKind::Replay;
+            return Ok(if replayed { After::TidyDeadLetters(Box::new(pass.clone())) } else { After::Nothing });
+        };
+        let advance = Advance {
+            cursor: last.position,
+            released: i32::try_from(items.len()).unwrap_or(i32::MAX),
+            // Fewer than allowed at the end of a run: what is left of the budget doesn't matter any more.
+            next_due_at: allowance.next_due_at,
+        };
+        let chunk = match pass.kind {
+            PassKind::First => items.iter().map(|item| release(pass, item)).collect(),
+            PassKind::Replay => self.replayed(pass, &items),
+            PassKind::Cancel => self.cancelled(conn, pass, &items).await?,
+        };
+        self.publish(chunk).await?;
+        self.publish(vec![next_step(pass.run_id, pass.number, pass.step + 1)]).await?;
+        passes::advance(conn, pass, advance).await?;
+        Ok(After::Nothing)
+    }
+
+    /// How many items may be released now: by the window, and by the run's rate limit.
+    async fn allowance(
+        &self,
+        conn: &mut PgConnection,
+        pass: &Pass,
+        situation: &Situation,
+    ) -> sqlx::Result<mailrun_shared::run::Allowance> {
+        let chunk = self.config.fan_out.chunk_items;
+        if pass.kind == PassKind::Cancel {
+            return Ok(mailrun_shared::run::Allowance { items: chunk, next_due_at: situation.now });
+        }
+        let unreleased = situation.counters.total - situation.first_released;
+        let unapplied = passes::unapplied(conn, pass).await?;
+        let room = self.config.fan_out.window_items - outstanding(&situation.counters, unreleased, unapplied);
+        let burst = Duration::from_millis(self.config.fan_out.rate_burst_ms);
+        Ok(allow(chunk.min(room).max(0), situation.sends_per_second, pass.next_due_at, situation.now, burst))
+    }
+
+    /// A replayed item is pending again before it is on its way, so that the run is seen to be running.
+    fn replayed(&self, pass: &Pass, items: &[Item]) -> Vec<Outgoing> {
+        let messages: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).replayed()).collect();
+        let results: Vec<ItemResult> =
+            messages.iter().map(|message| message.result(ItemState::Pending, None)).collect();
+        self.results(&results)
+            .into_iter()
+            .chain(messages.iter().map(|message| Outgoing::new(message).of_run(pass.run_id)))
+            .collect()
+    }
+
+    /// Claims what nobody has claimed, for nobody, and reports it as cancelled. What somebody is sending at this moment
+    /// settles by itself. The claims are committed with the step, after the results are published.
+    async fn cancelled(&self, conn: &mut PgConnection, pass: &Pass, items: &[Item]) -> sqlx::Result<Vec<Outgoing>> {
+        let next: Vec<ItemMessage> = items
+            .iter()
+            .map(|item| {
+                let present = present(pass, item);
+                if item.state == ItemState::Retrying { present.next_try() } else { present }
+            })
+            .collect();
+        let ids: Vec<i64> = next.iter().map(|item| item.item_id).collect();
+        let numbers: Vec<i32> = next.iter().map(|item| item.attempt).collect();
+        // The run is cancelled, so no claim is granted to this worker: its id is of no importance.
+        let claimed = attempts::claim(conn, 0, &ids, &numbers).await?;
+        let claimed: std::collections::HashSet<i64> = claimed.iter().map(|claim| claim.item_id).collect();
+        let results: Vec<ItemResult> = next
+            .iter()
+            .filter(|item| claimed.contains(&item.item_id))
+            .map(|item| item.result(ItemState::Cancelled, None))
+            .collect();
+        Ok(self.results(&results))
+    }
+
+    fn results(&self, results: &[ItemResult]) -> Vec<Outgoing> {
+        results
+            .chunks(self.config.send.result_batch)
+            .map(|results| Outgoing::new(&ResultsMessage { results: results.to_vec() }))
+            .collect()
+    }
+
+    /// The process is ending if this fails: the step is not committed then.
+    async fn publish(&self, messages: Vec<Outgoing>) -> sqlx::Result<()> {
+        self.publisher.publish(messages).await.map_err(|_| sqlx::Error::WorkerCrashed)
+    }
+}
+
+fn is_stale(step: Step, pass: &Pass) -> bool {
+    step.pass.is_some_and(|number| number != pass.number) || step.step.is_some_and(|step| step != pass.step)
+}
+
+fn next_step(run_id: uuid::Uuid, pass: i32, step: i32) -> Outgoing {
+    let command = Command::Release(Step { pass: Some(pass), step: Some(step) });
+    Outgoing::new(&RunMessage { run_id, command }).of_run(run_id)
+}
+
+fn present(pass: &Pass, item: &Item) -> ItemMessage {
+    ItemMessage {
+        run_id: pass.run_id,
+        item_id: item.id,
+        attempt: item.attempt,
+        tries: item.tries,
+        replays: item.replays,
+    }
+}
+
+/// The first attempt of an item. If a crash repeats the chunk, the fence absorbs it.
+fn release(pass: &Pass, item: &Item) -> Outgoing {
+    let first = ItemMessage { run_id: pass.run_id, item_id: item.id, attempt: 1, tries: 1, replays: 0 };
+    Outgoing::new(&first).of_run(pass.run_id)
+}

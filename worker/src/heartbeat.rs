@@ -1,0 +1,117 @@
+//! This worker's signs of life, and its own judgement whether others may take it for dead.
+
+use std::{
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicI32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use mailrun_shared::{config::HeartbeatConfig, store::workers};
+use sqlx::PgPool;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+/// A worker process's registration.
+#[derive(Debug)]
+pub struct Heartbeat {
+    pool: PgPool,
+    worker_id: i64,
+    interval: Duration,
+    dead_after: Duration,
+    /// When the newest heartbeat that arrived was begun.
+    last: Mutex<Instant>,
+    in_flight: AtomicI32,
+}
+
+impl Heartbeat {
+    /// Registers the process under a new id.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn register(pool: &PgPool, roles: &str, config: &HeartbeatConfig) -> sqlx::Result<Self> {
+        let last = Instant::now();
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let pid = i32::try_from(std::process::id()).unwrap_or_default();
+        let worker_id = workers::register(&mut *pool.acquire().await?, roles, host.trim(), pid).await?;
+        Ok(Self {
+            pool: pool.clone(),
+            worker_id,
+            interval: Duration::from_millis(config.interval_ms),
+            dead_after: Duration::from_millis(config.dead_after_ms),
+            last: Mutex::new(last),
+            in_flight: AtomicI32::new(0),
+        })
+    }
+
+    /// This worker's id.
+    pub fn worker_id(&self) -> i64 {
+        self.worker_id
+    }
+
+    /// When others take a worker for dead.
+    pub fn dead_after(&self) -> Duration {
+        self.dead_after
+    }
+
+    /// Whether nobody can take this worker for dead yet. It gives up a little earlier than the others would, since it
+    /// counts from before its heartbeat was written.
+    pub fn is_fresh(&self) -> bool {
+        let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.elapsed() + self.interval / 2 < self.dead_after
+    }
+
+    /// Counts claims that are not reported yet, for the operator to see.
+    pub fn add_in_flight(&self, change: i32) {
+        self.in_flight.fetch_add(change, Ordering::Relaxed);
+    }
+
+    /// Beats until `stop`. A heartbeat that fails is not made up for: the next one comes soon enough.
+    pub async fn beat(&self, stop: CancellationToken) {
+        let mut ticks = interval(self.interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut silent = false;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            let begun = Instant::now();
+            match timeout(self.dead_after, self.write()).await {
+                Ok(Ok(())) => {
+                    *self.last.lock().unwrap_or_else(PoisonError::into_inner) = begun;
+                    silent = false;
+                }
+                Ok(Err(error)) if !silent => {
+                    warn!(%error, "the heartbeat can't be written");
+                    silent = true;
+                }
+                Err(_) if !silent => {
+                    warn!("the heartbeat can't be written: PostgreSQL does not answer");
+                    silent = true;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    async fn write(&self) -> sqlx::Result<()> {
+        let mut conn = self.pool.acquire().await?;
+        workers::heartbeat(&mut conn, self.worker_id, self.in_flight.load(Ordering::Relaxed)).await
+    }
+
+    /// Says that the process has ended, leaving nothing unreported.
+    pub async fn stop(&self) {
+        let write = async {
+            let mut conn = self.pool.acquire().await?;
+            workers::stop(&mut conn, self.worker_id, self.in_flight.load(Ordering::Relaxed)).await
+        };
+        match timeout(self.dead_after, write).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(%error, "the end of this worker can't be written; its heartbeat will run out"),
+            Err(_) => warn!("the end of this worker can't be written; its heartbeat will run out"),
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! The default mailer: sends nothing, and fails on schedule, so that every path of the pipeline can be seen.
+//!
+//! Whether a send fails depends on nothing but the email's place in its run, its tries and its replays: tests and the
+//! demo count on it.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use mailrun_shared::config::SimulatedConfig;
+use tokio::time::sleep;
+
+use super::{Mail, Mailer, Outcome, Transport};
+
+/// The error that lasts until a person replays the email.
+const DOWN: &str = "Internet Down";
+/// The error that is gone at the next try.
+const FLAKY: &str = "Connection Reset";
+
+/// Why the simulated mailer can't be used.
+#[derive(Debug, thiserror::Error)]
+#[error("the mailer's journal {path} can't be opened for appending: {error}")]
+pub struct SimulatedError {
+    path: PathBuf,
+    error: io::Error,
+}
+
+/// The simulated mail server.
+#[derive(Clone, Debug)]
+pub struct Simulated {
+    latency: Duration,
+    down_every: i32,
+    flaky_every: i32,
+    journal: Option<Arc<File>>,
+}
+
+impl Simulated {
+    /// # Errors
+    /// When the journal can't be opened.
+    pub fn new(config: &SimulatedConfig) -> Result<Self, SimulatedError> {
+        let open = |path: &PathBuf| {
+            let file = OpenOptions::new().create(true).append(true).open(path);
+            file.map(Arc::new).map_err(|error| SimulatedError { path: path.clone(), error })
+        };
+        Ok(Self {
+            latency: Duration::from_millis(config.latency_ms),
+            down_every: config.down_every,
+            flaky_every: config.flaky_every,
+            journal: config.journal.as_ref().map(open).transpose()?,
+        })
+    }
+
+    /// Whether, and how, a send fails.
+    fn failure(&self, mail: &Mail) -> Option<&'static str> {
+        let every = |n: i32| n > 0 && mail.position % n == 0;
+        if mail.replays > 0 {
+            None
+        } else if every(self.down_every) {
+            Some(DOWN)
+        } else if every(self.flaky_every) && mail.tries == 1 {
+            Some(FLAKY)
+        } else {
+            None
+        }
+    }
+}
+
+impl Transport for Simulated {
+    fn open(&self) -> Box<dyn Mailer> {
+        Box::new(Session { server: self.clone(), handed_over: 0 })
+    }
+}
+
+/// One connection to it.
+struct Session {
+    server: Simulated,
+    handed_over: u64,
+}
+
+#[async_trait]
+impl Mailer for Session {
+    async fn send(&mut self, mail: &Mail) -> Outcome {
+        if !self.server.latency.is_zero() {
+            sleep(self.server.latency).await;
+        }
+        if let Some(error) = self.server.failure(mail) {
+            return Outcome::Retry(error.into());
+        }
+        if let Some(mut journal) = self.server.journal.as_deref() {
+            // One write for the whole line: several processes append to the same file.
+            if let Err(error) = journal.write_all(format!("{}\n", mail.message_id).as_bytes()) {
+                return Outcome::Retry(format!("the journal can't be written: {error}"));
+            }
+        }
+        self.handed_over += 1;
+        tracing::trace!(handed_over = self.handed_over, message_id = mail.message_id, "sent");
+        Outcome::Sent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mail(position: i32, tries: i16, replays: i16) -> Mail {
+        Mail {
+            message_id: "<1@mailrun>".into(),
+            email: "ann@example.org".into(),
+            name: None,
+            subject: String::new(),
+            body: String::new(),
+            position,
+            tries,
+            replays,
+        }
+    }
+
+    #[tokio::test]
+    async fn every_hundredth_meets_internet_down_until_it_is_replayed() {
+        let mut session = Simulated::new(&SimulatedConfig::default()).unwrap().open();
+        let down = Outcome::Retry(DOWN.into());
+        assert_eq!(session.send(&mail(99, 1, 0)).await, Outcome::Sent);
+        assert_eq!(session.send(&mail(100, 1, 0)).await, down);
+        assert_eq!(session.send(&mail(100, 4, 0)).await, down);
+        assert_eq!(session.send(&mail(100, 1, 1)).await, Outcome::Sent);
+    }
+
+    #[tokio::test]
+    async fn a_smaller_share_fails_once() {
+        let mut session = Simulated::new(&SimulatedConfig::default()).unwrap().open();
+        assert_eq!(session.send(&mail(150, 1, 0)).await, Outcome::Retry(FLAKY.into()));
+        assert_eq!(session.send(&mail(150, 2, 0)).await, Outcome::Sent);
+    }
+}

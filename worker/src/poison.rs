@@ -1,0 +1,21 @@
+//! Messages that can't be understood: they go to the dead letters as they came, with the reason, and never round in circles.
+
+use mailrun_shared::{
+    broker::{Outgoing, Publisher},
+    message::DeadReason,
+};
+use tracing::warn;
+
+use crate::consumer::Delivery;
+
+/// Dead-letters `delivery` and acknowledges it once that is confirmed.
+pub async fn bury(publisher: &Publisher, delivery: Delivery, reason: &str) {
+    warn!(reason, "a message can't be understood; it goes to the dead letters");
+    let kind = delivery.kind().unwrap_or_default().to_owned();
+    let dead = Outgoing::raw("", kind, delivery.body.clone())
+        .with_headers_of(&delivery.properties)
+        .dead(DeadReason::Poison, reason);
+    if publisher.publish(vec![dead]).await.is_ok() {
+        delivery.ack();
+    }
+}

@@ -1,0 +1,100 @@
+//! The progress consumer: takes result messages, applies them to the ledger in batches, and acknowledges what is committed.
+
+use mailrun_shared::{
+    broker::Publisher,
+    config::ProgressConfig,
+    message::{ItemResult, ResultsMessage, decode},
+    retry::Reconnect,
+    store::{
+        may_pass,
+        progress::{self, Applied},
+    },
+};
+use sqlx::PgPool;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::{
+    consumer::{Consumer, Delivery},
+    poison,
+};
+
+/// A message and what it says.
+struct Report {
+    delivery: Delivery,
+    results: Vec<ItemResult>,
+}
+
+/// The progress consumer of one process.
+#[derive(Debug)]
+pub struct Progress {
+    pool: PgPool,
+    publisher: Publisher,
+    config: ProgressConfig,
+}
+
+impl Progress {
+    /// The progress consumer of this process.
+    #[must_use]
+    pub fn new(config: ProgressConfig, pool: PgPool, publisher: Publisher) -> Self {
+        Self { pool, publisher, config }
+    }
+
+    /// Counts until the consumer stops. What is not counted by then is still on the queue.
+    pub async fn run(self, mut consumer: Consumer, stop: CancellationToken) {
+        while let Some(Some(first)) = stop.run_until_cancelled(consumer.next()).await {
+            let mut reports = Vec::new();
+            let mut delivery = Some(first);
+            while let Some(next) = delivery.take() {
+                match decode::<ResultsMessage>(next.kind(), &next.body) {
+                    Ok(message) => reports.push(Report { delivery: next, results: message.results }),
+                    Err(error) => poison::bury(&self.publisher, next, &error.to_string()).await,
+                }
+                if reports.len() < self.config.batch_messages {
+                    delivery = consumer.next_now();
+                }
+            }
+            self.count(reports, &stop).await;
+        }
+    }
+
+    /// Applies a batch. If the ledger refuses it for good, each message is applied by itself, so that one that can't be
+    /// applied spoils nothing but itself.
+    async fn count(&self, reports: Vec<Report>, stop: &CancellationToken) {
+        match self.apply(&reports, stop).await {
+            Some(Ok(applied)) => {
+                debug!(?applied, messages = reports.len(), "counted");
+                reports.into_iter().for_each(|report| report.delivery.ack());
+            }
+            Some(Err(error)) if reports.len() == 1 => {
+                for report in reports {
+                    poison::bury(&self.publisher, report.delivery, &format!("the ledger refuses it: {error}")).await;
+                }
+            }
+            Some(Err(_)) => {
+                for report in reports {
+                    Box::pin(self.count(vec![report], stop)).await;
+                }
+            }
+            // Stopping: the messages come again.
+            None => {}
+        }
+    }
+
+    /// Applies until it is done, is refused for good, or is told to stop (`None`).
+    async fn apply(&self, reports: &[Report], stop: &CancellationToken) -> Option<sqlx::Result<Applied>> {
+        let results: Vec<&ItemResult> = reports.iter().flat_map(|report| &report.results).collect();
+        let mut trouble = Reconnect::default();
+        loop {
+            match progress::apply(&self.pool, &results).await {
+                Err(error) if may_pass(&error) => {
+                    let wait = trouble.next_wait();
+                    warn!(%error, wait_ms = wait.as_millis(), "results can't be counted; trying again");
+                    stop.run_until_cancelled(sleep(wait)).await?;
+                }
+                result => return Some(result),
+            }
+        }
+    }
+}

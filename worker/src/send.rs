@@ -1,0 +1,414 @@
+//! The senders: permit → claim → send → outcome → publish → acknowledge.
+//!
+//! A permit comes before a claim and is given back when the result is confirmed, so a worker that is killed leaves at most
+//! as many attempts unknown as it has permits. Claims, follow-ups and results travel in batches that form by themselves:
+//! each takes what has gathered while the one before was under way.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use mailrun_shared::{
+    broker::{Outgoing, Publisher},
+    config::Config,
+    message::{ItemMessage, ItemResult, ResultsMessage, decode},
+    retry::{Reconnect, in_process},
+    store::attempts::{self, Claimed, Found},
+    topology::retry_queue,
+};
+use sqlx::PgPool;
+use tokio::{
+    sync::{Mutex as AsyncMutex, OwnedSemaphorePermit, Semaphore, mpsc},
+    time::sleep,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, warn};
+
+use crate::{
+    claims::{Claims, Key, Known},
+    consumer::{Consumer, Delivery},
+    heartbeat::Heartbeat,
+    mailer::{Mail, Mailer, Outcome, Transport},
+    outcome::{Next, Refused, after_cancel, after_cut_off, after_death, after_send, refused},
+};
+
+/// Claims under way at once: while one waits for the database, the next one gathers.
+const LANES: usize = 2;
+/// How often remembered outcomes are compared with the ledger, and how many at a time.
+const REMEMBER_INTERVAL: Duration = Duration::from_millis(500);
+const REMEMBER_BATCH: usize = 2_000;
+
+/// What the senders of a process share.
+pub struct Senders {
+    pool: PgPool,
+    publisher: Publisher,
+    heartbeat: Arc<Heartbeat>,
+    transport: Box<dyn Transport>,
+    /// Mailers without work. There are never more than permits.
+    idle: Mutex<Vec<Box<dyn Mailer>>>,
+    claims: Mutex<Claims>,
+    permits: Arc<Semaphore>,
+    rungs: Vec<Duration>,
+    config: Config,
+}
+
+/// An attempt that has come to an end, with the permit that it holds until that is confirmed.
+struct Finished {
+    key: Key,
+    next: Next,
+    permit: OwnedSemaphorePermit,
+}
+
+/// A message with all the deliveries that ask for the same attempt.
+struct Asked {
+    item: ItemMessage,
+    deliveries: Vec<Delivery>,
+}
+
+impl Senders {
+    /// The senders of this process.
+    #[must_use]
+    pub fn new(
+        config: Config,
+        pool: PgPool,
+        publisher: Publisher,
+        heartbeat: Arc<Heartbeat>,
+        transport: Box<dyn Transport>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            pool,
+            publisher,
+            heartbeat,
+            transport,
+            idle: Mutex::default(),
+            claims: Mutex::default(),
+            permits: Arc::new(Semaphore::new(config.send.permits)),
+            rungs: config.retry.rungs(),
+            config,
+        })
+    }
+
+    /// Sends until the consumer stops, then finishes what is in flight.
+    pub async fn run(self: Arc<Self>, consumer: Consumer, stop: CancellationToken) {
+        let (finished, outcomes) = mpsc::channel(self.config.send.permits);
+        let consumer = Arc::new(AsyncMutex::new(consumer));
+        let intake = TaskTracker::new();
+        for _ in 0..LANES {
+            let lane = Arc::clone(&self).take(Arc::clone(&consumer), finished.clone(), stop.clone(), intake.clone());
+            intake.spawn(lane);
+        }
+        drop(finished);
+        let remembering = CancellationToken::new();
+        let remember = tokio::spawn(Arc::clone(&self).remember(remembering.clone()));
+        // Ends when the last lane and the last send have dropped their end.
+        self.report(outcomes).await;
+        remembering.cancel();
+        let _ = remember.await;
+        // Deliveries that were taken ahead go back to the queue when the consumer closes.
+        drop(consumer);
+    }
+
+    /// One lane of the intake.
+    async fn take(
+        self: Arc<Self>,
+        consumer: Arc<AsyncMutex<Consumer>>,
+        finished: mpsc::Sender<Finished>,
+        stop: CancellationToken,
+        tasks: TaskTracker,
+    ) {
+        loop {
+            let batch = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                batch = self.gather(&consumer) => batch,
+            };
+            let Some(batch) = batch else { return };
+            self.begin(batch, &finished, &tasks).await;
+        }
+    }
+
+    /// Waits for a permit and a delivery, then takes as many more of both as there are.
+    async fn gather(&self, consumer: &AsyncMutex<Consumer>) -> Option<Vec<(Delivery, OwnedSemaphorePermit)>> {
+        let mut permit = Some(Arc::clone(&self.permits).acquire_owned().await.ok()?);
+        let mut consumer = consumer.lock().await;
+        let mut delivery = Some(consumer.next().await?);
+        let mut batch = Vec::new();
+        while let (Some(delivery), Some(permit)) = (delivery.take(), permit.take()) {
+            batch.push((delivery, permit));
+        }
+        while batch.len() < self.config.send.claim_batch
+            && let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned()
+            && let Some(delivery) = consumer.next_now()
+        {
+            batch.push((delivery, permit));
+        }
+        Some(batch)
+    }
+
+    /// Claims a batch, starts what was granted and settles what was refused.
+    async fn begin(
+        self: &Arc<Self>,
+        batch: Vec<(Delivery, OwnedSemaphorePermit)>,
+        finished: &mpsc::Sender<Finished>,
+        tasks: &TaskTracker,
+    ) {
+        let (deliveries, mut permits): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+        let mut asked = self.understand(deliveries).await;
+        let ids: Vec<i64> = asked.keys().map(|key| key.0).collect();
+        let numbers: Vec<i32> = asked.keys().map(|key| key.1).collect();
+        let claimed = match self.claim(&ids, &numbers).await {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                warn!(%error, "claiming failed; looking again later");
+                self.claims().answer_lost(asked.keys().copied());
+                return self.park(asked.into_values().collect()).await;
+            }
+        };
+        self.heartbeat.add_in_flight(i32::try_from(claimed.len()).unwrap_or(i32::MAX));
+        for claimed in claimed {
+            let key = (claimed.item_id, claimed.number);
+            // There is a permit for each delivery, and at least one delivery for each claim.
+            let (Some(asked), Some(permit)) = (asked.remove(&key), permits.pop()) else { continue };
+            self.claims().begin(key, asked.deliveries);
+            let (this, finished) = (Arc::clone(self), finished.clone());
+            tasks.spawn(async move {
+                let next = this.attempt(asked.item, claimed).await;
+                // The reporter outlives every sender of this channel.
+                let _ = finished.send(Finished { key, next, permit }).await;
+            });
+        }
+        drop(permits);
+        if !asked.is_empty() {
+            self.settle_refused(asked).await;
+        }
+    }
+
+    /// Reads messages. Two that ask for the same attempt become one. What is not understood is dead.
+    async fn understand(&self, deliveries: Vec<Delivery>) -> HashMap<Key, Asked> {
+        let mut asked: HashMap<Key, Asked> = HashMap::new();
+        for delivery in deliveries {
+            match decode::<ItemMessage>(delivery.kind(), &delivery.body) {
+                Ok(item) => asked
+                    .entry((item.item_id, item.attempt))
+                    .or_insert_with(|| Asked { item, deliveries: Vec::new() })
+                    .deliveries
+                    .push(delivery),
+                Err(error) => crate::poison::bury(&self.publisher, delivery, &error.to_string()).await,
+            }
+        }
+        asked
+    }
+
+    async fn claim(&self, ids: &[i64], numbers: &[i32]) -> sqlx::Result<Vec<Claimed>> {
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut conn = self.pool.acquire().await?;
+        attempts::claim(&mut conn, self.heartbeat.worker_id(), ids, numbers).await
+    }
+
+    /// Carries an attempt out, and decides what follows.
+    async fn attempt(&self, item: ItemMessage, claimed: Claimed) -> Next {
+        if claimed.cancelled {
+            return after_cancel(item);
+        }
+        let mail = Mail {
+            message_id: format!("<{}.{}@mailrun>", claimed.item_id, claimed.run_id.simple()),
+            email: claimed.email,
+            name: claimed.name,
+            subject: claimed.subject,
+            body: claimed.body,
+            position: claimed.position,
+            tries: item.tries,
+            replays: item.replays,
+        };
+        let mut mailer = self.idle().pop().unwrap_or_else(|| self.transport.open());
+        let mut waits = in_process(
+            Duration::from_millis(self.config.retry.in_process_first_ms),
+            self.config.retry.in_process_tries,
+        );
+        let next = loop {
+            // Others may have declared this attempt unknown by now: then it is not for us to send it.
+            if !self.heartbeat.is_fresh() {
+                warn!(item_id = item.item_id, attempt = item.attempt, "cut off for too long: not sending");
+                break after_cut_off(item);
+            }
+            let outcome = mailer.send(&mail).await;
+            match (&outcome, waits.next()) {
+                (Outcome::Retry(_), Some(wait)) => sleep(wait).await,
+                _ => break after_send(item, outcome, &self.rungs),
+            }
+        };
+        self.idle().push(mailer);
+        next
+    }
+
+    /// Publishes follow-ups, then results, then acknowledges; batch after batch.
+    async fn report(&self, mut outcomes: mpsc::Receiver<Finished>) {
+        let mut batch = Vec::new();
+        while outcomes.recv_many(&mut batch, self.config.send.result_batch).await > 0 {
+            let mut follow_ups = Vec::new();
+            let mut results = Vec::with_capacity(batch.len());
+            for finished in &mut batch {
+                follow_ups.extend(finished.next.follow_up.take());
+                results.push(finished.next.result.clone());
+            }
+            if !self.publish(follow_ups).await || !self.publish(vec![Outgoing::new(&ResultsMessage { results })]).await
+            {
+                return;
+            }
+            self.heartbeat.add_in_flight(-i32::try_from(batch.len()).unwrap_or(i32::MAX));
+            let now = Instant::now();
+            let mut claims = self.claims();
+            for Finished { key, next, permit } in batch.drain(..) {
+                claims.done(key, next.result, now).into_iter().for_each(Delivery::ack);
+                drop(permit);
+            }
+        }
+    }
+
+    /// Finds out why claims were refused, and does what that calls for.
+    async fn settle_refused(&self, mut asked: HashMap<Key, Asked>) {
+        let found = match self.find(&asked).await {
+            Ok(found) => found,
+            Err(error) => {
+                warn!(%error, "refused claims can't be looked up; looking again later");
+                return self.park(asked.into_values().collect()).await;
+            }
+        };
+        let mut follow_ups = Vec::new();
+        let mut results = Vec::new();
+        let mut done = Vec::new();
+        let mut later = Vec::new();
+        for (key, Asked { item, deliveries }) in asked.drain() {
+            let why = refused(found.get(&key), self.heartbeat.worker_id());
+            debug!(item_id = key.0, attempt = key.1, ?why, "claim refused");
+            match why {
+                Refused::NoSuchItem => {
+                    for delivery in deliveries {
+                        crate::poison::bury(&self.publisher, delivery, "there is no such item").await;
+                    }
+                    continue;
+                }
+                Refused::Outdated => {}
+                Refused::Cancelled => results.push(after_cancel(item).result),
+                Refused::Orphaned => {
+                    warn!(item_id = key.0, attempt = key.1, "its worker died: the outcome is unknown");
+                    let next = after_death(item, self.config.send.on_unknown);
+                    follow_ups.extend(next.follow_up);
+                    results.push(next.result);
+                }
+                Refused::Mine => {
+                    for delivery in deliveries {
+                        match self.claims().meet(key, delivery) {
+                            Known::UnderWay => {}
+                            Known::Done(result, delivery) => {
+                                results.push(result);
+                                done.push(delivery);
+                            }
+                            Known::InVain(delivery) => {
+                                let next = after_cut_off(item);
+                                follow_ups.extend(next.follow_up);
+                                self.claims().done(key, next.result.clone(), Instant::now());
+                                results.push(next.result);
+                                done.push(delivery);
+                            }
+                            Known::Forgotten(delivery) => later.push(Asked { item, deliveries: vec![delivery] }),
+                        }
+                    }
+                    continue;
+                }
+                Refused::InOtherHands => {
+                    later.push(Asked { item, deliveries });
+                    continue;
+                }
+            }
+            done.extend(deliveries);
+        }
+        self.park(later).await;
+        let results = if results.is_empty() { Vec::new() } else { vec![Outgoing::new(&ResultsMessage { results })] };
+        if self.publish(follow_ups).await && self.publish(results).await {
+            done.into_iter().for_each(Delivery::ack);
+        }
+    }
+
+    async fn find(&self, asked: &HashMap<Key, Asked>) -> sqlx::Result<HashMap<Key, Found>> {
+        let ids: Vec<i64> = asked.keys().map(|key| key.0).collect();
+        let numbers: Vec<i32> = asked.keys().map(|key| key.1).collect();
+        let mut conn = self.pool.acquire().await?;
+        let found = attempts::find(&mut conn, self.heartbeat.dead_after(), &ids, &numbers).await?;
+        Ok(found.into_iter().map(|found| ((found.item_id, found.number), found)).collect())
+    }
+
+    /// Looks again later, through the shortest rung: a delivery is never held through a wait.
+    async fn park(&self, asked: Vec<Asked>) {
+        let queue = self.rungs.iter().min().map(|delay| retry_queue(*delay));
+        let messages = asked
+            .iter()
+            .map(|Asked { item, .. }| {
+                let message = Outgoing::new(item).of_run(item.run_id);
+                match &queue {
+                    Some(queue) => message.to(queue.clone()),
+                    None => message,
+                }
+            })
+            .collect();
+        if self.publish(messages).await {
+            asked.into_iter().flat_map(|asked| asked.deliveries).for_each(Delivery::ack);
+        }
+    }
+
+    /// Compares remembered outcomes with the ledger: forgets what is applied, repeats what is not.
+    async fn remember(self: Arc<Self>, stop: CancellationToken) {
+        let mut trouble = Reconnect::default();
+        let mut wait = REMEMBER_INTERVAL;
+        while stop.run_until_cancelled(sleep(wait)).await.is_some() {
+            wait = match self.look_up().await {
+                // There is more of the kind: go on without a pause.
+                Ok(REMEMBER_BATCH) => Duration::ZERO,
+                Ok(_) => {
+                    trouble.reset();
+                    REMEMBER_INTERVAL
+                }
+                Err(error) => {
+                    debug!(%error, "outcomes can't be compared with the ledger");
+                    trouble.next_wait()
+                }
+            };
+        }
+    }
+
+    async fn look_up(&self) -> sqlx::Result<usize> {
+        let keys = self.claims().to_look_up(Instant::now(), REMEMBER_BATCH);
+        if keys.is_empty() {
+            return Ok(0);
+        }
+        let ids: Vec<i64> = keys.iter().map(|key| key.0).collect();
+        let standings: HashMap<_, _> =
+            attempts::standings(&mut *self.pool.acquire().await?, &ids).await?.into_iter().collect();
+        let now = Instant::now();
+        let repeats: Vec<ItemResult> = {
+            let mut claims = self.claims();
+            keys.iter().filter_map(|key| claims.looked_up(*key, standings.get(&key.0).copied(), now)).collect()
+        };
+        for results in repeats.chunks(self.config.send.result_batch) {
+            self.publish(vec![Outgoing::new(&ResultsMessage { results: results.to_vec() })]).await;
+        }
+        Ok(keys.len())
+    }
+
+    /// False: the process is ending; what is not confirmed stays unacknowledged.
+    async fn publish(&self, messages: Vec<Outgoing>) -> bool {
+        self.publisher.publish(messages).await.is_ok()
+    }
+
+    fn claims(&self) -> MutexGuard<'_, Claims> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Box<dyn Mailer>>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

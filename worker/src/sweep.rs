@@ -1,0 +1,173 @@
+//! The sweeper: puts back what is missing from the conveyor, and only that.
+//!
+//! It looks at runs whose counters have not moved for long. A purged queue, a lost broker, a dead worker's claims: each
+//! leaves a trace in the ledger by which the missing message is written again. What it puts back by mistake is absorbed by
+//! the fence and the join, so it may be wrong, but it must not be noisy: each run is left alone for twice as long after
+//! each sweep that did not get it moving.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use mailrun_shared::{
+    broker::{Broker, BrokerError, Outgoing, Publisher, depth},
+    config::Config,
+    message::{Command, ResultsMessage, RunMessage, Step},
+    run::Wanted,
+    store::sweep::{self, Stalled},
+    topology,
+};
+use sqlx::PgPool;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info};
+use uuid::Uuid;
+
+use crate::outcome::{Repair, after_cancel, after_death, repair};
+
+/// A run is looked at again after at most this time, however often it was in vain.
+const LONGEST_REST: Duration = Duration::from_secs(600);
+
+/// Why a sweep was broken off. The next one does it all again.
+#[derive(Debug, thiserror::Error)]
+enum SweepError {
+    #[error(transparent)]
+    Ledger(#[from] sqlx::Error),
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+}
+
+/// A stalled run that was swept: until when to leave it alone.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    until: Instant,
+    length: Duration,
+}
+
+/// The sweeper of one process. Of several, one sweeps at a time.
+#[derive(Debug)]
+pub struct Sweeper {
+    config: Config,
+    pool: PgPool,
+    broker: Arc<Broker>,
+    publisher: Publisher,
+    resting: HashMap<Uuid, Rest>,
+}
+
+impl Sweeper {
+    /// The sweeper of this process.
+    #[must_use]
+    pub fn new(config: Config, pool: PgPool, broker: Arc<Broker>, publisher: Publisher) -> Self {
+        Self { config, pool, broker, publisher, resting: HashMap::new() }
+    }
+
+    /// Sweeps until `stop`.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let interval = Duration::from_millis(self.config.sweep.interval_ms);
+        while stop.run_until_cancelled(sleep(interval)).await.is_some() {
+            match stop.run_until_cancelled(self.sweep()).await {
+                Some(Err(error)) => debug!(%error, "the sweep was broken off"),
+                Some(Ok(())) => {}
+                None => return,
+            }
+        }
+    }
+
+    fn stalled_after(&self) -> Duration {
+        Duration::from_millis(self.config.sweep.stalled_after_ms)
+    }
+
+    async fn sweep(&mut self) -> Result<(), SweepError> {
+        let mut tx = self.pool.begin().await?;
+        if !sweep::try_lock(&mut tx).await? {
+            return Ok(());
+        }
+        let stalled = sweep::stalled_runs(&mut tx, self.stalled_after()).await?;
+        self.resting.retain(|run_id, _| stalled.iter().any(|run| run.run_id == *run_id));
+        let now = Instant::now();
+        let due: Vec<Stalled> = stalled
+            .into_iter()
+            .filter(|run| self.resting.get(&run.run_id).is_none_or(|rest| rest.until <= now))
+            .collect();
+        if due.is_empty() || !self.items_are_taken().await? {
+            return Ok(());
+        }
+        for run in due {
+            self.drive(&run).await?;
+            self.repair_items(&mut tx, run.run_id).await?;
+            let length =
+                self.resting.get(&run.run_id).map_or(self.stalled_after(), |rest| (rest.length * 2).min(LONGEST_REST));
+            self.resting.insert(run.run_id, Rest { until: Instant::now() + length, length });
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Items that wait on the queue are not missing: the senders are busy, or there are none.
+    async fn items_are_taken(&self) -> Result<bool, SweepError> {
+        let patience = self.broker.answer_timeout();
+        let connection = self.broker.connect("sweep").await?;
+        let look = async {
+            let channel = connection.create_channel().await?;
+            depth(&channel, topology::ITEMS).await
+        };
+        let waiting = timeout(patience, look).await.map_err(|_| BrokerError::Timeout)?.map_err(BrokerError::from)?;
+        connection.close(200, "done".into()).await.map_err(BrokerError::from)?;
+        Ok(waiting == 0)
+    }
+
+    /// Puts the message back that drives the run's present pass, if none was seen lately.
+    async fn drive(&self, run: &Stalled) -> Result<(), SweepError> {
+        let run_id = run.run_id;
+        let command = match run.wanted {
+            Wanted::Cancelled if !run.cancel_begun => Command::Cancel { command_id: Uuid::new_v4() },
+            _ if run.driven => return Ok(()),
+            _ => Command::Release(Step::default()),
+        };
+        info!(%run_id, ?command, "nothing drives this run any more: its message is put back");
+        self.publisher.publish(vec![Outgoing::new(&RunMessage { run_id, command }).of_run(run_id)]).await?;
+        Ok(())
+    }
+
+    async fn repair_items(&self, conn: &mut sqlx::PgConnection, run_id: Uuid) -> Result<(), SweepError> {
+        let dead_after = Duration::from_millis(self.config.heartbeat.dead_after_ms);
+        let batch = self.config.sweep.batch_items;
+        let mut after = 0;
+        loop {
+            let items = sweep::open_items(conn, run_id, self.stalled_after(), dead_after, after, batch).await?;
+            let Some(last) = items.last() else { return Ok(()) };
+            after = last.position;
+            let (mut messages, mut results) = (Vec::new(), Vec::new());
+            let (mut put_back, mut buried, mut cancelled) = (0, 0, 0);
+            for item in items {
+                match repair(item.owner) {
+                    Repair::Leave => {}
+                    Repair::PutBack => {
+                        put_back += 1;
+                        messages.push(Outgoing::new(&item.next).of_run(run_id));
+                    }
+                    Repair::Cancel => {
+                        cancelled += 1;
+                        results.push(after_cancel(item.next).result);
+                    }
+                    Repair::Bury => {
+                        buried += 1;
+                        let next = after_death(item.next, self.config.send.on_unknown);
+                        messages.extend(next.follow_up);
+                        results.push(next.result);
+                    }
+                }
+            }
+            if put_back + buried + cancelled > 0 {
+                info!(%run_id, put_back, buried, cancelled, "items were missing from the conveyor");
+            }
+            self.publisher.publish(messages).await?;
+            for results in results.chunks(self.config.send.result_batch) {
+                let results = ResultsMessage { results: results.to_vec() };
+                self.publisher.publish(vec![Outgoing::new(&results)]).await?;
+            }
+        }
+    }
+}
