@@ -1,4 +1,9 @@
-//! What the mailrun program is made of beside the pipeline itself: the local stack, and the children it runs.
+//! What the mailrun program is made of beside the pipeline itself: the local stack, the services it runs, and the commands.
 
+pub mod dead_letters;
+pub mod demo;
+pub mod local;
+pub mod setup;
 pub mod stack;
 pub mod supervise;
+pub mod up;

@@ -1,19 +1,54 @@
-//! The mailrun program.
+//! The mailrun program: one binary for the whole system. Without a command it starts everything on this machine.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duration};
 
-use clap::{Parser, Subcommand};
-use mailrun::stack;
+use anyhow::{Context as _, Result};
+use clap::{Args, Parser, Subcommand};
+use mailrun::{dead_letters, demo, setup, stack, supervise, up};
+use mailrun_shared::{config::Config, shutdown, telemetry};
+use mailrun_worker::Role;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
+/// Durable bulk invitations on RabbitMQ and PostgreSQL.
 #[derive(Parser)]
-#[command(version, about = "Invites many people by mail, reliably.")]
+#[command(version)]
 struct Arguments {
+    /// The settings' file; without it, mailrun.toml in the working directory, if there is one.
+    #[arg(long, global = true, env = "MAILRUN_CONFIG")]
+    config: Option<PathBuf>,
+    /// What to do; without it, `up`.
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
 }
 
 #[derive(Subcommand)]
 enum Command {
+    /// Starts everything on this machine: the servers, the pages and the workers. Ctrl-C stops it.
+    Up,
+    /// Invites fictional people through the real form, shows the bar, retries what failed, and ends.
+    Demo(demo::Options),
+    /// Serves the pages.
+    Web,
+    /// Works.
+    Worker {
+        /// What this process does: any of fan-out, send and progress.
+        #[arg(long, value_delimiter = ',', default_value = "fan-out,send,progress")]
+        roles: Vec<Role>,
+    },
+    /// Brings the database up to date and declares the queues, with users who may do both.
+    Setup,
+    /// Shows what could not be sent, or sends it again.
+    DeadLetters {
+        /// Shows, without a command.
+        #[command(subcommand)]
+        command: Option<DeadLetters>,
+    },
+    /// Asks a server's /healthz, and says by the exit code whether all is well.
+    Health {
+        /// Its address, for instance http://127.0.0.1:8080/healthz.
+        url: String,
+    },
     /// Runs the private RabbitMQ and PostgreSQL for as long as anybody uses them.
     #[command(hide = true)]
     StackKeeper {
@@ -26,16 +61,88 @@ enum Command {
     },
 }
 
+#[derive(Subcommand)]
+enum DeadLetters {
+    /// Sends them again, as another pass over their runs.
+    Replay(Replay),
+}
+
+#[derive(Args)]
+struct Replay {
+    /// Only this run's.
+    #[arg(long, required_unless_present = "all")]
+    run: Option<Uuid>,
+    /// Those of every run.
+    #[arg(long, conflicts_with = "run")]
+    all: bool,
+    /// Only those that ended with this error.
+    #[arg(long)]
+    error: Option<String>,
+    /// Those of which nobody knows whether they went out; their recipients may get a second one.
+    #[arg(long)]
+    unknown: bool,
+}
+
 #[tokio::main]
 async fn main() -> ExitCode {
-    let result = match Arguments::parse().command {
-        Command::StackKeeper { home, linger_seconds } => stack::keep(&home, Duration::from_secs(linger_seconds)).await,
-    };
-    match result {
+    let arguments = Arguments::parse();
+    match run(arguments).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error}");
+            eprintln!("mailrun: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+async fn run(arguments: Arguments) -> Result<()> {
+    let config = || Config::load(arguments.config.as_deref());
+    match arguments.command.unwrap_or(Command::Up) {
+        Command::Up => up::run(config()?).await,
+        Command::Demo(options) => demo::run(config()?, &options).await,
+        Command::Web => {
+            let config = config()?;
+            telemetry::init(&config.log);
+            Ok(mailrun_web::run(config, stop_token()?).await?)
+        }
+        Command::Worker { roles } => {
+            let config = config()?;
+            telemetry::init(&config.log);
+            let roles: BTreeSet<Role> = roles.into_iter().collect();
+            Ok(mailrun_worker::run(config, roles, stop_token()?).await?)
+        }
+        Command::Setup => {
+            let config = config()?;
+            telemetry::init(&config.log);
+            setup::run(&config).await
+        }
+        Command::DeadLetters { command } => {
+            let address = dead_letters::reach(config()?).await?;
+            match command {
+                None => dead_letters::show(&address).await,
+                Some(DeadLetters::Replay(replay)) => {
+                    dead_letters::replay(&address, replay.run, replay.error, replay.unknown).await
+                }
+            }
+        }
+        Command::Health { url } => {
+            let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
+            client.get(&url).send().await?.error_for_status().with_context(|| format!("{url} is not well"))?;
+            Ok(())
+        }
+        Command::StackKeeper { home, linger_seconds } => {
+            Ok(stack::keep(&home, Duration::from_secs(linger_seconds)).await?)
+        }
+    }
+}
+
+/// Cancelled by a signal, or by the end of the parent that started this process.
+fn stop_token() -> Result<CancellationToken> {
+    let stop = shutdown::on_signal().context("the signals can't be caught")?;
+    let token = stop.clone();
+    tokio::spawn(async move {
+        supervise::parent_gone().await;
+        token.cancel();
+    });
+    Ok(stop)
 }

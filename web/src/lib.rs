@@ -1,6 +1,5 @@
 //! The pages: takes lists in through the form, shows runs from the ledger, and hands what the outbox holds to RabbitMQ.
 
-
 mod actions;
 mod assets;
 mod body;

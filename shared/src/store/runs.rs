@@ -301,3 +301,16 @@ pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<usize> {
     tx.commit().await?;
     Ok(runs.len())
 }
+
+/// How many people of a mail domain have been emailed: the demo's last check, in the table itself.
+///
+/// # Errors
+/// The database's.
+pub async fn emailed_in_domain(pool: &PgPool, domain: &str) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        r#"SELECT count(*) AS "count!" FROM users WHERE emailed_at IS NOT NULL AND split_part(email, '@', 2) = $1"#,
+        domain
+    )
+    .fetch_one(pool)
+    .await
+}

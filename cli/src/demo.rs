@@ -1,0 +1,205 @@
+//! `mailrun demo`: the main job, as a person would do it, watched from a terminal.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use mailrun_shared::{config::Config, shutdown, store};
+use reqwest::{Client, header::LOCATION, redirect};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    local::{Local, Servers},
+    stack,
+};
+
+const POLL: Duration = Duration::from_millis(100);
+
+/// What `demo` can be asked for.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Options {
+    /// How many fictional people to invite.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    recipients: u32,
+    /// Print one JSON object with the figures on standard output, and nothing else.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A run's progress, as the page polls it.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Progress {
+    total: u64,
+    pending: u64,
+    retrying: u64,
+    sent: u64,
+    failed: u64,
+    unknown: u64,
+    over: bool,
+}
+
+/// The figures of a demo.
+#[derive(Debug, Serialize)]
+struct Figures {
+    recipients: u32,
+    first_pass: FirstPass,
+    sent: u64,
+    failed: u64,
+    unknown: u64,
+    /// Counted in the table of users.
+    users_emailed: i64,
+    retried: u64,
+    /// From the POST until everything was sent, the retries of the schedule and the replay included.
+    seconds: f64,
+    /// Recipients divided by seconds.
+    items_per_second: f64,
+    /// From the POST until every email had had its first try.
+    first_try_seconds: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct FirstPass {
+    sent: u64,
+    failed: u64,
+}
+
+/// Invites, watches, retries, and compares the end with what was asked for.
+///
+/// # Errors
+/// When anything is missing at the end.
+pub async fn run(config: Config, options: &Options) -> Result<()> {
+    let home = stack::home();
+    let stop = shutdown::on_signal().context("the signals can't be caught")?;
+    let work = async {
+        if let Some(url) = stack::running(&home).and_then(|running| running.web_url) {
+            eprintln!("Using the Mailrun that runs here: {url}");
+            let servers = Servers::start(&config, &home, |step| eprintln!("{step} …")).await?;
+            let result = invite(&config, &servers, &url, options).await;
+            servers.stop().await?;
+            return result;
+        }
+        let local = Local::start(&config, &home, |step| eprintln!("{step} …")).await?;
+        let watched = stop.run_until_cancelled(invite(&config, local.servers(), &local.web_url, options)).await;
+        eprintln!("Stopping …");
+        local.stop().await?;
+        watched.context("the demo was stopped before its end")?
+    };
+    let figures = work.await?;
+    if options.json {
+        println!("{}", serde_json::to_string(&figures)?);
+    } else {
+        println!(
+            "{} invited in {:.1} s: {} sent and {} failed at first, {} sent again, {} sent in the end.",
+            figures.recipients,
+            figures.seconds,
+            figures.first_pass.sent,
+            figures.first_pass.failed,
+            figures.retried,
+            figures.sent
+        );
+    }
+    let all = u64::from(figures.recipients);
+    if figures.sent != all || figures.users_emailed != i64::from(figures.recipients) {
+        bail!("not everybody was emailed: {} of {all}", figures.sent);
+    }
+    Ok(())
+}
+
+async fn invite(config: &Config, servers: &Servers, web_url: &str, options: &Options) -> Result<Figures> {
+    let client = Client::builder().no_proxy().redirect(redirect::Policy::none()).build()?;
+    // People of their own for each demo, since nobody is invited twice.
+    let demo = Uuid::new_v4().simple().to_string();
+    let domain = format!("{}.example", &demo[..12]);
+    let emails: String = (1..=options.recipients).map(|number| format!("guest-{number:06}@{domain}\n")).collect();
+
+    let form = client.get(web_url).send().await?.error_for_status()?.text().await?;
+    let token = field(&form, "token").context("the form has no token")?;
+    let started = Instant::now();
+    let answer = client
+        .post(format!("{web_url}/invites"))
+        .form(&HashMap::from([("token", token.as_str()), ("emails", emails.as_str())]))
+        .send()
+        .await?;
+    let location = answer
+        .headers()
+        .get(LOCATION)
+        .and_then(|location| location.to_str().ok())
+        .with_context(|| format!("the form was not accepted: {}", answer.status()))?;
+    let run = format!("{web_url}{location}");
+    eprintln!("Answered in {:.2} s: {run}", started.elapsed().as_secs_f64());
+
+    let mut first_try = None;
+    let first = watch(&client, &run, |progress| {
+        if progress.pending == 0 && first_try.is_none() {
+            first_try = Some(started.elapsed());
+        }
+        progress.over
+    })
+    .await?;
+    eprintln!("First pass: {} sent, {} failed", first.sent, first.failed);
+    let last = if first.failed > 0 { retry(&client, &run, &first).await? } else { first };
+    let seconds = started.elapsed().as_secs_f64();
+
+    let mut database = config.database.clone();
+    database.url = servers.database_url.clone();
+    let pool = store::open(&database, "mailrun demo")?;
+    let users_emailed = store::runs::emailed_in_domain(&pool, &domain).await?;
+    pool.close().await;
+    Ok(Figures {
+        recipients: options.recipients,
+        first_pass: FirstPass { sent: first.sent, failed: first.failed },
+        sent: last.sent,
+        failed: last.failed,
+        unknown: last.unknown,
+        users_emailed,
+        retried: first.failed,
+        seconds,
+        items_per_second: f64::from(options.recipients) / seconds,
+        first_try_seconds: first_try.unwrap_or_default().as_secs_f64(),
+    })
+}
+
+/// Presses *Retry* and watches the run to its end.
+async fn retry(client: &Client, run: &str, first: &Progress) -> Result<Progress> {
+    let page = client.get(run).send().await?.error_for_status()?.text().await?;
+    let token = field(&page, "token").context("the results page has no Retry")?;
+    client
+        .post(format!("{run}/retry"))
+        .form(&HashMap::from([("token", token.as_str()), ("states", "failed")]))
+        .send()
+        .await?
+        .error_for_status()?;
+    eprintln!("Retrying the {} that failed", first.failed);
+    // Over again, and not still: the replay has been seen when fewer are failed, or something is open.
+    watch(client, run, |progress| progress.over && progress.failed < first.failed).await
+}
+
+/// Polls as the page does, and draws the bar.
+async fn watch(client: &Client, run: &str, mut is_over: impl FnMut(&Progress) -> bool) -> Result<Progress> {
+    let bar = ProgressBar::no_length();
+    #[expect(clippy::literal_string_with_formatting_args, reason = "the template is indicatif's")]
+    let style = ProgressStyle::with_template("{bar:50.green/dim} {pos}/{len}  {msg}")?.progress_chars("━━─");
+    bar.set_style(style);
+    loop {
+        let progress: Progress = client.get(format!("{run}/progress")).send().await?.error_for_status()?.json().await?;
+        bar.set_length(progress.total);
+        bar.set_position(progress.total - progress.pending - progress.retrying);
+        bar.set_message(format!("{} sent, {} retrying, {} failed", progress.sent, progress.retrying, progress.failed));
+        if is_over(&progress) {
+            bar.abandon();
+            return Ok(progress);
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// The value of a hidden field.
+fn field(page: &str, name: &str) -> Option<String> {
+    let (_, rest) = page.split_once(&format!("name=\"{name}\" value=\""))?;
+    rest.split_once('"').map(|(value, _)| value.to_owned())
+}

@@ -1,0 +1,216 @@
+//! Mailrun on this machine: the private servers where none are named, and the services as children of this process.
+
+use std::{
+    ffi::OsString,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use mailrun_shared::config::Config;
+use secrecy::{ExposeSecret, SecretString};
+use tokio::process::Command;
+
+use crate::{
+    stack::{Console, Stack, StackError},
+    supervise::{Notice, Service, Supervisor},
+};
+
+/// The database and virtual host of `up` and `demo`.
+const NAME: &str = "mailrun";
+/// The port of the pages, or the next free one.
+const WEB_PORT: u16 = 8080;
+const PORTS_TRIED: u16 = 100;
+/// Each service may take so long to finish what is in flight.
+const DRAIN: Duration = Duration::from_secs(35);
+/// The pages answer within this time, or something is wrong.
+const START: Duration = Duration::from_secs(60);
+/// In the order of the data, so that nothing is left between two of them.
+const STOP_ORDER: [&str; 5] = ["web", "fan-out", "send-1", "send-2", "progress"];
+
+/// Where the servers are: named by the environment, or private ones.
+pub struct Servers {
+    stack: Option<Stack>,
+    /// PostgreSQL.
+    pub database_url: SecretString,
+    /// RabbitMQ.
+    pub amqp_url: SecretString,
+}
+
+impl Servers {
+    /// Finds or starts them. `DATABASE_URL` and `AMQP_URL` win over the private ones.
+    ///
+    /// # Errors
+    /// When one can't be installed or started.
+    pub async fn start(config: &Config, home: &Path, report: impl Fn(&str)) -> Result<Self> {
+        let named = |key: &str| std::env::var_os(key).is_some_and(|value| !value.is_empty());
+        let (database, amqp) = (named("DATABASE_URL"), named("AMQP_URL"));
+        if database && amqp {
+            return Ok(Self { stack: None, database_url: config.database.url.clone(), amqp_url: joined(config) });
+        }
+        let program = std::env::current_exe().context("the path of this program is unknown")?;
+        let stack = Stack::start(home, &program, Duration::ZERO, report).await?;
+        stack.create_database(NAME).await?;
+        stack.create_vhost(NAME).await?;
+        let database_url = if database { config.database.url.clone() } else { stack.database_url(NAME).into() };
+        let amqp_url = if amqp { joined(config) } else { stack.amqp_url(NAME).into() };
+        Ok(Self { stack: Some(stack), database_url, amqp_url })
+    }
+
+    /// The management console of the private RabbitMQ.
+    #[must_use]
+    pub fn console(&self) -> Option<&Console> {
+        self.stack.as_ref().map(Stack::console)
+    }
+
+    /// What a child needs in its environment to find them.
+    #[must_use]
+    pub fn environment(&self) -> Vec<(OsString, OsString)> {
+        vec![
+            ("DATABASE_URL".into(), self.database_url.expose_secret().into()),
+            ("AMQP_URL".into(), self.amqp_url.expose_secret().into()),
+        ]
+    }
+
+    /// Stops the private ones, unless somebody else uses them.
+    ///
+    /// # Errors
+    /// When they don't end.
+    pub async fn stop(self) -> Result<(), StackError> {
+        match self.stack {
+            Some(stack) => stack.stop().await.map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+fn joined(config: &Config) -> SecretString {
+    config.amqp.urls.iter().map(ExposeSecret::expose_secret).collect::<Vec<_>>().join(",").into()
+}
+
+/// The whole of Mailrun, running.
+pub struct Local {
+    servers: Servers,
+    supervisor: Supervisor,
+    /// The address of the pages.
+    pub web_url: String,
+    /// Where the services' lines go.
+    pub log: PathBuf,
+}
+
+impl Local {
+    /// Starts the servers and the services, and returns when the pages answer.
+    ///
+    /// # Errors
+    /// Says what could not be started, and where to read more.
+    pub async fn start(config: &Config, home: &Path, report: impl Fn(&str)) -> Result<Self> {
+        let servers = Servers::start(config, home, &report).await?;
+        let started = Self::start_services(config, home, &servers, &report).await;
+        match started {
+            Ok((supervisor, web_url, log)) => Ok(Self { servers, supervisor, web_url, log }),
+            Err(error) => {
+                // The first error is the one to tell.
+                let _ = servers.stop().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_services(
+        config: &Config,
+        home: &Path,
+        servers: &Servers,
+        report: &impl Fn(&str),
+    ) -> Result<(Supervisor, String, PathBuf)> {
+        let program = std::env::current_exe().context("the path of this program is unknown")?;
+        report("Preparing the database and the queues");
+        set_up(&program, servers).await?;
+        let listen = web_address(config)?;
+        let log = home.join("logs").join("services.log");
+        let mut supervisor = Supervisor::new(program, &log, tell).context("the services' log can't be written")?;
+        let mut environment = servers.environment();
+        environment.push(("MAILRUN_WEB__LISTEN".into(), listen.to_string().into()));
+        report("Starting the pages and the workers");
+        for (name, args) in [
+            ("web", vec!["web"]),
+            ("fan-out", vec!["worker", "--roles", "fan-out"]),
+            ("send-1", vec!["worker", "--roles", "send"]),
+            ("send-2", vec!["worker", "--roles", "send"]),
+            ("progress", vec!["worker", "--roles", "progress"]),
+        ] {
+            let args = args.into_iter().map(OsString::from).collect();
+            supervisor.start(Service { name: name.to_owned(), args, env: environment.clone() })?;
+        }
+        let web_url = format!("http://{listen}");
+        if let Err(error) = wait_for_pages(&web_url).await {
+            supervisor.stop(&STOP_ORDER, DRAIN).await;
+            return Err(error.context(format!("the pages don't answer; {} says why", log.display())));
+        }
+        Ok((supervisor, web_url, log))
+    }
+
+    /// The servers it uses.
+    #[must_use]
+    pub fn servers(&self) -> &Servers {
+        &self.servers
+    }
+
+    /// Stops the services in the order of the data, then the private servers.
+    ///
+    /// # Errors
+    /// When a server does not end.
+    pub async fn stop(self) -> Result<()> {
+        self.supervisor.stop(&STOP_ORDER, DRAIN).await;
+        Ok(self.servers.stop().await?)
+    }
+}
+
+async fn set_up(program: &Path, servers: &Servers) -> Result<()> {
+    let output = Command::new(program)
+        .arg("setup")
+        .envs(servers.environment())
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .context("`mailrun setup` can't be started")?;
+    if !output.status.success() {
+        bail!("the database or the queues can't be prepared:\n{}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+/// The configured address, if there is one; else the first free port from 8080 on.
+fn web_address(config: &Config) -> Result<SocketAddr> {
+    if std::env::var_os("MAILRUN_WEB__LISTEN").is_some() || config.web.listen.port() != WEB_PORT {
+        return Ok(config.web.listen);
+    }
+    (WEB_PORT..WEB_PORT + PORTS_TRIED)
+        .map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
+        .find(|address| TcpListener::bind(address).is_ok())
+        .with_context(|| format!("no port from {WEB_PORT} on is free: name one with MAILRUN_WEB__LISTEN"))
+}
+
+async fn wait_for_pages(web_url: &str) -> Result<()> {
+    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
+    let deadline = tokio::time::Instant::now() + START;
+    loop {
+        let answer = client.get(format!("{web_url}/healthz")).send().await;
+        match answer.and_then(reqwest::Response::error_for_status) {
+            Ok(_) => return Ok(()),
+            Err(error) if tokio::time::Instant::now() >= deadline => return Err(error.into()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+fn tell(notice: Notice) {
+    match notice {
+        Notice::Started { .. } => {}
+        Notice::Died { name, how, pause, .. } => {
+            eprintln!("{name} ended unexpectedly ({how}); it starts again in {pause:?}");
+        }
+        Notice::Killed { name } => eprintln!("{name} did not finish in time and was killed"),
+    }
+}

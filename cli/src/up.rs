@@ -1,0 +1,50 @@
+//! `mailrun up`: everything on this machine, until Ctrl-C.
+
+use anyhow::{Context as _, Result};
+use mailrun_shared::{config::Config, shutdown};
+
+use crate::{
+    local::Local,
+    stack::{self, Running, UpLock, UpLockRefused},
+};
+
+/// Starts everything, says where it is, and stops all of it at the first signal. A second `up` in the same checkout says
+/// that there is one.
+///
+/// # Errors
+/// What could not be started or stopped.
+pub async fn run(config: Config) -> Result<()> {
+    let home = stack::home();
+    let lock = match UpLock::acquire(&home).await {
+        Ok(lock) => lock,
+        Err(UpLockRefused::Running(Running { pid, web_url })) => {
+            match web_url {
+                Some(url) => println!("Mailrun runs here already: {url} (process {pid})"),
+                None => println!("Mailrun is starting here already (process {pid})"),
+            }
+            return Ok(());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let stop = shutdown::on_signal().context("the signals can't be caught")?;
+    let start = Local::start(&config, &home, |step| println!("{step} …"));
+    let Some(local) = stop.run_until_cancelled(start).await else {
+        println!("Stopped before it had started");
+        return Ok(());
+    };
+    let local = local?;
+    lock.publish_web_url(&local.web_url)?;
+    println!();
+    println!("  Mailrun     {}", local.web_url);
+    if let Some(console) = local.servers().console() {
+        println!("  RabbitMQ    {}  (user {}, password {})", console.url, console.user, console.password);
+    }
+    println!("  Logs        {}", local.log.display());
+    println!();
+    println!("Ctrl-C stops everything; the data stays.");
+    stop.cancelled().await;
+    println!("Stopping: finishing what is in flight …");
+    local.stop().await?;
+    println!("Stopped.");
+    Ok(())
+}
