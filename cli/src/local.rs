@@ -14,7 +14,7 @@ use secrecy::{ExposeSecret, SecretString};
 use tokio::process::Command;
 
 use crate::{
-    stack::{Console, Stack, StackError},
+    stack::{self, Console, Stack, StackError},
     supervise::{Notice, Service, Supervisor},
 };
 
@@ -165,6 +165,24 @@ impl Local {
         self.supervisor.stop(&STOP_ORDER, DRAIN).await;
         Ok(self.servers.stop().await?)
     }
+}
+
+/// Runs a command with a new, empty database in `DATABASE_URL`, and drops it afterwards.
+///
+/// # Errors
+/// When the private PostgreSQL can't be started, or the command fails.
+pub async fn with_database(command: &[OsString]) -> Result<()> {
+    let [program, args @ ..] = command else { bail!("name a command") };
+    let keeper = std::env::current_exe().context("the path of this program is unknown")?;
+    let stack = Stack::start(&stack::home(), &keeper, Duration::from_secs(20), |step| eprintln!("{step} …")).await?;
+    let name = format!("scratch-{}", std::process::id());
+    stack.create_database(&name).await?;
+    let status = Command::new(program).args(args).env("DATABASE_URL", stack.database_url(&name)).status().await;
+    stack.drop_database(&name).await?;
+    if !status.with_context(|| format!("{} can't be started", program.display()))?.success() {
+        bail!("the command failed");
+    }
+    Ok(())
 }
 
 async fn set_up(program: &Path, servers: &Servers) -> Result<()> {

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
-use mailrun::{dead_letters, demo, setup, stack, supervise, up};
+use mailrun::{dead_letters, demo, local::with_database, setup, stack, supervise, up};
 use mailrun_shared::{config::Config, shutdown, telemetry};
 use mailrun_worker::Role;
 use tokio_util::sync::CancellationToken;
@@ -48,6 +48,13 @@ enum Command {
     Health {
         /// Its address, for instance http://127.0.0.1:8080/healthz.
         url: String,
+    },
+    /// Runs a command with a new, empty database of the private PostgreSQL in DATABASE_URL: for the tools that check queries.
+    #[command(hide = true)]
+    WithDatabase {
+        /// The command.
+        #[arg(last = true, required = true)]
+        command: Vec<std::ffi::OsString>,
     },
     /// Runs the private RabbitMQ and PostgreSQL for as long as anybody uses them.
     #[command(hide = true)]
@@ -130,6 +137,7 @@ async fn run(arguments: Arguments) -> Result<()> {
             client.get(&url).send().await?.error_for_status().with_context(|| format!("{url} is not well"))?;
             Ok(())
         }
+        Command::WithDatabase { command } => with_database(&command).await,
         Command::StackKeeper { home, linger_seconds } => {
             Ok(stack::keep(&home, Duration::from_secs(linger_seconds)).await?)
         }

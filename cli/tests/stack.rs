@@ -1,4 +1,5 @@
 //! The local stack for real: servers in a folder of its own, clients that share them, and a keeper that is killed.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::{
     path::Path,

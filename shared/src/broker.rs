@@ -70,6 +70,7 @@ pub struct Broker {
     name: String,
     declare: bool,
     retry_delays: Vec<Duration>,
+    publish_twice: bool,
     answer_timeout: Duration,
 }
 
@@ -82,6 +83,7 @@ impl Broker {
             name: name.into(),
             declare: config.amqp.declare_topology,
             retry_delays: config.retry.rungs(),
+            publish_twice: config.amqp.publish_twice,
             answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
         })
     }
@@ -149,7 +151,7 @@ impl Broker {
         for _ in 0..lanes {
             tokio::spawn(Arc::clone(self).publish_lane(Arc::clone(&receiver)));
         }
-        Publisher(sender)
+        Publisher { lanes: sender, twice: self.publish_twice }
     }
 
     /// One publishing task: its connection, its confirm channel, and what it has not got a confirm for yet.
@@ -278,7 +280,10 @@ struct Batch {
 
 /// Publishes messages and waits for the broker's confirms. Clones share the same lanes.
 #[derive(Clone, Debug)]
-pub struct Publisher(mpsc::Sender<Batch>);
+pub struct Publisher {
+    lanes: mpsc::Sender<Batch>,
+    twice: bool,
+}
 
 impl Publisher {
     /// Returns when the broker has every message on disk: publishes again after every interruption, for as long as it
@@ -286,12 +291,15 @@ impl Publisher {
     ///
     /// # Errors
     /// Only when the publisher is closed.
-    pub async fn publish(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
+    pub async fn publish(&self, mut messages: Vec<Outgoing>) -> Result<(), BrokerError> {
         if messages.is_empty() {
             return Ok(());
         }
+        if self.twice {
+            messages.extend(messages.clone());
+        }
         let (done, confirmed) = oneshot::channel();
-        self.0.send(Batch { messages, done }).await.map_err(|_| BrokerError::Closed)?;
+        self.lanes.send(Batch { messages, done }).await.map_err(|_| BrokerError::Closed)?;
         confirmed.await.map_err(|_| BrokerError::Closed)
     }
 }

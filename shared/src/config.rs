@@ -70,6 +70,8 @@ pub struct AmqpConfig {
     /// Whether processes declare the exchanges and queues when they connect. Set it to false where they have no right to,
     /// and run `mailrun setup` with a user who has.
     pub declare_topology: bool,
+    /// Publishes every message twice, to try that nothing is counted or sent twice for it.
+    pub publish_twice: bool,
     /// The broker must answer a publish, an ack or a declaration within this time.
     pub answer_timeout_ms: u64,
 }
@@ -80,6 +82,7 @@ impl Default for AmqpConfig {
             urls: vec!["amqp://guest:guest@127.0.0.1:5672/%2f".into()],
             publish_lanes: 2,
             declare_topology: true,
+            publish_twice: false,
             answer_timeout_ms: 30_000,
         }
     }

@@ -1,5 +1,7 @@
 //! Logs: to standard error, with ids as fields, never an address, a secret or a message's body.
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 use uuid::Uuid;
 
@@ -15,7 +17,11 @@ pub fn init(config: &LogConfig) {
     if config.json {
         registry.with(fmt::layer().json().with_writer(std::io::stderr)).init();
     } else {
-        registry.with(fmt::layer().with_target(false).with_writer(std::io::stderr)).init();
+        registry
+            .with(
+                fmt::layer().with_ansi(std::io::stderr().is_terminal()).with_target(false).with_writer(std::io::stderr),
+            )
+            .init();
     }
 }
 

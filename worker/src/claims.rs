@@ -55,8 +55,13 @@ pub enum Known {
 impl Claims {
     /// An attempt begins.
     pub fn begin(&mut self, key: Key, deliveries: Vec<Delivery>) {
-        self.in_vain.remove(&key);
         self.known.insert(key, Claim::UnderWay(deliveries));
+    }
+
+    /// Claims are asked for, again perhaps: whoever meets one of them meanwhile looks again later.
+    /// Returns those whose answer got lost before; if they are refused now, it says the same as then.
+    pub fn asking<'a>(&mut self, keys: impl IntoIterator<Item = &'a Key>) -> Vec<Key> {
+        keys.into_iter().filter(|key| self.in_vain.remove(key)).copied().collect()
     }
 
     /// Claims were asked for, but the answer got lost.

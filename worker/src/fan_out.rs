@@ -126,8 +126,8 @@ impl FanOut {
             Command::Replay(replay) => {
                 let begun = passes::begun_by(&mut tx, replay.command_id).await?;
                 if begun.is_none() && pass.done_at.is_none() && situation.wanted != Wanted::Cancelled {
-                    // One pass after the other: the one before has not reached every item yet.
-                    passes::touch(&mut tx, &pass).await?;
+                    // One pass after the other: the one before has not reached every item yet. This message drives the
+                    // next one, so it must not make the sweeper think that the present one is driven.
                     After::Wait
                 } else if situation.wanted == Wanted::Cancelled {
                     After::Nothing

@@ -187,6 +187,8 @@ async fn supervise(
     deadline: Duration,
 ) -> Result<(), WorkerError> {
     let dead = tokio::select! {
+        // Parts that end because they were told to are not dead.
+        biased;
         () = stop.cancelled() => false,
         ended = parts.join_next() => {
             error!(?ended, "a part of this worker ended by itself");

@@ -6,7 +6,7 @@ use mailrun_shared::{
     message::{ItemResult, ResultsMessage, decode},
     retry::Reconnect,
     store::{
-        may_pass,
+        is_about_data,
         progress::{self, Applied},
     },
 };
@@ -88,7 +88,7 @@ impl Progress {
         let mut trouble = Reconnect::default();
         loop {
             match progress::apply(&self.pool, &results).await {
-                Err(error) if may_pass(&error) => {
+                Err(error) if !is_about_data(&error) => {
                     let wait = trouble.next_wait();
                     warn!(%error, wait_ms = wait.as_millis(), "results can't be counted; trying again");
                     stop.run_until_cancelled(sleep(wait)).await?;

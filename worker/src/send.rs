@@ -158,6 +158,7 @@ impl Senders {
         let mut asked = self.understand(deliveries).await;
         let ids: Vec<i64> = asked.keys().map(|key| key.0).collect();
         let numbers: Vec<i32> = asked.keys().map(|key| key.1).collect();
+        let lost_before = self.claims().asking(asked.keys());
         let claimed = match self.claim(&ids, &numbers).await {
             Ok(claimed) => claimed,
             Err(error) => {
@@ -180,6 +181,7 @@ impl Senders {
             });
         }
         drop(permits);
+        self.claims().answer_lost(lost_before.into_iter().filter(|key| asked.contains_key(key)));
         if !asked.is_empty() {
             self.settle_refused(asked).await;
         }

@@ -45,6 +45,18 @@ pub async fn migrate(pool: &PgPool) -> Result<(), sqlx::migrate::MigrateError> {
     MIGRATIONS.run(pool).await
 }
 
+/// Whether the data itself is refused, so that it will be refused every time: a value that is out of range (class 22), or a
+/// constraint that is violated (class 23). Everything else is the server's state, which somebody will mend.
+#[must_use]
+pub fn is_about_data(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Database(error) => {
+            error.code().is_some_and(|code| ["22", "23"].iter().any(|class| code.starts_with(class)))
+        }
+        _ => false,
+    }
+}
+
 /// Whether the same transaction may succeed when it is simply run again: the connection was lost, the server is starting
 /// or ending, or it chose this transaction to resolve a deadlock.
 #[must_use]

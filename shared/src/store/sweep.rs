@@ -87,7 +87,7 @@ pub async fn open_items(
            LEFT JOIN workers w ON w.id = a.worker_id
            WHERE i.run_id = $1 AND i.position > $4 AND i.state IN ('pending', 'retrying')
              AND (i.due_at IS NULL OR i.due_at < clock_timestamp() - make_interval(secs => $2))
-             AND (i.attempt > 1 OR i.state = 'retrying'
+             AND (i.attempt > 1 OR i.state = 'retrying' OR a.worker_id IS NOT NULL
                   OR i.position <= (SELECT cursor FROM run_passes f WHERE f.run_id = $1 AND f.number = 1))
            ORDER BY i.position LIMIT $5"#,
         run_id,

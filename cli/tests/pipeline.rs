@@ -1,0 +1,209 @@
+//! The pipeline on the real servers, by the real binaries: what people and operators count on.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod support;
+
+use std::time::Duration;
+
+use serde_json::Value;
+use support::{World, people, until};
+
+fn count(progress: &Value, state: &str) -> i64 {
+    progress[state].as_i64().unwrap()
+}
+
+#[tokio::test]
+async fn a_thousand_are_invited_ten_fail_and_retry_sends_them() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    let run = world.invite(&people(1000)).await;
+    let first = world.until_over(&run).await;
+    assert_eq!(first["text"], "990 successful, 10 failed of 1,000");
+    world.retry(&run, "failed").await;
+    let last = world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 1000).await;
+    assert_eq!((count(&last, "failed"), count(&last, "unknown")), (0, 0));
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+    assert_eq!(world.handed_over().len(), 1000);
+    let emailed: i64 = sqlx::query_scalar("SELECT count(*) FROM users WHERE emailed_at IS NOT NULL")
+        .fetch_one(&world.pool)
+        .await
+        .unwrap();
+    assert_eq!(emailed, 1000);
+}
+
+#[tokio::test]
+async fn every_message_doubled_changes_nothing_for_many_workers() {
+    let mut world = World::new(&[("MAILRUN_AMQP__PUBLISH_TWICE", "true")]).await;
+    world.worker("fan-out");
+    for roles in ["send", "send", "send", "progress", "progress"] {
+        world.worker(roles);
+    }
+    let run = world.invite(&people(5000)).await;
+    let end = world.until_over(&run).await;
+    assert_eq!(end["text"], "4,950 successful, 50 failed of 5,000");
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+#[tokio::test]
+async fn a_killed_worker_loses_nobody_and_doubles_nobody() {
+    let mut world =
+        World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"), ("MAILRUN_SEND__PERMITS", "20")]).await;
+    world.workers();
+    let victim = world.worker("send");
+    let run = world.invite(&people(2000)).await;
+    world.until_progress(&run, "half way", |progress| count(progress, "sent") > 700).await;
+    world.kill(victim);
+    let end = world.until_over(&run).await;
+    assert_eq!(count(&end, "sent") + count(&end, "failed") + count(&end, "unknown"), 2000);
+    assert!(count(&end, "unknown") <= 20, "more unknown than permits: {end}");
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+    // Whoever is neither shown as sent nor as unknown has certainly got nothing.
+    let handed_over = i64::try_from(world.handed_over().len()).unwrap();
+    assert!(handed_over >= count(&end, "sent") && handed_over <= count(&end, "sent") + count(&end, "unknown"));
+}
+
+#[tokio::test]
+async fn a_terminated_worker_finishes_what_it_has_begun() {
+    let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
+    world.worker("fan-out");
+    world.worker("progress");
+    let first = world.worker("send");
+    let run = world.invite(&people(3000)).await;
+    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 300).await;
+    assert!(world.terminate(first), "the exit code of a good end is 0");
+    assert!(world.progress(&run).await["over"] == false, "it was to be stopped in the middle");
+    world.worker("send");
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (2970, 30, 0));
+    world.nobody_got_two();
+}
+
+#[tokio::test]
+async fn a_run_submitted_while_the_broker_is_down_starts_when_it_is_back() {
+    // A stack of its own: others need theirs.
+    let home = tempfile::tempdir().unwrap();
+    let mut world = World::on(home.path(), &[]).await;
+    world.workers();
+    world.stack.stop_rabbitmq().await.unwrap();
+    let run = world.invite(&people(300)).await;
+    assert_eq!(count(&world.progress(&run).await, "pending"), 300);
+    world.stack.start_rabbitmq().await.unwrap();
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed")), (297, 3));
+    world.nobody_got_two();
+}
+
+#[tokio::test]
+async fn two_forms_with_the_same_people_at_the_same_moment_invite_them_once() {
+    let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "0")]).await;
+    world.workers();
+    let list = |range: std::ops::Range<usize>| -> String {
+        range.map(|number| format!("guest-{number}@example.org\n")).collect()
+    };
+    let (one, two) = (world.token().await, world.token().await);
+    let (first, second) = (list(0..2000), list(1000..3000));
+    let (one, two) = tokio::join!(world.submit(&one, &first), world.submit(&two, &second));
+    let (one, two) = (one.unwrap(), two.unwrap());
+    let sent = count(&world.until_over(&one).await, "sent") + count(&world.until_over(&two).await, "sent");
+    assert_eq!(sent, 3000);
+    assert_eq!(world.handed_over().len(), 3000);
+    world.counters_equal_counts().await;
+}
+
+#[tokio::test]
+async fn the_same_form_twice_is_one_run_and_bad_input_is_explained() {
+    let mut world = World::new(&[]).await;
+    let token = world.token().await;
+    let emails = "Ann <ANN@example.org>, bob@example.org;\n\nann@example.org\nnobody\n";
+    let (one, two) = tokio::join!(world.submit(&token, emails), world.submit(&token, emails));
+    let run = one.unwrap();
+    assert_eq!(run, two.unwrap());
+    assert_eq!(world.submit(&token, emails).await.unwrap(), run);
+    let page = world.client.get(&run).send().await.unwrap().text().await.unwrap();
+    assert!(page.contains("nobody") && page.contains("has no @ sign"), "{page}");
+
+    let (status, page) = world.submit(&world.token().await, " \n ").await.unwrap_err();
+    assert_eq!(status, 422);
+    assert!(page.contains("role=\"alert\""));
+    let (status, page) = world.submit(&world.token().await, "bob@example.org").await.unwrap_err();
+    assert_eq!(status, 422);
+    assert!(page.contains("bob@example.org"), "what was typed is kept");
+
+    world.workers();
+    assert_eq!(count(&world.until_over(&run).await, "sent"), 2);
+}
+
+#[tokio::test]
+async fn poison_goes_to_the_dead_letters_and_work_goes_on() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    let nobody = format!(r#"{{"run_id":"{}","item_id":999999,"attempt":1}}"#, uuid::Uuid::new_v4());
+    for (queue, body) in [
+        ("mailrun.items", "hello"),
+        ("mailrun.items", nobody.as_str()),
+        ("mailrun.runs", "{}"),
+        ("mailrun.results", r#"{"results":[{"item_id":"x"}]}"#),
+    ] {
+        world.publish(queue, body.as_bytes()).await;
+    }
+    let run = world.invite(&people(50)).await;
+    assert_eq!(count(&world.until_over(&run).await, "sent"), 50);
+    let channel = world.channel().await;
+    until("four letters are dead", async || {
+        mailrun_shared::broker::depth(&channel, "mailrun.dead").await.unwrap() == 4
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_dead_letter_moved_by_hand_and_a_run_message_written_by_hand_do_what_they_say() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    let run = world.invite(&people(200)).await;
+    assert_eq!(count(&world.until_over(&run).await, "failed"), 2);
+    // What the console's "Move messages" does: take one off and publish it through the default exchange, headers kept.
+    let channel = world.channel().await;
+    let letter = channel.basic_get("mailrun.dead".into(), Default::default()).await.unwrap().unwrap();
+    channel
+        .basic_publish("".into(), "mailrun.items".into(), Default::default(), &letter.data, letter.properties.clone())
+        .await
+        .unwrap();
+    letter.ack(Default::default()).await.unwrap();
+    let moved = world.until_progress(&run, "sent by hand", |progress| count(progress, "sent") == 199).await;
+    assert_eq!(count(&moved, "failed"), 1);
+    world.nobody_got_two();
+
+    // Purge what drives a run, and drive it by hand.
+    let id = run.rsplit('/').next().unwrap().to_owned();
+    world.publish("mailrun.runs", format!(r#"{{"run_id":"{id}"}}"#).as_bytes()).await;
+    let next: String = (0..20).map(|number| format!("later-{number}@example.org\n")).collect();
+    assert_eq!(count(&world.until_over(&world.invite(&next).await).await, "sent"), 20);
+    world.counters_equal_counts().await;
+}
+
+#[tokio::test]
+async fn purged_queues_only_delay_a_run_and_cancelling_settles_it() {
+    let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
+    world.workers();
+    let run = world.invite(&people(1500)).await;
+    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 100).await;
+    let channel = world.channel().await;
+    for queue in ["mailrun.items", "mailrun.results", "mailrun.retry.100ms"] {
+        channel.queue_purge(queue.into(), Default::default()).await.unwrap();
+    }
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (1485, 15, 0));
+    world.nobody_got_two();
+
+    let next: String = (0..3000).map(|number| format!("later-{number}@example.org\n")).collect();
+    let run = world.invite(&next).await;
+    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 50).await;
+    world.client.post(format!("{run}/cancel")).send().await.unwrap();
+    let end = tokio::time::timeout(Duration::from_secs(100), world.until_over(&run)).await.unwrap();
+    assert!(count(&end, "cancelled") > 0, "{end}");
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
