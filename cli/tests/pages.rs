@@ -1,0 +1,95 @@
+//! The pages in a real browser: what a person does and sees.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod support;
+
+use std::{
+    net::TcpListener,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use fantoccini::{Client, ClientBuilder, Locator};
+use hyper_util::client::legacy::connect::HttpConnector;
+use mailrun::stack::{CHROMIUM, ensure_packages};
+use serde_json::json;
+use support::{World, people, until};
+
+/// The browser's driver, which ends with the test.
+struct Driver(Child);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+async fn browser(profile: &std::path::Path) -> (Driver, Client) {
+    ensure_packages(&[CHROMIUM], |step| eprintln!("{step}")).await.unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let driver = Command::new("chromedriver")
+        .arg(format!("--port={port}"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let driver = Driver(driver);
+    let url = format!("http://127.0.0.1:{port}");
+    until("the driver listens", async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()).await;
+    let profile = format!("--user-data-dir={}", profile.display());
+    let args = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        &profile,
+    ];
+    let capabilities = json!({ "goog:chromeOptions": { "args": args } });
+    let client = ClientBuilder::new(HttpConnector::new())
+        .capabilities(capabilities.as_object().unwrap().clone())
+        .connect(&url)
+        .await
+        .unwrap();
+    (driver, client)
+}
+
+async fn text(page: &Client, css: &str) -> String {
+    match page.find(Locator::Css(css)).await {
+        Ok(element) => element.text().await.unwrap_or_default(),
+        Err(_) => String::new(),
+    }
+}
+
+#[tokio::test]
+async fn a_person_pastes_sends_watches_the_bar_and_retries() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    let (_driver, page) = browser(&world.folder.path().join("profile")).await;
+    page.goto(&world.web).await.unwrap();
+    // Pasting, as far as the page can tell: typing a thousand lines would take the driver minutes.
+    let list = json!(people(1000));
+    page.execute("document.querySelector('#emails').value = arguments[0]", vec![list]).await.unwrap();
+    page.find(Locator::XPath("//button[normalize-space()='Send Invites']")).await.unwrap().click().await.unwrap();
+
+    page.wait().at_most(Duration::from_secs(60)).for_element(Locator::Css("#bar")).await.unwrap();
+    until("the bar has reached its end", async || {
+        text(&page, "#progress-text").await == "990 successful, 10 failed of 1,000"
+    })
+    .await;
+    until("the failures are listed with their error", async || {
+        text(&page, "#troubles").await.contains("Internet Down")
+    })
+    .await;
+    let retry = page.wait().at_most(Duration::from_secs(60)).for_element(Locator::Css("#retry")).await.unwrap();
+    retry.click().await.unwrap();
+    until("all have been sent", async || text(&page, "#progress-text").await == "1,000 successful of 1,000").await;
+    until("nothing is left to retry", async || page.find(Locator::Css("#retry")).await.is_err()).await;
+    page.close().await.unwrap();
+}
