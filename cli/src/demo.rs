@@ -182,7 +182,6 @@ async fn retry(client: &Client, run: &str, first: &Progress) -> Result<Progress>
 /// Polls as the page does, and draws the bar.
 async fn watch(client: &Client, run: &str, mut is_over: impl FnMut(&Progress) -> bool) -> Result<Progress> {
     let bar = ProgressBar::no_length();
-    #[expect(clippy::literal_string_with_formatting_args, reason = "the template is indicatif's")]
     let style = ProgressStyle::with_template("{bar:50.green/dim} {pos}/{len}  {msg}")?.progress_chars("━━─");
     bar.set_style(style);
     loop {

@@ -141,6 +141,8 @@ async fn a_killed_keeper_is_replaced_and_its_servers_are_not_left_behind() {
     first.create_database("kept").await.unwrap();
     let before = first.pids().unwrap();
     kill(before.keeper);
+    // A process that is killed holds its locks until it has ended.
+    until("the keeper has ended", async || !runs(before.keeper)).await;
 
     let second = start(dir.path()).await;
     let after = second.pids().unwrap();
@@ -153,6 +155,7 @@ async fn a_killed_keeper_is_replaced_and_its_servers_are_not_left_behind() {
     // Without a keeper the client itself ends what it left.
     drop(first);
     kill(after.keeper);
+    until("the keeper has ended", async || !runs(after.keeper)).await;
     assert_eq!(second.stop().await.unwrap(), Stopped::Ended);
     for pid in all(after) {
         assert!(!runs(pid), "process {pid} still runs");
