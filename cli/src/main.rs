@@ -116,6 +116,7 @@ async fn run(arguments: Arguments) -> Result<()> {
             let config = config()?;
             telemetry::init(&config.log);
             let roles: BTreeSet<Role> = roles.into_iter().collect();
+            abort_on_panic();
             Ok(mailrun_worker::run(config, roles, stop_token()?).await?)
         }
         Command::Setup => {
@@ -142,6 +143,16 @@ async fn run(arguments: Arguments) -> Result<()> {
             Ok(stack::keep(&home, Duration::from_secs(linger_seconds)).await?)
         }
     }
+}
+
+/// A worker that has lost one of its tasks would hold claims that nobody ever reports: it ends instead, and the others see
+/// that it is dead.
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }
 
 /// Cancelled by a signal, or by the end of the parent that started this process.

@@ -91,11 +91,15 @@ impl Sweeper {
             .into_iter()
             .filter(|run| self.resting.get(&run.run_id).is_none_or(|rest| rest.until <= now))
             .collect();
-        if due.is_empty() || !self.items_are_taken().await? {
+        if due.is_empty() {
             return Ok(());
         }
+        let taken = self.items_are_taken().await?;
         for run in due {
             self.drive(&run).await?;
+            if !taken {
+                continue;
+            }
             self.repair_items(&mut tx, run.run_id).await?;
             let length =
                 self.resting.get(&run.run_id).map_or(self.stalled_after(), |rest| (rest.length * 2).min(LONGEST_REST));
