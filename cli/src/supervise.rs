@@ -266,3 +266,84 @@ pub async fn parent_gone() {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+    use super::*;
+
+    /// A supervisor of shell scripts, with its notices.
+    fn of_scripts(log: &Path) -> (Supervisor, UnboundedReceiver<Notice>) {
+        let (send, notices) = unbounded_channel();
+        let tell = move |notice| send.send(notice).unwrap();
+        (Supervisor::new("/bin/sh".into(), log, tell).unwrap(), notices)
+    }
+
+    fn script(name: &str, text: &str) -> Service {
+        Service { name: name.to_owned(), args: vec!["-c".into(), text.into()], env: Vec::new() }
+    }
+
+    async fn logged(log: &Path, text: &str) {
+        let there = async {
+            while !std::fs::read_to_string(log).unwrap().contains(text) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), there).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_child_that_dies_is_started_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut supervisor, mut notices) = of_scripts(&dir.path().join("log"));
+        supervisor.start(script("short", "echo hello; exit 3")).unwrap();
+        for expected in 1..=2 {
+            assert!(matches!(notices.recv().await, Some(Notice::Started { .. })));
+            match notices.recv().await {
+                Some(Notice::Died { deaths, how, .. }) => {
+                    assert_eq!((deaths, how.as_str()), (expected, "exit status: 3"));
+                }
+                other => panic!("expected a death, got {other:?}"),
+            }
+        }
+        supervisor.stop(&[], Duration::from_secs(5)).await;
+        assert!(std::fs::read_to_string(dir.path().join("log")).unwrap().contains("short      | hello\n"));
+    }
+
+    #[tokio::test]
+    async fn children_stop_in_order_and_a_stubborn_one_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let (mut supervisor, mut notices) = of_scripts(&log);
+        let polite = "trap 'echo last words; exit 0' TERM; echo ready; while :; do sleep 0.05; done";
+        supervisor.start(script("stubborn", "trap '' TERM; echo deaf; while :; do sleep 0.05; done")).unwrap();
+        supervisor.start(script("second", polite)).unwrap();
+        supervisor.start(script("first", polite)).unwrap();
+        for text in ["stubborn   | deaf", "second     | ready", "first      | ready"] {
+            logged(&log, text).await;
+        }
+        supervisor.stop(&["first", "second"], Duration::from_secs(1)).await;
+        let text = std::fs::read_to_string(&log).unwrap();
+        let place = |line: &str| text.find(line).unwrap();
+        assert!(place("first      | last words") < place("second     | last words"));
+        let mut killed = Vec::new();
+        while let Ok(notice) = notices.try_recv() {
+            if let Notice::Killed { name } = notice {
+                killed.push(name);
+            }
+        }
+        assert_eq!(killed, ["stubborn"]);
+    }
+
+    #[tokio::test]
+    async fn a_child_sees_an_open_input_until_its_parent_lets_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = Arc::new(Mutex::new(open_log(&dir.path().join("log")).unwrap()));
+        let mut started = spawn(Path::new("/bin/sh"), &script("child", "cat; exit 7"), &log).unwrap();
+        let early = tokio::time::timeout(Duration::from_millis(300), started.child.wait()).await;
+        assert!(early.is_err(), "waiting for the child must not close its input");
+        drop(started.input.take());
+        assert_eq!(started.child.wait().await.unwrap().code(), Some(7));
+    }
+}

@@ -140,9 +140,7 @@ async fn a_killed_keeper_is_replaced_and_its_servers_are_not_left_behind() {
     let first = start(dir.path()).await;
     first.create_database("kept").await.unwrap();
     let before = first.pids().unwrap();
-    kill(before.keeper);
-    // A process that is killed holds its locks until it has ended.
-    until("the keeper has ended", async || !runs(before.keeper)).await;
+    kill_keeper(dir.path(), before).await;
 
     let second = start(dir.path()).await;
     let after = second.pids().unwrap();
@@ -154,8 +152,7 @@ async fn a_killed_keeper_is_replaced_and_its_servers_are_not_left_behind() {
 
     // Without a keeper the client itself ends what it left.
     drop(first);
-    kill(after.keeper);
-    until("the keeper has ended", async || !runs(after.keeper)).await;
+    kill_keeper(dir.path(), after).await;
     assert_eq!(second.stop().await.unwrap(), Stopped::Ended);
     for pid in all(after) {
         assert!(!runs(pid), "process {pid} still runs");
@@ -173,4 +170,11 @@ async fn a_dropped_stack_ends_after_its_linger() {
 
 fn kill(pid: u32) {
     rustix::process::kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
+}
+
+/// Kills the keeper and waits until it's dead: one that is still dying holds its lock, and could be joined.
+async fn kill_keeper(home: &Path, pids: Pids) {
+    kill(pids.keeper);
+    let lock = std::fs::File::open(home.join("keeper.lock")).unwrap();
+    until("the keeper is dead", async || lock.try_lock_shared().is_ok()).await;
 }

@@ -43,15 +43,19 @@ const TICK: Duration = Duration::from_millis(100);
 const PORT_TRIES: u32 = 4;
 
 /// Runs the stack of a folder until its lease was free for `linger`, or until SIGTERM. Returns at once if another keeper runs.
+///
+/// For a process of its own: the folder stays locked until that process ends.
 pub async fn run(home: &Path, linger: Duration) -> Result<(), StackError> {
     let folder = Folder::open(home)?;
     let lock_path = folder.path(KEEPER_LOCK);
     // Patience, as a client takes the lock for an instant to see whether a keeper runs.
     let lock =
         lease::exclusive_within(&lock_path, Duration::from_secs(2)).await.map_err(io_error("Locking", &lock_path))?;
-    let Some(_lock) = lock else {
+    let Some(lock) = lock else {
         return Ok(());
     };
+    // Held by the process, not by this function: a client takes a free lock for a keeper that has ended altogether.
+    std::mem::forget(lock);
     for name in ["state.json", RABBITMQ_STOPPED, POSTGRES_STOPPED, END_REQUEST] {
         remove(&folder.path(name))?;
     }

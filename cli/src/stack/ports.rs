@@ -110,17 +110,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_remembered_and_replaced_when_taken() {
+    fn taken_ports_are_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("ports.json");
         let (first, reserved) = Ports::choose(&file).unwrap();
         let (other, _reserved) = Ports::choose(&dir.path().join("other.json")).unwrap();
         assert_ne!(other.postgres, first.postgres, "a reserved port is not chosen again");
         drop(reserved);
-        let _stranger = TcpListener::bind((Ipv4Addr::LOCALHOST, first.amqp)).unwrap();
+        let stranger = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let taken = stranger.local_addr().unwrap().port();
+        write_private(&file, &serde_json::to_vec(&Ports { amqp: taken, ..first }).unwrap()).unwrap();
         let (second, _reserved) = Ports::choose(&file).unwrap();
-        assert_ne!(second.amqp, first.amqp);
-        assert_eq!(second.epmd, first.epmd);
+        assert_ne!(second.amqp, taken);
+    }
+
+    #[test]
+    fn a_free_remembered_port_wins_over_the_preferred_one() {
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+        assert_eq!(pick(free, 47_101, &mut Reserved::default()).unwrap(), free);
     }
 
     #[test]

@@ -226,11 +226,18 @@ fn place(folder: &Folder) -> Result<(PathBuf, Option<Account>), StackError> {
     // Where a container withholds that right: outside the checkout. The note in the folder says so.
     let outside = Path::new("/var/lib").join(folder.name());
     let note = folder.path("postgres-data-is-elsewhere.txt");
-    for (parent, switches) in [(&inside, &plain), (&inside, &passing), (&outside, &plain)] {
+    let mut places = vec![(&inside, &plain), (&inside, &passing), (&outside, &plain)];
+    // Data stays where it was created, whatever rights this process has today: another place would look like lost data.
+    let has_data = |parent: &Path| parent.join("data/PG_VERSION").exists();
+    if places.iter().any(|(parent, _)| has_data(parent)) {
+        places.retain(|(parent, _)| has_data(parent));
+    }
+    for (parent, switches) in places {
         fs::create_dir_all(parent).map_err(io_error("Creating", parent))?;
         std::os::unix::fs::chown(parent, Some(uid), Some(gid)).map_err(io_error("Giving away", parent))?;
+        // Not `test -x`: access(2) leaves out the rights that a process was given on top of its account's.
         let reaches =
-            Blocking::new("setpriv").args(switches).args(["test", "-x"]).arg(parent).stderr(Stdio::null()).status();
+            Blocking::new("setpriv").args(switches).args(["test", "-d"]).arg(parent).stderr(Stdio::null()).status();
         match reaches {
             Ok(status) if status.success() => {
                 if parent == &outside {
@@ -246,7 +253,7 @@ fn place(folder: &Folder) -> Result<(PathBuf, Option<Account>), StackError> {
             Err(error) => return Err(io_error("Starting", Path::new("setpriv"))(error)),
         }
     }
-    Err(StackError::NotStarted("PostgreSQL can't run as root, and no folder can be given to another account. Start Mailrun as an ordinary user.".to_owned()))
+    Err(StackError::NotStarted("PostgreSQL can't run as root, and its account can't reach the folder of the data. Start Mailrun as an ordinary user.".to_owned()))
 }
 
 /// The user and group of `postgres`, else of `nobody`.

@@ -115,6 +115,10 @@ mod tests {
         let folder = Folder::open(dir.path()).unwrap();
         let mut ours = Command::new("sleep").arg0(folder.marker("epmd")).arg("60").spawn().unwrap();
         let mut stranger = Command::new("sleep").arg("60").spawn().unwrap();
+        // A process that was started just now may not show its command line yet.
+        while of_server(&folder.marker("epmd")).unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         assert_eq!(end_leftovers(&folder).await.unwrap(), 1);
         assert!(!ours.wait().unwrap().success());
         assert!(stranger.try_wait().unwrap().is_none());
