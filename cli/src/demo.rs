@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -72,7 +73,7 @@ struct FirstPass {
 ///
 /// # Errors
 /// When anything is missing at the end.
-pub async fn run(config: Config, options: &Options) -> Result<()> {
+pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Result<()> {
     let home = stack::home();
     let stop = shutdown::on_signal().context("the signals can't be caught")?;
     let work = async {
@@ -83,7 +84,7 @@ pub async fn run(config: Config, options: &Options) -> Result<()> {
             servers.stop().await?;
             return result;
         }
-        let local = Local::start(&config, &home, |step| eprintln!("{step} …")).await?;
+        let local = Local::start(&config, file, &home, |step| eprintln!("{step} …")).await?;
         let watched = stop.run_until_cancelled(invite(&config, local.servers(), &local.web_url, options)).await;
         eprintln!("Stopping …");
         local.stop().await?;

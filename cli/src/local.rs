@@ -101,13 +101,13 @@ pub struct Local {
 }
 
 impl Local {
-    /// Starts the servers and the services, and returns when the pages answer.
+    /// Starts the servers and the services with the settings in `file`, and returns when the pages answer.
     ///
     /// # Errors
     /// Says what could not be started, and where to read more.
-    pub async fn start(config: &Config, home: &Path, report: impl Fn(&str)) -> Result<Self> {
+    pub async fn start(config: &Config, file: Option<&Path>, home: &Path, report: impl Fn(&str)) -> Result<Self> {
         let servers = Servers::start(config, home, &report).await?;
-        let started = Self::start_services(config, home, &servers, &report).await;
+        let started = Self::start_services(config, file, home, &servers, &report).await;
         match started {
             Ok((supervisor, web_url, log)) => Ok(Self { servers, supervisor, web_url, log }),
             Err(error) => {
@@ -120,17 +120,21 @@ impl Local {
 
     async fn start_services(
         config: &Config,
+        file: Option<&Path>,
         home: &Path,
         servers: &Servers,
         report: &impl Fn(&str),
     ) -> Result<(Supervisor, String, PathBuf)> {
         let program = std::env::current_exe().context("the path of this program is unknown")?;
         report("Preparing the database and the queues");
-        set_up(&program, servers).await?;
+        let mut environment = servers.environment();
+        if let Some(file) = file {
+            environment.push(("MAILRUN_CONFIG".into(), file.into()));
+        }
+        set_up(&program, &environment).await?;
         let listen = web_address(config)?;
         let log = home.join("logs").join("services.log");
         let mut supervisor = Supervisor::new(program, &log, tell).context("the services' log can't be written")?;
-        let mut environment = servers.environment();
         environment.push(("MAILRUN_WEB__LISTEN".into(), listen.to_string().into()));
         report("Starting the pages and the workers");
         for (name, args) in [
@@ -185,10 +189,10 @@ pub async fn with_database(command: &[OsString]) -> Result<()> {
     Ok(())
 }
 
-async fn set_up(program: &Path, servers: &Servers) -> Result<()> {
+async fn set_up(program: &Path, environment: &[(OsString, OsString)]) -> Result<()> {
     let output = Command::new(program)
         .arg("setup")
-        .envs(servers.environment())
+        .envs(environment.iter().map(|(key, value)| (key, value)))
         .stdin(Stdio::null())
         .output()
         .await

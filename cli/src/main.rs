@@ -103,10 +103,11 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: Arguments) -> Result<()> {
-    let config = || Config::load(arguments.config.as_deref());
+    let file = arguments.config.as_deref();
+    let config = || Config::load(file);
     match arguments.command.unwrap_or(Command::Up) {
-        Command::Up => up::run(config()?).await,
-        Command::Demo(options) => demo::run(config()?, &options).await,
+        Command::Up => up::run(config()?, file).await,
+        Command::Demo(options) => demo::run(config()?, file, &options).await,
         Command::Web => {
             let config = config()?;
             telemetry::init(&config.log);

@@ -1,5 +1,7 @@
 //! `mailrun up`: everything on this machine, until Ctrl-C.
 
+use std::path::Path;
+
 use anyhow::{Context as _, Result};
 use mailrun_shared::{config::Config, shutdown};
 
@@ -8,12 +10,12 @@ use crate::{
     stack::{self, Running, UpLock, UpLockRefused},
 };
 
-/// Starts everything, says where it is, and stops all of it at the first signal. A second `up` in the same checkout says
+/// Starts everything with the settings in `file`, says where it is, and stops all of it at the first signal. A second `up` in the same checkout says
 /// that there is one.
 ///
 /// # Errors
 /// What could not be started or stopped.
-pub async fn run(config: Config) -> Result<()> {
+pub async fn run(config: Config, file: Option<&Path>) -> Result<()> {
     let home = stack::home();
     let lock = match UpLock::acquire(&home).await {
         Ok(lock) => lock,
@@ -27,7 +29,7 @@ pub async fn run(config: Config) -> Result<()> {
         Err(error) => return Err(error.into()),
     };
     let stop = shutdown::on_signal().context("the signals can't be caught")?;
-    let start = Local::start(&config, &home, |step| println!("{step} …"));
+    let start = Local::start(&config, file, &home, |step| println!("{step} …"));
     let Some(local) = stop.run_until_cancelled(start).await else {
         println!("Stopped before it had started");
         return Ok(());

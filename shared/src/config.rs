@@ -331,26 +331,24 @@ impl Config {
             None => File::new("mailrun.toml", FileFormat::Toml).required(false),
         };
         let nonempty = |key: &str| environment.get(key).filter(|value| !value.is_empty()).cloned();
-        let (database_url, amqp_url) = (nonempty("DATABASE_URL"), nonempty("AMQP_URL"));
+        let database_url = nonempty("DATABASE_URL");
+        let amqp_urls = nonempty("AMQP_URL").or_else(|| nonempty("MAILRUN_AMQP__URLS"));
+        let rungs = nonempty("MAILRUN_RETRY__RUNGS_MS");
         // Only names with a section are settings; MAILRUN_HOME and MAILRUN_CONFIG are none.
         let ours = environment
             .into_iter()
             .filter(|(key, _)| key.strip_prefix(PREFIX).is_some_and(|key| key.contains("__")))
             .collect();
-        let environment = Environment::with_prefix("MAILRUN")
-            .prefix_separator("_")
-            .separator("__")
-            .try_parsing(true)
-            .list_separator(",")
-            .with_list_parse_key("amqp.urls")
-            .with_list_parse_key("retry.rungs_ms")
-            .source(Some(ours));
+        // Values stay text, and are read as what their key is: a password of digits is no number.
+        let environment = Environment::with_prefix("MAILRUN").prefix_separator("_").separator("__").source(Some(ours));
         let mut builder = config::Config::builder().add_source(file).add_source(environment);
         if let Some(url) = database_url {
             builder = builder.set_override("database.url", url)?;
         }
-        if let Some(urls) = amqp_url {
-            builder = builder.set_override("amqp.urls", urls.split(',').map(str::trim).collect::<Vec<_>>())?;
+        for (key, list) in [("amqp.urls", amqp_urls), ("retry.rungs_ms", rungs)] {
+            if let Some(list) = list {
+                builder = builder.set_override(key, list.split(',').map(str::trim).collect::<Vec<_>>())?;
+            }
         }
         let config: Self = builder.build()?.try_deserialize()?;
         config.check()?;
@@ -436,6 +434,20 @@ mod tests {
         assert_eq!(config.mailer.simulated.latency_ms, 3);
         assert_eq!(config.amqp.urls.len(), 2);
         assert_eq!(config.amqp.urls[1].expose_secret(), "amqp://b");
+    }
+
+    #[test]
+    fn a_password_of_digits_keeps_its_zeros() {
+        let config = read(&[("MAILRUN_WEB__PASSWORD", "0123")]).unwrap();
+        assert_eq!(config.web.password.unwrap().expose_secret(), "0123");
+    }
+
+    #[test]
+    fn a_flag_and_a_list_are_read_from_the_environment() {
+        let config =
+            read(&[("MAILRUN_AMQP__PUBLISH_TWICE", "true"), ("MAILRUN_AMQP__URLS", "amqp://a,amqp://b")]).unwrap();
+        assert!(config.amqp.publish_twice);
+        assert_eq!(config.amqp.urls.len(), 2);
     }
 
     #[test]
