@@ -3,12 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use mailrun_shared::{
-    broker::{Broker, wait_until_reachable},
-    config::Config,
-    retry::Reconnect,
-    store,
-};
+use mailrun_shared::{broker::Broker, config::Config, retry::Reconnect, store};
+use tokio::time::{Instant, sleep};
 use tracing::info;
 
 /// The servers may be starting too.
@@ -20,25 +16,23 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// When a server can't be reached within a minute, or its user has no right to.
 pub async fn run(config: &Config) -> Result<()> {
     let pool = store::open(&config.database, "mailrun setup").context("database.url is not usable")?;
-    wait_for_database(&pool).await.context("PostgreSQL can't be reached")?;
+    patiently(async || pool.acquire().await.map(drop), store::may_pass).await.context("PostgreSQL can't be reached")?;
     store::migrate(&pool).await.context("the schema can't be brought up to date")?;
     info!("the schema is up to date");
     let broker = Broker::new(config, "mailrun setup");
-    wait_until_reachable(&broker, PATIENCE).await?;
-    broker.declare_topology().await.context("the queues can't be declared")?;
+    patiently(async || broker.declare_topology().await, |_| true).await.context("the queues can't be declared")?;
     info!("the queues are declared");
     Ok(())
 }
 
-async fn wait_for_database(pool: &sqlx::PgPool) -> sqlx::Result<()> {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+/// Tries again while the reason may pass and there is patience left.
+async fn patiently<T, E>(attempt: impl AsyncFn() -> Result<T, E>, may_pass: impl Fn(&E) -> bool) -> Result<T, E> {
+    let deadline = Instant::now() + PATIENCE;
     let mut trouble = Reconnect::default();
     loop {
-        match pool.acquire().await {
-            Err(error) if store::may_pass(&error) && tokio::time::Instant::now() < deadline => {
-                tokio::time::sleep(trouble.next_wait()).await;
-            }
-            result => return result.map(drop),
+        match attempt().await {
+            Err(error) if may_pass(&error) && Instant::now() < deadline => sleep(trouble.next_wait()).await,
+            result => return result,
         }
     }
 }

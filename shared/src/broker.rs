@@ -23,12 +23,12 @@ use tokio::{
     sync::{Mutex, mpsc, oneshot},
     time::{sleep, timeout},
 };
-use tracing::{info, warn};
+use tracing::warn;
 use uuid::Uuid;
 
 use crate::{
     config::Config,
-    message::{DeadReason, Message, encode},
+    message::{DeadReason, ItemResult, Message, ResultsMessage, encode},
     retry::Reconnect,
     telemetry, topology,
 };
@@ -36,6 +36,8 @@ use crate::{
 const HEARTBEAT_S: u16 = 15;
 const CONNECT_TIMEOUT_MS: u64 = 5_000;
 const PERSISTENT: u8 = 2;
+/// A broker that does not answer to the end of a connection is not waited for.
+const HANG_UP: Duration = Duration::from_secs(1);
 /// A burst is published, then all of its confirms are awaited: so a returned message is always told within its burst.
 const BURST: usize = 512;
 /// Publishes polled together: one system call for many frames.
@@ -133,8 +135,23 @@ impl Broker {
         if !self.declare {
             timeout(self.answer_timeout, self.declare_on(&connection)).await.map_err(|_| BrokerError::Timeout)??;
         }
-        connection.close(200, "done".into()).await?;
+        hang_up(&connection).await;
         Ok(())
+    }
+
+    /// How many messages wait in `queue`, asked on a connection of its own.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn depth(&self, queue: &str) -> Result<u32, BrokerError> {
+        let connection = self.connect("look").await?;
+        let look = async {
+            let channel = connection.create_channel().await?;
+            depth(&channel, queue).await
+        };
+        let waiting = timeout(self.answer_timeout, look).await;
+        hang_up(&connection).await;
+        Ok(waiting.map_err(|_| BrokerError::Timeout)??)
     }
 
     /// How long the broker may take to answer.
@@ -166,8 +183,7 @@ impl Broker {
             let error = match self.confirm_channel().await {
                 Ok((connection, channel)) => {
                     let ended = self.publish_on(&channel, &receiver, &mut batches, &mut reconnect).await;
-                    // Whatever state the channel is in, nothing more is owed to it.
-                    let _ = timeout(Duration::from_secs(1), connection.close(200, "done".into())).await;
+                    hang_up(&connection).await;
                     match ended {
                         Ok(()) => return,
                         Err(error) => error,
@@ -327,6 +343,12 @@ impl Outgoing {
         Self { id: Uuid::new_v4(), queue: queue.into(), kind: kind.into(), body, headers: FieldTable::default() }
     }
 
+    /// `results` in as few messages as `batch` to a message allows; no results are no message.
+    #[must_use]
+    pub fn results(results: &[ItemResult], batch: usize) -> Vec<Self> {
+        results.chunks(batch).map(|results| Self::new(&ResultsMessage { results: results.to_vec() })).collect()
+    }
+
     /// Sends it to another queue: one that waits, or the dead letters.
     #[must_use]
     pub fn to(mut self, queue: impl Into<Cow<'static, str>>) -> Self {
@@ -394,6 +416,12 @@ pub const ERROR_HEADER: &str = "x-mailrun-error";
 /// The header with the moment of death, in milliseconds since 1970.
 pub const DIED_AT_HEADER: &str = "x-mailrun-died-at";
 
+/// Closes a connection of which nothing more is needed. It may be in any state by now, and whatever matters is confirmed or
+/// acknowledged before: so this is a courtesy to the broker, and how it ends is of no importance.
+pub async fn hang_up(connection: &Connection) {
+    let _ = timeout(HANG_UP, connection.close(200, "done".into())).await;
+}
+
 /// How many messages wait in `queue`, not counting those that are delivered and not acknowledged.
 ///
 /// # Errors
@@ -401,24 +429,4 @@ pub const DIED_AT_HEADER: &str = "x-mailrun-died-at";
 pub async fn depth(channel: &Channel, queue: &str) -> lapin::Result<u32> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     Ok(channel.queue_declare(queue.into(), options, FieldTable::default()).await?.message_count())
-}
-
-/// Waits until RabbitMQ answers, for start-up.
-///
-/// # Errors
-/// After `patience`, the last reason.
-pub async fn wait_until_reachable(broker: &Broker, patience: Duration) -> Result<(), BrokerError> {
-    let mut reconnect = Reconnect::default();
-    let deadline = tokio::time::Instant::now() + patience;
-    loop {
-        match broker.connect("hello").await {
-            Ok(connection) => {
-                let _ = connection.close(200, "hello".into()).await;
-                info!("RabbitMQ answers");
-                return Ok(());
-            }
-            Err(error) if tokio::time::Instant::now() >= deadline => return Err(error),
-            Err(_) => sleep(reconnect.next_wait()).await,
-        }
-    }
 }

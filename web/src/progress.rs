@@ -155,8 +155,9 @@ pub(crate) fn may_replay(progress: &Progress, state: ItemState) -> bool {
 /// one replay. Once it has begun, the name is another.
 pub(crate) fn replay_token(progress: &Progress, state: ItemState) -> Uuid {
     let counters = progress.counters;
-    let finished_us = progress.finished_at.map_or(0, |at| at.timestamp_micros());
-    let name = format!("{state:?} {finished_us} {} {} {}", counters.sent, counters.failed, counters.unknown);
+    // Not when it finished: a replay that fails at once, within one batch of results, never reopens the run.
+    let moved_us = progress.updated_at.timestamp_micros();
+    let name = format!("{state:?} {moved_us} {} {} {}", counters.sent, counters.failed, counters.unknown);
     Uuid::new_v5(&progress.run_id, name.as_bytes())
 }
 
@@ -172,14 +173,20 @@ pub(crate) async fn load(app: &App, id: &str) -> Result<Progress, ErrorPage> {
     runs::progress(&app.pool, run_id).await?.ok_or_else(ErrorPage::no_such_run)
 }
 
+/// The same, with what is shown of it. `asked` is the token of a replay that this person has asked for.
+pub(crate) async fn load_snapshot(app: &App, id: &str, asked: Option<&str>) -> Result<(Progress, Snapshot), ErrorPage> {
+    let progress = load(app, id).await?;
+    let snapshot = Snapshot::of(&progress, asked);
+    Ok((progress, snapshot))
+}
+
 /// `GET /runs/{id}/progress`
 pub(crate) async fn show(
     State(app): Shared,
     Path(id): Path<String>,
     Query(query): Query<Asked>,
 ) -> Result<Response, ErrorPage> {
-    let progress = load(&app, &id).await?;
-    let snapshot = Snapshot::of(&progress, query.asked.as_deref());
+    let (_, snapshot) = load_snapshot(&app, &id, query.asked.as_deref()).await?;
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(snapshot)).into_response())
 }
 
@@ -197,6 +204,7 @@ mod tests {
             wanted: Wanted::Running,
             counters: Counters { total: sent + failed + unknown, sent, failed, unknown, ..Counters::default() },
             started_at: now - TimeDelta::seconds(10),
+            updated_at: now,
             finished_at: Some(now),
             rate: 0.0,
             now,
@@ -209,7 +217,7 @@ mod tests {
         let token = replay_token(&first, ItemState::Failed);
         assert_eq!(token, replay_token(&first, ItemState::Failed));
         assert_ne!(token, replay_token(&first, ItemState::Unknown));
-        let failed_again = Progress { finished_at: Some(first.now + TimeDelta::seconds(1)), ..first };
+        let failed_again = Progress { updated_at: first.now + TimeDelta::seconds(1), ..first };
         assert_ne!(token, replay_token(&failed_again, ItemState::Failed));
     }
 

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::{
     App, Shared,
     error::{ErrorPage, html},
-    progress::{Snapshot, load, may_replay, replay_token},
+    progress::{Snapshot, load_snapshot, may_replay, replay_token},
     view::{self, Moment},
 };
 
@@ -156,9 +156,8 @@ pub(crate) async fn show(
     Path(id): Path<String>,
     Query(wish): Query<Wish>,
 ) -> Result<Response, ErrorPage> {
-    let progress = load(&app, &id).await?;
+    let (progress, now) = load_snapshot(&app, &id, wish.asked.as_deref()).await?;
     let summary = runs::summary(&app.pool, progress.run_id).await?.ok_or_else(ErrorPage::no_such_run)?;
-    let now = Snapshot::of(&progress, wish.asked.as_deref());
     let actions = Actions::of(&progress, &now, wish.confirming());
     let troubles = Troubles::load(&app, &now, wish.after()).await?;
     let shown = i32::try_from(summary.invalid_entries.len()).unwrap_or(i32::MAX);
@@ -182,8 +181,7 @@ pub(crate) async fn actions(
     Path(id): Path<String>,
     Query(wish): Query<Wish>,
 ) -> Result<Response, ErrorPage> {
-    let progress = load(&app, &id).await?;
-    let now = Snapshot::of(&progress, wish.asked.as_deref());
+    let (progress, now) = load_snapshot(&app, &id, wish.asked.as_deref()).await?;
     Ok(html(&Actions::of(&progress, &now, wish.confirming())))
 }
 
@@ -193,7 +191,6 @@ pub(crate) async fn troubles(
     Path(id): Path<String>,
     Query(wish): Query<Wish>,
 ) -> Result<Response, ErrorPage> {
-    let progress = load(&app, &id).await?;
-    let now = Snapshot::of(&progress, wish.asked.as_deref());
+    let (_, now) = load_snapshot(&app, &id, wish.asked.as_deref()).await?;
     Ok(html(&Troubles::load(&app, &now, wish.after()).await?))
 }

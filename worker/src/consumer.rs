@@ -12,7 +12,7 @@ use lapin::{
     types::FieldTable,
 };
 use mailrun_shared::{
-    broker::{Broker, BrokerError},
+    broker::{Broker, BrokerError, hang_up},
     retry::Reconnect,
 };
 use tokio::{
@@ -92,8 +92,7 @@ async fn supervise(
             info!(queue, "consuming");
             reconnect.reset();
             let ended = serve(&channel, consumer, &deliveries, &stop, broker.answer_timeout()).await;
-            // The channel may be in any state: closing is a courtesy to the broker.
-            let _ = timeout(Duration::from_secs(1), connection.close(200, "done".into())).await;
+            hang_up(&connection).await;
             ended
         };
         let Err(error) = ended.await else { return };

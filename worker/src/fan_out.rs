@@ -3,14 +3,14 @@
 //! Each step publishes its chunk, then the message for the next step, and commits cursor and step last. A crash anywhere
 //! repeats the step, which the fence absorbs; a message that speaks of another step than the present one is stale.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use mailrun_shared::{
     broker::{Broker, Outgoing, Publisher},
     config::Config,
     item::ItemState,
-    message::{Command, ItemMessage, ItemResult, ResultsMessage, RunMessage, Step, decode},
-    run::{Wanted, allow, outstanding},
+    message::{Command, ItemMessage, ItemResult, RunMessage, Step, decode},
+    run::{Allowance, Wanted, allow, outstanding},
     store::{
         attempts, may_pass,
         passes::{self, Advance, Item, Pass, PassKind, Situation},
@@ -19,8 +19,9 @@ use mailrun_shared::{
 };
 use sqlx::{PgConnection, PgPool};
 use tokio::{sync::Semaphore, time::sleep};
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
+use uuid::Uuid;
 
 use crate::{
     consumer::{Consumer, Delivery},
@@ -60,7 +61,7 @@ impl FanOut {
     }
 
     /// Carries out run messages until the consumer stops, then finishes those under way.
-    pub async fn run(self: Arc<Self>, mut consumer: Consumer, stop: tokio_util::sync::CancellationToken) {
+    pub async fn run(self: Arc<Self>, mut consumer: Consumer, stop: CancellationToken) {
         let permits = Arc::new(Semaphore::new(CONCURRENCY));
         let tasks = TaskTracker::new();
         while let Ok(permit) = Arc::clone(&permits).acquire_owned().await
@@ -123,35 +124,18 @@ impl FanOut {
                 After::Nothing
             }
             Command::Release(_) => self.release(&mut tx, &pass, &situation).await?,
-            Command::Replay(replay) => {
-                let begun = passes::begun_by(&mut tx, replay.command_id).await?;
-                if begun.is_none() && pass.done_at.is_none() && situation.wanted != Wanted::Cancelled {
-                    // One pass after the other: the one before has not reached every item yet. This message drives the
-                    // next one, so it must not make the sweeper think that the present one is driven.
-                    After::Wait
-                } else if situation.wanted == Wanted::Cancelled {
-                    After::Nothing
-                } else {
-                    let number = match begun {
-                        Some(number) => number,
-                        None => {
-                            passes::begin_replay(&mut tx, &pass, replay).await?;
-                            pass.number + 1
-                        }
-                    };
-                    self.start(message, number).await?
-                }
-            }
-            Command::Cancel { command_id } => {
-                let number = match passes::begun_by(&mut tx, *command_id).await? {
-                    Some(number) => number,
-                    None => {
-                        passes::begin_cancel(&mut tx, &pass, *command_id).await?;
-                        pass.number + 1
-                    }
-                };
-                self.start(message, number).await?
-            }
+            Command::Replay(_) if situation.wanted == Wanted::Cancelled => After::Nothing,
+            Command::Replay(replay) => match passes::begun_by(&mut tx, replay.command_id).await? {
+                Some(number) => self.start(message, number).await?,
+                // One pass after the other: the one before has not reached every item yet. This message drives the next
+                // one, so it must not make the sweeper think that the present one is driven.
+                None if pass.done_at.is_none() => After::Wait,
+                None => self.start(message, passes::begin_replay(&mut tx, &pass, replay).await?).await?,
+            },
+            Command::Cancel { command_id } => match passes::begun_by(&mut tx, *command_id).await? {
+                Some(number) => self.start(message, number).await?,
+                None => self.start(message, passes::begin_cancel(&mut tx, &pass, *command_id).await?).await?,
+            },
         };
         tx.commit().await?;
         Ok(Some(after))
@@ -211,15 +195,10 @@ impl FanOut {
     }
 
     /// How many items may be released now: by the window, and by the run's rate limit.
-    async fn allowance(
-        &self,
-        conn: &mut PgConnection,
-        pass: &Pass,
-        situation: &Situation,
-    ) -> sqlx::Result<mailrun_shared::run::Allowance> {
+    async fn allowance(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<Allowance> {
         let chunk = self.config.fan_out.chunk_items;
         if pass.kind == PassKind::Cancel {
-            return Ok(mailrun_shared::run::Allowance { items: chunk, next_due_at: situation.now });
+            return Ok(Allowance { items: chunk, next_due_at: situation.now });
         }
         let unreleased = situation.counters.total - situation.first_released;
         let unapplied = passes::unapplied(conn, pass).await?;
@@ -233,7 +212,7 @@ impl FanOut {
         let messages: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).replayed()).collect();
         let results: Vec<ItemResult> =
             messages.iter().map(|message| message.result(ItemState::Pending, None)).collect();
-        self.results(&results)
+        Outgoing::results(&results, self.config.send.result_batch)
             .into_iter()
             .chain(messages.iter().map(|message| Outgoing::new(message).of_run(pass.run_id)))
             .collect()
@@ -242,31 +221,18 @@ impl FanOut {
     /// Claims what nobody has claimed, for nobody, and reports it as cancelled. What somebody is sending at this moment
     /// settles by itself. The claims are committed with the step, after the results are published.
     async fn cancelled(&self, conn: &mut PgConnection, pass: &Pass, items: &[Item]) -> sqlx::Result<Vec<Outgoing>> {
-        let next: Vec<ItemMessage> = items
-            .iter()
-            .map(|item| {
-                let present = present(pass, item);
-                if item.state == ItemState::Retrying { present.next_try() } else { present }
-            })
-            .collect();
+        let next: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).awaited(item.state)).collect();
         let ids: Vec<i64> = next.iter().map(|item| item.item_id).collect();
         let numbers: Vec<i32> = next.iter().map(|item| item.attempt).collect();
         // The run is cancelled, so no claim is granted to this worker: its id is of no importance.
         let claimed = attempts::claim(conn, 0, &ids, &numbers).await?;
-        let claimed: std::collections::HashSet<i64> = claimed.iter().map(|claim| claim.item_id).collect();
+        let claimed: HashSet<i64> = claimed.iter().map(|claim| claim.item_id).collect();
         let results: Vec<ItemResult> = next
             .iter()
             .filter(|item| claimed.contains(&item.item_id))
             .map(|item| item.result(ItemState::Cancelled, None))
             .collect();
-        Ok(self.results(&results))
-    }
-
-    fn results(&self, results: &[ItemResult]) -> Vec<Outgoing> {
-        results
-            .chunks(self.config.send.result_batch)
-            .map(|results| Outgoing::new(&ResultsMessage { results: results.to_vec() }))
-            .collect()
+        Ok(Outgoing::results(&results, self.config.send.result_batch))
     }
 
     /// The process is ending if this fails: the step is not committed then.
@@ -279,7 +245,7 @@ fn is_stale(step: Step, pass: &Pass) -> bool {
     step.pass.is_some_and(|number| number != pass.number) || step.step.is_some_and(|step| step != pass.step)
 }
 
-fn next_step(run_id: uuid::Uuid, pass: i32, step: i32) -> Outgoing {
+fn next_step(run_id: Uuid, pass: i32, step: i32) -> Outgoing {
     let command = Command::Release(Step { pass: Some(pass), step: Some(step) });
     Outgoing::new(&RunMessage { run_id, command }).of_run(run_id)
 }

@@ -13,7 +13,7 @@ use lapin::{
 use std::time::Duration;
 
 use mailrun_shared::{
-    broker::{Broker, BrokerError, DIED_AT_HEADER, ERROR_HEADER, Outgoing, Publisher, REASON_HEADER, depth},
+    broker::{Broker, BrokerError, DIED_AT_HEADER, ERROR_HEADER, Outgoing, Publisher, REASON_HEADER, depth, hang_up},
     item::ItemState,
     message::{ItemMessage, decode},
     store::passes::Pass,
@@ -63,7 +63,7 @@ async fn walk(broker: &Broker, publisher: &Publisher, pass: &Pass) -> Result<(),
         channel.basic_ack(last, BasicAckOptions { multiple: true }).await?;
     }
     info!(run_id = %pass.run_id, pass = pass.number, taken, left = total.saturating_sub(seen), "replayed dead letters are off the queue");
-    connection.close(200, "done".into()).await?;
+    hang_up(&connection).await;
     Ok(())
 }
 

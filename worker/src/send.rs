@@ -13,7 +13,7 @@ use std::{
 use mailrun_shared::{
     broker::{Outgoing, Publisher},
     config::Config,
-    message::{ItemMessage, ItemResult, ResultsMessage, decode},
+    message::{ItemMessage, ItemResult, decode},
     retry::{Reconnect, in_process},
     store::attempts::{self, Claimed, Found},
     topology::retry_queue,
@@ -131,13 +131,9 @@ impl Senders {
 
     /// Waits for a permit and a delivery, then takes as many more of both as there are.
     async fn gather(&self, consumer: &AsyncMutex<Consumer>) -> Option<Vec<(Delivery, OwnedSemaphorePermit)>> {
-        let mut permit = Some(Arc::clone(&self.permits).acquire_owned().await.ok()?);
+        let permit = Arc::clone(&self.permits).acquire_owned().await.ok()?;
         let mut consumer = consumer.lock().await;
-        let mut delivery = Some(consumer.next().await?);
-        let mut batch = Vec::new();
-        while let (Some(delivery), Some(permit)) = (delivery.take(), permit.take()) {
-            batch.push((delivery, permit));
-        }
+        let mut batch = vec![(consumer.next().await?, permit)];
         while batch.len() < self.config.send.claim_batch
             && let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned()
             && let Some(delivery) = consumer.next_now()
@@ -257,8 +253,7 @@ impl Senders {
                 follow_ups.extend(finished.next.follow_up.take());
                 results.push(finished.next.result.clone());
             }
-            if !self.publish(follow_ups).await || !self.publish(vec![Outgoing::new(&ResultsMessage { results })]).await
-            {
+            if !self.publish(follow_ups).await || !self.publish(self.results(&results)).await {
                 return;
             }
             self.heartbeat.add_in_flight(-i32::try_from(batch.len()).unwrap_or(i32::MAX));
@@ -330,8 +325,7 @@ impl Senders {
             done.extend(deliveries);
         }
         self.park(later).await;
-        let results = if results.is_empty() { Vec::new() } else { vec![Outgoing::new(&ResultsMessage { results })] };
-        if self.publish(follow_ups).await && self.publish(results).await {
+        if self.publish(follow_ups).await && self.publish(self.results(&results)).await {
             done.into_iter().for_each(Delivery::ack);
         }
     }
@@ -395,10 +389,12 @@ impl Senders {
             let mut claims = self.claims();
             keys.iter().filter_map(|key| claims.looked_up(*key, standings.get(&key.0).copied(), now)).collect()
         };
-        for results in repeats.chunks(self.config.send.result_batch) {
-            self.publish(vec![Outgoing::new(&ResultsMessage { results: results.to_vec() })]).await;
-        }
+        self.publish(self.results(&repeats)).await;
         Ok(keys.len())
+    }
+
+    fn results(&self, results: &[ItemResult]) -> Vec<Outgoing> {
+        Outgoing::results(results, self.config.send.result_batch)
     }
 
     /// False: the process is ending; what is not confirmed stays unacknowledged.

@@ -12,17 +12,17 @@ use std::{
 };
 
 use mailrun_shared::{
-    broker::{Broker, BrokerError, Outgoing, Publisher, depth},
+    broker::{Broker, BrokerError, Outgoing, Publisher},
     config::Config,
-    message::{Command, ResultsMessage, RunMessage, Step},
+    message::{Command, RunMessage, Step},
     run::Wanted,
     store::sweep::{self, Stalled},
     topology,
 };
 use sqlx::PgPool;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::outcome::{Repair, after_cancel, after_death, repair};
@@ -66,10 +66,17 @@ impl Sweeper {
     /// Sweeps until `stop`.
     pub async fn run(mut self, stop: CancellationToken) {
         let interval = Duration::from_millis(self.config.sweep.interval_ms);
+        let mut broken = false;
         while stop.run_until_cancelled(sleep(interval)).await.is_some() {
             match stop.run_until_cancelled(self.sweep()).await {
-                Some(Err(error)) => debug!(%error, "the sweep was broken off"),
-                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    // Once, not with each of the tries that follow.
+                    if !broken {
+                        warn!(%error, "the sweep was broken off; it is tried again");
+                    }
+                    broken = true;
+                }
+                Some(Ok(())) => broken = false,
                 None => return,
             }
         }
@@ -111,15 +118,7 @@ impl Sweeper {
 
     /// Items that wait on the queue are not missing: the senders are busy, or there are none.
     async fn items_are_taken(&self) -> Result<bool, SweepError> {
-        let patience = self.broker.answer_timeout();
-        let connection = self.broker.connect("sweep").await?;
-        let look = async {
-            let channel = connection.create_channel().await?;
-            depth(&channel, topology::ITEMS).await
-        };
-        let waiting = timeout(patience, look).await.map_err(|_| BrokerError::Timeout)?.map_err(BrokerError::from)?;
-        connection.close(200, "done".into()).await.map_err(BrokerError::from)?;
-        Ok(waiting == 0)
+        Ok(self.broker.depth(topology::ITEMS).await? == 0)
     }
 
     /// Puts the message back that drives the run's present pass, if none was seen lately.
@@ -168,10 +167,7 @@ impl Sweeper {
                 info!(%run_id, put_back, buried, cancelled, "items were missing from the conveyor");
             }
             self.publisher.publish(messages).await?;
-            for results in results.chunks(self.config.send.result_batch) {
-                let results = ResultsMessage { results: results.to_vec() };
-                self.publisher.publish(vec![Outgoing::new(&results)]).await?;
-            }
+            self.publisher.publish(Outgoing::results(&results, self.config.send.result_batch)).await?;
         }
     }
 }

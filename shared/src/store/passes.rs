@@ -108,40 +108,43 @@ pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<
     .await
 }
 
-/// Begins the pass that comes after `last`. False: the command that asks for it has been carried out before.
+/// Begins the replay that comes after the pass `last`, and returns its number. The caller holds the run's lock, and has
+/// seen that the command has not begun one before.
 ///
 /// # Errors
 /// The database's.
-pub async fn begin_replay(conn: &mut PgConnection, last: &Pass, replay: &Replay) -> sqlx::Result<bool> {
-    let begun = sqlx::query!(
-        "INSERT INTO run_passes (run_id, number, kind, command_id, states, error)
-         VALUES ($1, $2, 'replay', $3, $4, $5) ON CONFLICT (command_id) DO NOTHING",
-        last.run_id,
-        last.number + 1,
-        replay.command_id,
-        &replay.states as _,
-        replay.error,
-    )
-    .execute(conn)
-    .await?;
-    Ok(begun.rows_affected() == 1)
+pub async fn begin_replay(conn: &mut PgConnection, last: &Pass, replay: &Replay) -> sqlx::Result<i32> {
+    begin(conn, last, PassKind::Replay, replay.command_id, &replay.states, replay.error.as_deref()).await
 }
 
-/// Begins a pass that settles everything open. False: the command has been carried out before.
+/// Begins a pass that settles everything open, in the same way.
 ///
 /// # Errors
 /// The database's.
-pub async fn begin_cancel(conn: &mut PgConnection, last: &Pass, command_id: Uuid) -> sqlx::Result<bool> {
-    let begun = sqlx::query!(
-        "INSERT INTO run_passes (run_id, number, kind, command_id) VALUES ($1, $2, 'cancel', $3)
-         ON CONFLICT (command_id) DO NOTHING",
+pub async fn begin_cancel(conn: &mut PgConnection, last: &Pass, command_id: Uuid) -> sqlx::Result<i32> {
+    begin(conn, last, PassKind::Cancel, command_id, &[], None).await
+}
+
+async fn begin(
+    conn: &mut PgConnection,
+    last: &Pass,
+    kind: PassKind,
+    command_id: Uuid,
+    states: &[ItemState],
+    error: Option<&str>,
+) -> sqlx::Result<i32> {
+    sqlx::query_scalar!(
+        "INSERT INTO run_passes (run_id, number, kind, command_id, states, error)
+         VALUES ($1, $2, $3, $4, $5, $6) RETURNING number",
         last.run_id,
         last.number + 1,
+        kind as _,
         command_id,
+        states as _,
+        error,
     )
-    .execute(conn)
-    .await?;
-    Ok(begun.rows_affected() == 1)
+    .fetch_one(conn)
+    .await
 }
 
 /// Whether a command has begun a pass already, and which.

@@ -28,6 +28,8 @@ pub struct Progress {
     pub counters: Counters,
     /// When it was accepted, or begun again by a replay.
     pub started_at: DateTime<Utc>,
+    /// When a counter last moved.
+    pub updated_at: DateTime<Utc>,
     /// When nothing was open any more.
     pub finished_at: Option<DateTime<Utc>>,
     /// Items settled a second, lately.
@@ -108,7 +110,7 @@ async fn list_where(
 ) -> sqlx::Result<Vec<Progress>> {
     let rows = sqlx::query!(
         r#"SELECT r.id, r.created_at, r.wanted AS "wanted: Wanted", p.total, p.pending, p.retrying, p.cancelled, p.unknown,
-                  p.failed, p.sent, p.started_at, p.finished_at, clock_timestamp() AS "now!",
+                  p.failed, p.sent, p.started_at, p.updated_at, p.finished_at, clock_timestamp() AS "now!",
                   coalesce((SELECT (max(s.settled) - min(s.settled))::float8
                                    / greatest(extract(epoch FROM max(s.at) - min(s.at))::float8, 1)
                             FROM run_samples s
@@ -141,6 +143,7 @@ async fn list_where(
                 sent: row.sent,
             },
             started_at: row.started_at,
+            updated_at: row.updated_at,
             finished_at: row.finished_at,
             rate: row.rate,
             now: row.now,

@@ -104,7 +104,7 @@ pub async fn open_items(
             let present =
                 ItemMessage { run_id, item_id: row.id, attempt: row.attempt, tries: row.tries, replays: row.replays };
             OpenItem {
-                next: if row.state == ItemState::Retrying { present.next_try() } else { present },
+                next: present.awaited(row.state),
                 position: row.position,
                 owner: row.worker_id.map(|id| Owner::new(id, row.alive)),
             }
