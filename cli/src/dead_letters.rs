@@ -29,8 +29,7 @@ pub struct Reached {
 /// When there is neither.
 pub async fn reach(mut config: Config) -> Result<Reached> {
     let home = stack::home();
-    let named = std::env::var_os("DATABASE_URL").is_some_and(|value| !value.is_empty());
-    if !named && running(&home).is_none() {
+    if !config.named.database && running(&home).is_none() {
         bail!("Mailrun does not run here: start it with `mailrun up`, or set DATABASE_URL and AMQP_URL");
     }
     let servers = Servers::start(&config, &home, |step| eprintln!("{step} …")).await?;

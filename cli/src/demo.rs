@@ -7,10 +7,16 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use mailrun_shared::{config::Config, shutdown, store};
-use reqwest::{Client, header::LOCATION, redirect};
+use reqwest::{
+    Client,
+    header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION},
+    redirect,
+};
+use secrecy::ExposeSecret as _;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -112,7 +118,7 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
 }
 
 async fn invite(config: &Config, servers: &Servers, web_url: &str, options: &Options) -> Result<Figures> {
-    let client = Client::builder().no_proxy().redirect(redirect::Policy::none()).build()?;
+    let client = client(config)?;
     // People of their own for each demo, since nobody is invited twice.
     let demo = Uuid::new_v4().simple().to_string();
     let domain = format!("{}.example", &demo[..12]);
@@ -163,6 +169,18 @@ async fn invite(config: &Config, servers: &Servers, web_url: &str, options: &Opt
         items_per_second: f64::from(options.recipients) / seconds,
         first_try_seconds: first_try.unwrap_or_default().as_secs_f64(),
     })
+}
+
+/// A browser, as far as the demo needs one, logged in where the pages ask for it.
+fn client(config: &Config) -> Result<Client> {
+    let mut headers = HeaderMap::new();
+    if let Some(password) = &config.web.password {
+        let mut login: HeaderValue =
+            format!("Basic {}", STANDARD.encode(format!(":{}", password.expose_secret()))).parse()?;
+        login.set_sensitive(true);
+        headers.insert(AUTHORIZATION, login);
+    }
+    Ok(Client::builder().no_proxy().redirect(redirect::Policy::none()).default_headers(headers).build()?)
 }
 
 /// Presses *Retry* and watches the run to its end.

@@ -30,7 +30,7 @@ const START: Duration = Duration::from_secs(60);
 /// In the order of the data, so that nothing is left between two of them.
 const STOP_ORDER: [&str; 5] = ["web", "fan-out", "send-1", "send-2", "progress"];
 
-/// Where the servers are: named by the environment, or private ones.
+/// Where the servers are: named by the settings, or private ones.
 pub struct Servers {
     stack: Option<Stack>,
     /// PostgreSQL.
@@ -40,22 +40,21 @@ pub struct Servers {
 }
 
 impl Servers {
-    /// Finds or starts them. `DATABASE_URL` and `AMQP_URL` win over the private ones.
+    /// Finds or starts them. Those that the settings name win over the private ones.
     ///
     /// # Errors
     /// When one can't be installed or started.
     pub async fn start(config: &Config, home: &Path, report: impl Fn(&str)) -> Result<Self> {
-        let named = |key: &str| std::env::var_os(key).is_some_and(|value| !value.is_empty());
-        let (database, amqp) = (named("DATABASE_URL"), named("AMQP_URL"));
-        if database && amqp {
+        let named = config.named;
+        if named.database && named.broker {
             return Ok(Self { stack: None, database_url: config.database.url.clone(), amqp_url: joined(config) });
         }
         let program = std::env::current_exe().context("the path of this program is unknown")?;
         let stack = Stack::start(home, &program, Duration::ZERO, report).await?;
         stack.create_database(NAME).await?;
         stack.create_vhost(NAME).await?;
-        let database_url = if database { config.database.url.clone() } else { stack.database_url(NAME).into() };
-        let amqp_url = if amqp { joined(config) } else { stack.amqp_url(NAME).into() };
+        let database_url = if named.database { config.database.url.clone() } else { stack.database_url(NAME).into() };
+        let amqp_url = if named.broker { joined(config) } else { stack.amqp_url(NAME).into() };
         Ok(Self { stack: Some(stack), database_url, amqp_url })
     }
 

@@ -185,6 +185,39 @@ async fn a_dead_letter_moved_by_hand_and_a_run_message_written_by_hand_do_what_t
 }
 
 #[tokio::test]
+async fn a_small_run_overtakes_a_big_one_and_a_pause_stops_what_is_not_under_way() {
+    // 50 sends a second, as a slow mail server allows them.
+    let mut world =
+        World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "200"), ("MAILRUN_SEND__PERMITS", "10")]).await;
+    world.workers();
+    let big = world.invite(&people(3000)).await;
+    world.until_progress(&big, "under way", |progress| count(progress, "sent") > 20).await;
+    let few: String = (0..20).map(|number| format!("later-{number}@example.org\n")).collect();
+    let small = world.invite(&few).await;
+    assert_eq!(count(&world.until_over(&small).await, "sent"), 20);
+    let behind = world.progress(&big).await;
+    assert!(count(&behind, "pending") > 2000, "the small run waited behind the big one: {behind}");
+
+    world.client.post(format!("{big}/pause")).send().await.unwrap();
+    let paused = world.progress(&big).await;
+    let channel = world.channel().await;
+    until("nothing is on the conveyor", async || {
+        mailrun_shared::broker::depth(&channel, "mailrun.items").await.unwrap() == 0
+            && sqlx::query_scalar::<_, i64>("SELECT sum(in_flight) FROM workers").fetch_one(&world.pool).await.unwrap()
+                == 0
+    })
+    .await;
+    let rest = world.progress(&big).await;
+    assert!(count(&rest, "pending") > count(&paused, "pending") - 500, "{paused}, and then {rest}");
+    assert_eq!(rest["over"], false);
+
+    world.client.post(format!("{big}/cancel")).send().await.unwrap();
+    world.until_over(&big).await;
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+#[tokio::test]
 async fn purged_queues_only_delay_a_run_and_cancelling_settles_it() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
     world.workers();

@@ -23,7 +23,7 @@ use tokio::{
     sync::{Mutex, mpsc, oneshot},
     time::{sleep, timeout},
 };
-use tracing::warn;
+use tracing::{debug, warn};
 use uuid::Uuid;
 
 use crate::{
@@ -42,6 +42,8 @@ const HANG_UP: Duration = Duration::from_secs(1);
 const BURST: usize = 512;
 /// Publishes polled together: one system call for many frames.
 const POLLED_TOGETHER: usize = 64;
+/// How long those wait for a confirm who hold a transaction open meanwhile.
+const CONFIRMED_SOON: Duration = Duration::from_secs(10);
 /// Batches that may wait for a lane before `publish` makes its callers wait.
 const WAITING_BATCHES: usize = 64;
 
@@ -60,6 +62,9 @@ pub enum BrokerError {
     /// The broker did not take a message.
     #[error("RabbitMQ did not take a message for {0}: {1}")]
     Refused(String, &'static str),
+    /// The caller could not wait any longer; the messages may still arrive.
+    #[error("RabbitMQ has confirmed nothing for {} s", CONFIRMED_SOON.as_secs())]
+    Unconfirmed,
     /// The process is ending.
     #[error("the publisher is closed")]
     Closed,
@@ -191,8 +196,13 @@ impl Broker {
                 }
                 Err(error) => error,
             };
+            // Told once, not with each of the tries that follow.
+            if reconnect.is_under_way() {
+                debug!(%error, "publishing is still interrupted");
+            } else {
+                warn!(%error, "publishing is interrupted; it is tried again until it works");
+            }
             let wait = reconnect.next_wait();
-            warn!(%error, wait_ms = wait.as_millis(), "publishing is interrupted; trying again");
             sleep(wait).await;
             batches.retain(|batch: &Batch| !batch.done.is_closed());
         }
@@ -302,6 +312,14 @@ pub struct Publisher {
 }
 
 impl Publisher {
+    /// As [`Self::publish`], but gives up after ten seconds: for callers that hold a transaction open meanwhile.
+    ///
+    /// # Errors
+    /// When the publisher is closed, or nothing was confirmed in time.
+    pub async fn publish_soon(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
+        timeout(CONFIRMED_SOON, self.publish(messages)).await.map_err(|_| BrokerError::Unconfirmed)?
+    }
+
     /// Returns when the broker has every message on disk: publishes again after every interruption, for as long as it
     /// takes. Dropping the future gives up on what is not confirmed yet.
     ///

@@ -34,6 +34,18 @@ pub struct Config {
     pub mailer: MailerConfig,
     /// Logging.
     pub log: LogConfig,
+    /// Which servers are named, and not only assumed.
+    #[serde(skip)]
+    pub named: Named,
+}
+
+/// Which servers the settings name, whether in the file or in the environment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Named {
+    /// `database.url`, or `DATABASE_URL`.
+    pub database: bool,
+    /// `amqp.urls`, or `AMQP_URL`.
+    pub broker: bool,
 }
 
 /// `[database]`
@@ -123,8 +135,14 @@ impl Default for WebConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FanOutConfig {
-    /// Items of a run that may be released and not yet settled. It bounds the queues, and how long a pause takes to act.
+    /// So much of a run may be released and not yet tried: what it gets through in this time. It is how long a pause takes
+    /// to act, and how long a small run waits behind a big one.
+    pub window_ms: u64,
+    /// But never more items than this: it bounds the queue of items.
     pub window_items: i32,
+    /// While so many items of a run wait for their next attempt, nothing more of it is released: it bounds the queues of
+    /// the retry schedule.
+    pub deferred_items: i32,
     /// Items released by one step.
     pub chunk_items: i32,
     /// A rate limit lets the pump catch up with at most this much time.
@@ -133,7 +151,7 @@ pub struct FanOutConfig {
 
 impl Default for FanOutConfig {
     fn default() -> Self {
-        Self { window_items: 5_000, chunk_items: 1_000, rate_burst_ms: 500 }
+        Self { window_ms: 500, window_items: 5_000, deferred_items: 20_000, chunk_items: 1_000, rate_burst_ms: 500 }
     }
 }
 
@@ -350,7 +368,10 @@ impl Config {
                 builder = builder.set_override(key, list.split(',').map(str::trim).collect::<Vec<_>>())?;
             }
         }
-        let config: Self = builder.build()?.try_deserialize()?;
+        let settings = builder.build()?;
+        let named = |key| settings.get::<config::Value>(key).is_ok();
+        let named = Named { database: named("database.url"), broker: named("amqp.urls") };
+        let config = Self { named, ..settings.try_deserialize()? };
         config.check()?;
         Ok(config)
     }
@@ -375,8 +396,11 @@ impl Config {
         if self.send.claim_batch == 0 || self.send.result_batch == 0 || self.progress.batch_messages == 0 {
             return wrong("send.claim_batch, send.result_batch, progress.batch_messages", "at least 1");
         }
-        if !(1..=5_000).contains(&self.fan_out.chunk_items) || self.fan_out.window_items < 1 {
-            return wrong("fan_out", "chunk_items is from 1 to 5000, window_items at least 1");
+        if !(1..=5_000).contains(&self.fan_out.chunk_items)
+            || self.fan_out.window_items < 1
+            || self.fan_out.deferred_items < 1
+        {
+            return wrong("fan_out", "chunk_items is from 1 to 5000, window_items and deferred_items at least 1");
         }
         if self.amqp.publish_lanes == 0 {
             return wrong("amqp.publish_lanes", "at least 1");
@@ -390,8 +414,9 @@ impl Config {
         if self.sweep.interval_ms == 0 {
             return wrong("sweep.interval_ms", "at least 1");
         }
-        if self.retry.rungs_ms.contains(&0) || self.retry.rungs_ms.len() > 20 {
-            return wrong("retry.rungs_ms", "at most 20 waits of at least 1 ms each");
+        let rungs = &self.retry.rungs_ms;
+        if !(1..=20).contains(&rungs.len()) || rungs.contains(&0) {
+            return wrong("retry.rungs_ms", "1 to 20 waits of at least 1 ms each");
         }
         if self.retry.in_process_tries > 5 || self.retry.in_process_first_ms > 100 {
             return wrong(
@@ -434,6 +459,16 @@ mod tests {
         assert_eq!(config.mailer.simulated.latency_ms, 3);
         assert_eq!(config.amqp.urls.len(), 2);
         assert_eq!(config.amqp.urls[1].expose_secret(), "amqp://b");
+    }
+
+    #[test]
+    fn servers_are_named_by_the_environment_or_the_file() {
+        assert_eq!(read(&[]).unwrap().named, Named::default());
+        assert_eq!(read(&[("AMQP_URL", "amqp://a")]).unwrap().named, Named { database: false, broker: true });
+        let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+        std::fs::write(&file, "[database]\nurl = 'postgres://x'\n").unwrap();
+        let config = Config::read(Some(file.path()), HashMap::new()).unwrap();
+        assert_eq!(config.named, Named { database: true, broker: false });
     }
 
     #[test]

@@ -20,6 +20,12 @@ impl Reconnect {
         self.0.next_backoff().unwrap_or(self.0.max_interval)
     }
 
+    /// Whether the last attempt failed as well.
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        self.0.current_interval > self.0.initial_interval
+    }
+
     /// The server was reached: the next failure starts from the shortest wait again.
     pub fn reset(&mut self) {
         self.0.reset();

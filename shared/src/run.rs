@@ -84,13 +84,57 @@ impl Phase {
     }
 }
 
-/// How many released items are not settled yet.
+/// How many released items wait for their first attempt since. `unreleased` are those that the first pass has not reached:
+/// they are pending, but not on the conveyor.
 ///
-/// `unreleased` are those that the first pass has not reached: they are pending, but not on the conveyor. `unapplied` are
-/// those of the newest replay chunk that the counters don't show as pending again yet.
+/// An item that waits for its next attempt on a rung of the retry schedule is in nobody's way, and does not count.
 #[must_use]
-pub fn outstanding(counters: &Counters, unreleased: i32, unapplied: i32) -> i32 {
-    (counters.open() - unreleased).max(0) + unapplied
+pub fn outstanding(counters: &Counters, unreleased: i32) -> i32 {
+    (counters.pending - unreleased).max(0)
+}
+
+/// How fast a run goes, as the pump measures it: by what it has released and what is not outstanding any more.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Flow {
+    /// When the pump last looked.
+    pub looked_at: DateTime<Utc>,
+    /// What the pass had released and was not outstanding by then.
+    pub drained: i32,
+    /// Items a second, between that look and the one before.
+    pub per_second: f32,
+}
+
+/// Results arrive in batches: over a shorter time they say little about the throughput.
+const LOOK_EVERY: TimeDelta = TimeDelta::milliseconds(400);
+
+impl Flow {
+    /// Looks again, unless the last time was a moment ago.
+    #[must_use]
+    pub fn look(self, now: DateTime<Utc>, drained: i32) -> Self {
+        let elapsed = now - self.looked_at;
+        if elapsed < LOOK_EVERY {
+            return self;
+        }
+        let fewer = (drained - self.drained).max(0) as f32;
+        Self { looked_at: now, drained, per_second: fewer / elapsed.as_seconds_f32() }
+    }
+
+    /// How many items may be on the conveyor: what the run drains in `time`, but at least `least`, so that it gets going
+    /// and its senders have work, and at most `most`.
+    #[must_use]
+    pub fn window(self, time: Duration, least: i32, most: i32) -> i32 {
+        let wanted = self.per_second * time.as_secs_f32();
+        // A float beyond the range of an i32 becomes its end.
+        (wanted as i32).max(least).min(most)
+    }
+}
+
+/// How many items go into the next chunk, given what waits on the conveyor: none before a quarter of the window is free,
+/// since each chunk costs a transaction and two confirms.
+#[must_use]
+pub fn room(window: i32, outstanding: i32) -> i32 {
+    let room = window - outstanding;
+    if room * 4 >= window { room } else { 0 }
 }
 
 /// A grant to release items under a rate limit.
@@ -152,8 +196,72 @@ mod tests {
 
     #[test]
     fn what_is_not_released_is_not_outstanding() {
-        assert_eq!(outstanding(&counters(100, 20, 0), 70, 0), 30);
-        assert_eq!(outstanding(&counters(0, 120, 0), 0, 7), 7);
+        assert_eq!(outstanding(&counters(100, 20, 0), 70), 30);
+        assert_eq!(outstanding(&counters(0, 120, 0), 0), 0);
+        assert_eq!(outstanding(&Counters { total: 9, retrying: 9, ..Counters::default() }, 0), 0);
+    }
+
+    #[test]
+    fn the_window_is_what_drains_in_its_time() {
+        let start = DateTime::UNIX_EPOCH;
+        let flow = Flow { looked_at: start, drained: 0, per_second: 0.0 };
+        let time = Duration::from_millis(500);
+        assert_eq!(flow.window(time, 100, 5_000), 100, "an unknown speed gets the least");
+        assert_eq!(flow.look(start + TimeDelta::milliseconds(100), 900), flow, "too early to tell");
+        let flow = flow.look(start + TimeDelta::seconds(2), 4_000);
+        assert_eq!(flow.window(time, 100, 5_000), 1_000);
+        assert_eq!(flow.window(time, 2_000, 5_000), 2_000);
+        assert_eq!(flow.window(time, 100, 700), 700);
+        // What a replay releases is outstanding before it is known to be released: that is no speed below zero.
+        assert_eq!(flow.look(start + TimeDelta::seconds(3), 3_000).window(time, 100, 5_000), 100);
+    }
+
+    #[test]
+    fn a_chunk_waits_for_a_quarter_of_the_window() {
+        assert_eq!(room(1_000, 0), 1_000);
+        assert_eq!(room(1_000, 750), 250);
+        assert_eq!(room(1_000, 751), 0);
+        assert_eq!(room(100, 5_000), 0);
+        assert_eq!(room(1, 0), 1);
+    }
+
+    proptest! {
+        /// The conveyor as the pump sees it: whatever its speed and its latency, the window finds the speed, and then
+        /// holds about its time's worth of items.
+        #[test]
+        fn the_window_finds_any_speed(capacity in 20..20_000i32, latency_ms in 10..300i64) {
+            let time = Duration::from_millis(500);
+            let (tick_ms, mut now, mut released, mut drained) = (10, DateTime::UNIX_EPOCH, 0i32, 0i32);
+            let mut flow = Flow { looked_at: now, drained: 0, per_second: 0.0 };
+            let mut on_the_way: std::collections::VecDeque<(DateTime<Utc>, i32)> = [].into();
+            let mut budget = 0.0f64;
+            let mut window = 0;
+            for _ in 0..3_000 {
+                now += TimeDelta::milliseconds(tick_ms);
+                budget = (budget + f64::from(capacity) * 0.01).min(f64::from(capacity) * 0.02);
+                while let Some((due, items)) = on_the_way.front_mut()
+                    && *due <= now
+                    && budget >= 1.0
+                {
+                    let settled = (*items).min(budget as i32);
+                    budget -= f64::from(settled);
+                    drained += settled;
+                    *items -= settled;
+                    if *items == 0 {
+                        on_the_way.pop_front();
+                    }
+                }
+                flow = flow.look(now, drained);
+                window = flow.window(time, 64, 1_000_000);
+                let chunk = room(window, released - drained);
+                if chunk > 0 {
+                    released += chunk;
+                    on_the_way.push_back((now + TimeDelta::milliseconds(latency_ms), chunk));
+                }
+            }
+            let ideal = (capacity / 2).max(64);
+            prop_assert!((ideal * 7 / 10..=ideal * 13 / 10).contains(&window), "{window}, and not about {ideal}");
+        }
     }
 
     #[test]

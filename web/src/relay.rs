@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use mailrun_shared::{
     broker::{BrokerError, Outgoing, Publisher},
-    store::outbox,
+    message::RunMessage,
+    store::outbox::{self, Waiting},
 };
+use serde::Deserialize as _;
 use sqlx::PgPool;
-use tokio::{
-    sync::Notify,
-    time::{sleep, timeout},
-};
+use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -18,8 +17,6 @@ use tracing::{info, warn};
 const BATCH: i64 = 100;
 /// Other processes put messages into the outbox as well, and nobody wakes the relay for them.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How long a batch may wait for RabbitMQ: a transaction is open meanwhile, and this is all that it may cost.
-const CONFIRMED_WITHIN: Duration = Duration::from_secs(10);
 
 /// Why nothing can be handed over at the moment.
 #[derive(Debug, thiserror::Error)]
@@ -28,8 +25,6 @@ enum RelayError {
     Database(#[from] sqlx::Error),
     #[error("{0}")]
     Broker(#[from] BrokerError),
-    #[error("RabbitMQ has not confirmed anything for {} s", CONFIRMED_WITHIN.as_secs())]
-    Unconfirmed,
 }
 
 /// Hands over whatever is in the outbox, until `stop` is cancelled. Several relays may run at once.
@@ -76,10 +71,24 @@ async fn relay(pool: &PgPool, publisher: &Publisher) -> Result<usize, RelayError
     if waiting.is_empty() {
         return Ok(0);
     }
-    let messages = waiting.iter().map(|waiting| Outgoing::new(&waiting.message).of_run(waiting.message.run_id));
-    timeout(CONFIRMED_WITHIN, publisher.publish(messages.collect())).await.map_err(|_| RelayError::Unconfirmed)??;
-    let ids: Vec<i64> = waiting.iter().map(|waiting| waiting.id).collect();
-    outbox::mark_published(&mut tx, &ids).await?;
+    let count = waiting.len();
+    let (mut messages, mut published, mut postponed) = (Vec::new(), Vec::new(), Vec::new());
+    for Waiting { id, message } in waiting {
+        match RunMessage::deserialize(message) {
+            Ok(message) => {
+                messages.push(Outgoing::new(&message).of_run(message.run_id));
+                published.push(id);
+            }
+            // A newer Mailrun wrote it, which may understand it as well; the others must not wait for that.
+            Err(error) => {
+                warn!(outbox_id = id, %error, "a message in the outbox is not understood; it is left for a minute");
+                postponed.push(id);
+            }
+        }
+    }
+    publisher.publish_soon(messages).await?;
+    outbox::mark_published(&mut tx, &published).await?;
+    outbox::postpone(&mut tx, &postponed).await?;
     tx.commit().await?;
-    Ok(waiting.len())
+    Ok(count)
 }

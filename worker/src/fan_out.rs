@@ -5,12 +5,13 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
+use chrono::TimeDelta;
 use mailrun_shared::{
-    broker::{Broker, Outgoing, Publisher},
+    broker::{Broker, BrokerError, Outgoing, Publisher},
     config::Config,
     item::ItemState,
     message::{Command, ItemMessage, ItemResult, RunMessage, Step, decode},
-    run::{Allowance, Wanted, allow, outstanding},
+    run::{Allowance, Flow, Wanted, allow, outstanding, room},
     store::{
         attempts, may_pass,
         passes::{self, Advance, Item, Pass, PassKind, Situation},
@@ -30,6 +31,8 @@ use crate::{
 
 /// Runs that one process works on at the same time.
 const CONCURRENCY: usize = 4;
+/// The window of a run when nobody is there to send.
+const LEAST_WINDOW: i32 = 100;
 /// Before a step that failed is tried again.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(500);
 
@@ -40,6 +43,15 @@ pub struct FanOut {
     pool: PgPool,
     broker: Arc<Broker>,
     publisher: Publisher,
+}
+
+/// Why a step was broken off. What it has published is published again by the next try, and absorbed.
+#[derive(Debug, thiserror::Error)]
+enum StepError {
+    #[error(transparent)]
+    Ledger(#[from] sqlx::Error),
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
 }
 
 /// What comes after a step.
@@ -86,9 +98,9 @@ impl FanOut {
             Ok(Some(after)) => after,
             Ok(None) => return poison::bury(&self.publisher, delivery, "there is no such run").await,
             Err(error) => {
-                // What has been published is published again by the next try, and absorbed. An error that will not pass
-                // goes round as well, slowly and audibly, since the run must not be forgotten over it.
-                let passing = may_pass(&error);
+                // An error that will not pass goes round as well, slowly and audibly, since the run must not be forgotten
+                // over it.
+                let passing = !matches!(&error, StepError::Ledger(error) if !may_pass(error));
                 warn!(run_id = %message.run_id, %error, passing, "a step failed; trying again");
                 sleep(PAUSE_AFTER_ERROR).await;
                 After::Wait
@@ -114,10 +126,10 @@ impl FanOut {
     }
 
     /// Carries out one message. None: there is no such run.
-    async fn step(&self, message: &RunMessage) -> sqlx::Result<Option<After>> {
+    async fn step(&self, message: &RunMessage) -> Result<Option<After>, StepError> {
         let mut tx = self.pool.begin().await?;
         let Some(pass) = passes::lock(&mut tx, message.run_id).await? else { return Ok(None) };
-        let Some(situation) = passes::situation(&mut tx, message.run_id).await? else { return Ok(None) };
+        let Some(situation) = self.situation(&mut tx, message.run_id).await? else { return Ok(None) };
         let after = match &message.command {
             Command::Release(step) if is_stale(*step, &pass) => {
                 debug!(run_id = %message.run_id, ?step, pass = pass.number, "a stale step is dropped");
@@ -143,7 +155,7 @@ impl FanOut {
 
     /// Publishes the first step of a pass that the caller's transaction has begun. The same command again starts it
     /// again, which is stale if it has gone on by then.
-    async fn start(&self, message: &RunMessage, pass: i32) -> sqlx::Result<After> {
+    async fn start(&self, message: &RunMessage, pass: i32) -> Result<After, StepError> {
         info!(run_id = %message.run_id, pass, command = ?message.command, "a pass begins");
         // The step is published before the pass is committed, so it may come too early: it waits for the lock.
         self.publish(vec![next_step(message.run_id, pass, 0)]).await?;
@@ -151,23 +163,25 @@ impl FanOut {
     }
 
     /// Releases the next chunk of the present pass, if there is room for it.
-    async fn release(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<After> {
+    async fn release(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> Result<After, StepError> {
         if pass.done_at.is_some() {
             return Ok(After::Nothing);
         }
         let cancels = pass.kind == PassKind::Cancel;
+        let outstanding = outstanding(&situation.counters, situation.counters.total - situation.first_released);
+        let flow = pass.flow.look(situation.now, pass.released - outstanding);
         match situation.wanted {
             // The command that cancels it has a message of its own.
             Wanted::Cancelled if !cancels => return Ok(After::Nothing),
             Wanted::Paused if !cancels => {
-                passes::touch(conn, pass).await?;
+                passes::touch(conn, pass, flow).await?;
                 return Ok(After::Wait);
             }
             _ => {}
         }
-        let allowance = self.allowance(conn, pass, situation).await?;
-        if allowance.items <= 0 {
-            passes::touch(conn, pass).await?;
+        let allowance = self.allowance(pass, situation, flow, outstanding);
+        if allowance.items <= 0 || self.is_unapplied(conn, pass, situation).await? {
+            passes::touch(conn, pass, flow).await?;
             return Ok(After::Wait);
         }
         let items = passes::next_items(conn, pass, allowance.items).await?;
@@ -182,6 +196,7 @@ impl FanOut {
             released: i32::try_from(items.len()).unwrap_or(i32::MAX),
             // Fewer than allowed at the end of a run: what is left of the budget doesn't matter any more.
             next_due_at: allowance.next_due_at,
+            flow,
         };
         let chunk = match pass.kind {
             PassKind::First => items.iter().map(|item| release(pass, item)).collect(),
@@ -194,17 +209,32 @@ impl FanOut {
         Ok(After::Nothing)
     }
 
+    async fn situation(&self, conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Situation>> {
+        passes::situation(conn, run_id, Duration::from_millis(self.config.heartbeat.dead_after_ms)).await
+    }
+
     /// How many items may be released now: by the window, and by the run's rate limit.
-    async fn allowance(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<Allowance> {
-        let chunk = self.config.fan_out.chunk_items;
+    fn allowance(&self, pass: &Pass, situation: &Situation, flow: Flow, outstanding: i32) -> Allowance {
+        let config = &self.config.fan_out;
         if pass.kind == PassKind::Cancel {
-            return Ok(Allowance { items: chunk, next_due_at: situation.now });
+            return Allowance { items: config.chunk_items, next_due_at: situation.now };
         }
-        let unreleased = situation.counters.total - situation.first_released;
-        let unapplied = passes::unapplied(conn, pass).await?;
-        let room = self.config.fan_out.window_items - outstanding(&situation.counters, unreleased, unapplied);
-        let burst = Duration::from_millis(self.config.fan_out.rate_burst_ms);
-        Ok(allow(chunk.min(room).max(0), situation.sends_per_second, pass.next_due_at, situation.now, burst))
+        // Twice what can be in flight: a sender that is done finds the next one waiting.
+        let least = situation.permits.saturating_mul(2).max(LEAST_WINDOW);
+        let window = flow.window(Duration::from_millis(config.window_ms), least, config.window_items);
+        let deferred = situation.counters.retrying >= config.deferred_items;
+        let wish = if deferred { 0 } else { room(window, outstanding).min(config.chunk_items) };
+        let burst = Duration::from_millis(config.rate_burst_ms);
+        allow(wish, situation.sends_per_second, pass.next_due_at, situation.now, burst)
+    }
+
+    /// A replay's next chunk waits until the counters show the newest one as pending again, since the window is judged by
+    /// them. But not for ever: if that got lost, it is lost for that chunk only.
+    async fn is_unapplied(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<bool> {
+        let lost_after = TimeDelta::milliseconds(i64::try_from(self.config.sweep.stalled_after_ms).unwrap_or(i64::MAX));
+        Ok(pass.kind == PassKind::Replay
+            && situation.now - pass.chunk_at < lost_after
+            && passes::is_unapplied(conn, pass).await?)
     }
 
     /// A replayed item is pending again before it is on its way, so that the run is seen to be running.
@@ -235,9 +265,9 @@ impl FanOut {
         Ok(Outgoing::results(&results, self.config.send.result_batch))
     }
 
-    /// The process is ending if this fails: the step is not committed then.
-    async fn publish(&self, messages: Vec<Outgoing>) -> sqlx::Result<()> {
-        self.publisher.publish(messages).await.map_err(|_| sqlx::Error::WorkerCrashed)
+    /// The step is not committed if this fails.
+    async fn publish(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
+        self.publisher.publish_soon(messages).await
     }
 }
 

@@ -5,14 +5,21 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicI32, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use mailrun_shared::{config::HeartbeatConfig, store::workers};
+use rustix::time::{ClockId, clock_gettime};
 use sqlx::PgPool;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
+
+/// A clock that goes on while the machine sleeps, as the others' clocks do: [`std::time::Instant`] stands still then.
+fn since_boot() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    Duration::new(now.tv_sec.try_into().unwrap_or_default(), now.tv_nsec.try_into().unwrap_or_default())
+}
 
 /// A worker process's registration.
 #[derive(Debug)]
@@ -22,7 +29,7 @@ pub struct Heartbeat {
     interval: Duration,
     dead_after: Duration,
     /// When the newest heartbeat that arrived was begun.
-    last: Mutex<Instant>,
+    last: Mutex<Duration>,
     in_flight: AtomicI32,
 }
 
@@ -31,11 +38,12 @@ impl Heartbeat {
     ///
     /// # Errors
     /// The database's.
-    pub async fn register(pool: &PgPool, roles: &str, config: &HeartbeatConfig) -> sqlx::Result<Self> {
-        let last = Instant::now();
+    pub async fn register(pool: &PgPool, roles: &str, permits: usize, config: &HeartbeatConfig) -> sqlx::Result<Self> {
+        let last = since_boot();
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let pid = i32::try_from(std::process::id()).unwrap_or_default();
-        let worker_id = workers::register(&mut *pool.acquire().await?, roles, host.trim(), pid).await?;
+        let permits = i32::try_from(permits).unwrap_or(i32::MAX);
+        let worker_id = workers::register(&mut *pool.acquire().await?, roles, host.trim(), pid, permits).await?;
         Ok(Self {
             pool: pool.clone(),
             worker_id,
@@ -60,7 +68,7 @@ impl Heartbeat {
     /// counts from before its heartbeat was written.
     pub fn is_fresh(&self) -> bool {
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        last.elapsed() + self.interval / 2 < self.dead_after
+        since_boot().saturating_sub(last) + self.interval / 2 < self.dead_after
     }
 
     /// Counts claims that are not reported yet, for the operator to see.
@@ -78,7 +86,7 @@ impl Heartbeat {
                 () = stop.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            let begun = Instant::now();
+            let begun = since_boot();
             match timeout(self.dead_after, self.write()).await {
                 Ok(Ok(())) => {
                     *self.last.lock().unwrap_or_else(PoisonError::into_inner) = begun;

@@ -103,7 +103,8 @@ pub enum WorkerError {
 pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken) -> Result<(), WorkerError> {
     let names = roles.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let pool = store::open(&config.database, &format!("mailrun worker {names}"))?;
-    let Some(heartbeat) = register(&pool, &names, &config, &stop).await else { return Ok(()) };
+    let permits = if roles.contains(&Role::Send) { config.send.permits } else { 0 };
+    let Some(heartbeat) = register(&pool, &names, permits, &config, &stop).await else { return Ok(()) };
     info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
     let broker = Broker::new(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()));
     let publisher = broker.publisher(config.amqp.publish_lanes);
@@ -127,10 +128,16 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
 }
 
 /// Registers, however long PostgreSQL takes to answer. None: told to stop before that.
-async fn register(pool: &PgPool, roles: &str, config: &Config, stop: &CancellationToken) -> Option<Arc<Heartbeat>> {
+async fn register(
+    pool: &PgPool,
+    roles: &str,
+    permits: usize,
+    config: &Config,
+    stop: &CancellationToken,
+) -> Option<Arc<Heartbeat>> {
     let mut trouble = Reconnect::default();
     loop {
-        match stop.run_until_cancelled(Heartbeat::register(pool, roles, &config.heartbeat)).await? {
+        match stop.run_until_cancelled(Heartbeat::register(pool, roles, permits, &config.heartbeat)).await? {
             Ok(heartbeat) => return Some(Arc::new(heartbeat)),
             Err(error) => {
                 let wait = trouble.next_wait();

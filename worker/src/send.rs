@@ -340,17 +340,9 @@ impl Senders {
 
     /// Looks again later, through the shortest rung: a delivery is never held through a wait.
     async fn park(&self, asked: Vec<Asked>) {
-        let queue = self.rungs.iter().min().map(|delay| retry_queue(*delay));
-        let messages = asked
-            .iter()
-            .map(|Asked { item, .. }| {
-                let message = Outgoing::new(item).of_run(item.run_id);
-                match &queue {
-                    Some(queue) => message.to(queue.clone()),
-                    None => message,
-                }
-            })
-            .collect();
+        let queue = retry_queue(self.rungs.iter().min().copied().unwrap_or_default());
+        let messages =
+            asked.iter().map(|Asked { item, .. }| Outgoing::new(item).of_run(item.run_id).to(queue.clone())).collect();
         if self.publish(messages).await {
             asked.into_iter().flat_map(|asked| asked.deliveries).for_each(Delivery::ack);
         }

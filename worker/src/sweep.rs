@@ -130,7 +130,7 @@ impl Sweeper {
             _ => Command::Release(Step::default()),
         };
         info!(%run_id, ?command, "nothing drives this run any more: its message is put back");
-        self.publisher.publish(vec![Outgoing::new(&RunMessage { run_id, command }).of_run(run_id)]).await?;
+        self.publisher.publish_soon(vec![Outgoing::new(&RunMessage { run_id, command }).of_run(run_id)]).await?;
         Ok(())
     }
 
@@ -166,8 +166,8 @@ impl Sweeper {
             if put_back + buried + cancelled > 0 {
                 info!(%run_id, put_back, buried, cancelled, "items were missing from the conveyor");
             }
-            self.publisher.publish(messages).await?;
-            self.publisher.publish(Outgoing::results(&results, self.config.send.result_batch)).await?;
+            self.publisher.publish_soon(messages).await?;
+            self.publisher.publish_soon(Outgoing::results(&results, self.config.send.result_batch)).await?;
         }
     }
 }

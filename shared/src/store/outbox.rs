@@ -9,8 +9,8 @@ use crate::message::RunMessage;
 pub struct Waiting {
     /// For [`mark_published`].
     pub id: i64,
-    /// The message.
-    pub message: RunMessage,
+    /// A [`RunMessage`], if this program is not older than the one that wrote it.
+    pub message: serde_json::Value,
 }
 
 /// Puts a message in, to be published once the caller's transaction has committed.
@@ -28,16 +28,16 @@ pub async fn put(conn: &mut PgConnection, message: &RunMessage) -> sqlx::Result<
 /// # Errors
 /// The database's.
 pub async fn take(conn: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Waiting>> {
-    let rows = sqlx::query!(
-        r#"SELECT id, message AS "message: Json<RunMessage>" FROM outbox
+    sqlx::query_as!(
+        Waiting,
+        r#"SELECT id, message FROM outbox
            WHERE published_at IS NULL AND publish_at <= now()
            ORDER BY publish_at, id LIMIT $1
            FOR UPDATE SKIP LOCKED"#,
         limit
     )
     .fetch_all(conn)
-    .await?;
-    Ok(rows.into_iter().map(|row| Waiting { id: row.id, message: row.message.0 }).collect())
+    .await
 }
 
 /// Marks messages as published, after the broker's confirm.
@@ -46,5 +46,18 @@ pub async fn take(conn: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Waiti
 /// The database's.
 pub async fn mark_published(conn: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> {
     sqlx::query!("UPDATE outbox SET published_at = now() WHERE id = ANY($1)", ids).execute(conn).await?;
+    Ok(())
+}
+
+/// Leaves messages for a minute.
+///
+/// # Errors
+/// The database's.
+pub async fn postpone(conn: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> {
+    if !ids.is_empty() {
+        sqlx::query!("UPDATE outbox SET publish_at = now() + interval '1 minute' WHERE id = ANY($1)", ids)
+            .execute(conn)
+            .await?;
+    }
     Ok(())
 }

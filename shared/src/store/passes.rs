@@ -1,5 +1,7 @@
 //! The pump's place in each run: passes, their cursors, steps and rate budgets.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -7,7 +9,7 @@ use uuid::Uuid;
 use crate::{
     item::ItemState,
     message::Replay,
-    run::{Counters, Wanted},
+    run::{Counters, Flow, Wanted},
 };
 
 /// Why the pump goes over a run.
@@ -47,6 +49,12 @@ pub struct Pass {
     pub created_at: DateTime<Utc>,
     /// When it had gone over the whole run.
     pub done_at: Option<DateTime<Utc>>,
+    /// Items it has released.
+    pub released: i32,
+    /// When the newest chunk was released.
+    pub chunk_at: DateTime<Utc>,
+    /// How fast the run went when the pump last looked.
+    pub flow: Flow,
 }
 
 /// What the pump has to know of a run besides its pass.
@@ -60,6 +68,8 @@ pub struct Situation {
     pub counters: Counters,
     /// What its first pass has released.
     pub first_released: i32,
+    /// Sends that all the workers that live may have in flight.
+    pub permits: i32,
     /// The database's clock.
     pub now: DateTime<Utc>,
 }
@@ -97,15 +107,30 @@ pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<
     sqlx::query!("SELECT number FROM run_passes WHERE run_id = $1 AND number = 1 FOR UPDATE", run_id)
         .fetch_optional(&mut *conn)
         .await?;
-    sqlx::query_as!(
-        Pass,
-        r#"SELECT run_id, number, kind AS "kind: PassKind", states AS "states: Vec<ItemState>", error, cursor, chunk_start,
-                  step, next_due_at, created_at, done_at
+    let row = sqlx::query!(
+        r#"SELECT number, kind AS "kind: PassKind", states AS "states: Vec<ItemState>", error, cursor, chunk_start, step,
+                  next_due_at, created_at, done_at, released, chunk_at, looked_at, drained, per_second
            FROM run_passes WHERE run_id = $1 ORDER BY number DESC LIMIT 1"#,
         run_id
     )
     .fetch_optional(conn)
-    .await
+    .await?;
+    Ok(row.map(|row| Pass {
+        run_id,
+        number: row.number,
+        kind: row.kind,
+        states: row.states,
+        error: row.error,
+        cursor: row.cursor,
+        chunk_start: row.chunk_start,
+        step: row.step,
+        next_due_at: row.next_due_at,
+        created_at: row.created_at,
+        done_at: row.done_at,
+        released: row.released,
+        chunk_at: row.chunk_at,
+        flow: Flow { looked_at: row.looked_at, drained: row.drained, per_second: row.per_second },
+    }))
 }
 
 /// Begins the replay that comes after the pass `last`, and returns its number. The caller holds the run's lock, and has
@@ -155,17 +180,20 @@ pub async fn begun_by(conn: &mut PgConnection, command_id: Uuid) -> sqlx::Result
     sqlx::query_scalar!("SELECT number FROM run_passes WHERE command_id = $1", command_id).fetch_optional(conn).await
 }
 
-/// The run's wishes and counters. None: there is no such run.
+/// The run's wishes and counters, and who is there to send. None: there is no such run.
 ///
 /// # Errors
 /// The database's.
-pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Situation>> {
+pub async fn situation(conn: &mut PgConnection, run_id: Uuid, dead_after: Duration) -> sqlx::Result<Option<Situation>> {
     let row = sqlx::query!(
         r#"SELECT r.wanted AS "wanted: Wanted", r.sends_per_second, p.total, p.pending, p.retrying, p.cancelled,
-                  p.unknown, p.failed, p.sent, f.released, clock_timestamp() AS "now!"
+                  p.unknown, p.failed, p.sent, f.released, clock_timestamp() AS "now!",
+                  (SELECT coalesce(sum(permits), 0)::integer FROM workers
+                   WHERE stopped_at IS NULL AND heartbeat_at > now() - make_interval(secs => $2)) AS "permits!"
            FROM runs r JOIN run_progress p ON p.run_id = r.id JOIN run_passes f ON f.run_id = r.id AND f.number = 1
            WHERE r.id = $1"#,
-        run_id
+        run_id,
+        dead_after.as_secs_f64(),
     )
     .fetch_optional(conn)
     .await?;
@@ -182,6 +210,7 @@ pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Op
             sent: row.sent,
         },
         first_released: row.released,
+        permits: row.permits,
         now: row.now,
     }))
 }
@@ -238,18 +267,15 @@ pub async fn next_items(conn: &mut PgConnection, pass: &Pass, limit: i32) -> sql
     }
 }
 
-/// Items of a replay's newest chunk that are still shown as they were before: their results are on the way.
+/// Whether items of a replay's newest chunk are still shown as they were before: their results are on the way.
 ///
 /// # Errors
 /// The database's.
-pub async fn unapplied(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<i32> {
-    if pass.kind != PassKind::Replay {
-        return Ok(0);
-    }
-    let count = sqlx::query_scalar!(
-        r#"SELECT count(*) AS "count!" FROM run_items
+pub async fn is_unapplied(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT FROM run_items
            WHERE run_id = $1 AND position > $2 AND position <= $3 AND state IN ('failed', 'unknown')
-             AND state = ANY($4) AND ($5::text IS NULL OR error = $5) AND finished_at < $6"#,
+             AND state = ANY($4) AND ($5::text IS NULL OR error = $5) AND finished_at < $6) AS "exists!""#,
         pass.run_id,
         pass.chunk_start,
         pass.cursor,
@@ -258,8 +284,7 @@ pub async fn unapplied(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<i32
         pass.created_at,
     )
     .fetch_one(conn)
-    .await?;
-    Ok(i32::try_from(count).unwrap_or(i32::MAX))
+    .await
 }
 
 /// What a step released.
@@ -271,6 +296,8 @@ pub struct Advance {
     pub released: i32,
     /// The rate budget after them.
     pub next_due_at: DateTime<Utc>,
+    /// How fast the run goes.
+    pub flow: Flow,
 }
 
 /// Moves the pass on by one step. The caller has published the chunk and the message for the next step by then.
@@ -280,13 +307,17 @@ pub struct Advance {
 pub async fn advance(conn: &mut PgConnection, pass: &Pass, by: Advance) -> sqlx::Result<()> {
     sqlx::query!(
         "UPDATE run_passes SET step = step + 1, chunk_start = cursor, cursor = $3, released = released + $4,
-                next_due_at = $5, seen_at = clock_timestamp()
+                next_due_at = $5, seen_at = clock_timestamp(), chunk_at = clock_timestamp(), looked_at = $6, drained = $7,
+                per_second = $8
          WHERE run_id = $1 AND number = $2",
         pass.run_id,
         pass.number,
         by.cursor,
         by.released,
         by.next_due_at,
+        by.flow.looked_at,
+        by.flow.drained,
+        by.flow.per_second,
     )
     .execute(conn)
     .await?;
@@ -308,17 +339,23 @@ pub async fn finish(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
     Ok(())
 }
 
-/// Notes that a message for this pass goes round, though it releases nothing yet. At most once a second, since a waiting
-/// run comes by ten times as often.
+/// Notes that a message for this pass goes round, though it releases nothing yet, and how fast the run goes. Only with a
+/// new look at that, since a waiting run comes by more often.
 ///
 /// # Errors
 /// The database's.
-pub async fn touch(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
+pub async fn touch(conn: &mut PgConnection, pass: &Pass, flow: Flow) -> sqlx::Result<()> {
+    if flow == pass.flow {
+        return Ok(());
+    }
     sqlx::query!(
-        "UPDATE run_passes SET seen_at = clock_timestamp()
-         WHERE run_id = $1 AND number = $2 AND seen_at < clock_timestamp() - interval '1 second'",
+        "UPDATE run_passes SET seen_at = clock_timestamp(), looked_at = $3, drained = $4, per_second = $5
+         WHERE run_id = $1 AND number = $2",
         pass.run_id,
-        pass.number
+        pass.number,
+        flow.looked_at,
+        flow.drained,
+        flow.per_second,
     )
     .execute(conn)
     .await?;

@@ -2,14 +2,21 @@
 
 use sqlx::PgConnection;
 
-/// Registers this process and returns its id, which is never used again.
+/// Registers this process and returns its id, which is never used again. `permits` is how many sends it may have in
+/// flight.
 ///
 /// # Errors
 /// The database's.
-pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32) -> sqlx::Result<i64> {
-    sqlx::query_scalar!("INSERT INTO workers (roles, host, pid) VALUES ($1, $2, $3) RETURNING id", roles, host, pid)
-        .fetch_one(conn)
-        .await
+pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32, permits: i32) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        "INSERT INTO workers (roles, host, pid, permits) VALUES ($1, $2, $3, $4) RETURNING id",
+        roles,
+        host,
+        pid,
+        permits
+    )
+    .fetch_one(conn)
+    .await
 }
 
 /// Says that the worker lives.
