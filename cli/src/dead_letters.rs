@@ -23,18 +23,27 @@ pub struct Reached {
     _servers: Servers,
 }
 
+impl Reached {
+    /// The ledger.
+    #[must_use]
+    pub fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+}
+
 /// Reaches the ledger: the one that is configured, or that of the `up` running here.
 ///
 /// # Errors
 /// When there is neither.
-pub async fn reach(mut config: Config) -> Result<Reached> {
+pub async fn reach(config: &Config) -> Result<Reached> {
     let home = stack::home();
     if !config.named.database && running(&home).is_none() {
         bail!("Mailrun does not run here: start it with `mailrun up`, or set DATABASE_URL and AMQP_URL");
     }
-    let servers = Servers::start(&config, &home, |step| eprintln!("{step} …")).await?;
-    config.database.url = servers.database_url.clone();
-    Ok(Reached { pool: store::open(&config.database, "mailrun dead-letters")?, _servers: servers })
+    let servers = Servers::start(config, &home, |step| eprintln!("{step} …")).await?;
+    let mut database = config.database.clone();
+    database.url = servers.database_url.clone();
+    Ok(Reached { pool: store::open(&database, "mailrun operator")?, _servers: servers })
 }
 
 /// Prints the dead letters by error.

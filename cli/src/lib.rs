@@ -3,6 +3,7 @@
 pub mod dead_letters;
 pub mod demo;
 pub mod local;
+pub mod prune;
 pub mod setup;
 pub mod stack;
 pub mod supervise;

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
-use mailrun::{dead_letters, demo, local::with_database, setup, stack, supervise, up};
+use mailrun::{dead_letters, demo, local::with_database, prune, setup, stack, supervise, up};
 use mailrun_shared::{config::Config, shutdown, telemetry};
 use mailrun_worker::Role;
 use tokio_util::sync::CancellationToken;
@@ -43,6 +43,12 @@ enum Command {
         /// Shows, without a command.
         #[command(subcommand)]
         command: Option<DeadLetters>,
+    },
+    /// Deletes runs that were over for long, with their invitations. Who was emailed stays known.
+    Prune {
+        /// So long; without it, as long as retention.keep_days says.
+        #[arg(long)]
+        older_than_days: Option<u32>,
     },
     /// Asks a server's /healthz, and says by the exit code whether all is well.
     Health {
@@ -126,13 +132,17 @@ async fn run(arguments: Arguments) -> Result<()> {
             setup::run(&config).await
         }
         Command::DeadLetters { command } => {
-            let address = dead_letters::reach(config()?).await?;
+            let reached = dead_letters::reach(&config()?).await?;
             match command {
-                None => dead_letters::show(&address).await,
+                None => dead_letters::show(&reached).await,
                 Some(DeadLetters::Replay(replay)) => {
-                    dead_letters::replay(&address, replay.run, replay.error, replay.unknown).await
+                    dead_letters::replay(&reached, replay.run, replay.error, replay.unknown).await
                 }
             }
+        }
+        Command::Prune { older_than_days } => {
+            let config = config()?;
+            prune::run(&config, &dead_letters::reach(&config).await?, older_than_days).await
         }
         Command::Health { url } => {
             let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;

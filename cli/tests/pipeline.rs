@@ -218,6 +218,31 @@ async fn a_small_run_overtakes_a_big_one_and_a_pause_stops_what_is_not_under_way
 }
 
 #[tokio::test]
+async fn a_pruned_run_is_gone_and_who_was_emailed_is_still_known() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    let old = world.invite(&people(2500)).await;
+    world.until_over(&old).await;
+    sqlx::query("UPDATE run_progress SET finished_at = now() - interval '31 days'").execute(&world.pool).await.unwrap();
+    let young = world.invite("ann@example.org").await;
+    world.until_over(&young).await;
+    assert!(world.run_to_end(&["prune", "--older-than-days", "30"]));
+
+    assert_eq!(world.client.get(&old).send().await.unwrap().status(), 404);
+    assert_eq!(world.client.get(&young).send().await.unwrap().status(), 200);
+    for (table, left) in [("run_items", 1), ("attempts", 1), ("run_passes", 1), ("pruned_runs", 0), ("users", 2501)] {
+        let count: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(format!("SELECT count(*) FROM {table}")))
+            .fetch_one(&world.pool)
+            .await
+            .unwrap();
+        assert_eq!(count, left, "{table}");
+    }
+    // Those 25 who failed may be invited anew; the others were emailed.
+    let again = world.invite(&people(2500)).await;
+    assert_eq!(count(&world.progress(&again).await, "total"), 25);
+}
+
+#[tokio::test]
 async fn purged_queues_only_delay_a_run_and_cancelling_settles_it() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
     world.workers();

@@ -28,6 +28,8 @@ pub struct Config {
     pub progress: ProgressConfig,
     /// The repair of what went missing.
     pub sweep: SweepConfig,
+    /// How long runs are kept.
+    pub retention: RetentionConfig,
     /// How workers tell that another one is dead.
     pub heartbeat: HeartbeatConfig,
     /// Who carries the mail.
@@ -255,6 +257,30 @@ impl Default for SweepConfig {
     }
 }
 
+/// `[retention]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetentionConfig {
+    /// Runs are deleted when they were over for so many days; 0: never.
+    pub keep_days: u32,
+    /// How often to look for them.
+    pub interval_s: u64,
+}
+
+impl Default for RetentionConfig {
+    fn default() -> Self {
+        Self { keep_days: 0, interval_s: 3_600 }
+    }
+}
+
+impl RetentionConfig {
+    /// How long runs are kept; none: for ever.
+    #[must_use]
+    pub fn keep(&self) -> Option<Duration> {
+        (self.keep_days > 0).then(|| Duration::from_secs(u64::from(self.keep_days) * 24 * 60 * 60))
+    }
+}
+
 /// `[heartbeat]`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -411,8 +437,8 @@ impl Config {
                 "at least three times interval_ms, so that one lost heartbeat kills nobody",
             );
         }
-        if self.sweep.interval_ms == 0 {
-            return wrong("sweep.interval_ms", "at least 1");
+        if self.sweep.interval_ms == 0 || self.retention.interval_s == 0 {
+            return wrong("sweep.interval_ms, retention.interval_s", "at least 1");
         }
         let rungs = &self.retry.rungs_ms;
         if !(1..=20).contains(&rungs.len()) || rungs.contains(&0) {

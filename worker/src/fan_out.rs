@@ -1,6 +1,6 @@
 //! The pump: releases a run chunk by chunk, so that runs take turns, and what is on the queues stays bounded.
 //!
-//! Each step publishes its chunk, then the message for the next step, and commits cursor and step last. A crash anywhere
+//! Each step publishes its chunk and the message for the next step, and commits cursor and step last. A crash anywhere
 //! repeats the step, which the fence absorbs; a message that speaks of another step than the present one is stale.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
@@ -198,13 +198,15 @@ impl FanOut {
             next_due_at: allowance.next_due_at,
             flow,
         };
-        let chunk = match pass.kind {
+        let mut chunk: Vec<Outgoing> = match pass.kind {
             PassKind::First => items.iter().map(|item| release(pass, item)).collect(),
             PassKind::Replay => self.replayed(pass, &items),
             PassKind::Cancel => self.cancelled(conn, pass, &items).await?,
         };
+        // The next step may arrive before this one is committed: it waits for the lock. If this one is not committed after
+        // all, that is a step too early, and stale.
+        chunk.push(next_step(pass.run_id, pass.number, pass.step + 1));
         self.publish(chunk).await?;
-        self.publish(vec![next_step(pass.run_id, pass.number, pass.step + 1)]).await?;
         passes::advance(conn, pass, advance).await?;
         Ok(After::Nothing)
     }

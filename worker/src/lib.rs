@@ -1,7 +1,7 @@
 //! The workers: one file for each stage of the pipeline, in the order of the data.
 //!
-//! `fan_out` releases a run's items, `send` carries them out through a `mailer`, `progress` counts the results. `replay`
-//! and `sweep` belong to the fan-out's role. `consumer` is the only file that acknowledges; `outcome` and `claims` hold
+//! `fan_out` releases a run's items, `send` carries them out through a `mailer`, `progress` counts the results. `replay`,
+//! `sweep` and `prune` belong to the fan-out's role. `consumer` is the only file that acknowledges; `outcome` and `claims` hold
 //! the protocol's decisions and memory.
 
 mod claims;
@@ -12,6 +12,7 @@ pub mod mailer;
 mod outcome;
 mod poison;
 mod progress;
+pub mod prune;
 mod replay;
 mod send;
 mod sweep;
@@ -42,7 +43,7 @@ const FAN_OUT_PREFETCH: u16 = 16;
 /// What a worker process does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// Releases items, replays dead letters, and sweeps.
+    /// Releases items, replays dead letters, sweeps, and deletes what is old.
     FanOut,
     /// Sends.
     Send,
@@ -168,6 +169,7 @@ fn start(
                 parts.spawn(pump.run(consume(topology::RUNS, FAN_OUT_PREFETCH), stop.clone()));
                 let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 parts.spawn(sweeper.run(stop.clone()));
+                parts.spawn(prune::run(pool.clone(), config.retention.clone(), stop.clone()));
             }
             Role::Send => {
                 let transport = mailer::transport(&config.mailer)?;

@@ -63,7 +63,7 @@ impl World {
         let client = Client::builder().no_proxy().redirect(redirect::Policy::none()).build().unwrap();
         let web = format!("http://127.0.0.1:{port}");
         let mut world = Self { stack, pool, web, client, name, folder, environment, children: Vec::new() };
-        assert!(world.spawn(&["setup"]).wait().unwrap().success(), "setup failed: {}", world.log());
+        assert!(world.run_to_end(&["setup"]), "setup failed: {}", world.log());
         world.start(&["web"]);
         let health = format!("{}/healthz", world.web);
         until("the pages answer", async || world.client.get(&health).send().await.is_ok()).await;
@@ -89,6 +89,11 @@ impl World {
     /// What the processes have said.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// Runs a command to its end; returns whether the exit code was 0.
+    pub fn run_to_end(&self, args: &[&str]) -> bool {
+        self.spawn(args).wait().unwrap().success()
     }
 
     /// Starts a process, which is killed at the end of the test, and returns its place among them.

@@ -6,6 +6,7 @@ pub mod attempts;
 pub mod outbox;
 pub mod passes;
 pub mod progress;
+pub mod prune;
 pub mod runs;
 pub mod submit;
 pub mod sweep;

@@ -234,12 +234,11 @@ pub async fn next_items(conn: &mut PgConnection, pass: &Pass, limit: i32) -> sql
             .fetch_all(conn)
             .await
         }
-        // The partial index run_items_to_look_at serves this one, so its predicate is repeated.
         PassKind::Replay => {
             sqlx::query_as!(
                 Item,
                 r#"SELECT id, position, attempt, state AS "state: ItemState", tries, replays FROM run_items
-                   WHERE run_id = $1 AND position > $2 AND state IN ('failed', 'unknown')
+                   WHERE run_id = $1 AND position > $2 AND troubled
                      AND state = ANY($4) AND ($5::text IS NULL OR error = $5)
                    ORDER BY position LIMIT $3"#,
                 pass.run_id,
@@ -274,7 +273,7 @@ pub async fn next_items(conn: &mut PgConnection, pass: &Pass, limit: i32) -> sql
 pub async fn is_unapplied(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<bool> {
     sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT FROM run_items
-           WHERE run_id = $1 AND position > $2 AND position <= $3 AND state IN ('failed', 'unknown')
+           WHERE run_id = $1 AND position > $2 AND position <= $3 AND troubled
              AND state = ANY($4) AND ($5::text IS NULL OR error = $5) AND finished_at < $6) AS "exists!""#,
         pass.run_id,
         pass.chunk_start,

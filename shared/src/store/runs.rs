@@ -183,7 +183,7 @@ pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sq
         Trouble,
         r#"SELECT i.position, u.email, i.state AS "state: ItemState", i.attempt AS attempts, i.error, i.finished_at
            FROM run_items i JOIN users u ON u.id = i.user_id
-           WHERE i.run_id = $1 AND i.position > $2 AND i.state IN ('failed', 'unknown')
+           WHERE i.run_id = $1 AND i.position > $2 AND i.troubled
            ORDER BY i.position LIMIT $3"#,
         run_id,
         after,
@@ -200,7 +200,7 @@ pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sq
 pub async fn dead_by_error(pool: &PgPool) -> sqlx::Result<Vec<(ItemState, String, i64)>> {
     let rows = sqlx::query!(
         r#"SELECT state AS "state: ItemState", coalesce(error, '') AS "error!", count(*) AS "count!" FROM run_items
-           WHERE state IN ('failed', 'unknown') GROUP BY state, error ORDER BY count(*) DESC LIMIT 50"#
+           WHERE troubled GROUP BY state, error ORDER BY count(*) DESC LIMIT 50"#
     )
     .fetch_all(pool)
     .await?;
@@ -285,7 +285,7 @@ pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<usize> {
     let mut tx = pool.begin().await?;
     let runs = sqlx::query_scalar!(
         "SELECT DISTINCT i.run_id FROM run_items i JOIN runs r ON r.id = i.run_id
-         WHERE ($1::uuid IS NULL OR i.run_id = $1) AND i.state IN ('failed', 'unknown') AND i.state = ANY($2)
+         WHERE ($1::uuid IS NULL OR i.run_id = $1) AND i.troubled AND i.state = ANY($2)
            AND ($3::text IS NULL OR i.error = $3) AND r.wanted <> 'cancelled'",
         wish.run_id,
         &wish.states as _,

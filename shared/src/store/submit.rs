@@ -132,7 +132,9 @@ async fn submit_once(pool: &PgPool, submission: Submission<'_>) -> sqlx::Result<
     tally.repeated = listed - distinct;
     insert_users(&mut tx).await?;
     tally.accepted = insert_items(&mut tx, run_id).await?;
-    count_others(&mut tx, run_id, &mut tally).await?;
+    if tally.accepted < distinct {
+        count_others(&mut tx, run_id, &mut tally).await?;
+    }
     if tally.accepted == 0 {
         return Ok(Submitted::Refused(Refusal::NothingNew(tally)));
     }
@@ -239,16 +241,16 @@ async fn insert_users(conn: &mut PgConnection) -> sqlx::Result<()> {
     Ok(())
 }
 
-/// An item for everyone who has none that counts. The filter is a courtesy that leaves the positions without gaps; what
-/// keeps two submissions of the same moment apart is the unique index.
+/// An item for everyone who was not emailed and has none that counts. The filter is a courtesy that leaves the positions
+/// without gaps; what keeps two submissions of the same moment apart is the unique index.
 async fn insert_items(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<i32> {
     let inserted = sqlx::query(
         "INSERT INTO run_items (run_id, user_id, position)
          SELECT $1, u.id, row_number() OVER (ORDER BY invited.place)
          FROM invited JOIN users u USING (email)
-         WHERE NOT EXISTS (SELECT FROM run_items i WHERE i.user_id = u.id AND i.state <> 'cancelled')
+         WHERE u.emailed_at IS NULL AND NOT EXISTS (SELECT FROM run_items i WHERE i.user_id = u.id AND i.active)
          ORDER BY invited.place
-         ON CONFLICT (user_id) WHERE state <> 'cancelled' DO NOTHING",
+         ON CONFLICT (user_id) WHERE active DO NOTHING",
     )
     .bind(run_id)
     .execute(conn)
@@ -256,12 +258,12 @@ async fn insert_items(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<i32
     Ok(to_count(inserted.rows_affected()))
 }
 
-/// Counts those who were left out because of an item in another run.
+/// Counts those who were left out: because of an item in another run, or of one that is pruned by now.
 async fn count_others(conn: &mut PgConnection, run_id: Uuid, tally: &mut Tally) -> sqlx::Result<()> {
     let (others, failed): (i64, i64) = sqlx::query_as(
-        "SELECT count(*), count(*) FILTER (WHERE i.state IN ('failed', 'unknown'))
+        "SELECT count(*) FILTER (WHERE i.id IS NOT NULL OR u.emailed_at IS NOT NULL), count(*) FILTER (WHERE i.troubled)
          FROM invited JOIN users u USING (email)
-         JOIN run_items i ON i.user_id = u.id AND i.state <> 'cancelled' AND i.run_id <> $1",
+         LEFT JOIN run_items i ON i.user_id = u.id AND i.active AND i.run_id <> $1",
     )
     .bind(run_id)
     .fetch_one(conn)

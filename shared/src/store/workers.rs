@@ -22,12 +22,13 @@ pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32
 /// Says that the worker lives.
 ///
 /// # Errors
-/// The database's.
+/// The database's; `RowNotFound` if the worker was silent for so long that its row is pruned.
 pub async fn heartbeat(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sqlx::Result<()> {
-    sqlx::query!("UPDATE workers SET heartbeat_at = now(), in_flight = $2 WHERE id = $1", worker_id, in_flight)
-        .execute(conn)
-        .await?;
-    Ok(())
+    let written =
+        sqlx::query!("UPDATE workers SET heartbeat_at = now(), in_flight = $2 WHERE id = $1", worker_id, in_flight)
+            .execute(conn)
+            .await?;
+    if written.rows_affected() == 1 { Ok(()) } else { Err(sqlx::Error::RowNotFound) }
 }
 
 /// Says that the worker has ended. A claim that it leaves open is `unknown` from now on.

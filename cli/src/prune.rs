@@ -1,0 +1,33 @@
+//! `mailrun prune`: deletes old runs.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use indicatif::ProgressBar;
+use mailrun_shared::config::Config;
+
+use crate::dead_letters::Reached;
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Deletes the runs that were over for `days`, or for as long as the settings keep them.
+///
+/// # Errors
+/// When neither says how long, or the database's.
+pub async fn run(config: &Config, reached: &Reached, days: Option<u32>) -> Result<()> {
+    let keep = match days {
+        Some(days) => DAY * days,
+        None => config.retention.keep().ok_or_else(|| {
+            anyhow::anyhow!("runs are kept for ever: say --older-than-days N, or set retention.keep_days")
+        })?,
+    };
+    let spinner = ProgressBar::new_spinner();
+    let pruned = mailrun_worker::prune::prune(reached.pool(), keep, |so_far| {
+        spinner.set_message(format!("{} runs, {} invitations deleted", so_far.runs, so_far.items));
+        spinner.tick();
+    })
+    .await?;
+    spinner.finish_and_clear();
+    println!("{} runs and {} invitations are deleted. Who was emailed is still known.", pruned.runs, pruned.items);
+    Ok(())
+}
