@@ -101,6 +101,7 @@ struct Small {
     /// From a small run's POST to its end.
     behind_a_million_seconds: f64,
     behind_a_million_worst_seconds: f64,
+    small_runs: usize,
     /// The size of the big one, if it is no million.
     behind_recipients: usize,
     /// The big run's, before the first small one came and while they came.
@@ -176,6 +177,7 @@ impl Figures {
         self.small = Some(Small {
             behind_a_million_seconds: median(behind.seconds.clone()),
             behind_a_million_worst_seconds: behind.seconds.iter().copied().fold(0.0, f64::max),
+            small_runs: behind.seconds.len(),
             behind_recipients: behind.behind,
             behind_alone_items_per_second: behind.alone,
             behind_beside_items_per_second: behind.beside,
@@ -270,5 +272,85 @@ pub(super) fn median(mut values: Vec<f64>) -> f64 {
     match (values.get((values.len().saturating_sub(1)) / 2), values.get(values.len() / 2)) {
         (Some(low), Some(high)) => f64::midpoint(*low, *high),
         _ => f64::NAN,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::Value;
+
+    use super::{super::writes::Writes, *};
+
+    fn round(ceiling_s: f64, pipeline_s: f64, naive_s: f64) -> Round {
+        let cpu = Cpu { broker: 2.0, send: 1.0, ..Cpu::default() };
+        let writes = Writes { wal_bytes: 3_000, commits: 10, statements: None };
+        let raw = |seconds: f64| Raw {
+            items: 1_000,
+            submit: Duration::from_secs_f64(seconds / 4.0),
+            conveyor: Duration::from_secs_f64(seconds * 0.75),
+            cpu,
+            writes,
+        };
+        let pipeline = Piped {
+            items: 1_000,
+            submit: Duration::from_secs_f64(pipeline_s / 2.0),
+            all: Duration::from_secs_f64(pipeline_s),
+            cpu: Cpu { database: pipeline_s, ..cpu },
+            writes,
+            memory: Memory { web: 5, ..Memory::default() },
+        };
+        Round { ceiling: raw(ceiling_s), pipeline, naive: raw(naive_s) }
+    }
+
+    #[test]
+    fn a_median_is_in_the_middle() {
+        assert_eq!(median(vec![9.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 9.0]), 3.0);
+        assert_eq!(median(vec![7.0]), 7.0);
+        assert!(median(Vec::new()).is_nan());
+    }
+
+    #[test]
+    fn ratios_are_those_of_medians() {
+        let figures = Figures::of(&[round(1.0, 2.0, 40.0), round(1.0, 4.0, 20.0), round(0.1, 2.0, 20.0)]);
+        assert_eq!((figures.recipients, figures.rounds), (1_000, 3));
+        assert_eq!((figures.ceiling_items_per_second, figures.pipeline_items_per_second), (1_000.0, 500.0));
+        assert_eq!((figures.ratio, figures.naive_ratio), (0.5, 10.0));
+        // The POST takes half of 2 s, the bare submission a quarter of 1 s.
+        assert_eq!((figures.submit_seconds, figures.submit_ratio), (1.0, 0.25));
+        assert_eq!(figures.drain_items_per_second, 1_000.0);
+        assert_eq!(figures.cpu_seconds.database, 2.0);
+        assert_eq!((figures.wal_bytes_per_item, figures.commits_per_item), (3.0, 0.01));
+        assert_eq!(figures.cpu_milliseconds_per_thousand_items, 5_000.0);
+    }
+
+    #[test]
+    fn a_slow_mail_server_is_bound_by_the_permits_or_the_ceiling() {
+        assert_eq!(Latency::new(50, 1_000, 1_280.0, 2_560.0, 20_000.0).ratio, 0.5);
+        assert_eq!(Latency::new(1, 1_000, 10_000.0, 128_000.0, 20_000.0).ratio, 0.5);
+    }
+
+    #[test]
+    fn what_was_not_asked_for_is_not_reported() {
+        let mut figures = Figures::of(&[round(1.0, 2.0, 40.0)]);
+        let json = |figures: &Figures| serde_json::to_value(figures).unwrap();
+        assert_eq!(json(&figures).get("behind_a_million_seconds"), None);
+        assert_eq!(json(&figures).get("statements_per_item"), None);
+        assert!(!figures.table().contains("behind"));
+        let seconds = vec![0.1, 0.3, 0.2];
+        figures.behind(&Behind { behind: 1_000_000, seconds, alone: 9_000.0, beside: 8_000.0 });
+        assert_eq!(json(&figures)["behind_a_million_seconds"], Value::from(0.2));
+        assert!(figures.table().contains("A run of 10 behind a run of 1000000: 0.20 s"));
+    }
+
+    #[test]
+    fn the_table_says_the_ratios() {
+        let table = Figures::of(&[round(1.0, 2.0, 40.0)]).table();
+        assert!(
+            table.contains("Mailrun has 50 % of the ceiling, and is 20.0 times faster than the naive way."),
+            "{table}"
+        );
     }
 }
