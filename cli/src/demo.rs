@@ -91,7 +91,8 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
             return result;
         }
         let local = Local::start(&config, file, &home, |step| eprintln!("{step} …")).await?;
-        let watched = stop.run_until_cancelled(invite(&config, local.servers(), &local.web_url, options)).await;
+        let watched =
+            stop.run_until_cancelled(invite(&config, local.servers(), &local.services.web_url, options)).await;
         eprintln!("Stopping …");
         local.stop().await?;
         watched.context("the demo was stopped before its end")?
@@ -217,7 +218,7 @@ async fn watch(client: &Client, run: &str, mut is_over: impl FnMut(&Progress) ->
 }
 
 /// The value of a hidden field.
-fn field(page: &str, name: &str) -> Option<String> {
+pub(crate) fn field(page: &str, name: &str) -> Option<String> {
     let (_, rest) = page.split_once(&format!("name=\"{name}\" value=\""))?;
     rest.split_once('"').map(|(value, _)| value.to_owned())
 }

@@ -1,5 +1,6 @@
 //! What the mailrun program is made of beside the pipeline itself: the local stack, the services it runs, and the commands.
 
+pub mod bench;
 pub mod dead_letters;
 pub mod demo;
 pub mod local;

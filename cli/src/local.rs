@@ -92,11 +92,8 @@ fn joined(config: &Config) -> SecretString {
 /// The whole of Mailrun, running.
 pub struct Local {
     servers: Servers,
-    supervisor: Supervisor,
-    /// The address of the pages.
-    pub web_url: String,
-    /// Where the services' lines go.
-    pub log: PathBuf,
+    /// The pages and the workers.
+    pub services: Services,
 }
 
 impl Local {
@@ -106,9 +103,10 @@ impl Local {
     /// Says what could not be started, and where to read more.
     pub async fn start(config: &Config, file: Option<&Path>, home: &Path, report: impl Fn(&str)) -> Result<Self> {
         let servers = Servers::start(config, home, &report).await?;
-        let started = Self::start_services(config, file, home, &servers, &report).await;
-        match started {
-            Ok((supervisor, web_url, log)) => Ok(Self { servers, supervisor, web_url, log }),
+        let mut environment = servers.environment();
+        environment.extend(file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
+        match Services::start(config, environment, home.join("logs").join("services.log"), &report).await {
+            Ok(services) => Ok(Self { servers, services }),
             Err(error) => {
                 // The first error is the one to tell.
                 let _ = servers.stop().await;
@@ -117,22 +115,47 @@ impl Local {
         }
     }
 
-    async fn start_services(
+    /// The servers it uses.
+    #[must_use]
+    pub fn servers(&self) -> &Servers {
+        &self.servers
+    }
+
+    /// Stops the services in the order of the data, then the private servers.
+    ///
+    /// # Errors
+    /// When a server does not end.
+    pub async fn stop(self) -> Result<()> {
+        self.services.stop().await;
+        Ok(self.servers.stop().await?)
+    }
+}
+
+/// The pages and the workers, as children of this process.
+pub struct Services {
+    supervisor: Supervisor,
+    /// The address of the pages.
+    pub web_url: String,
+    /// Where their lines go.
+    pub log: PathBuf,
+}
+
+impl Services {
+    /// Prepares the database and the queues that `environment` names, starts the services in it, and returns when the
+    /// pages answer.
+    ///
+    /// # Errors
+    /// Says what could not be started, and where to read more.
+    pub async fn start(
         config: &Config,
-        file: Option<&Path>,
-        home: &Path,
-        servers: &Servers,
-        report: &impl Fn(&str),
-    ) -> Result<(Supervisor, String, PathBuf)> {
+        mut environment: Vec<(OsString, OsString)>,
+        log: PathBuf,
+        report: impl Fn(&str),
+    ) -> Result<Self> {
         let program = std::env::current_exe().context("the path of this program is unknown")?;
         report("Preparing the database and the queues");
-        let mut environment = servers.environment();
-        if let Some(file) = file {
-            environment.push(("MAILRUN_CONFIG".into(), file.into()));
-        }
         set_up(&program, &environment).await?;
         let listen = web_address(config)?;
-        let log = home.join("logs").join("services.log");
         let mut supervisor = Supervisor::new(program, &log, tell).context("the services' log can't be written")?;
         environment.push(("MAILRUN_WEB__LISTEN".into(), listen.to_string().into()));
         report("Starting the pages and the workers");
@@ -151,22 +174,17 @@ impl Local {
             supervisor.stop(&STOP_ORDER, DRAIN).await;
             return Err(error.context(format!("the pages don't answer; {} says why", log.display())));
         }
-        Ok((supervisor, web_url, log))
+        Ok(Self { supervisor, web_url, log })
     }
 
-    /// The servers it uses.
-    #[must_use]
-    pub fn servers(&self) -> &Servers {
-        &self.servers
+    /// The services' names and processes.
+    pub fn pids(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.supervisor.pids()
     }
 
-    /// Stops the services in the order of the data, then the private servers.
-    ///
-    /// # Errors
-    /// When a server does not end.
-    pub async fn stop(self) -> Result<()> {
+    /// Stops them in the order of the data.
+    pub async fn stop(self) {
         self.supervisor.stop(&STOP_ORDER, DRAIN).await;
-        Ok(self.servers.stop().await?)
     }
 }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
-use mailrun::{dead_letters, demo, local::with_database, prune, setup, stack, supervise, up};
+use mailrun::{bench, dead_letters, demo, local::with_database, prune, setup, stack, supervise, up};
 use mailrun_shared::{config::Config, shutdown, telemetry};
 use mailrun_worker::Role;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +28,8 @@ enum Command {
     Up,
     /// Invites fictional people through the real form, shows the bar, retries what failed, and ends.
     Demo(demo::Options),
+    /// Measures how fast all this is here, beside what the servers allow.
+    Bench(bench::Options),
     /// Serves the pages.
     Web,
     /// Works.
@@ -114,6 +116,7 @@ async fn run(arguments: Arguments) -> Result<()> {
     match arguments.command.unwrap_or(Command::Up) {
         Command::Up => up::run(config()?, file).await,
         Command::Demo(options) => demo::run(config()?, file, &options).await,
+        Command::Bench(options) => bench::run(config()?, file, &options).await,
         Command::Web => {
             let config = config()?;
             telemetry::init(&config.log);

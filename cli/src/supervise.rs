@@ -11,7 +11,10 @@ use std::{
     io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -85,6 +88,8 @@ pub struct Supervisor {
 
 struct Supervised {
     name: String,
+    /// Its process, the newest if it was started again.
+    pid: Arc<AtomicU32>,
     stop: watch::Sender<Option<Duration>>,
     kept: JoinHandle<()>,
 }
@@ -104,10 +109,21 @@ impl Supervisor {
         let child = spawn(&self.program, &service, &self.log)?;
         let (stop, stop_asked) = watch::channel(None);
         let name = service.name.clone();
-        let keeper =
-            Keeper { program: self.program.clone(), service, log: Arc::clone(&self.log), tell: Arc::clone(&self.tell) };
-        self.children.push(Supervised { name, stop, kept: tokio::spawn(keeper.keep(child, stop_asked)) });
+        let pid = Arc::new(AtomicU32::new(child.child.id().unwrap_or_default()));
+        let keeper = Keeper {
+            program: self.program.clone(),
+            service,
+            log: Arc::clone(&self.log),
+            tell: Arc::clone(&self.tell),
+            pid: Arc::clone(&pid),
+        };
+        self.children.push(Supervised { name, pid, stop, kept: tokio::spawn(keeper.keep(child, stop_asked)) });
         Ok(())
+    }
+
+    /// The services and their processes; one that has just died is named with its last.
+    pub fn pids(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.children.iter().map(|child| (child.name.as_str(), child.pid.load(Ordering::Relaxed)))
     }
 
     /// Stops the services one after the other, those named in `order` first and in that order: SIGTERM, then SIGKILL
@@ -131,6 +147,7 @@ struct Keeper {
     service: Service,
     log: Arc<Mutex<File>>,
     tell: Tell,
+    pid: Arc<AtomicU32>,
 }
 
 impl Keeper {
@@ -142,7 +159,9 @@ impl Keeper {
             let began = Instant::now();
             let how = match next {
                 Ok(mut started) => {
-                    (self.tell)(Notice::Started { name: name.clone(), pid: started.child.id().unwrap_or_default() });
+                    let pid = started.child.id().unwrap_or_default();
+                    self.pid.store(pid, Ordering::Relaxed);
+                    (self.tell)(Notice::Started { name: name.clone(), pid });
                     let exit = tokio::select! {
                         exit = started.child.wait() => Some(exit),
                         _ = stop.wait_for(Option::is_some) => None,

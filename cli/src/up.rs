@@ -35,13 +35,13 @@ pub async fn run(config: Config, file: Option<&Path>) -> Result<()> {
         return Ok(());
     };
     let local = local?;
-    lock.publish_web_url(&local.web_url)?;
+    lock.publish_web_url(&local.services.web_url)?;
     println!();
-    println!("  Mailrun     {}", local.web_url);
+    println!("  Mailrun     {}", local.services.web_url);
     if let Some(console) = local.servers().console() {
         println!("  RabbitMQ    {}  (user {}, password {})", console.url, console.user, console.password);
     }
-    println!("  Logs        {}", local.log.display());
+    println!("  Logs        {}", local.services.log.display());
     println!();
     println!("Ctrl-C stops everything; the data stays.");
     stop.cancelled().await;

@@ -1,0 +1,54 @@
+//! The ceiling: what the servers allow when the same durable writes are done in bulk and nothing is decided.
+
+use anyhow::Result;
+use sqlx::{Connection as _, PgConnection};
+use uuid::Uuid;
+
+use super::{
+    conveyor::Sizes,
+    people,
+    place::Place,
+    raw::{Raw, carry},
+};
+
+/// Batches as large as Mailrun's with its default settings, and as many senders as its two processes have lanes.
+const SIZES: Sizes = Sizes { burst: 512, batch: 200, publishers: 2, senders: 4, window: 5_000 };
+
+/// Submits `items` people with one COPY, and carries them.
+///
+/// # Errors
+/// Any trouble with the servers.
+pub(super) async fn measure(place: &Place<'_>, items: usize) -> Result<Raw> {
+    carry(place, items, SIZES, submit).await
+}
+
+/// A run with all its rows, in one transaction: no addresses read, no duplicates looked for, everybody new.
+async fn submit(conn: &mut PgConnection, run_id: Uuid, items: usize) -> Result<()> {
+    let rows = people("guest", items);
+    let mut tx = conn.begin().await?;
+    sqlx::query("INSERT INTO runs (id, subject, body, total) VALUES ($1, 'You are invited!', 'Join us.', $2)")
+        .bind(run_id)
+        .bind(i32::try_from(items)?)
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query(r#"CREATE TEMP TABLE listed (email text COLLATE "C") ON COMMIT DROP"#).execute(&mut *tx).await?;
+    let mut copy = tx.copy_in_raw("COPY listed (email) FROM STDIN").await?;
+    for part in rows.as_bytes().chunks(64 * 1024) {
+        copy.send(part).await?;
+    }
+    copy.finish().await?;
+    sqlx::query(
+        "WITH invited AS (INSERT INTO users (email) SELECT email FROM listed RETURNING id)
+         INSERT INTO run_items (run_id, user_id, position) SELECT $1, id, row_number() OVER () FROM invited",
+    )
+    .bind(run_id)
+    .execute(&mut *tx)
+    .await?;
+    sqlx::query("INSERT INTO run_progress (run_id, total, pending) VALUES ($1, $2, $2)")
+        .bind(run_id)
+        .bind(i32::try_from(items)?)
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    Ok(())
+}

@@ -1,0 +1,172 @@
+//! `mailrun bench`: how fast Mailrun is on this machine, beside what its servers allow, and beside the naive way.
+//!
+//! All is measured in one run, in turns, on the same private servers: the ceiling (`ceiling.rs`), Mailrun itself
+//! (`pipeline.rs`) and the naive pipeline (`naive.rs`). Absolute numbers say more about the machine than about Mailrun; the
+//! ratios hold elsewhere too. Nothing else should run meanwhile.
+
+mod ceiling;
+mod conveyor;
+mod cpu;
+mod naive;
+mod pipeline;
+mod place;
+mod raw;
+mod report;
+mod small_run;
+mod writes;
+
+use std::{fmt::Write as _, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use mailrun_shared::{config::Config, shutdown};
+
+use self::{
+    pipeline::Piped,
+    place::Place,
+    report::{Figures, Latency, Round, median},
+    small_run::Behind,
+};
+use crate::stack::{self, Stack};
+
+/// The naive pipeline gets so many times fewer people, since it is so much slower.
+const NAIVE_SHARE: usize = 20;
+const NAIVE_LEAST: usize = 1_000;
+
+/// What `bench` can be asked for.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// How many fictional people a measurement invites.
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1_000..=1_000_000))]
+    recipients: u32,
+    /// How often everything is measured; medians are quoted.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    repeat: u32,
+    /// Print one JSON object with the figures on standard output, and nothing else.
+    #[arg(long)]
+    json: bool,
+    /// Measure as well how long a run of 10 takes behind a big one.
+    #[arg(long)]
+    small_run: bool,
+    /// How many people the big one has.
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(1_000..=1_000_000))]
+    behind: u32,
+    /// Measure as well with a mail server that takes so long for each mail; may be given several times.
+    #[arg(long)]
+    latency_ms: Vec<u64>,
+}
+
+/// What all measurements of Mailrun are run with.
+struct Settings<'a> {
+    config: &'a Config,
+    file: Option<&'a Path>,
+    home: &'a Path,
+}
+
+/// Measures, and prints the figures.
+///
+/// # Errors
+/// When a server or a service does not start, or anything is lost on the way.
+pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Result<()> {
+    let home = stack::home();
+    if let Some(url) = stack::running(&home).and_then(|running| running.web_url) {
+        eprintln!("A Mailrun runs here, and will disturb the figures: {url}");
+    }
+    let stop = shutdown::on_signal().context("the signals can't be caught")?;
+    let program = std::env::current_exe().context("the path of this program is unknown")?;
+    let stack = Stack::start(&home, &program, Duration::ZERO, |step| eprintln!("{step} …")).await?;
+    let settings = Settings { config: &config, file, home: &home };
+    let measured = stop.run_until_cancelled(measure(&stack, &settings, options)).await;
+    for purpose in PURPOSES {
+        Place::drop_leftover(&stack, purpose).await?;
+    }
+    stack.stop().await?;
+    let figures = measured.context("the bench was stopped before its end")??;
+    if options.json {
+        println!("{}", serde_json::to_string(&figures)?);
+    } else {
+        print!("{}", figures.table());
+    }
+    Ok(())
+}
+
+/// The names of the places that are worked in.
+const PURPOSES: [&str; 4] = ["ceiling", "pipeline", "naive", "small-run"];
+/// With a slow mail server, a measurement is made to last so long at most, if nothing but the mail server is slow.
+const LATENCY_SECONDS: f64 = 10.0;
+
+async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Options) -> Result<Figures> {
+    let items = usize::try_from(options.recipients)?;
+    let mut rounds = Vec::new();
+    for number in 1..=options.repeat {
+        eprintln!("Round {number} of {}", options.repeat);
+        rounds.push(round(stack, settings, items).await?);
+    }
+    let mut figures = Figures::of(&rounds);
+    for latency_ms in &options.latency_ms {
+        figures.slow_mail.push(latency(stack, settings, options, *latency_ms, figures.conveyor_ceiling()).await?);
+    }
+    if options.small_run {
+        figures.behind(&small_run(stack, settings, usize::try_from(options.behind)?).await?);
+    }
+    Ok(figures)
+}
+
+async fn round(stack: &Stack, settings: &Settings<'_>, items: usize) -> Result<Round> {
+    let place = Place::create(stack, "ceiling").await?;
+    let ceiling = ceiling::measure(&place, items).await?;
+    place.drop().await?;
+    eprintln!("  ceiling  {:>7.0} items/s", ceiling.items_per_second());
+
+    let pipeline = mailrun(stack, settings, items, Duration::ZERO).await?;
+    eprintln!("  Mailrun  {:>7.0} items/s", pipeline.items_per_second());
+
+    let place = Place::create(stack, "naive").await?;
+    let naive = naive::measure(&place, (items / NAIVE_SHARE).max(NAIVE_LEAST)).await?;
+    place.drop().await?;
+    eprintln!("  naive    {:>7.0} items/s", naive.items_per_second());
+    Ok(Round { ceiling, pipeline, naive })
+}
+
+async fn mailrun(stack: &Stack, settings: &Settings<'_>, items: usize, latency: Duration) -> Result<Piped> {
+    let place = Place::create(stack, "pipeline").await?;
+    let piped = pipeline::measure(&place, settings, items, latency).await?;
+    place.drop().await?;
+    Ok(piped)
+}
+
+async fn latency(
+    stack: &Stack,
+    settings: &Settings<'_>,
+    options: &Options,
+    latency_ms: u64,
+    ceiling: f64,
+) -> Result<Latency> {
+    let latency = Duration::from_millis(latency_ms);
+    let by_permits = pipeline::permits(settings.config) as f64 / latency.as_secs_f64();
+    let items = (by_permits * LATENCY_SECONDS).clamp(1_000.0, f64::from(options.recipients)) as usize;
+    let mut rates = Vec::new();
+    for _ in 0..options.repeat {
+        rates.push(mailrun(stack, settings, items, latency).await?.drain_items_per_second());
+    }
+    let measured = Latency::new(latency_ms, items, median(rates), by_permits, ceiling);
+    eprintln!("With {latency_ms} ms for each mail: {:.0} items/s", measured.items_per_second());
+    Ok(measured)
+}
+
+async fn small_run(stack: &Stack, settings: &Settings<'_>, behind: usize) -> Result<Behind> {
+    let place = Place::create(stack, "small-run").await?;
+    let measured = small_run::measure(&place, settings, behind).await?;
+    place.drop().await?;
+    Ok(measured)
+}
+
+/// A list of `count` people, one a line.
+fn people(name: &str, count: usize) -> String {
+    let mut list = String::with_capacity(count * (name.len() + 22));
+    for number in 1..=count {
+        // Writing to a string does not fail.
+        let _ = writeln!(list, "{name}-{number:07}@example.org");
+    }
+    list
+}

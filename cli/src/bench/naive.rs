@@ -1,0 +1,54 @@
+//! The naive pipeline: the same work one item at a time. A transaction a person, a confirm a message, an ack a delivery, a
+//! result message and a counter's update an item.
+
+use anyhow::Result;
+use sqlx::{Connection as _, PgConnection};
+use uuid::Uuid;
+
+use super::{
+    conveyor::Sizes,
+    people,
+    place::Place,
+    raw::{Raw, carry},
+};
+
+/// As many processes as Mailrun has.
+const SIZES: Sizes = Sizes { burst: 1, batch: 1, publishers: 1, senders: 2, window: 5_000 };
+
+/// Submits `items` people one by one, and carries them one by one.
+///
+/// # Errors
+/// Any trouble with the servers.
+pub(super) async fn measure(place: &Place<'_>, items: usize) -> Result<Raw> {
+    carry(place, items, SIZES, submit).await
+}
+
+/// A run with all its rows: one transaction for each person and their item.
+async fn submit(conn: &mut PgConnection, run_id: Uuid, items: usize) -> Result<()> {
+    let total = i32::try_from(items)?;
+    sqlx::query("INSERT INTO runs (id, subject, body, total) VALUES ($1, 'You are invited!', 'Join us.', $2)")
+        .bind(run_id)
+        .bind(total)
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query("INSERT INTO run_progress (run_id, total, pending) VALUES ($1, $2, $2)")
+        .bind(run_id)
+        .bind(total)
+        .execute(&mut *conn)
+        .await?;
+    for (position, email) in (1..=total).zip(people("guest", items).lines()) {
+        let mut tx = conn.begin().await?;
+        let user_id: i64 = sqlx::query_scalar("INSERT INTO users (email) VALUES ($1) RETURNING id")
+            .bind(email)
+            .fetch_one(&mut *tx)
+            .await?;
+        sqlx::query("INSERT INTO run_items (run_id, user_id, position) VALUES ($1, $2, $3)")
+            .bind(run_id)
+            .bind(user_id)
+            .bind(position)
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! One measurement without Mailrun: a submission and the bare conveyor, timed.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{
+    conveyor::{Conveyor, Sizes},
+    cpu::Cpu,
+    place::Place,
+    writes::Writes,
+};
+
+/// What it took.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Raw {
+    pub(super) items: usize,
+    /// Until the run was committed.
+    pub(super) submit: Duration,
+    /// From then on until the last item was counted.
+    pub(super) conveyor: Duration,
+    pub(super) cpu: Cpu,
+    pub(super) writes: Writes,
+}
+
+impl Raw {
+    /// From the beginning to the end.
+    pub(super) fn items_per_second(&self) -> f64 {
+        self.items as f64 / (self.submit + self.conveyor).as_secs_f64()
+    }
+
+    /// Without the submission.
+    pub(super) fn conveyor_items_per_second(&self) -> f64 {
+        self.items as f64 / self.conveyor.as_secs_f64()
+    }
+}
+
+/// Submits a run with `submit`, carries it over a conveyor of these `sizes`, and makes sure that all was counted.
+///
+/// # Errors
+/// Any trouble with the servers.
+pub(super) async fn carry(
+    place: &Place<'_>,
+    items: usize,
+    sizes: Sizes,
+    submit: impl AsyncFnOnce(&mut PgConnection, Uuid, usize) -> Result<()>,
+) -> Result<Raw> {
+    let mut conn = place.database().await?;
+    let conveyor = Conveyor::connect(place, sizes).await?;
+    let run_id = Uuid::new_v4();
+    place.quiet(&mut conn).await?;
+    let (cpu, writes) = (Cpu::now(place.stack, None)?, Writes::now(&mut conn).await?);
+    let started = Instant::now();
+    submit(&mut conn, run_id, items).await?;
+    let submitted = started.elapsed();
+    conveyor.carry(run_id, items).await?;
+    let all = started.elapsed();
+    let (cpu, writes) = (Cpu::now(place.stack, None)? - cpu, Writes::now(&mut conn).await? - writes);
+    let counted: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM run_items i
+         JOIN users u ON u.id = i.user_id AND u.emailed_at IS NOT NULL
+         JOIN attempts a ON a.item_id = i.id
+         JOIN run_progress p ON p.run_id = i.run_id AND p.pending = 0
+         WHERE i.run_id = $1 AND i.state = 'sent'",
+    )
+    .bind(run_id)
+    .fetch_one(&mut conn)
+    .await?;
+    ensure!(usize::try_from(counted)? == items, "the conveyor carried {counted} of {items} items");
+    Ok(Raw { items, submit: submitted, conveyor: all - submitted, cpu, writes })
+}
