@@ -15,4 +15,4 @@ CREATE UNIQUE INDEX run_items_one_per_person ON run_items (user_id) WHERE active
 CREATE INDEX run_items_to_look_at ON run_items (run_id, position) WHERE troubled;
 
 -- emailed_at is in no index: with room on the page, setting it is a HOT update as well.
-ALTER TABLE users SET (fillfactor = 60);
+ALTER TABLE users SET (fillfactor = 45);

@@ -3,7 +3,7 @@
 //! A consumer has a connection of its own and rebuilds it after any trouble; what was delivered on the lost one comes
 //! again. A [`Delivery`] is acknowledged by consuming it. Dropping it unacknowledged gives it back when the channel ends.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, mem, sync::Arc, time::Duration};
 
 use futures::{StreamExt, future::try_join_all};
 use lapin::{
@@ -17,12 +17,15 @@ use mailrun_shared::{
 };
 use tokio::{
     sync::mpsc,
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 const CONSUMER_TAG: &str = "mailrun";
+/// Acknowledgements are gathered for so long, or until a quarter of the prefetch waits for one: sends end in any order, and
+/// the gaps between them close meanwhile. Each frame costs a quorum queue an entry in its log.
+const GATHER_ACKS: Duration = Duration::from_millis(5);
 
 /// A message that was delivered, and has to be acknowledged.
 #[derive(Debug)]
@@ -91,7 +94,7 @@ async fn supervise(
             let (connection, channel, consumer) = open(&broker, queue, prefetch).await?;
             info!(queue, "consuming");
             reconnect.reset();
-            let ended = serve(&channel, consumer, &deliveries, &stop, broker.answer_timeout()).await;
+            let ended = serve(&channel, prefetch, consumer, &deliveries, &stop, broker.answer_timeout()).await;
             hang_up(&connection).await;
             ended
         };
@@ -127,6 +130,7 @@ async fn open(
 /// channel is of no use any more (`Err`).
 async fn serve(
     channel: &Channel,
+    prefetch: u16,
     mut consumer: lapin::Consumer,
     deliveries: &mpsc::Sender<Delivery>,
     stop: &CancellationToken,
@@ -134,11 +138,23 @@ async fn serve(
 ) -> Result<(), BrokerError> {
     let (acks, mut acked) = mpsc::unbounded_channel();
     let mut watermark = Watermark::default();
+    let (mut finished, mut flush_at) = (Vec::new(), Instant::now());
     loop {
         tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            Some(tag) = acked.recv() => acknowledge(channel, &mut watermark, tag, &mut acked, patience).await?,
+            Some(tag) = acked.recv() => {
+                if finished.is_empty() {
+                    flush_at = Instant::now() + GATHER_ACKS;
+                }
+                finished.push(tag);
+                if finished.len() >= usize::from(prefetch) / 4 {
+                    acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
+                }
+            }
+            () = sleep_until(flush_at), if !finished.is_empty() => {
+                acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
+            }
             delivery = consumer.next() => {
                 // The stream ends silently when the broker cancels the consumer, for instance because the queue is gone.
                 let delivery = delivery.ok_or(BrokerError::Closed)??;
@@ -160,27 +176,14 @@ async fn serve(
         .await
         .map_err(|_| BrokerError::Timeout)??;
     // Ends when the last delivery is acknowledged or dropped.
-    while let Some(tag) = acked.recv().await {
-        acknowledge(channel, &mut watermark, tag, &mut acked, patience).await?;
+    while acked.recv_many(&mut finished, usize::from(prefetch)).await > 0 {
+        acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
     }
-    Ok(())
+    acknowledge(channel, watermark.pass(finished), patience).await
 }
 
-async fn acknowledge(
-    channel: &Channel,
-    watermark: &mut Watermark,
-    first: u64,
-    more: &mut mpsc::UnboundedReceiver<u64>,
-    patience: Duration,
-) -> Result<(), BrokerError> {
-    let mut tags = vec![first];
-    while let Ok(tag) = more.try_recv() {
-        tags.push(tag);
-    }
-    let acks = watermark
-        .pass(tags)
-        .into_iter()
-        .map(|Ack { tag, multiple }| channel.basic_ack(tag, BasicAckOptions { multiple }));
+async fn acknowledge(channel: &Channel, acks: Vec<Ack>, patience: Duration) -> Result<(), BrokerError> {
+    let acks = acks.into_iter().map(|Ack { tag, multiple }| channel.basic_ack(tag, BasicAckOptions { multiple }));
     timeout(patience, try_join_all(acks)).await.map_err(|_| BrokerError::Timeout)??;
     Ok(())
 }

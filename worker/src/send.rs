@@ -21,6 +21,7 @@ use mailrun_shared::{
 use sqlx::PgPool;
 use tokio::{
     sync::{Mutex as AsyncMutex, OwnedSemaphorePermit, Semaphore, mpsc},
+    task::yield_now,
     time::sleep,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -247,6 +248,13 @@ impl Senders {
     async fn report(&self, mut outcomes: mpsc::Receiver<Finished>) {
         let mut batch = Vec::new();
         while outcomes.recv_many(&mut batch, self.config.send.result_batch).await > 0 {
+            // Those that were claimed together end together, if nothing takes time: let them.
+            yield_now().await;
+            while batch.len() < self.config.send.result_batch
+                && let Ok(finished) = outcomes.try_recv()
+            {
+                batch.push(finished);
+            }
             let mut follow_ups = Vec::new();
             let mut results = Vec::with_capacity(batch.len());
             for finished in &mut batch {
