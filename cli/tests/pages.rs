@@ -13,7 +13,7 @@ use fantoccini::{Client, ClientBuilder, Locator};
 use hyper_util::client::legacy::connect::HttpConnector;
 use mailrun::stack::{CHROMIUM, ensure_packages};
 use serde_json::json;
-use support::{World, people, until};
+use support::{World, people, say, until};
 
 /// The browser's driver, which ends with the test.
 struct Driver(Child);
@@ -26,7 +26,7 @@ impl Drop for Driver {
 }
 
 async fn browser(profile: &std::path::Path) -> (Driver, Client) {
-    ensure_packages(&[CHROMIUM], |step| eprintln!("{step}")).await.unwrap();
+    ensure_packages(&[CHROMIUM], say).await.unwrap();
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let driver = Command::new("chromedriver")
         .arg(format!("--port={port}"))

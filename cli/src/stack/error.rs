@@ -18,11 +18,11 @@ pub enum StackError {
     Missing(String),
     /// The package manager failed.
     #[error(
-        "Installing {packages} failed:\n{output}\nInstall them yourself and start again, or set DATABASE_URL and AMQP_URL to servers you already run."
+        "Installing the packages failed:\n{output}\nAs root, run `{command}`, and start Mailrun again. Or set DATABASE_URL and AMQP_URL to servers you already run."
     )]
     Install {
-        /// The names of the packages.
-        packages: String,
+        /// What to run by hand.
+        command: String,
         /// The last lines it printed.
         output: String,
     },

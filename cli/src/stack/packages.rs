@@ -86,7 +86,7 @@ pub async fn ensure_packages(packages: &[Package], report: impl Fn(&str)) -> Res
     if output.status.success() && missing.is_empty() {
         return Ok(());
     }
-    Err(StackError::Install { packages: apt.join(" "), output: last_lines(&output) })
+    Err(StackError::Install { command: apt_by_hand(&apt.join(" ")), output: last_lines(&output) })
 }
 
 fn missing(packages: &[Package]) -> Vec<Package> {
@@ -127,19 +127,28 @@ async fn as_root(apt: &[&str]) -> Option<Command> {
     Some(command)
 }
 
+/// What to do where Mailrun can't install: `apt` are the packages, if this system has apt.
 fn by_hand(missing: &[Package], apt: Option<&str>) -> String {
-    let needs = missing
-        .iter()
-        .map(|package| format!("{} (to {})", package.name, package.purpose))
-        .collect::<Vec<_>>()
-        .join(", ");
+    let needs: Vec<_> = missing.iter().map(|package| format!("{} (to {})", package.name, package.purpose)).collect();
     let how = match apt {
-        Some(apt) => format!("run `sudo apt-get install --no-install-recommends {apt}`"),
-        None => missing.iter().map(|package| format!("install {}", package.elsewhere)).collect::<Vec<_>>().join("; "),
+        Some(apt) => format!(
+            "This user can't install it: it is not root, and sudo is missing, or wants a password without a terminal to ask on. As root, run `{}`",
+            apt_by_hand(apt)
+        ),
+        None => {
+            let elsewhere: Vec<_> = missing.iter().map(|package| package.elsewhere).collect();
+            format!("Mailrun can install it with apt only. Install {}", elsewhere.join(" and "))
+        }
     };
     format!(
-        "Mailrun needs {needs}, which isn't installed here and can't be installed from here. To go on, {how}, and start Mailrun again. Or set DATABASE_URL and AMQP_URL to servers you already run."
+        "Mailrun needs what is missing here: {}. {how}, and start Mailrun again. Or set DATABASE_URL and AMQP_URL to servers you already run.",
+        needs.join(", ")
     )
+}
+
+/// The lists first: those of a fresh system are empty.
+fn apt_by_hand(apt: &str) -> String {
+    format!("apt-get update && apt-get install --no-install-recommends {apt}")
 }
 
 /// Waits for the machine-wide turn to install. Without one (say a foreign lock file) apt's own lock must do.
@@ -195,7 +204,7 @@ mod tests {
         }
         assert!(
             by_hand(&[RABBITMQ], Some("rabbitmq-server"))
-                .contains("sudo apt-get install --no-install-recommends rabbitmq-server")
+                .contains("`apt-get update && apt-get install --no-install-recommends rabbitmq-server`")
         );
     }
 }

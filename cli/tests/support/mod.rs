@@ -4,13 +4,14 @@
 use std::{
     collections::HashMap,
     fs::File,
+    io::Write as _,
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use mailrun::stack::{self, Stack};
+use mailrun::stack::{self, POSTGRESQL, RABBITMQ, Stack, ensure_packages};
 use reqwest::{Client, header::LOCATION, redirect};
 use serde_json::Value;
 use sqlx::PgPool;
@@ -21,6 +22,11 @@ const LINGER: Duration = Duration::from_secs(20);
 /// However slow the machine is, this is not slowness any more.
 const PATIENCE: Duration = Duration::from_secs(120);
 pub const MAILRUN: &str = env!("CARGO_BIN_EXE_mailrun");
+
+/// Says it at once. What `eprintln!` says, the test harness keeps to itself; an installation takes minutes.
+pub fn say(step: &str) {
+    let _ = writeln!(std::io::stderr(), "{step} …");
+}
 
 pub struct World {
     pub stack: Stack,
@@ -40,6 +46,7 @@ impl World {
     }
 
     pub async fn on(home: &Path, settings: &[(&str, &str)]) -> Self {
+        ensure_packages(&[POSTGRESQL, RABBITMQ], say).await.unwrap();
         let stack = Stack::start(home, Path::new(MAILRUN), LINGER, |step| eprintln!("{step}")).await.unwrap();
         let name = format!("test-{}", Uuid::new_v4().simple());
         stack.create_database(&name).await.unwrap();
