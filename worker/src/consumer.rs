@@ -137,7 +137,8 @@ async fn serve(
     patience: Duration,
 ) -> Result<(), BrokerError> {
     let (acks, mut acked) = mpsc::unbounded_channel();
-    let mut watermark = Watermark::default();
+    let few = usize::from(prefetch) / 4;
+    let mut watermark = Watermark::new(few);
     let (mut finished, mut flush_at) = (Vec::new(), Instant::now());
     loop {
         tokio::select! {
@@ -148,7 +149,7 @@ async fn serve(
                     flush_at = Instant::now() + GATHER_ACKS;
                 }
                 finished.push(tag);
-                if finished.len() >= usize::from(prefetch) / 4 {
+                if finished.len() > few {
                     acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
                 }
             }
@@ -179,7 +180,8 @@ async fn serve(
     while acked.recv_many(&mut finished, usize::from(prefetch)).await > 0 {
         acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
     }
-    acknowledge(channel, watermark.pass(finished), patience).await
+    acknowledge(channel, watermark.pass(finished), patience).await?;
+    acknowledge(channel, watermark.rest(), patience).await
 }
 
 async fn acknowledge(channel: &Channel, acks: Vec<Ack>, patience: Duration) -> Result<(), BrokerError> {
@@ -195,28 +197,49 @@ struct Ack {
     multiple: bool,
 }
 
-/// Turns finished deliveries into few acknowledgements: one for all that are finished without a gap, and one for each
-/// beyond the gap, so that a slow send holds nobody else's place in the prefetch.
-#[derive(Debug, Default)]
+/// Turns finished deliveries into few acknowledgements: one for all that are finished without a gap. Those beyond a gap wait
+/// until it is closed; if they become too many, each gets its own, so that a slow send holds nobody else's place in the
+/// prefetch.
+#[derive(Debug)]
 struct Watermark {
     /// Every delivery up to here is acknowledged. Tags count from 1.
     level: u64,
     /// Acknowledged beyond that.
     beyond: BTreeSet<u64>,
+    /// Finished beyond that, and not acknowledged yet.
+    waiting: BTreeSet<u64>,
+    /// So many may wait.
+    patience: usize,
 }
 
 impl Watermark {
-    fn pass(&mut self, mut tags: Vec<u64>) -> Vec<Ack> {
-        tags.sort_unstable();
-        self.beyond.extend(&tags);
-        while self.beyond.remove(&(self.level + 1)) {
-            self.level += 1;
+    fn new(patience: usize) -> Self {
+        Self { level: 0, beyond: BTreeSet::new(), waiting: BTreeSet::new(), patience }
+    }
+
+    /// These are finished as well.
+    fn pass(&mut self, tags: impl IntoIterator<Item = u64>) -> Vec<Ack> {
+        self.waiting.extend(tags);
+        // The broker must know the tag that stands for many, so it is the highest of those not acknowledged before.
+        let mut many = None;
+        loop {
+            let next = self.level + 1;
+            if self.waiting.remove(&next) {
+                many = Some(Ack { tag: next, multiple: true });
+            } else if !self.beyond.remove(&next) {
+                break;
+            }
+            self.level = next;
         }
-        // The broker must know the tag that stands for many, so it is the highest of the new ones.
-        let without_gap = tags.partition_point(|tag| *tag <= self.level);
-        let many = without_gap.checked_sub(1).map(|last| Ack { tag: tags[last], multiple: true });
-        let singles = tags[without_gap..].iter().map(|tag| Ack { tag: *tag, multiple: false });
+        let singles = if self.waiting.len() > self.patience { self.rest() } else { Vec::new() };
         many.into_iter().chain(singles).collect()
+    }
+
+    /// Those that wait need not wait any longer.
+    fn rest(&mut self) -> Vec<Ack> {
+        let waiting = mem::take(&mut self.waiting);
+        self.beyond.extend(&waiting);
+        waiting.into_iter().map(|tag| Ack { tag, multiple: false }).collect()
     }
 }
 
@@ -230,20 +253,31 @@ mod tests {
 
     #[test]
     fn finished_deliveries_without_a_gap_are_one_acknowledgement() {
-        let mut watermark = Watermark::default();
-        assert_eq!(watermark.pass(vec![2, 1, 3]), [ack(3, true)]);
-        assert_eq!(watermark.pass(vec![4]), [ack(4, true)]);
+        let mut watermark = Watermark::new(9);
+        assert_eq!(watermark.pass([2, 1, 3]), [ack(3, true)]);
+        assert_eq!(watermark.pass([4]), [ack(4, true)]);
+        assert_eq!(watermark.pass([7, 6]), []);
+        assert_eq!(watermark.pass([5]), [ack(7, true)]);
     }
 
     #[test]
-    fn a_slow_delivery_holds_up_nobody() {
-        let mut watermark = Watermark::default();
-        assert_eq!(watermark.pass(vec![2, 4]), [ack(2, false), ack(4, false)]);
+    fn a_slow_delivery_holds_up_only_a_few() {
+        let mut watermark = Watermark::new(1);
+        assert_eq!(watermark.pass([2]), []);
+        assert_eq!(watermark.pass([4]), [ack(2, false), ack(4, false)]);
         // 2 is known to be acknowledged, so the one for many names 3, and covers 1.
-        assert_eq!(watermark.pass(vec![1, 3]), [ack(3, true)]);
+        assert_eq!(watermark.pass([1, 3]), [ack(3, true)]);
         // Here the level rises to 8, but 8 itself was acknowledged before.
-        assert_eq!(watermark.pass(vec![6, 8]), [ack(6, false), ack(8, false)]);
-        assert_eq!(watermark.pass(vec![5, 7]), [ack(7, true)]);
-        assert_eq!(watermark.pass(vec![9]), [ack(9, true)]);
+        assert_eq!(watermark.pass([6, 8]), [ack(6, false), ack(8, false)]);
+        assert_eq!(watermark.pass([5, 7]), [ack(7, true)]);
+        assert_eq!(watermark.pass([9]), [ack(9, true)]);
+    }
+
+    #[test]
+    fn at_the_end_none_waits() {
+        let mut watermark = Watermark::new(9);
+        assert_eq!(watermark.pass([2, 4]), []);
+        assert_eq!(watermark.rest(), [ack(2, false), ack(4, false)]);
+        assert_eq!(watermark.pass([1]), [ack(1, true)]);
     }
 }
