@@ -104,7 +104,7 @@ struct Small {
     small_runs: usize,
     /// The size of the big one, if it is no million.
     behind_recipients: usize,
-    /// The big run's, before the first small one came and while they came.
+    /// The big run's, after the last small one and while they came.
     behind_alone_items_per_second: f64,
     behind_beside_items_per_second: f64,
 }
