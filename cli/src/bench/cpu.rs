@@ -24,6 +24,8 @@ pub(super) struct Cpu {
     pub(super) progress: f64,
     /// This process.
     pub(super) bench: f64,
+    /// Everybody else on this machine, who should be quiet.
+    pub(super) others: f64,
 }
 
 impl Cpu {
@@ -48,6 +50,8 @@ impl Cpu {
                 *part += tree(&all, pid);
             }
         }
+        let machine = fs::read_to_string("/proc/stat").ok().and_then(|stat| busy(&stat));
+        cpu.others = machine.context("/proc/stat can't be read")? - cpu.total();
         Ok(cpu)
     }
 
@@ -61,7 +65,7 @@ impl Cpu {
         }
     }
 
-    /// The parts, with their names.
+    /// The parts that are measured, with their names.
     pub(super) fn parts(&self) -> [(&'static str, f64); 7] {
         [
             ("broker", self.broker),
@@ -74,9 +78,14 @@ impl Cpu {
         ]
     }
 
-    /// All parts together.
+    /// The parts that are measured, together.
     pub(super) fn total(&self) -> f64 {
         self.parts().iter().map(|(_, seconds)| seconds).sum()
+    }
+
+    /// Whether others took so much of the machine that the figures say little.
+    pub(super) fn is_disturbed(&self) -> bool {
+        self.others > 0.1 * self.total()
     }
 
     /// Part by part.
@@ -89,6 +98,7 @@ impl Cpu {
             send: combine(self.send, other.send),
             progress: combine(self.progress, other.progress),
             bench: combine(self.bench, other.bench),
+            others: combine(self.others, other.others),
         }
     }
 
@@ -103,6 +113,7 @@ impl Cpu {
             send: of(|cpu| cpu.send),
             progress: of(|cpu| cpu.progress),
             bench: of(|cpu| cpu.bench),
+            others: of(|cpu| cpu.others),
         }
     }
 }
@@ -207,6 +218,14 @@ fn own(all: &[Process], pid: u32) -> f64 {
     seconds(all.iter().filter(|process| process.pid == pid).map(|process| process.own).sum())
 }
 
+/// CPU seconds of the whole machine, from the first line of `/proc/stat`: user, nice, system, and after idle and iowait the
+/// interrupts.
+fn busy(stat: &str) -> Option<f64> {
+    let line = stat.lines().next()?.strip_prefix("cpu ")?;
+    let ticks: Vec<u64> = line.split_whitespace().filter_map(|ticks| ticks.parse().ok()).collect();
+    Some(seconds([0, 1, 2, 5, 6].iter().filter_map(|index| ticks.get(*index)).sum()))
+}
+
 fn seconds(ticks: u64) -> f64 {
     ticks as f64 / rustix::param::clock_ticks_per_second() as f64
 }
@@ -229,6 +248,13 @@ mod tests {
         assert_eq!(tree(&all, 2), seconds(1110));
         assert_eq!(own(&all, 2), seconds(10));
         assert_eq!(tree(&all, 9), 0.0);
+    }
+
+    #[test]
+    fn the_machine_is_busy_when_it_is_not_idle() {
+        assert_eq!(busy("cpu  1 2 3 1000 1000 4 5 9 0 0\ncpu0 7 7 7\n"), Some(seconds(15)));
+        let (quiet, loud) = (Cpu { broker: 2.0, others: 0.1, ..Cpu::default() }, Cpu { others: 0.1, ..Cpu::default() });
+        assert!(!quiet.is_disturbed() && loud.is_disturbed());
     }
 
     #[test]

@@ -22,6 +22,7 @@ use clap::Args;
 use mailrun_shared::{config::Config, shutdown};
 
 use self::{
+    cpu::Cpu,
     pipeline::Piped,
     place::Place,
     report::{Figures, Latency, Round, median},
@@ -116,16 +117,23 @@ async fn round(stack: &Stack, settings: &Settings<'_>, items: usize) -> Result<R
     let place = Place::create(stack, "ceiling").await?;
     let ceiling = ceiling::measure(&place, items).await?;
     place.drop().await?;
-    eprintln!("  ceiling  {:>7.0} items/s", ceiling.items_per_second());
+    tell("ceiling", ceiling.items_per_second(), &ceiling.cpu);
 
     let pipeline = mailrun(stack, settings, items, Duration::ZERO).await?;
-    eprintln!("  Mailrun  {:>7.0} items/s", pipeline.items_per_second());
+    tell("Mailrun", pipeline.items_per_second(), &pipeline.cpu);
 
     let place = Place::create(stack, "naive").await?;
     let naive = naive::measure(&place, (items / NAIVE_SHARE).max(NAIVE_LEAST)).await?;
     place.drop().await?;
-    eprintln!("  naive    {:>7.0} items/s", naive.items_per_second());
+    tell("naive", naive.items_per_second(), &naive.cpu);
     Ok(Round { ceiling, pipeline, naive })
+}
+
+fn tell(what: &str, items_per_second: f64, cpu: &Cpu) {
+    eprintln!("  {what:<8} {items_per_second:>7.0} items/s");
+    if cpu.is_disturbed() {
+        eprintln!("  disturbed: others used {:.1} CPU seconds meanwhile, beside {:.1}", cpu.others, cpu.total());
+    }
 }
 
 async fn mailrun(stack: &Stack, settings: &Settings<'_>, items: usize, latency: Duration) -> Result<Piped> {

@@ -104,7 +104,7 @@ struct Small {
     small_runs: usize,
     /// The size of the big one, if it is no million.
     behind_recipients: usize,
-    /// The big run's, before the first small one came and while they came.
+    /// The big run's, after the last small one and while they came.
     behind_alone_items_per_second: f64,
     behind_beside_items_per_second: f64,
 }
@@ -223,6 +223,8 @@ impl Figures {
         }
         let totals = (self.ceiling_cpu_seconds.total(), self.cpu_seconds.total());
         writeln!(text, "{:24}{:>12.2}{:>12.2}", "  together", totals.0, totals.1)?;
+        let others = (self.ceiling_cpu_seconds.others, self.cpu_seconds.others);
+        writeln!(text, "{:24}{:>12.2}{:>12.2}", "  others meanwhile", others.0, others.1)?;
         writeln!(
             text,
             "{:24}{:>12.0}{:>12.0}",

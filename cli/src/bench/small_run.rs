@@ -16,7 +16,9 @@ use super::{
 const SMALL: usize = 10;
 /// Small runs, one after the other; fewer if the big one is over before.
 const REPEAT: usize = 10;
-/// The big run has this time alone, after it has begun to move.
+/// From the first item of the big run to the first small run.
+const SETTLE: Duration = Duration::from_secs(3);
+/// The big run is alone for so long after the last small one, to see what they cost it.
 const ALONE: Duration = Duration::from_secs(3);
 /// Between two small runs.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -29,7 +31,7 @@ pub(super) struct Behind {
     pub(super) behind: usize,
     /// From each small run's POST to its end.
     pub(super) seconds: Vec<f64>,
-    /// The big run's rate before the first small one came.
+    /// The big run's rate after the last small one.
     pub(super) alone: f64,
     /// Its rate while they came.
     pub(super) beside: f64,
@@ -53,9 +55,9 @@ async fn submit(mailrun: &Mailrun, conn: &mut PgConnection, behind: usize) -> Re
     while settled(mailrun, &big).await? == 0 {
         sleep(POLL).await;
     }
+    // A fresh million keeps the database busy by itself for a moment.
+    sleep(SETTLE).await;
     let mut rate = Rate::begin(mailrun, &big).await?;
-    sleep(ALONE).await;
-    let alone = rate.lap(mailrun, &big).await?;
     let mut seconds = Vec::with_capacity(REPEAT);
     for number in 1..=REPEAT {
         let form = mailrun.form(&people(&format!("small-{number}"), SMALL)).await?;
@@ -70,6 +72,8 @@ async fn submit(mailrun: &Mailrun, conn: &mut PgConnection, behind: usize) -> Re
     }
     ensure!(!seconds.is_empty(), "the run of {behind} was over before a small one: ask for a larger one with --behind");
     let beside = rate.lap(mailrun, &big).await?;
+    sleep(ALONE).await;
+    let alone = rate.lap(mailrun, &big).await?;
     Ok(Behind { behind, seconds, alone, beside })
 }
 
