@@ -332,9 +332,19 @@ impl Publisher {
         if self.twice {
             messages.extend(messages.clone());
         }
-        let (done, confirmed) = oneshot::channel();
-        self.lanes.send(Batch { messages, done }).await.map_err(|_| BrokerError::Closed)?;
-        confirmed.await.map_err(|_| BrokerError::Closed)
+        // Spread over the lanes: each publishes and awaits its confirms for itself.
+        let mut confirms = Vec::new();
+        while !messages.is_empty() {
+            let rest = messages.split_off(messages.len().min(BURST));
+            let (done, confirmed) = oneshot::channel();
+            confirms.push(confirmed);
+            self.lanes.send(Batch { messages, done }).await.map_err(|_| BrokerError::Closed)?;
+            messages = rest;
+        }
+        for confirmed in confirms {
+            confirmed.await.map_err(|_| BrokerError::Closed)?;
+        }
+        Ok(())
     }
 }
 

@@ -106,13 +106,15 @@ pub struct Flow {
 
 /// Results arrive in batches: over a shorter time they say little about the throughput.
 const LOOK_EVERY: TimeDelta = TimeDelta::milliseconds(400);
+/// If nothing is outstanding any more the window was too small: then even this tells how much larger it may be.
+const LOOK_WHEN_DRAINED: TimeDelta = TimeDelta::milliseconds(100);
 
 impl Flow {
     /// Looks again, unless the last time was a moment ago.
     #[must_use]
-    pub fn look(self, now: DateTime<Utc>, drained: i32) -> Self {
-        let elapsed = now - self.looked_at;
-        if elapsed < LOOK_EVERY {
+    pub fn look(self, now: DateTime<Utc>, released: i32, outstanding: i32) -> Self {
+        let (elapsed, drained) = (now - self.looked_at, released - outstanding);
+        if elapsed < if outstanding <= 0 { LOOK_WHEN_DRAINED } else { LOOK_EVERY } {
             return self;
         }
         let fewer = (drained - self.drained).max(0) as f32;
@@ -207,13 +209,14 @@ mod tests {
         let flow = Flow { looked_at: start, drained: 0, per_second: 0.0 };
         let time = Duration::from_millis(500);
         assert_eq!(flow.window(time, 100, 5_000), 100, "an unknown speed gets the least");
-        assert_eq!(flow.look(start + TimeDelta::milliseconds(100), 900), flow, "too early to tell");
-        let flow = flow.look(start + TimeDelta::seconds(2), 4_000);
+        assert_eq!(flow.look(start + TimeDelta::milliseconds(100), 1_000, 100), flow, "too early to tell");
+        assert_eq!(flow.look(start + TimeDelta::milliseconds(100), 900, 0).per_second, 9_000.0);
+        let flow = flow.look(start + TimeDelta::seconds(2), 4_400, 400);
         assert_eq!(flow.window(time, 100, 5_000), 1_000);
         assert_eq!(flow.window(time, 2_000, 5_000), 2_000);
         assert_eq!(flow.window(time, 100, 700), 700);
         // What a replay releases is outstanding before it is known to be released: that is no speed below zero.
-        assert_eq!(flow.look(start + TimeDelta::seconds(3), 3_000).window(time, 100, 5_000), 100);
+        assert_eq!(flow.look(start + TimeDelta::seconds(3), 4_400, 1_400).window(time, 100, 5_000), 100);
     }
 
     #[test]
@@ -251,7 +254,7 @@ mod tests {
                         on_the_way.pop_front();
                     }
                 }
-                flow = flow.look(now, drained);
+                flow = flow.look(now, released, released - drained);
                 window = flow.window(time, 64, 1_000_000);
                 let chunk = room(window, released - drained);
                 if chunk > 0 {

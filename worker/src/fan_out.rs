@@ -169,7 +169,7 @@ impl FanOut {
         }
         let cancels = pass.kind == PassKind::Cancel;
         let outstanding = outstanding(&situation.counters, situation.counters.total - situation.first_released);
-        let flow = pass.flow.look(situation.now, pass.released - outstanding);
+        let flow = pass.flow.look(situation.now, pass.released, outstanding);
         match situation.wanted {
             // The command that cancels it has a message of its own.
             Wanted::Cancelled if !cancels => return Ok(After::Nothing),

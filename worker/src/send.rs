@@ -20,11 +20,11 @@ use mailrun_shared::{
 };
 use sqlx::PgPool;
 use tokio::{
-    sync::{Mutex as AsyncMutex, OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::yield_now,
-    time::sleep,
+    time::{sleep, timeout_at},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::{
@@ -35,8 +35,9 @@ use crate::{
     outcome::{Next, Refused, after_cancel, after_cut_off, after_death, after_send, refused},
 };
 
-/// Claims under way at once: while one waits for the database, the next one gathers.
-const LANES: usize = 2;
+/// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
+/// one of few. With a slow mail server the permits are used up, and nobody waits here.
+const GATHER: Duration = Duration::from_millis(8);
 /// How often remembered outcomes are compared with the ledger, and how many at a time.
 const REMEMBER_INTERVAL: Duration = Duration::from_millis(500);
 const REMEMBER_BATCH: usize = 2_000;
@@ -94,50 +95,31 @@ impl Senders {
     /// Sends until the consumer stops, then finishes what is in flight.
     pub async fn run(self: Arc<Self>, consumer: Consumer, stop: CancellationToken) {
         let (finished, outcomes) = mpsc::channel(self.config.send.permits);
-        let consumer = Arc::new(AsyncMutex::new(consumer));
-        let intake = TaskTracker::new();
-        for _ in 0..LANES {
-            let lane = Arc::clone(&self).take(Arc::clone(&consumer), finished.clone(), stop.clone(), intake.clone());
-            intake.spawn(lane);
-        }
-        drop(finished);
+        let intake = tokio::spawn(Arc::clone(&self).take(consumer, finished, stop));
         let remembering = CancellationToken::new();
         let remember = tokio::spawn(Arc::clone(&self).remember(remembering.clone()));
-        // Ends when the last lane and the last send have dropped their end.
+        // Ends when the intake and the last send have dropped their end.
         self.report(outcomes).await;
         remembering.cancel();
-        let _ = remember.await;
-        // Deliveries that were taken ahead go back to the queue when the consumer closes.
-        drop(consumer);
+        let _ = (intake.await, remember.await);
     }
 
-    /// One lane of the intake.
-    async fn take(
-        self: Arc<Self>,
-        consumer: Arc<AsyncMutex<Consumer>>,
-        finished: mpsc::Sender<Finished>,
-        stop: CancellationToken,
-        tasks: TaskTracker,
-    ) {
-        loop {
-            let batch = tokio::select! {
-                biased;
-                () = stop.cancelled() => return,
-                batch = self.gather(&consumer) => batch,
-            };
-            let Some(batch) = batch else { return };
-            self.begin(batch, &finished, &tasks).await;
+    /// Takes deliveries in and begins to send, until told to stop. Deliveries that were taken ahead by then go back to the
+    /// queue when the consumer closes.
+    async fn take(self: Arc<Self>, mut consumer: Consumer, finished: mpsc::Sender<Finished>, stop: CancellationToken) {
+        while let Some(Some(batch)) = stop.run_until_cancelled(self.gather(&mut consumer)).await {
+            self.begin(batch, &finished).await;
         }
     }
 
-    /// Waits for a permit and a delivery, then takes as many more of both as there are.
-    async fn gather(&self, consumer: &AsyncMutex<Consumer>) -> Option<Vec<(Delivery, OwnedSemaphorePermit)>> {
+    /// Waits for a permit and a delivery, then takes as many more of both as come within a moment.
+    async fn gather(&self, consumer: &mut Consumer) -> Option<Vec<(Delivery, OwnedSemaphorePermit)>> {
         let permit = Arc::clone(&self.permits).acquire_owned().await.ok()?;
-        let mut consumer = consumer.lock().await;
         let mut batch = vec![(consumer.next().await?, permit)];
+        let until = Instant::now() + GATHER;
         while batch.len() < self.config.send.claim_batch
             && let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned()
-            && let Some(delivery) = consumer.next_now()
+            && let Ok(Some(delivery)) = timeout_at(until.into(), consumer.next()).await
         {
             batch.push((delivery, permit));
         }
@@ -145,12 +127,7 @@ impl Senders {
     }
 
     /// Claims a batch, starts what was granted and settles what was refused.
-    async fn begin(
-        self: &Arc<Self>,
-        batch: Vec<(Delivery, OwnedSemaphorePermit)>,
-        finished: &mpsc::Sender<Finished>,
-        tasks: &TaskTracker,
-    ) {
+    async fn begin(self: &Arc<Self>, batch: Vec<(Delivery, OwnedSemaphorePermit)>, finished: &mpsc::Sender<Finished>) {
         let (deliveries, mut permits): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
         let mut asked = self.understand(deliveries).await;
         let ids: Vec<i64> = asked.keys().map(|key| key.0).collect();
@@ -171,7 +148,7 @@ impl Senders {
             let (Some(asked), Some(permit)) = (asked.remove(&key), permits.pop()) else { continue };
             self.claims().begin(key, asked.deliveries);
             let (this, finished) = (Arc::clone(self), finished.clone());
-            tasks.spawn(async move {
+            tokio::spawn(async move {
                 let next = this.attempt(asked.item, claimed).await;
                 // The reporter outlives every sender of this channel.
                 let _ = finished.send(Finished { key, next, permit }).await;
@@ -267,10 +244,16 @@ impl Senders {
             self.heartbeat.add_in_flight(-i32::try_from(batch.len()).unwrap_or(i32::MAX));
             let now = Instant::now();
             let mut claims = self.claims();
+            let mut permits: Option<OwnedSemaphorePermit> = None;
             for Finished { key, next, permit } in batch.drain(..) {
                 claims.done(key, next.result, now).into_iter().for_each(Delivery::ack);
-                drop(permit);
+                match &mut permits {
+                    Some(permits) => permits.merge(permit),
+                    None => permits = Some(permit),
+                }
             }
+            // All at once, so that the next claim is as large as this report.
+            drop(permits);
         }
     }
 
