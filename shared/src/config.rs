@@ -153,7 +153,7 @@ pub struct FanOutConfig {
 
 impl Default for FanOutConfig {
     fn default() -> Self {
-        Self { window_ms: 500, window_items: 5_000, deferred_items: 20_000, chunk_items: 1_000, rate_burst_ms: 500 }
+        Self { window_ms: 500, window_items: 10_000, deferred_items: 20_000, chunk_items: 2_500, rate_burst_ms: 500 }
     }
 }
 
@@ -179,7 +179,7 @@ pub struct SendConfig {
 impl Default for SendConfig {
     fn default() -> Self {
         Self {
-            permits: 64,
+            permits: 200,
             prefetch: 400,
             claim_batch: 200,
             result_batch: 200,

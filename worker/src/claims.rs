@@ -16,7 +16,7 @@ use crate::consumer::Delivery;
 pub type Key = (i64, i32);
 
 /// An outcome is looked up in the ledger when it is this old.
-const FIRST_LOOK: Duration = Duration::from_secs(1);
+const FIRST_LOOK: Duration = Duration::from_secs(3);
 /// An outcome that is not applied by then is published again, and then after twice the time.
 const FIRST_REPEAT: Duration = Duration::from_secs(5);
 /// But never less often than this.

@@ -138,7 +138,7 @@ async fn serve(
 ) -> Result<(), BrokerError> {
     let (acks, mut acked) = mpsc::unbounded_channel();
     let few = usize::from(prefetch) / 4;
-    let mut watermark = Watermark::new(few);
+    let mut watermark = Watermark::new(2 * few);
     let (mut finished, mut flush_at) = (Vec::new(), Instant::now());
     loop {
         tokio::select! {

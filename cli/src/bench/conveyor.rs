@@ -16,9 +16,13 @@ use lapin::{
     BasicProperties, Channel, Confirmation, Connection, Consumer,
     message::Delivery,
     options::{BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions},
-    types::FieldTable,
+    types::{AMQPValue, FieldTable, ShortString},
 };
-use mailrun_shared::topology::{EXCHANGE, ITEMS, RESULTS};
+use mailrun_shared::{
+    message::{ItemMessage, Message as _},
+    telemetry,
+    topology::{EXCHANGE, ITEMS, RESULTS},
+};
 use sqlx::{Connection as _, PgConnection};
 use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 use uuid::Uuid;
@@ -110,6 +114,7 @@ impl Conveyor {
 /// Publishes to one queue.
 struct Out {
     queue: &'static str,
+    run_id: Uuid,
     channel: Channel,
     _connection: Connection,
 }
@@ -117,18 +122,28 @@ struct Out {
 impl Out {
     async fn connect(place: &Place<'_>, queue: &'static str) -> Result<Self> {
         let (connection, channel) = place.confirm_channel().await?;
-        Ok(Self { queue, channel, _connection: connection })
+        Ok(Self { queue, run_id: Uuid::new_v4(), channel, _connection: connection })
+    }
+
+    /// Those of Mailrun's messages, so that the same bytes are written.
+    fn properties(&self) -> BasicProperties {
+        let mut headers = FieldTable::default();
+        headers.insert("traceparent".into(), AMQPValue::LongString(telemetry::traceparent(self.run_id).into()));
+        BasicProperties::default()
+            .with_delivery_mode(PERSISTENT)
+            .with_content_type("application/json".into())
+            .with_message_id(ShortString::from(Uuid::new_v4().to_string()))
+            .with_type(ItemMessage::TYPE.into())
+            .with_headers(headers)
     }
 
     /// Publishes persistent messages and awaits all their confirms.
     async fn publish(&self, bodies: &[Vec<u8>]) -> Result<()> {
-        let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let mut confirms = Vec::with_capacity(bodies.len());
         for together in bodies.chunks(POLLED_TOGETHER) {
-            let publish = |body| {
-                self.channel.basic_publish(EXCHANGE.into(), self.queue.into(), options, body, properties.clone())
-            };
+            let publish =
+                |body| self.channel.basic_publish(EXCHANGE.into(), self.queue.into(), options, body, self.properties());
             confirms.extend(try_join_all(together.iter().map(|body| publish(body.as_slice()))).await?);
         }
         for confirm in join_all(confirms).await {

@@ -25,6 +25,7 @@ pub struct Applied {
 struct Item {
     run_id: Uuid,
     user_id: i64,
+    was: Standing,
     standing: Standing,
     /// The result that won, by its place in the batch.
     winner: Option<usize>,
@@ -32,13 +33,24 @@ struct Item {
 
 /// Applies a batch of results, in one transaction of its own.
 ///
-/// Any number of processes may do so at once: items are locked in order of id, counters last and in order of run.
+/// Any number of processes may do so at once: items are written in order of id, counters last and in order of run. An item
+/// is written only if it still stands where it was read; if it doesn't, somebody else has applied a result meanwhile, and
+/// the batch is merged anew. That is rare, and a lock on every item would cost as much as its update.
 ///
 /// # Errors
 /// The database's. Nothing is applied then, and the batch can be applied again.
 pub async fn apply(pool: &PgPool, results: &[&ItemResult]) -> sqlx::Result<Applied> {
+    loop {
+        if let Some(applied) = apply_once(pool, results).await? {
+            return Ok(applied);
+        }
+    }
+}
+
+/// None: an item was not where it had been read; nothing is applied.
+async fn apply_once(pool: &PgPool, results: &[&ItemResult]) -> sqlx::Result<Option<Applied>> {
     let mut tx = pool.begin().await?;
-    let mut items = lock_items(&mut tx, results).await?;
+    let mut items = read_items(&mut tx, results).await?;
     let mut applied = Applied::default();
     let mut deltas: BTreeMap<Uuid, CounterDelta> = BTreeMap::new();
     for (index, result) in results.iter().enumerate() {
@@ -57,20 +69,22 @@ pub async fn apply(pool: &PgPool, results: &[&ItemResult]) -> sqlx::Result<Appli
         deltas.entry(item.run_id).or_default().add(delta);
     }
     if applied.changed > 0 {
-        update_items(&mut tx, &items, results).await?;
+        if !update_items(&mut tx, &items, results).await? {
+            tx.rollback().await?;
+            return Ok(None);
+        }
         mark_emailed(&mut tx, &items).await?;
         update_counters(&mut tx, &deltas).await?;
         tx.commit().await?;
     }
-    Ok(applied)
+    Ok(Some(applied))
 }
 
-async fn lock_items(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::Result<HashMap<i64, Item>> {
+async fn read_items(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::Result<HashMap<i64, Item>> {
     let ids: HashSet<i64> = results.iter().map(|result| result.item_id).collect();
     let ids: Vec<i64> = ids.into_iter().collect();
     let rows = sqlx::query!(
-        r#"SELECT id, run_id, user_id, attempt, state AS "state: ItemState" FROM run_items
-           WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE"#,
+        r#"SELECT id, run_id, user_id, attempt, state AS "state: ItemState" FROM run_items WHERE id = ANY($1)"#,
         &ids
     )
     .fetch_all(conn)
@@ -79,18 +93,24 @@ async fn lock_items(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::R
         .into_iter()
         .map(|row| {
             let standing = Standing { attempt: row.attempt, state: row.state };
-            (row.id, Item { run_id: row.run_id, user_id: row.user_id, standing, winner: None })
+            (row.id, Item { run_id: row.run_id, user_id: row.user_id, was: standing, standing, winner: None })
         })
         .collect())
 }
 
+/// False: one of them was not where it had been read.
 async fn update_items(
     conn: &mut PgConnection,
     items: &HashMap<i64, Item>,
     results: &[&ItemResult],
-) -> sqlx::Result<()> {
-    let winners: Vec<&ItemResult> = items.values().filter_map(|item| item.winner.map(|index| results[index])).collect();
+) -> sqlx::Result<bool> {
+    let mut changed: Vec<(&ItemResult, Standing)> =
+        items.values().filter_map(|item| item.winner.map(|index| (results[index], item.was))).collect();
+    changed.sort_unstable_by_key(|(result, _)| result.item_id);
+    let (winners, were): (Vec<&ItemResult>, Vec<Standing>) = changed.into_iter().unzip();
     let ids: Vec<i64> = winners.iter().map(|result| result.item_id).collect();
+    let old_attempts: Vec<i32> = were.iter().map(|standing| standing.attempt).collect();
+    let old_states: Vec<ItemState> = were.iter().map(|standing| standing.state).collect();
     let attempts: Vec<i32> = winners.iter().map(|result| result.attempt).collect();
     let tries: Vec<i16> = winners.iter().map(|result| result.tries).collect();
     let replays: Vec<i16> = winners.iter().map(|result| result.replays).collect();
@@ -98,15 +118,15 @@ async fn update_items(
     let errors: Vec<Option<&str>> = winners.iter().map(|result| result.error.as_deref()).collect();
     let due_in_s: Vec<Option<f64>> =
         winners.iter().map(|result| result.due_in_ms.map(|ms| ms as f64 / 1000.0)).collect();
-    sqlx::query!(
+    let updated = sqlx::query!(
         "UPDATE run_items i
          SET attempt = n.attempt, tries = n.tries, replays = n.replays, state = n.state, error = n.error,
              due_at = now() + make_interval(secs => n.due_in_s),
              finished_at = CASE WHEN n.state NOT IN ('pending', 'retrying') THEN now() END
          FROM unnest($1::bigint[], $2::integer[], $3::smallint[], $4::smallint[], $5::item_state[], $6::text[],
-                     $7::double precision[])
-              AS n (id, attempt, tries, replays, state, error, due_in_s)
-         WHERE i.id = n.id",
+                     $7::double precision[], $8::integer[], $9::item_state[])
+              AS n (id, attempt, tries, replays, state, error, due_in_s, old_attempt, old_state)
+         WHERE i.id = n.id AND i.attempt = n.old_attempt AND i.state = n.old_state",
         &ids,
         &attempts,
         &tries,
@@ -114,10 +134,12 @@ async fn update_items(
         &states as _,
         &errors as _,
         &due_in_s as _,
+        &old_attempts,
+        &old_states as _,
     )
     .execute(conn)
     .await?;
-    Ok(())
+    Ok(updated.rows_affected() == ids.len() as u64)
 }
 
 async fn mark_emailed(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sqlx::Result<()> {
