@@ -116,7 +116,7 @@ async fn run(arguments: Arguments) -> Result<()> {
     match arguments.command.unwrap_or(Command::Up) {
         Command::Up => up::run(config()?, file).await,
         Command::Demo(options) => demo::run(config()?, file, &options).await,
-        Command::Bench(options) => bench::run(config()?, file, &options).await,
+        Command::Bench(options) => Box::pin(bench::run(config()?, file, &options)).await,
         Command::Web => {
             let config = config()?;
             telemetry::init(&config.log);

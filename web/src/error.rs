@@ -57,7 +57,7 @@ impl ErrorPage {
         page
     }
 
-    fn from_database(error: &sqlx::Error) -> Self {
+    pub(crate) fn from_database(error: &sqlx::Error) -> Self {
         if error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() == Some(UNDEFINED_TABLE) {
             error!(%error, "the database has no schema; run `mailrun setup`");
             return Self::new(

@@ -73,6 +73,8 @@ struct App {
     outbox: Arc<Notify>,
     /// The memory for forms that are being read.
     room: body::Room,
+    /// What polls were answered lately.
+    watched: progress::Watched,
 }
 
 type Shared = State<Arc<App>>;
@@ -104,7 +106,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         }
     });
     let room = body::Room::new(config.web.max_body_bytes);
-    let app = Arc::new(App { pool: pool.clone(), config: config.web, outbox, room });
+    let app = Arc::new(App { pool: pool.clone(), config: config.web, outbox, room, watched: progress::watched() });
     let served = serve(listener, router(app), &ending).await;
     ending.cancel();
     relay.await?;

@@ -1,5 +1,7 @@
 //! `GET /runs/{id}/progress`: a run's counters at one moment, from the ledger, for the results page and for programs.
 
+use std::time::Duration;
+
 use axum::{
     Json,
     extract::{Path, Query, State},
@@ -11,6 +13,7 @@ use mailrun_shared::{
     run::{Phase, Wanted},
     store::runs::{self, Progress},
 };
+use moka::future::Cache;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -173,6 +176,28 @@ pub(crate) async fn load(app: &App, id: &str) -> Result<Progress, ErrorPage> {
     runs::progress(&app.pool, run_id).await?.ok_or_else(ErrorPage::no_such_run)
 }
 
+/// The runs that are watched, as they were a moment ago.
+pub(crate) type Watched = Cache<Uuid, Option<Progress>>;
+
+/// Runs remembered at most.
+const WATCHED_RUNS: u64 = 10_000;
+/// The page polls less often; so everybody who watches a run sees it move with each poll, and all of them together cost
+/// the database one look at it.
+const FRESH_FOR: Duration = Duration::from_millis(200);
+
+/// Nobody is watched yet.
+pub(crate) fn watched() -> Watched {
+    Cache::builder().max_capacity(WATCHED_RUNS).time_to_live(FRESH_FOR).build()
+}
+
+/// One run's progress, at most a moment old.
+async fn watch(app: &App, id: &str) -> Result<Progress, ErrorPage> {
+    let run_id: Uuid = id.parse().map_err(|_| ErrorPage::no_such_run())?;
+    let progress = app.watched.try_get_with(run_id, runs::progress(&app.pool, run_id)).await;
+    // All who wait share one error.
+    progress.map_err(|error| ErrorPage::from_database(&error))?.ok_or_else(ErrorPage::no_such_run)
+}
+
 /// The same, with what is shown of it. `asked` is the token of a replay that this person has asked for.
 pub(crate) async fn load_snapshot(app: &App, id: &str, asked: Option<&str>) -> Result<(Progress, Snapshot), ErrorPage> {
     let progress = load(app, id).await?;
@@ -186,7 +211,7 @@ pub(crate) async fn show(
     Path(id): Path<String>,
     Query(query): Query<Asked>,
 ) -> Result<Response, ErrorPage> {
-    let (_, snapshot) = load_snapshot(&app, &id, query.asked.as_deref()).await?;
+    let snapshot = Snapshot::of(&watch(&app, &id).await?, query.asked.as_deref());
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(snapshot)).into_response())
 }
 
