@@ -6,11 +6,12 @@ use std::time::Duration;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-/// Published messages, samples and ended workers are of no use after a day.
+/// Published messages and ended workers are of no use after a day.
 const SCRAPS_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Deletes the oldest runs that were over for `after`, at most `limit`, and returns how many. Their items remain for
-/// [`step`].
+/// [`step`]. A run with unknown items stays until a person has decided: without them, those people might be written to
+/// twice, and nobody would know.
 ///
 /// # Errors
 /// The database's.
@@ -18,7 +19,7 @@ pub async fn delete_runs(pool: &PgPool, after: Duration, limit: i64) -> sqlx::Re
     let mut tx = pool.begin().await?;
     let old = sqlx::query_scalar!(
         "SELECT p.run_id FROM run_progress p
-         WHERE p.finished_at < now() - make_interval(secs => $1)
+         WHERE p.finished_at < now() - make_interval(secs => $1) AND p.unknown = 0
            AND NOT EXISTS (SELECT FROM run_passes pass WHERE pass.run_id = p.run_id AND pass.done_at IS NULL)
            AND NOT EXISTS (SELECT FROM outbox o WHERE o.published_at IS NULL AND o.message->>'run_id' = p.run_id::text)
          ORDER BY p.finished_at LIMIT $2
