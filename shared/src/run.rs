@@ -132,7 +132,7 @@ impl Flow {
 }
 
 /// How many items go into the next chunk, given what waits on the conveyor: none before a quarter of the window is free,
-/// since each chunk costs a transaction and two confirms.
+/// since each chunk costs a transaction and a round of confirms.
 #[must_use]
 pub fn room(window: i32, outstanding: i32) -> i32 {
     let room = window - outstanding;

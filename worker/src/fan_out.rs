@@ -168,20 +168,20 @@ impl FanOut {
             return Ok(After::Nothing);
         }
         let cancels = pass.kind == PassKind::Cancel;
-        let outstanding = outstanding(&situation.counters, situation.counters.total - situation.first_released);
-        let flow = pass.flow.look(situation.now, pass.released, outstanding);
         match situation.wanted {
             // The command that cancels it has a message of its own.
             Wanted::Cancelled if !cancels => return Ok(After::Nothing),
             Wanted::Paused if !cancels => {
-                passes::touch(conn, pass, flow).await?;
+                passes::touch(conn, pass).await?;
                 return Ok(After::Wait);
             }
             _ => {}
         }
+        let outstanding = outstanding(&situation.counters, situation.counters.total - situation.first_released);
+        let flow = pass.flow.look(situation.now, pass.released, outstanding);
         let allowance = self.allowance(pass, situation, flow, outstanding);
         if allowance.items <= 0 || self.is_unapplied(conn, pass, situation).await? {
-            passes::touch(conn, pass, flow).await?;
+            passes::touch(conn, pass).await?;
             return Ok(After::Wait);
         }
         let items = passes::next_items(conn, pass, allowance.items).await?;
