@@ -1,28 +1,21 @@
 //! `mailrun demo`: the main job, as a person would do it, watched from a terminal.
 
 use std::{
-    collections::HashMap,
     path::Path,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use mailrun_shared::{config::Config, shutdown, store};
-use reqwest::{
-    Client,
-    header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION},
-    redirect,
-};
-use secrecy::ExposeSecret as _;
-use serde::{Deserialize, Serialize};
+use mailrun_shared::{config::Config, shutdown, store::runs};
+use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
     local::{Local, Servers},
     stack,
+    visitor::{Progress, Visitor},
 };
 
 const POLL: Duration = Duration::from_millis(100);
@@ -36,18 +29,6 @@ pub struct Options {
     /// Print one JSON object with the figures on standard output, and nothing else.
     #[arg(long)]
     json: bool,
-}
-
-/// A run's progress, as the page polls it.
-#[derive(Clone, Copy, Debug, Deserialize)]
-struct Progress {
-    total: u64,
-    pending: u64,
-    retrying: u64,
-    sent: u64,
-    failed: u64,
-    unknown: u64,
-    over: bool,
 }
 
 /// The figures of a demo.
@@ -119,30 +100,19 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
 }
 
 async fn invite(config: &Config, servers: &Servers, web_url: &str, options: &Options) -> Result<Figures> {
-    let client = client(config)?;
+    let visitor = Visitor::new(config, web_url)?;
     // People of their own for each demo, since nobody is invited twice.
     let demo = Uuid::new_v4().simple().to_string();
     let domain = format!("{}.example", &demo[..12]);
     let emails: String = (1..=options.recipients).map(|number| format!("guest-{number:06}@{domain}\n")).collect();
 
-    let form = client.get(web_url).send().await?.error_for_status()?.text().await?;
-    let token = field(&form, "token").context("the form has no token")?;
+    let form = visitor.fill_in(&emails).await?;
     let started = Instant::now();
-    let answer = client
-        .post(format!("{web_url}/invites"))
-        .form(&HashMap::from([("token", token.as_str()), ("emails", emails.as_str())]))
-        .send()
-        .await?;
-    let location = answer
-        .headers()
-        .get(LOCATION)
-        .and_then(|location| location.to_str().ok())
-        .with_context(|| format!("the form was not accepted: {}", answer.status()))?;
-    let run = format!("{web_url}{location}");
+    let run = visitor.send(form).await?;
     eprintln!("Answered in {:.2} s: {run}", started.elapsed().as_secs_f64());
 
     let mut first_try = None;
-    let first = watch(&client, &run, |progress| {
+    let first = watch(&visitor, &run, |progress| {
         if progress.pending == 0 && first_try.is_none() {
             first_try = Some(started.elapsed());
         }
@@ -150,13 +120,11 @@ async fn invite(config: &Config, servers: &Servers, web_url: &str, options: &Opt
     })
     .await?;
     eprintln!("First pass: {} sent, {} failed", first.sent, first.failed);
-    let last = if first.failed > 0 { retry(&client, &run, &first).await? } else { first };
+    let last = if first.failed > 0 { retry(&visitor, &run, &first).await? } else { first };
     let seconds = started.elapsed().as_secs_f64();
 
-    let mut database = config.database.clone();
-    database.url = servers.database_url.clone();
-    let pool = store::open(&database, "mailrun demo")?;
-    let users_emailed = store::runs::emailed_in_domain(&pool, &domain).await?;
+    let pool = servers.open_ledger(config, "mailrun demo")?;
+    let users_emailed = runs::emailed_in_domain(&pool, &domain).await?;
     pool.close().await;
     Ok(Figures {
         recipients: options.recipients,
@@ -172,40 +140,21 @@ async fn invite(config: &Config, servers: &Servers, web_url: &str, options: &Opt
     })
 }
 
-/// A browser, as far as the demo needs one, logged in where the pages ask for it.
-fn client(config: &Config) -> Result<Client> {
-    let mut headers = HeaderMap::new();
-    if let Some(password) = &config.web.password {
-        let mut login: HeaderValue =
-            format!("Basic {}", STANDARD.encode(format!(":{}", password.expose_secret()))).parse()?;
-        login.set_sensitive(true);
-        headers.insert(AUTHORIZATION, login);
-    }
-    Ok(Client::builder().no_proxy().redirect(redirect::Policy::none()).default_headers(headers).build()?)
-}
-
 /// Presses *Retry* and watches the run to its end.
-async fn retry(client: &Client, run: &str, first: &Progress) -> Result<Progress> {
-    let page = client.get(run).send().await?.error_for_status()?.text().await?;
-    let token = field(&page, "token").context("the results page has no Retry")?;
-    client
-        .post(format!("{run}/retry"))
-        .form(&HashMap::from([("token", token.as_str()), ("states", "failed")]))
-        .send()
-        .await?
-        .error_for_status()?;
+async fn retry(visitor: &Visitor, run: &str, first: &Progress) -> Result<Progress> {
+    visitor.retry(run).await?;
     eprintln!("Retrying the {} that failed", first.failed);
     // Over again, and not still: the replay has been seen when fewer are failed, or something is open.
-    watch(client, run, |progress| progress.over && progress.failed < first.failed).await
+    watch(visitor, run, |progress| progress.over && progress.failed < first.failed).await
 }
 
 /// Polls as the page does, and draws the bar.
-async fn watch(client: &Client, run: &str, mut is_over: impl FnMut(&Progress) -> bool) -> Result<Progress> {
+async fn watch(visitor: &Visitor, run: &str, mut is_over: impl FnMut(&Progress) -> bool) -> Result<Progress> {
     let bar = ProgressBar::no_length();
     let style = ProgressStyle::with_template("{bar:50.green/dim} {pos}/{len}  {msg}")?.progress_chars("━━─");
     bar.set_style(style);
     loop {
-        let progress: Progress = client.get(format!("{run}/progress")).send().await?.error_for_status()?.json().await?;
+        let progress = visitor.progress(run).await?;
         bar.set_length(progress.total);
         bar.set_position(progress.total - progress.pending - progress.retrying);
         bar.set_message(format!("{} sent, {} retrying, {} failed", progress.sent, progress.retrying, progress.failed));
@@ -215,10 +164,4 @@ async fn watch(client: &Client, run: &str, mut is_over: impl FnMut(&Progress) ->
         }
         tokio::time::sleep(POLL).await;
     }
-}
-
-/// The value of a hidden field.
-pub(crate) fn field(page: &str, name: &str) -> Option<String> {
-    let (_, rest) = page.split_once(&format!("name=\"{name}\" value=\""))?;
-    rest.split_once('"').map(|(value, _)| value.to_owned())
 }

@@ -3,9 +3,11 @@
 pub mod bench;
 pub mod dead_letters;
 pub mod demo;
+pub mod ledger;
 pub mod local;
 pub mod prune;
 pub mod setup;
 pub mod stack;
 pub mod supervise;
 pub mod up;
+mod visitor;

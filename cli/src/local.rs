@@ -9,8 +9,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use mailrun_shared::config::Config;
+use mailrun_shared::{
+    config::{Config, DatabaseConfig},
+    store,
+};
 use secrecy::{ExposeSecret, SecretString};
+use sqlx::PgPool;
 use tokio::process::Command;
 
 use crate::{
@@ -71,6 +75,14 @@ impl Servers {
             ("DATABASE_URL".into(), self.database_url.expose_secret().into()),
             ("AMQP_URL".into(), self.amqp_url.expose_secret().into()),
         ]
+    }
+
+    /// Opens the ledger, under this name.
+    ///
+    /// # Errors
+    /// When the database's address is none.
+    pub fn open_ledger(&self, config: &Config, name: &str) -> sqlx::Result<PgPool> {
+        store::open(&DatabaseConfig { url: self.database_url.clone(), ..config.database.clone() }, name)
     }
 
     /// Stops the private ones, unless somebody else uses them.

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
-use mailrun::{bench, dead_letters, demo, local::with_database, prune, setup, stack, supervise, up};
+use mailrun::{bench, dead_letters, demo, ledger::Ledger, local::with_database, prune, setup, stack, supervise, up};
 use mailrun_shared::{config::Config, shutdown, telemetry};
 use mailrun_worker::Role;
 use tokio_util::sync::CancellationToken;
@@ -135,17 +135,17 @@ async fn run(arguments: Arguments) -> Result<()> {
             setup::run(&config).await
         }
         Command::DeadLetters { command } => {
-            let reached = dead_letters::reach(&config()?).await?;
+            let ledger = Ledger::reach(&config()?).await?;
             match command {
-                None => dead_letters::show(&reached).await,
+                None => dead_letters::show(&ledger).await,
                 Some(DeadLetters::Replay(replay)) => {
-                    dead_letters::replay(&reached, replay.run, replay.error, replay.unknown).await
+                    dead_letters::replay(&ledger, replay.run, replay.error, replay.unknown).await
                 }
             }
         }
         Command::Prune { older_than_days } => {
             let config = config()?;
-            prune::run(&config, &dead_letters::reach(&config).await?, older_than_days).await
+            prune::run(&config, &Ledger::reach(&config).await?, older_than_days).await
         }
         Command::Health { url } => {
             let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;

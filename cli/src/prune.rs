@@ -1,20 +1,16 @@
 //! `mailrun prune`: deletes old runs.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use indicatif::ProgressBar;
-use mailrun_shared::config::Config;
+use mailrun_shared::config::{Config, DAY};
 
-use crate::dead_letters::Reached;
-
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+use crate::ledger::Ledger;
 
 /// Deletes the runs that were over for `days`, or for as long as the settings keep them.
 ///
 /// # Errors
 /// When neither says how long, or the database's.
-pub async fn run(config: &Config, reached: &Reached, days: Option<u32>) -> Result<()> {
+pub async fn run(config: &Config, ledger: &Ledger, days: Option<u32>) -> Result<()> {
     let keep = match days {
         Some(days) => DAY * days,
         None => config.retention.keep().ok_or_else(|| {
@@ -22,7 +18,7 @@ pub async fn run(config: &Config, reached: &Reached, days: Option<u32>) -> Resul
         })?,
     };
     let spinner = ProgressBar::new_spinner();
-    let pruned = mailrun_worker::prune::prune(reached.pool(), keep, |so_far| {
+    let pruned = mailrun_worker::prune::prune(&ledger.pool, Some(keep), |so_far| {
         spinner.set_message(format!("{} runs, {} invitations deleted", so_far.runs, so_far.items));
         spinner.tick();
     })

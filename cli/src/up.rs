@@ -10,8 +10,8 @@ use crate::{
     stack::{self, Running, UpLock, UpLockRefused},
 };
 
-/// Starts everything with the settings in `file`, says where it is, and stops all of it at the first signal. A second `up` in the same checkout says
-/// that there is one.
+/// Starts everything with the settings in `file`, says where it is, and stops all of it at the first signal. A second `up`
+/// in the same checkout says that there is one.
 ///
 /// # Errors
 /// What could not be started or stopped.

@@ -223,6 +223,9 @@ async fn a_pruned_run_is_gone_and_who_was_emailed_is_still_known() {
     world.workers();
     let old = world.invite(&people(2500)).await;
     world.until_over(&old).await;
+    let unclear = world.invite("bob@example.org").await;
+    world.until_over(&unclear).await;
+    sqlx::query("UPDATE run_progress SET sent = 0, unknown = 1 WHERE total = 1").execute(&world.pool).await.unwrap();
     sqlx::query("UPDATE run_progress SET finished_at = now() - interval '31 days'").execute(&world.pool).await.unwrap();
     let young = world.invite("ann@example.org").await;
     world.until_over(&young).await;
@@ -230,7 +233,8 @@ async fn a_pruned_run_is_gone_and_who_was_emailed_is_still_known() {
 
     assert_eq!(world.client.get(&old).send().await.unwrap().status(), 404);
     assert_eq!(world.client.get(&young).send().await.unwrap().status(), 200);
-    for (table, left) in [("run_items", 1), ("attempts", 1), ("run_passes", 1), ("pruned_runs", 0), ("users", 2501)] {
+    assert_eq!(world.client.get(&unclear).send().await.unwrap().status(), 200, "a person has to decide first");
+    for (table, left) in [("run_items", 2), ("attempts", 2), ("run_passes", 2), ("pruned_runs", 0), ("users", 2502)] {
         let count: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(format!("SELECT count(*) FROM {table}")))
             .fetch_one(&world.pool)
             .await

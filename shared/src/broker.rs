@@ -424,16 +424,27 @@ impl Outgoing {
     }
 
     async fn publish(&self, channel: &Channel) -> lapin::Result<lapin::PublisherConfirm> {
-        let properties = BasicProperties::default()
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        channel
+            .basic_publish(
+                topology::EXCHANGE.into(),
+                self.queue.as_ref().into(),
+                options,
+                &self.body,
+                self.properties(),
+            )
+            .await
+    }
+
+    /// Its AMQP properties.
+    #[must_use]
+    pub fn properties(&self) -> BasicProperties {
+        BasicProperties::default()
             .with_delivery_mode(PERSISTENT)
             .with_content_type("application/json".into())
             .with_message_id(ShortString::from(self.id.to_string()))
             .with_type(ShortString::from(self.kind.as_ref()))
-            .with_headers(self.headers.clone());
-        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        channel
-            .basic_publish(topology::EXCHANGE.into(), self.queue.as_ref().into(), options, &self.body, properties)
-            .await
+            .with_headers(self.headers.clone())
     }
 }
 

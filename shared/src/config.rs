@@ -140,7 +140,7 @@ pub struct FanOutConfig {
     /// So much of a run may be released and not yet tried: what it gets through in this time. It is how long a pause takes
     /// to act, and how long a small run waits behind a big one.
     pub window_ms: u64,
-    /// But never more items than this: it bounds the queue of items.
+    /// But never more items of a run than this: it bounds the queue of items.
     pub window_items: i32,
     /// While so many items of a run wait for their next attempt, nothing more of it is released: it bounds the queues of
     /// the retry schedule.
@@ -257,6 +257,9 @@ impl Default for SweepConfig {
     }
 }
 
+/// A day, as retention counts it.
+pub const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// `[retention]`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -277,7 +280,7 @@ impl RetentionConfig {
     /// How long runs are kept; none: for ever.
     #[must_use]
     pub fn keep(&self) -> Option<Duration> {
-        (self.keep_days > 0).then(|| Duration::from_secs(u64::from(self.keep_days) * 24 * 60 * 60))
+        (self.keep_days > 0).then(|| DAY * self.keep_days)
     }
 }
 

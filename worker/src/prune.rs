@@ -24,23 +24,26 @@ pub struct Pruned {
     pub items: u64,
 }
 
-/// Deletes all runs that were over for `after`, calling `progress` after each step. Any number of processes may do so at
-/// once; what one leaves behind when it is stopped, the next one finishes.
+/// Deletes all runs that were over for `after` (none: none of them), what an earlier prune has left behind, and scraps.
+/// `progress` is called after each step. Any number of processes may do so at once.
 ///
 /// # Errors
 /// The database's.
-pub async fn prune(pool: &PgPool, after: Duration, mut progress: impl FnMut(Pruned)) -> sqlx::Result<Pruned> {
+pub async fn prune(pool: &PgPool, after: Option<Duration>, mut progress: impl FnMut(Pruned)) -> sqlx::Result<Pruned> {
     let mut pruned = Pruned::default();
     loop {
-        let runs = prune::delete_runs(pool, after, RUNS).await?;
+        let runs = match after {
+            Some(after) => prune::delete_runs(pool, after, RUNS).await?,
+            None => 0,
+        };
         pruned.runs += runs;
-        loop {
-            let begun = Instant::now();
-            let Some(items) = prune::step(pool, ITEMS).await? else { break };
+        let mut begun = Instant::now();
+        while let Some(items) = prune::step(pool, ITEMS).await? {
             pruned.items += items;
             progress(pruned);
             // As long a rest as the step took: at least half of the database is for the others.
             sleep(begun.elapsed()).await;
+            begun = Instant::now();
         }
         if runs == 0 {
             break;
@@ -55,21 +58,11 @@ pub(crate) async fn run(pool: PgPool, config: RetentionConfig, stop: Cancellatio
     let mut wait = FIRST_LOOK;
     while stop.run_until_cancelled(sleep(wait)).await.is_some() {
         wait = Duration::from_secs(config.interval_s);
-        let Some(pruned) = stop.run_until_cancelled(once(&pool, &config)).await else { return };
+        let Some(pruned) = stop.run_until_cancelled(prune(&pool, config.keep(), |_| {})).await else { return };
         match pruned {
             Ok(pruned) if pruned == Pruned::default() => {}
             Ok(Pruned { runs, items }) => info!(runs, items, "old runs are deleted"),
             Err(error) => warn!(%error, "old runs could not be deleted; trying again later"),
-        }
-    }
-}
-
-async fn once(pool: &PgPool, config: &RetentionConfig) -> sqlx::Result<Pruned> {
-    match config.keep() {
-        Some(keep) => prune(pool, keep, |_| {}).await,
-        None => {
-            while prune::scraps(pool, ITEMS).await? > 0 {}
-            Ok(Pruned::default())
         }
     }
 }

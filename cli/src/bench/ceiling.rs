@@ -8,10 +8,11 @@ use super::{
     conveyor::Sizes,
     people,
     place::Place,
-    raw::{Raw, carry},
+    raw::{Raw, carry, insert_run},
 };
 
-/// Batches as large as Mailrun's with its default settings, and as many senders as its two processes have lanes.
+/// Batches as large as Mailrun's with its default settings. Two senders for each of its sending processes: one waits for the
+/// servers while the other works.
 const SIZES: Sizes = Sizes { burst: 512, batch: 200, publishers: 2, senders: 4, window: 5_000 };
 
 /// Submits `items` people with one COPY, and carries them.
@@ -26,11 +27,7 @@ pub(super) async fn measure(place: &Place<'_>, items: usize) -> Result<Raw> {
 async fn submit(conn: &mut PgConnection, run_id: Uuid, items: usize) -> Result<()> {
     let rows = people("guest", items);
     let mut tx = conn.begin().await?;
-    sqlx::query("INSERT INTO runs (id, subject, body, total) VALUES ($1, 'You are invited!', 'Join us.', $2)")
-        .bind(run_id)
-        .bind(i32::try_from(items)?)
-        .execute(&mut *tx)
-        .await?;
+    insert_run(&mut tx, run_id, items).await?;
     sqlx::query(r#"CREATE TEMP TABLE listed (email text COLLATE "C") ON COMMIT DROP"#).execute(&mut *tx).await?;
     let mut copy = tx.copy_in_raw("COPY listed (email) FROM STDIN").await?;
     for part in rows.as_bytes().chunks(64 * 1024) {
@@ -44,11 +41,6 @@ async fn submit(conn: &mut PgConnection, run_id: Uuid, items: usize) -> Result<(
     .bind(run_id)
     .execute(&mut *tx)
     .await?;
-    sqlx::query("INSERT INTO run_progress (run_id, total, pending) VALUES ($1, $2, $2)")
-        .bind(run_id)
-        .bind(i32::try_from(items)?)
-        .execute(&mut *tx)
-        .await?;
     tx.commit().await?;
     Ok(())
 }

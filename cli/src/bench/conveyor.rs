@@ -16,11 +16,11 @@ use lapin::{
     BasicProperties, Channel, Confirmation, Connection, Consumer,
     message::Delivery,
     options::{BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions},
-    types::{AMQPValue, FieldTable, ShortString},
+    types::FieldTable,
 };
 use mailrun_shared::{
+    broker::Outgoing,
     message::{ItemMessage, Message as _},
-    telemetry,
     topology::{EXCHANGE, ITEMS, RESULTS},
 };
 use sqlx::{Connection as _, PgConnection};
@@ -35,7 +35,6 @@ const CHUNK: usize = 1_000;
 const POLLED_TOGETHER: usize = 64;
 /// A batch that is not full by then goes as it is.
 const GATHER: Duration = Duration::from_millis(10);
-const PERSISTENT: u8 = 2;
 const PREFETCH: u16 = 400;
 
 /// How much is done at a time.
@@ -125,16 +124,9 @@ impl Out {
         Ok(Self { queue, run_id: Uuid::new_v4(), channel, _connection: connection })
     }
 
-    /// Those of Mailrun's messages, so that the same bytes are written.
+    /// Those of Mailrun's item messages, so that the same bytes are written.
     fn properties(&self) -> BasicProperties {
-        let mut headers = FieldTable::default();
-        headers.insert("traceparent".into(), AMQPValue::LongString(telemetry::traceparent(self.run_id).into()));
-        BasicProperties::default()
-            .with_delivery_mode(PERSISTENT)
-            .with_content_type("application/json".into())
-            .with_message_id(ShortString::from(Uuid::new_v4().to_string()))
-            .with_type(ItemMessage::TYPE.into())
-            .with_headers(headers)
+        Outgoing::raw(self.queue, ItemMessage::TYPE, Vec::new()).of_run(self.run_id).properties()
     }
 
     /// Publishes persistent messages and awaits all their confirms.

@@ -88,20 +88,6 @@ impl Cpu {
         self.others > 0.1 * self.total()
     }
 
-    /// Part by part.
-    fn zip(self, other: Self, combine: impl Fn(f64, f64) -> f64) -> Self {
-        Self {
-            broker: combine(self.broker, other.broker),
-            database: combine(self.database, other.database),
-            web: combine(self.web, other.web),
-            fan_out: combine(self.fan_out, other.fan_out),
-            send: combine(self.send, other.send),
-            progress: combine(self.progress, other.progress),
-            bench: combine(self.bench, other.bench),
-            others: combine(self.others, other.others),
-        }
-    }
-
     /// The part that `pick` makes of each part of `all`.
     pub(super) fn by_part(all: &[Self], pick: impl Fn(Vec<f64>) -> f64) -> Self {
         let of = |part: fn(&Self) -> f64| pick(all.iter().map(part).collect());
@@ -122,7 +108,7 @@ impl Sub for Cpu {
     type Output = Self;
 
     fn sub(self, earlier: Self) -> Self {
-        self.zip(earlier, |now, then| now - then)
+        Self::by_part(&[self, earlier], |both| both[0] - both[1])
     }
 }
 

@@ -9,7 +9,7 @@ use super::{
     conveyor::Sizes,
     people,
     place::Place,
-    raw::{Raw, carry},
+    raw::{Raw, carry, insert_run},
 };
 
 /// As many processes as Mailrun has.
@@ -25,18 +25,8 @@ pub(super) async fn measure(place: &Place<'_>, items: usize) -> Result<Raw> {
 
 /// A run with all its rows: one transaction for each person and their item.
 async fn submit(conn: &mut PgConnection, run_id: Uuid, items: usize) -> Result<()> {
-    let total = i32::try_from(items)?;
-    sqlx::query("INSERT INTO runs (id, subject, body, total) VALUES ($1, 'You are invited!', 'Join us.', $2)")
-        .bind(run_id)
-        .bind(total)
-        .execute(&mut *conn)
-        .await?;
-    sqlx::query("INSERT INTO run_progress (run_id, total, pending) VALUES ($1, $2, $2)")
-        .bind(run_id)
-        .bind(total)
-        .execute(&mut *conn)
-        .await?;
-    for (position, email) in (1..=total).zip(people("guest", items).lines()) {
+    insert_run(conn, run_id, items).await?;
+    for (position, email) in (1..=i32::try_from(items)?).zip(people("guest", items).lines()) {
         let mut tx = conn.begin().await?;
         let user_id: i64 = sqlx::query_scalar("INSERT INTO users (email) VALUES ($1) RETURNING id")
             .bind(email)

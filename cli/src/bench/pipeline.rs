@@ -8,8 +8,6 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use mailrun_shared::config::Config;
-use reqwest::{Client, header::LOCATION, redirect};
-use serde::Deserialize;
 use sqlx::PgConnection;
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -21,7 +19,10 @@ use super::{
     place::Place,
     writes::Writes,
 };
-use crate::{demo::field, local::Services};
+use crate::{
+    local::Services,
+    visitor::{Form, Progress, Visitor},
+};
 
 /// As often as the page asks, or a little more.
 const POLL: Duration = Duration::from_millis(100);
@@ -79,7 +80,7 @@ async fn send(
     conn: &mut PgConnection,
     items: usize,
 ) -> Result<(Duration, Duration, Cpu, Writes, i64)> {
-    let form = mailrun.form(&people("guest", items)).await?;
+    let form = mailrun.visitor.fill_in(&people("guest", items)).await?;
     let before = Writes::now(conn).await?;
     let cpu = Cpu::now(place.stack, Some(&mailrun.services))?;
     let run = mailrun.submit(form).await?;
@@ -93,11 +94,8 @@ async fn send(
 /// A Mailrun that runs.
 pub(super) struct Mailrun {
     pub(super) services: Services,
-    client: Client,
+    pub(super) visitor: Visitor,
 }
-
-/// A form that is filled in.
-pub(super) struct Form(reqwest::Request);
 
 /// A run that was accepted.
 pub(super) struct Run {
@@ -107,15 +105,6 @@ pub(super) struct Run {
     posted_at: f64,
     /// From the POST to its answer.
     pub(super) answered: Duration,
-}
-
-/// A run's progress, as the page polls it.
-#[derive(Clone, Copy, Debug, Deserialize)]
-pub(super) struct Progress {
-    pub(super) total: u64,
-    pub(super) pending: u64,
-    pub(super) sent: u64,
-    pub(super) over: bool,
 }
 
 impl Mailrun {
@@ -128,19 +117,8 @@ impl Mailrun {
         environment.extend(settings.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         environment.extend(mailer(latency));
         let services = Services::start(settings.config, environment, log(settings.home), |_| {}).await?;
-        let client = Client::builder().no_proxy().redirect(redirect::Policy::none()).build()?;
-        Ok(Self { services, client })
-    }
-
-    /// Opens the form, and fills it in.
-    ///
-    /// # Errors
-    /// When the page is not the form.
-    pub(super) async fn form(&self, emails: &str) -> Result<Form> {
-        let page = self.client.get(&self.services.web_url).send().await?.error_for_status()?.text().await?;
-        let token = field(&page, "token").context("the form has no token")?;
-        let url = format!("{}/invites", self.services.web_url);
-        Ok(Form(self.client.post(url).form(&[("token", token.as_str()), ("emails", emails)]).build()?))
+        let visitor = Visitor::new(settings.config, &services.web_url)?;
+        Ok(Self { services, visitor })
     }
 
     /// Presses *Send Invites*.
@@ -150,12 +128,10 @@ impl Mailrun {
     pub(super) async fn submit(&self, form: Form) -> Result<Run> {
         let posted_at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
         let started = Instant::now();
-        let answer = self.client.execute(form.0).await?;
+        let url = self.visitor.send(form).await?;
         let answered = started.elapsed();
-        let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
-        let location = location.with_context(|| format!("the form was not accepted: {}", answer.status()))?;
-        let id = location.trim_start_matches("/runs/").parse().with_context(|| format!("{location} is no run"))?;
-        Ok(Run { url: format!("{}{location}", self.services.web_url), id, posted_at, answered })
+        let id = url.rsplit('/').next().and_then(|id| id.parse().ok()).with_context(|| format!("{url} is no run"))?;
+        Ok(Run { url, id, posted_at, answered })
     }
 
     /// Asks once.
@@ -163,8 +139,7 @@ impl Mailrun {
     /// # Errors
     /// When the page does not answer.
     pub(super) async fn progress(&self, run: &Run) -> Result<Progress> {
-        let url = format!("{}/progress", run.url);
-        Ok(self.client.get(url).send().await?.error_for_status()?.json().await?)
+        self.visitor.progress(&run.url).await
     }
 
     /// Asks every `poll` until the run is over.

@@ -37,6 +37,25 @@ impl Raw {
     }
 }
 
+/// Inserts a run of `items` people, whose rows follow.
+///
+/// # Errors
+/// The database's.
+pub(super) async fn insert_run(conn: &mut PgConnection, run_id: Uuid, items: usize) -> Result<()> {
+    let total = i32::try_from(items)?;
+    sqlx::query("INSERT INTO runs (id, subject, body, total) VALUES ($1, 'You are invited!', 'Join us.', $2)")
+        .bind(run_id)
+        .bind(total)
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query("INSERT INTO run_progress (run_id, total, pending) VALUES ($1, $2, $2)")
+        .bind(run_id)
+        .bind(total)
+        .execute(&mut *conn)
+        .await?;
+    Ok(())
+}
+
 /// Submits a run with `submit`, carries it over a conveyor of these `sizes`, and makes sure that all was counted.
 ///
 /// # Errors

@@ -51,7 +51,7 @@ pub(super) async fn measure(place: &Place<'_>, settings: &Settings<'_>, behind: 
 }
 
 async fn submit(mailrun: &Mailrun, conn: &mut PgConnection, behind: usize) -> Result<Behind> {
-    let big = mailrun.submit(mailrun.form(&people("guest", behind)).await?).await?;
+    let big = mailrun.submit(mailrun.visitor.fill_in(&people("guest", behind)).await?).await?;
     while settled(mailrun, &big).await? == 0 {
         sleep(POLL).await;
     }
@@ -60,7 +60,7 @@ async fn submit(mailrun: &Mailrun, conn: &mut PgConnection, behind: usize) -> Re
     let mut rate = Rate::begin(mailrun, &big).await?;
     let mut seconds = Vec::with_capacity(REPEAT);
     for number in 1..=REPEAT {
-        let form = mailrun.form(&people(&format!("small-{number}"), SMALL)).await?;
+        let form = mailrun.visitor.fill_in(&people(&format!("small-{number}"), SMALL)).await?;
         let run = mailrun.submit(form).await?;
         let end = mailrun.until_over(&run, POLL).await?;
         ensure!(end.sent == SMALL as u64, "a small run was not sent");

@@ -6,8 +6,10 @@ use std::time::Duration;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
+use crate::config::DAY;
+
 /// Published messages and ended workers are of no use after a day.
-const SCRAPS_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
+const SCRAPS_AFTER: Duration = DAY;
 
 /// Deletes the oldest runs that were over for `after`, at most `limit`, and returns how many. Their items remain for
 /// [`step`]. A run with unknown items stays until a person has decided: without them, those people might be written to

@@ -1,0 +1,100 @@
+//! A visitor of the pages, as the demo and the bench are: opens the form, sends it, and polls the results page's numbers.
+
+use anyhow::{Context as _, Result};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use mailrun_shared::config::Config;
+use reqwest::{
+    Client, Request,
+    header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION},
+    redirect,
+};
+use secrecy::ExposeSecret as _;
+use serde::Deserialize;
+
+/// A browser, as far as a program needs one.
+pub(crate) struct Visitor {
+    client: Client,
+    web_url: String,
+}
+
+/// A form that is filled in.
+pub(crate) struct Form(Request);
+
+/// A run's progress, as the page polls it.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(crate) struct Progress {
+    pub(crate) total: u64,
+    pub(crate) pending: u64,
+    pub(crate) retrying: u64,
+    pub(crate) sent: u64,
+    pub(crate) failed: u64,
+    pub(crate) unknown: u64,
+    pub(crate) over: bool,
+}
+
+impl Visitor {
+    /// A visitor of the pages at `web_url`, logged in where they ask for it.
+    ///
+    /// # Errors
+    /// When the password can't be sent.
+    pub(crate) fn new(config: &Config, web_url: &str) -> Result<Self> {
+        let mut headers = HeaderMap::new();
+        if let Some(password) = &config.web.password {
+            let login = STANDARD.encode(format!(":{}", password.expose_secret()));
+            let mut login: HeaderValue = format!("Basic {login}").parse()?;
+            login.set_sensitive(true);
+            headers.insert(AUTHORIZATION, login);
+        }
+        let client =
+            Client::builder().no_proxy().redirect(redirect::Policy::none()).default_headers(headers).build()?;
+        Ok(Self { client, web_url: web_url.to_owned() })
+    }
+
+    /// Opens the form, and fills it in.
+    ///
+    /// # Errors
+    /// When the page is not the form.
+    pub(crate) async fn fill_in(&self, emails: &str) -> Result<Form> {
+        let token = self.token(&self.web_url).await.context("the form has no token")?;
+        let form = [("token", token.as_str()), ("emails", emails)];
+        Ok(Form(self.client.post(format!("{}/invites", self.web_url)).form(&form).build()?))
+    }
+
+    /// Presses *Send Invites*, and returns the address of the results page.
+    ///
+    /// # Errors
+    /// When the form is not accepted.
+    pub(crate) async fn send(&self, form: Form) -> Result<String> {
+        let answer = self.client.execute(form.0).await?;
+        let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
+        let location = location.with_context(|| format!("the form was not accepted: {}", answer.status()))?;
+        Ok(format!("{}{location}", self.web_url))
+    }
+
+    /// Asks once how a run is getting on.
+    ///
+    /// # Errors
+    /// When the page does not answer.
+    pub(crate) async fn progress(&self, run: &str) -> Result<Progress> {
+        Ok(self.client.get(format!("{run}/progress")).send().await?.error_for_status()?.json().await?)
+    }
+
+    /// Presses *Retry*.
+    ///
+    /// # Errors
+    /// When there is no *Retry*, or it is refused.
+    pub(crate) async fn retry(&self, run: &str) -> Result<()> {
+        let token = self.token(run).await.context("the results page has no Retry")?;
+        let form = [("token", token.as_str()), ("states", "failed")];
+        self.client.post(format!("{run}/retry")).form(&form).send().await?.error_for_status()?;
+        Ok(())
+    }
+
+    /// The hidden field of the form on a page, which tells a second click from a second wish.
+    async fn token(&self, page: &str) -> Result<String> {
+        let page = self.client.get(page).send().await?.error_for_status()?.text().await?;
+        let (_, rest) = page.split_once("name=\"token\" value=\"").context("there is no form on the page")?;
+        let (token, _) = rest.split_once('"').context("the page is cut off")?;
+        Ok(token.to_owned())
+    }
+}
