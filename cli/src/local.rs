@@ -31,8 +31,10 @@ const PORTS_TRIED: u16 = 100;
 const DRAIN: Duration = Duration::from_secs(35);
 /// The pages answer within this time, or something is wrong.
 const START: Duration = Duration::from_secs(60);
-/// In the order of the data, so that nothing is left between two of them.
-const STOP_ORDER: [&str; 5] = ["web", "fan-out", "send-1", "send-2", "progress"];
+/// In the order of the data, so that nothing is left between two of them. Each `send` has a number behind it.
+const STOP_ORDER: [&str; 4] = ["web", "fan-out", "send", "progress"];
+/// Sending processes, unless somebody wants another number.
+pub const SENDERS: usize = 2;
 
 /// Where the servers are: named by the settings, or private ones.
 pub struct Servers {
@@ -117,7 +119,7 @@ impl Local {
         let servers = Servers::start(config, home, &report).await?;
         let mut environment = servers.environment();
         environment.extend(file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
-        match Services::start(config, environment, home.join("logs").join("services.log"), &report).await {
+        match Services::start(config, environment, SENDERS, home.join("logs").join("services.log"), &report).await {
             Ok(services) => Ok(Self { servers, services }),
             Err(error) => {
                 // The first error is the one to tell.
@@ -153,14 +155,15 @@ pub struct Services {
 }
 
 impl Services {
-    /// Prepares the database and the queues that `environment` names, starts the services in it, and returns when the
-    /// pages answer.
+    /// Prepares the database and the queues that `environment` names, starts the services in it, so many of them
+    /// `senders`, and returns when the pages answer.
     ///
     /// # Errors
     /// Says what could not be started, and where to read more.
     pub async fn start(
         config: &Config,
         mut environment: Vec<(OsString, OsString)>,
+        senders: usize,
         log: PathBuf,
         report: impl Fn(&str),
     ) -> Result<Self> {
@@ -171,19 +174,14 @@ impl Services {
         let mut supervisor = Supervisor::new(program, &log, tell).context("the services' log can't be written")?;
         environment.push(("MAILRUN_WEB__LISTEN".into(), listen.to_string().into()));
         report("Starting the pages and the workers");
-        for (name, args) in [
-            ("web", vec!["web"]),
-            ("fan-out", vec!["worker", "--roles", "fan-out"]),
-            ("send-1", vec!["worker", "--roles", "send"]),
-            ("send-2", vec!["worker", "--roles", "send"]),
-            ("progress", vec!["worker", "--roles", "progress"]),
-        ] {
+        for (name, role) in roster(senders) {
+            let args = if role == "web" { vec!["web"] } else { vec!["worker", "--roles", role] };
             let args = args.into_iter().map(OsString::from).collect();
-            supervisor.start(Service { name: name.to_owned(), args, env: environment.clone() })?;
+            supervisor.start(Service { name, args, env: environment.clone() })?;
         }
         let web_url = format!("http://{listen}");
         if let Err(error) = wait_for_pages(&web_url).await {
-            supervisor.stop(&STOP_ORDER, DRAIN).await;
+            stop(supervisor).await;
             return Err(error.context(format!("the pages don't answer; {} says why", log.display())));
         }
         Ok(Self { supervisor, web_url, log })
@@ -196,8 +194,24 @@ impl Services {
 
     /// Stops them in the order of the data.
     pub async fn stop(self) {
-        self.supervisor.stop(&STOP_ORDER, DRAIN).await;
+        stop(self.supervisor).await;
     }
+}
+
+/// The services' names and roles, in the order of the data.
+fn roster(senders: usize) -> Vec<(String, &'static str)> {
+    let named = |role| match role {
+        "send" => (1..=senders).map(|number| (format!("send-{number}"), role)).collect(),
+        _ => vec![(role.to_owned(), role)],
+    };
+    STOP_ORDER.into_iter().flat_map(named).collect()
+}
+
+/// They were started in the order in which they stop.
+async fn stop(supervisor: Supervisor) {
+    let names: Vec<String> = supervisor.pids().map(|(name, _)| name.to_owned()).collect();
+    let order: Vec<&str> = names.iter().map(String::as_str).collect();
+    supervisor.stop(&order, DRAIN).await;
 }
 
 /// Runs a command with a new, empty database in `DATABASE_URL`, and drops it afterwards.
@@ -263,5 +277,17 @@ fn tell(notice: Notice) {
             eprintln!("{name} ended unexpectedly ({how}); it starts again in {pause:?}");
         }
         Notice::Killed { name } => eprintln!("{name} did not finish in time and was killed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn services_are_in_the_order_of_the_data() {
+        let names = |senders| roster(senders).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        assert_eq!(names(2), ["web", "fan-out", "send-1", "send-2", "progress"]);
+        assert_eq!(names(1), ["web", "fan-out", "send-1", "progress"]);
     }
 }

@@ -59,7 +59,7 @@ impl Cpu {
         match name {
             "web" => Some(&mut self.web),
             "fan-out" => Some(&mut self.fan_out),
-            "send-1" | "send-2" => Some(&mut self.send),
+            name if name.starts_with("send-") => Some(&mut self.send),
             "progress" => Some(&mut self.progress),
             _ => None,
         }
@@ -117,7 +117,7 @@ impl Sub for Cpu {
 pub(super) struct Memory {
     pub(super) web: u64,
     pub(super) fan_out: u64,
-    /// The greater of the senders.
+    /// The greatest of the senders.
     pub(super) send: u64,
     pub(super) progress: u64,
 }

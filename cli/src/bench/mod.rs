@@ -12,6 +12,7 @@ mod pipeline;
 mod place;
 mod raw;
 mod report;
+mod senders;
 mod small_run;
 mod writes;
 
@@ -23,7 +24,7 @@ use mailrun_shared::{config::Config, shutdown};
 
 use self::{
     cpu::Cpu,
-    pipeline::Piped,
+    pipeline::{Piped, Setup},
     place::Place,
     report::{Figures, Latency, Round, median},
     small_run::Behind,
@@ -55,6 +56,9 @@ pub struct Options {
     /// Measure as well with a mail server that takes so long for each mail; may be given several times.
     #[arg(long)]
     latency_ms: Vec<u64>,
+    /// Measure as well with so many sending processes, say 1,2,4.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
+    senders: Vec<u32>,
 }
 
 /// What all measurements of Mailrun are run with.
@@ -107,6 +111,7 @@ async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Options) -> R
     for latency_ms in &options.latency_ms {
         figures.slow_mail.push(latency(stack, settings, options, *latency_ms, figures.conveyor_ceiling()).await?);
     }
+    figures.senders = senders::measure(stack, settings, options).await?;
     if options.small_run {
         figures.behind(&small_run(stack, settings, usize::try_from(options.behind)?).await?);
     }
@@ -119,7 +124,7 @@ async fn round(stack: &Stack, settings: &Settings<'_>, items: usize) -> Result<R
     place.drop().await?;
     tell("ceiling", ceiling.items_per_second(), &ceiling.cpu);
 
-    let pipeline = mailrun(stack, settings, items, Duration::ZERO).await?;
+    let pipeline = mailrun(stack, settings, items, Setup::default()).await?;
     tell("Mailrun", pipeline.items_per_second(), &pipeline.cpu);
 
     let place = Place::create(stack, "naive").await?;
@@ -136,9 +141,9 @@ fn tell(what: &str, items_per_second: f64, cpu: &Cpu) {
     }
 }
 
-async fn mailrun(stack: &Stack, settings: &Settings<'_>, items: usize, latency: Duration) -> Result<Piped> {
+async fn mailrun(stack: &Stack, settings: &Settings<'_>, items: usize, setup: Setup) -> Result<Piped> {
     let place = Place::create(stack, "pipeline").await?;
-    let piped = pipeline::measure(&place, settings, items, latency).await?;
+    let piped = pipeline::measure(&place, settings, items, setup).await?;
     place.drop().await?;
     Ok(piped)
 }
@@ -150,16 +155,21 @@ async fn latency(
     latency_ms: u64,
     ceiling: f64,
 ) -> Result<Latency> {
-    let latency = Duration::from_millis(latency_ms);
-    let by_permits = pipeline::permits(settings.config) as f64 / latency.as_secs_f64();
-    let items = (by_permits * LATENCY_SECONDS).clamp(1_000.0, f64::from(options.recipients)) as usize;
+    let setup = Setup { latency: Duration::from_millis(latency_ms), ..Setup::default() };
+    let by_permits = setup.bound(settings.config);
+    let items = items_within(by_permits, options);
     let mut rates = Vec::new();
     for _ in 0..options.repeat {
-        rates.push(mailrun(stack, settings, items, latency).await?.drain_items_per_second());
+        rates.push(mailrun(stack, settings, items, setup).await?.drain_items_per_second());
     }
     let measured = Latency::new(latency_ms, items, median(rates), by_permits, ceiling);
     eprintln!("With {latency_ms} ms for each mail: {:.0} items/s", measured.items_per_second());
     Ok(measured)
+}
+
+/// As many people as a measurement at this rate may have, if nothing but the mail server is slow.
+fn items_within(by_permits: f64, options: &Options) -> usize {
+    (by_permits * LATENCY_SECONDS).clamp(1_000.0, f64::from(options.recipients)) as usize
 }
 
 async fn small_run(stack: &Stack, settings: &Settings<'_>, behind: usize) -> Result<Behind> {

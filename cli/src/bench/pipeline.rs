@@ -20,12 +20,35 @@ use super::{
     writes::Writes,
 };
 use crate::{
-    local::Services,
+    local::{SENDERS, Services},
     visitor::{Form, Progress, Visitor},
 };
 
 /// As often as the page asks, or a little more.
 const POLL: Duration = Duration::from_millis(100);
+
+/// How a Mailrun is set up for a measurement.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Setup {
+    /// Sending processes.
+    pub(super) senders: usize,
+    /// The mail server takes so long for each mail.
+    pub(super) latency: Duration,
+}
+
+impl Default for Setup {
+    /// As `mailrun up` starts it, with a mail server that answers at once.
+    fn default() -> Self {
+        Self { senders: SENDERS, latency: Duration::ZERO }
+    }
+}
+
+impl Setup {
+    /// Items a second that the permits of all senders together allow.
+    pub(super) fn bound(&self, config: &Config) -> f64 {
+        (self.senders * config.send.permits) as f64 / self.latency.as_secs_f64()
+    }
+}
 
 /// What it took.
 #[derive(Clone, Copy, Debug)]
@@ -52,18 +75,13 @@ impl Piped {
     }
 }
 
-/// Sends one run of `items` invitations through a Mailrun whose mail server takes `latency` for each.
+/// Sends one run of `items` invitations through a Mailrun that is set up so.
 ///
 /// # Errors
 /// When something does not start, or not everybody was emailed in the end.
-pub(super) async fn measure(
-    place: &Place<'_>,
-    settings: &Settings<'_>,
-    items: usize,
-    latency: Duration,
-) -> Result<Piped> {
+pub(super) async fn measure(place: &Place<'_>, settings: &Settings<'_>, items: usize, setup: Setup) -> Result<Piped> {
     let mut conn = place.database().await?;
-    let mailrun = Mailrun::start(place, settings, latency).await?;
+    let mailrun = Mailrun::start(place, settings, setup).await?;
     place.quiet(&mut conn).await?;
     let measured = send(place, &mailrun, &mut conn, items).await;
     let memory = Memory::now(&mailrun.services);
@@ -112,11 +130,11 @@ impl Mailrun {
     ///
     /// # Errors
     /// What did not start.
-    pub(super) async fn start(place: &Place<'_>, settings: &Settings<'_>, latency: Duration) -> Result<Self> {
+    pub(super) async fn start(place: &Place<'_>, settings: &Settings<'_>, setup: Setup) -> Result<Self> {
         let mut environment = place.environment();
         environment.extend(settings.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
-        environment.extend(mailer(latency));
-        let services = Services::start(settings.config, environment, log(settings.home), |_| {}).await?;
+        environment.extend(mailer(setup.latency));
+        let services = Services::start(settings.config, environment, setup.senders, log(settings.home), |_| {}).await?;
         let visitor = Visitor::new(settings.config, &services.web_url)?;
         Ok(Self { services, visitor })
     }
@@ -182,9 +200,4 @@ fn mailer(latency: Duration) -> Vec<(OsString, OsString)> {
 
 fn log(home: &Path) -> std::path::PathBuf {
     home.join("logs").join("bench.log")
-}
-
-/// Sends in flight at most, of all senders together: what a latency is divided into.
-pub(super) fn permits(config: &Config) -> usize {
-    2 * config.send.permits
 }

@@ -8,6 +8,7 @@ use super::{
     cpu::{Cpu, Memory},
     pipeline::Piped,
     raw::Raw,
+    senders::Senders,
     small_run::Behind,
 };
 
@@ -67,6 +68,9 @@ pub(super) struct Figures {
     /// With a mail server that takes its time.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) slow_mail: Vec<Latency>,
+    /// With other numbers of sending processes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) senders: Vec<Senders>,
     #[serde(flatten)]
     small: Option<Small>,
 }
@@ -163,6 +167,7 @@ impl Figures {
             pipeline_rounds,
             naive_rounds,
             slow_mail: Vec::new(),
+            senders: Vec::new(),
             small: None,
         }
     }
@@ -252,6 +257,9 @@ impl Figures {
                 slow.items_per_second,
                 slow.ratio * 100.0
             )?;
+        }
+        for senders in &self.senders {
+            writeln!(text, "{senders}")?;
         }
         if let Some(small) = &self.small {
             writeln!(

@@ -8,7 +8,7 @@ use tokio::time::sleep;
 
 use super::{
     Settings, people,
-    pipeline::{Mailrun, Run},
+    pipeline::{Mailrun, Run, Setup},
     place::Place,
 };
 
@@ -43,7 +43,7 @@ pub(super) struct Behind {
 /// When the big run is over before a single small one.
 pub(super) async fn measure(place: &Place<'_>, settings: &Settings<'_>, behind: usize) -> Result<Behind> {
     let mut conn = place.database().await?;
-    let mailrun = Mailrun::start(place, settings, Duration::ZERO).await?;
+    let mailrun = Mailrun::start(place, settings, Setup::default()).await?;
     place.quiet(&mut conn).await?;
     let measured = submit(&mailrun, &mut conn, behind).await;
     mailrun.services.stop().await;
