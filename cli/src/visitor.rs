@@ -71,6 +71,14 @@ impl Visitor {
         Ok(format!("{}{location}", self.web_url))
     }
 
+    /// Opens a page, whatever is on it.
+    ///
+    /// # Errors
+    /// When the page does not answer.
+    pub(crate) async fn open(&self, page: &str) -> Result<String> {
+        Ok(self.client.get(page).send().await?.error_for_status()?.text().await?)
+    }
+
     /// Asks once how a run is getting on.
     ///
     /// # Errors
@@ -92,7 +100,7 @@ impl Visitor {
 
     /// The hidden field of the form on a page, which tells a second click from a second wish.
     async fn token(&self, page: &str) -> Result<String> {
-        let page = self.client.get(page).send().await?.error_for_status()?.text().await?;
+        let page = self.open(page).await?;
         let (_, rest) = page.split_once("name=\"token\" value=\"").context("there is no form on the page")?;
         let (token, _) = rest.split_once('"').context("the page is cut off")?;
         Ok(token.to_owned())

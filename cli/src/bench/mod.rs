@@ -7,6 +7,7 @@
 mod ceiling;
 mod conveyor;
 mod cpu;
+mod in_a_row;
 mod naive;
 mod pipeline;
 mod place;
@@ -14,6 +15,7 @@ mod raw;
 mod report;
 mod senders;
 mod small_run;
+mod statements;
 mod writes;
 
 use std::{fmt::Write as _, path::Path, time::Duration};
@@ -59,6 +61,12 @@ pub struct Options {
     /// Measure as well with so many sending processes, say 1,2,4.
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
     senders: Vec<u32>,
+    /// Measure as well so many runs, one after the other, on one installation.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    in_a_row: Option<u32>,
+    /// And then one run while a session holds an old snapshot, and one after it.
+    #[arg(long, requires = "in_a_row")]
+    old_snapshot: bool,
 }
 
 /// What all measurements of Mailrun are run with.
@@ -96,7 +104,7 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
 }
 
 /// The names of the places that are worked in.
-const PURPOSES: [&str; 4] = ["ceiling", "pipeline", "naive", "small-run"];
+const PURPOSES: [&str; 5] = ["ceiling", "pipeline", "naive", "small-run", "in-a-row"];
 /// With a slow mail server, a measurement is made to last so long at most, if nothing but the mail server is slow.
 const LATENCY_SECONDS: f64 = 10.0;
 
@@ -112,6 +120,11 @@ async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Options) -> R
         figures.slow_mail.push(latency(stack, settings, options, *latency_ms, figures.conveyor_ceiling()).await?);
     }
     figures.senders = senders::measure(stack, settings, options).await?;
+    if let Some(runs) = options.in_a_row {
+        let place = Place::create(stack, "in-a-row").await?;
+        figures.in_a_row = in_a_row::measure(&place, settings, items, runs, options.old_snapshot).await?;
+        place.drop().await?;
+    }
     if options.small_run {
         figures.behind(&small_run(stack, settings, usize::try_from(options.behind)?).await?);
     }

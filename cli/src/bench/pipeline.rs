@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// As often as the page asks, or a little more.
-const POLL: Duration = Duration::from_millis(100);
+pub(super) const POLL: Duration = Duration::from_millis(100);
 
 /// How a Mailrun is set up for a measurement.
 #[derive(Clone, Copy, Debug)]
@@ -117,7 +117,7 @@ pub(super) struct Mailrun {
 
 /// A run that was accepted.
 pub(super) struct Run {
-    url: String,
+    pub(super) url: String,
     id: Uuid,
     /// Seconds since 1970, by this machine's clock, which is the ledger's.
     posted_at: f64,

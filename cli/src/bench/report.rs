@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     cpu::{Cpu, Memory},
+    in_a_row::Link,
     pipeline::Piped,
     raw::Raw,
     senders::Senders,
@@ -71,6 +72,9 @@ pub(super) struct Figures {
     /// With other numbers of sending processes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) senders: Vec<Senders>,
+    /// One after the other on one installation.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) in_a_row: Vec<Link>,
     #[serde(flatten)]
     small: Option<Small>,
 }
@@ -168,6 +172,7 @@ impl Figures {
             naive_rounds,
             slow_mail: Vec::new(),
             senders: Vec::new(),
+            in_a_row: Vec::new(),
             small: None,
         }
     }
@@ -260,6 +265,9 @@ impl Figures {
         }
         for senders in &self.senders {
             writeln!(text, "{senders}")?;
+        }
+        for link in &self.in_a_row {
+            writeln!(text, "{link}")?;
         }
         if let Some(small) = &self.small {
             writeln!(

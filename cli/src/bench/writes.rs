@@ -28,7 +28,7 @@ impl Writes {
         )
         .fetch_one(&mut *conn)
         .await?;
-        // The private server doesn't load it by itself; a person may, in its postgresql.conf.
+        // The private server loads it where its library is installed.
         let statements = sqlx::query_scalar(
             "SELECT coalesce(sum(calls), 0)::bigint FROM pg_stat_statements
              WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())",

@@ -54,6 +54,14 @@ fn programs_of(version: &str) -> Option<PathBuf> {
     candidates.into_iter().map(PathBuf::from).find(|bin| complete(bin)).or(newest)
 }
 
+/// Where the library that counts statements lies beside the programs: on Debian, Homebrew, Fedora.
+const STATISTICS: [&str; 4] = [
+    "../lib/pg_stat_statements.so",
+    "../lib/postgresql/pg_stat_statements.dylib",
+    "../lib/postgresql/pg_stat_statements.so",
+    "../lib64/pgsql/pg_stat_statements.so",
+];
+
 /// Who the server runs as: it refuses to run as root.
 #[derive(Clone, Debug)]
 struct Account {
@@ -178,6 +186,10 @@ impl Server for Postgres {
             "log_checkpoints=off",
         ] {
             command.arg("-c").arg(setting);
+        }
+        // The bench tells statements by it; nothing else needs it.
+        if STATISTICS.iter().any(|library| self.bin.join(library).is_file()) {
+            command.arg("-c").arg("shared_preload_libraries=pg_stat_statements");
         }
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         Ok(command.into())

@@ -1,0 +1,161 @@
+//! Runs in a row on one installation: what becomes of the rates, the pages and the tables when nothing is emptied in between,
+//! and, if asked for, while somebody holds an old snapshot that keeps dead rows from being cleaned away.
+
+use std::{fmt, time::Instant};
+
+use anyhow::{Result, ensure};
+use serde::Serialize;
+use sqlx::{PgConnection, Row as _};
+
+use super::{
+    Settings, people,
+    pipeline::{Mailrun, POLL, Setup},
+    place::Place,
+    report::median,
+    statements::Statements,
+};
+
+/// A page is opened so often after each run.
+const OPENED: usize = 20;
+const TABLES: [&str; 6] = ["users", "run_items", "attempts", "run_progress", "run_samples", "outbox"];
+/// What is in the text of a claim and of no other statement of the senders.
+const CLAIM: &str = "INSERT INTO attempts";
+
+/// One of the runs, and what the installation looks like after it.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Link {
+    /// Its number, or what is special about it.
+    name: String,
+    /// From the POST's answer to the end.
+    items_per_second: f64,
+    submit_seconds: f64,
+    /// Medians of opening the results page and the list of runs.
+    results_page_milliseconds: f64,
+    runs_page_milliseconds: f64,
+    /// A mean; null without `pg_stat_statements`.
+    claim_milliseconds: Option<f64>,
+    tables: Vec<Table>,
+}
+
+/// A table with its indexes, as the statistics tell it: they lag by a second or more.
+#[derive(Clone, Debug, Serialize)]
+struct Table {
+    name: &'static str,
+    bytes: i64,
+    dead_tuples: i64,
+    /// How often it was vacuumed up to now.
+    vacuums: i64,
+}
+
+/// Sends `runs` runs of `items` other people each, and two more, one during an old snapshot and one after it, if
+/// `old_snapshot`.
+///
+/// # Errors
+/// When something does not start, or not everybody was emailed.
+pub(super) async fn measure(
+    place: &Place<'_>,
+    settings: &Settings<'_>,
+    items: usize,
+    runs: u32,
+    old_snapshot: bool,
+) -> Result<Vec<Link>> {
+    let mut conn = place.database().await?;
+    let mailrun = Mailrun::start(place, settings, Setup::default()).await?;
+    let measured = send_all(place, &mailrun, &mut conn, items, runs, old_snapshot).await;
+    mailrun.services.stop().await;
+    measured
+}
+
+async fn send_all(
+    place: &Place<'_>,
+    mailrun: &Mailrun,
+    conn: &mut PgConnection,
+    items: usize,
+    runs: u32,
+    old_snapshot: bool,
+) -> Result<Vec<Link>> {
+    place.quiet(conn).await?;
+    let mut links = Vec::new();
+    for number in 1..=runs {
+        links.push(send(mailrun, conn, items, number.to_string()).await?);
+    }
+    if old_snapshot {
+        let mut old = place.database().await?;
+        // With an id of its own, as a transaction that has written: it holds back more than one that only reads.
+        sqlx::raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM runs; SELECT pg_current_xact_id()")
+            .execute(&mut old)
+            .await?;
+        links.push(send(mailrun, conn, items, "old snapshot".to_owned()).await?);
+        sqlx::raw_sql("ROLLBACK").execute(&mut old).await?;
+        links.push(send(mailrun, conn, items, "after it".to_owned()).await?);
+    }
+    Ok(links)
+}
+
+async fn send(mailrun: &Mailrun, conn: &mut PgConnection, items: usize, name: String) -> Result<Link> {
+    let form = mailrun.visitor.fill_in(&people(&name.replace(' ', "-"), items)).await?;
+    let before = Statements::with(conn, CLAIM).await;
+    let run = mailrun.submit(form).await?;
+    let end = mailrun.until_over(&run, POLL).await?;
+    ensure!(end.sent == items as u64, "{} of {items} invitations were sent: {}", end.sent, run.url);
+    let drain = run.finished_after(conn).await?.saturating_sub(run.answered);
+    let after = Statements::with(conn, CLAIM).await;
+    let claims = after.zip(before).map(|(after, before)| after - before);
+    let link = Link {
+        items_per_second: items as f64 / drain.as_secs_f64(),
+        submit_seconds: run.answered.as_secs_f64(),
+        results_page_milliseconds: open(mailrun, &run.url).await?,
+        runs_page_milliseconds: open(mailrun, &format!("{}/runs", mailrun.services.web_url)).await?,
+        claim_milliseconds: claims.and_then(|claims| claims.mean_milliseconds()),
+        tables: tables(conn).await?,
+        name,
+    };
+    eprintln!("{link}");
+    Ok(link)
+}
+
+/// The median time of opening a page, in milliseconds.
+async fn open(mailrun: &Mailrun, page: &str) -> Result<f64> {
+    let mut times = Vec::with_capacity(OPENED);
+    for _ in 0..OPENED {
+        let started = Instant::now();
+        mailrun.visitor.open(page).await?;
+        times.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok(median(times))
+}
+
+async fn tables(conn: &mut PgConnection) -> Result<Vec<Table>> {
+    let mut tables = Vec::with_capacity(TABLES.len());
+    for name in TABLES {
+        let row = sqlx::query(
+            "SELECT pg_total_relation_size(relid), n_dead_tup, vacuum_count + autovacuum_count
+             FROM pg_stat_user_tables WHERE relname = $1",
+        )
+        .bind(name)
+        .fetch_one(&mut *conn)
+        .await?;
+        tables.push(Table { name, bytes: row.try_get(0)?, dead_tuples: row.try_get(1)?, vacuums: row.try_get(2)? });
+    }
+    Ok(tables)
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes: i64 = self.tables.iter().map(|table| table.bytes).sum();
+        let dead: i64 = self.tables.iter().map(|table| table.dead_tuples).sum();
+        write!(
+            f,
+            "Run {} in a row: {:.0} items a second, POST {:.2} s, results page {:.1} ms, list of runs {:.1} ms, ",
+            self.name,
+            self.items_per_second,
+            self.submit_seconds,
+            self.results_page_milliseconds,
+            self.runs_page_milliseconds
+        )?;
+        if let Some(claim) = self.claim_milliseconds {
+            write!(f, "a claim {claim:.2} ms, ")?;
+        }
+        write!(f, "{} MiB, {dead} dead rows", bytes / (1024 * 1024))
+    }
+}
