@@ -39,9 +39,8 @@ impl Visitor {
     /// When the password can't be sent.
     pub(crate) fn new(config: &Config, web_url: &str) -> Result<Self> {
         let mut headers = HeaderMap::new();
-        if let Some(password) = &config.web.password {
-            let login = STANDARD.encode(format!(":{}", password.expose_secret()));
-            let mut login: HeaderValue = format!("Basic {login}").parse()?;
+        if let Some(login) = login(config) {
+            let mut login: HeaderValue = login.parse()?;
             login.set_sensitive(true);
             headers.insert(AUTHORIZATION, login);
         }
@@ -105,4 +104,10 @@ impl Visitor {
         let (token, _) = rest.split_once('"').context("the page is cut off")?;
         Ok(token.to_owned())
     }
+}
+
+/// What logs a visitor in, where the pages ask for it.
+pub(crate) fn login(config: &Config) -> Option<String> {
+    let password = config.web.password.as_ref()?;
+    Some(format!("Basic {}", STANDARD.encode(format!(":{}", password.expose_secret()))))
 }

@@ -8,6 +8,7 @@ use serde_json::Value;
 fn the_bench_prints_one_line_of_json() {
     let mut bench = Command::new(env!("CARGO_BIN_EXE_mailrun"));
     bench.args(["bench", "--recipients", "2000", "--repeat", "1", "--json"]).stderr(Stdio::inherit());
+    bench.args(["--senders", "1", "--watchers", "20", "--in-a-row", "1", "--old-snapshot"]);
     let output = bench.output().unwrap();
     assert!(output.status.success());
     let stdout = String::from_utf8(output.stdout).unwrap();
@@ -35,4 +36,12 @@ fn the_bench_prints_one_line_of_json() {
     for role in ["web", "fan_out", "send", "progress"] {
         assert!(figures["peak_memory_bytes"][role].as_u64().is_some_and(|bytes| bytes > 0), "{role}: {figures}");
     }
+    let senders = figures["senders"].as_array().unwrap();
+    assert!(senders.iter().all(|one| one["items_per_second"].is_f64()) && senders.len() == 2, "{figures}");
+    for audience in ["one", "many", "probed"] {
+        let audience = &figures["watchers"][audience];
+        assert!(audience["polls"].as_u64().is_some_and(|polls| polls > 0) && audience["errors"] == 0, "{figures}");
+    }
+    let names: Vec<&Value> = figures["in_a_row"].as_array().unwrap().iter().map(|run| &run["name"]).collect();
+    assert_eq!(names, ["1", "old snapshot", "after it"]);
 }

@@ -16,6 +16,7 @@ mod report;
 mod senders;
 mod small_run;
 mod statements;
+mod watchers;
 mod writes;
 
 use std::{fmt::Write as _, path::Path, time::Duration};
@@ -61,6 +62,9 @@ pub struct Options {
     /// Measure as well with so many sending processes, say 1,2,4.
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
     senders: Vec<u32>,
+    /// Measure as well with so many people who watch the run on its page.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..=20_000))]
+    watchers: Option<u32>,
     /// Measure as well so many runs, one after the other, on one installation.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000))]
     in_a_row: Option<u32>,
@@ -104,7 +108,7 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
 }
 
 /// The names of the places that are worked in.
-const PURPOSES: [&str; 5] = ["ceiling", "pipeline", "naive", "small-run", "in-a-row"];
+const PURPOSES: [&str; 6] = ["ceiling", "pipeline", "naive", "small-run", "in-a-row", "watchers"];
 /// With a slow mail server, a measurement is made to last so long at most, if nothing but the mail server is slow.
 const LATENCY_SECONDS: f64 = 10.0;
 
@@ -120,6 +124,9 @@ async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Options) -> R
         figures.slow_mail.push(latency(stack, settings, options, *latency_ms, figures.conveyor_ceiling()).await?);
     }
     figures.senders = senders::measure(stack, settings, options).await?;
+    if let Some(watchers) = options.watchers {
+        figures.watchers = Some(watchers::measure(stack, settings, items, usize::try_from(watchers)?).await?);
+    }
     if let Some(runs) = options.in_a_row {
         let place = Place::create(stack, "in-a-row").await?;
         figures.in_a_row = in_a_row::measure(&place, settings, items, runs, options.old_snapshot).await?;

@@ -11,6 +11,7 @@ use super::{
     raw::Raw,
     senders::Senders,
     small_run::Behind,
+    watchers::Watched,
 };
 
 /// One round of measurements.
@@ -72,6 +73,9 @@ pub(super) struct Figures {
     /// With other numbers of sending processes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) senders: Vec<Senders>,
+    /// With people who watch it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) watchers: Option<Watched>,
     /// One after the other on one installation.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) in_a_row: Vec<Link>,
@@ -172,6 +176,7 @@ impl Figures {
             naive_rounds,
             slow_mail: Vec::new(),
             senders: Vec::new(),
+            watchers: None,
             in_a_row: Vec::new(),
             small: None,
         }
@@ -265,6 +270,9 @@ impl Figures {
         }
         for senders in &self.senders {
             writeln!(text, "{senders}")?;
+        }
+        if let Some(watched) = &self.watchers {
+            writeln!(text, "{watched}")?;
         }
         for link in &self.in_a_row {
             writeln!(text, "{link}")?;
