@@ -76,6 +76,7 @@ pub struct Broker {
     urls: Vec<SecretString>,
     name: String,
     declare: bool,
+    item_queues: Arc<[Cow<'static, str>]>,
     retry_delays: Vec<Duration>,
     publish_twice: bool,
     answer_timeout: Duration,
@@ -89,6 +90,7 @@ impl Broker {
             urls: config.amqp.urls.clone(),
             name: name.into(),
             declare: config.amqp.declare_topology,
+            item_queues: topology::item_queues(config.amqp.item_queues).into(),
             retry_delays: config.retry.rungs(),
             publish_twice: config.amqp.publish_twice,
             answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
@@ -126,7 +128,7 @@ impl Broker {
 
     async fn declare_on(&self, connection: &Connection) -> Result<(), BrokerError> {
         let channel = connection.create_channel().await?;
-        topology::declare(&channel, &self.retry_delays).await?;
+        topology::declare(&channel, &self.item_queues, &self.retry_delays).await?;
         channel.close(200, "declared".into()).await?;
         Ok(())
     }
@@ -144,15 +146,19 @@ impl Broker {
         Ok(())
     }
 
-    /// How many messages wait in `queue`, asked on a connection of its own.
+    /// How many item messages wait on their queues, asked on a connection of its own.
     ///
     /// # Errors
     /// The broker's.
-    pub async fn depth(&self, queue: &str) -> Result<u32, BrokerError> {
+    pub async fn waiting_items(&self) -> Result<u32, BrokerError> {
         let connection = self.connect("look").await?;
         let look = async {
             let channel = connection.create_channel().await?;
-            depth(&channel, queue).await
+            let mut waiting = 0;
+            for queue in self.item_queues.iter() {
+                waiting += depth(&channel, queue).await?;
+            }
+            Ok::<_, lapin::Error>(waiting)
         };
         let waiting = timeout(self.answer_timeout, look).await;
         hang_up(&connection).await;
@@ -173,7 +179,7 @@ impl Broker {
         for _ in 0..lanes {
             tokio::spawn(Arc::clone(self).publish_lane(Arc::clone(&receiver)));
         }
-        Publisher { lanes: sender, twice: self.publish_twice }
+        Publisher { lanes: sender, item_queues: Arc::clone(&self.item_queues), twice: self.publish_twice }
     }
 
     /// One publishing task: its connection, its confirm channel, and what it has not got a confirm for yet.
@@ -308,6 +314,7 @@ struct Batch {
 #[derive(Clone, Debug)]
 pub struct Publisher {
     lanes: mpsc::Sender<Batch>,
+    item_queues: Arc<[Cow<'static, str>]>,
     twice: bool,
 }
 
@@ -328,6 +335,9 @@ impl Publisher {
     pub async fn publish(&self, mut messages: Vec<Outgoing>) -> Result<(), BrokerError> {
         if messages.is_empty() {
             return Ok(());
+        }
+        for message in &mut messages {
+            message.spread_over(&self.item_queues);
         }
         if self.twice {
             messages.extend(messages.clone());
@@ -356,19 +366,27 @@ pub struct Outgoing {
     kind: Cow<'static, str>,
     body: Vec<u8>,
     headers: FieldTable,
+    spread_by: Option<u64>,
 }
 
 impl Outgoing {
     /// `message` for the queue where it belongs.
     #[must_use]
     pub fn new<M: Message>(message: &M) -> Self {
-        Self::raw(M::QUEUE, M::TYPE, encode(message))
+        Self { spread_by: message.spread_by(), ..Self::raw(M::QUEUE, M::TYPE, encode(message)) }
     }
 
     /// A body that is not understood, as it came.
     #[must_use]
     pub fn raw(queue: impl Into<Cow<'static, str>>, kind: impl Into<Cow<'static, str>>, body: Vec<u8>) -> Self {
-        Self { id: Uuid::new_v4(), queue: queue.into(), kind: kind.into(), body, headers: FieldTable::default() }
+        Self {
+            id: Uuid::new_v4(),
+            queue: queue.into(),
+            kind: kind.into(),
+            body,
+            headers: FieldTable::default(),
+            spread_by: None,
+        }
     }
 
     /// `results` in as few messages as `batch` to a message allows; no results are no message.
@@ -421,6 +439,18 @@ impl Outgoing {
             }
         }
         self
+    }
+
+    /// Chooses the one of several queues of its kind, evenly and always the same, unless it was sent elsewhere.
+    fn spread_over(&mut self, queues: &[Cow<'static, str>]) {
+        let count = queues.len() as u64;
+        if count > 1
+            && let Some(key) = self.spread_by
+            && queues[0] == self.queue
+        {
+            // Less than their number.
+            self.queue = queues[(key % count) as usize].clone();
+        }
     }
 
     async fn publish(&self, channel: &Channel) -> lapin::Result<lapin::PublisherConfirm> {

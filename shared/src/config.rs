@@ -81,6 +81,8 @@ pub struct AmqpConfig {
     pub urls: Vec<SecretString>,
     /// Connections that a process publishes on, each with one confirm channel.
     pub publish_lanes: usize,
+    /// Queues that item messages are spread over. Raise it at the senders first, since they read only what they know of.
+    pub item_queues: u16,
     /// Whether processes declare the exchanges and queues when they connect. Set it to false where they have no right to,
     /// and run `mailrun setup` with a user who has.
     pub declare_topology: bool,
@@ -95,6 +97,7 @@ impl Default for AmqpConfig {
         Self {
             urls: vec!["amqp://guest:guest@127.0.0.1:5672/%2f".into()],
             publish_lanes: 2,
+            item_queues: 1,
             declare_topology: true,
             publish_twice: false,
             answer_timeout_ms: 30_000,
@@ -409,6 +412,9 @@ impl Config {
         let wrong = |key, reason: &str| Err(ConfigError::Value { key, reason: reason.to_owned() });
         if self.amqp.urls.is_empty() {
             return wrong("amqp.urls", "name at least one node, as amqp://user:password@host:port/vhost");
+        }
+        if !(1..=64).contains(&self.amqp.item_queues) {
+            return wrong("amqp.item_queues", "from 1 to 64");
         }
         if !self.web.listen.ip().is_loopback() && self.web.password.is_none() {
             return wrong(

@@ -14,6 +14,11 @@ pub trait Message: Serialize + DeserializeOwned {
     /// The queue it belongs to, which is its routing key as well.
     const QUEUE: &'static str;
 
+    /// Where there are several such queues, messages with the same number go to the same one.
+    fn spread_by(&self) -> Option<u64> {
+        None
+    }
+
     /// What the form of the body alone can't rule out.
     ///
     /// # Errors
@@ -201,6 +206,10 @@ impl ItemMessage {
 impl Message for ItemMessage {
     const TYPE: &'static str = "mailrun.item.v1";
     const QUEUE: &'static str = topology::ITEMS;
+
+    fn spread_by(&self) -> Option<u64> {
+        Some(self.item_id.unsigned_abs())
+    }
 
     fn check(&self) -> Result<(), &'static str> {
         // The upper bounds leave room to count on without overflow.

@@ -3,7 +3,7 @@
 //! Every queue is a quorum queue, because a classic queue confirms a message before it is on disk. Arguments can't be
 //! changed once a queue exists and win over policies, so the ones here are those that the promises depend on.
 
-use std::time::Duration;
+use std::{borrow::Cow, iter, time::Duration};
 
 use lapin::{
     Channel, ExchangeKind,
@@ -19,7 +19,7 @@ pub const DEAD_EXCHANGE: &str = "mailrun.dead";
 pub const RUNS: &str = "mailrun.runs";
 /// Runs that wait for room in their window.
 pub const RUNS_WAIT: &str = "mailrun.runs.wait";
-/// Item messages, one for each email.
+/// Item messages, one for each email: the first queue of them, and the one that waiting and moved messages come to.
 pub const ITEMS: &str = "mailrun.items";
 /// Results on their way to the counters.
 pub const RESULTS: &str = "mailrun.results";
@@ -41,11 +41,23 @@ pub fn retry_queue(delay: Duration) -> String {
     if ms.is_multiple_of(1000) { format!("mailrun.retry.{}s", ms / 1000) } else { format!("mailrun.retry.{ms}ms") }
 }
 
+/// The queues that item messages are spread over: a queue is one core's work in the broker. Any message may be on any of
+/// them, so what comes back from a rung or is moved by hand needs no more than the first.
+#[must_use]
+pub fn item_queues(count: u16) -> Vec<Cow<'static, str>> {
+    let others = (2..=count).map(|number| Cow::Owned(format!("{ITEMS}.{number}")));
+    iter::once(Cow::Borrowed(ITEMS)).chain(others).collect()
+}
+
 /// Declares everything. Repeating it changes nothing.
 ///
 /// # Errors
 /// The broker's, for instance when a queue exists with other arguments, or the user may not configure.
-pub async fn declare(channel: &Channel, retry_delays: &[Duration]) -> lapin::Result<()> {
+pub async fn declare(
+    channel: &Channel,
+    item_queues: &[Cow<'static, str>],
+    retry_delays: &[Duration],
+) -> lapin::Result<()> {
     exchange(channel, EXCHANGE, ExchangeKind::Direct).await?;
     // Fanout: a dead letter arrives whatever routing key it had.
     exchange(channel, DEAD_EXCHANGE, ExchangeKind::Fanout).await?;
@@ -56,7 +68,7 @@ pub async fn declare(channel: &Channel, retry_delays: &[Duration]) -> lapin::Res
     bind(channel, DEAD, DEAD_EXCHANGE, "").await?;
     bind(channel, DEAD, EXCHANGE, DEAD).await?;
 
-    for name in [RUNS, ITEMS, RESULTS] {
+    for name in [RUNS, RESULTS].into_iter().chain(item_queues.iter().map(AsRef::as_ref)) {
         let mut arguments = quorum(DELIVERY_LIMIT);
         dead_letter_to(&mut arguments, DEAD_EXCHANGE, None);
         queue(channel, name, arguments).await?;
@@ -120,6 +132,12 @@ async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) -> lapi
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_item_queue_has_the_plain_name() {
+        assert_eq!(item_queues(1), ["mailrun.items"]);
+        assert_eq!(item_queues(3), ["mailrun.items", "mailrun.items.2", "mailrun.items.3"]);
+    }
 
     #[test]
     fn retry_queues_are_named_by_their_delay() {

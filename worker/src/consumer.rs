@@ -3,7 +3,7 @@
 //! A consumer has a connection of its own and rebuilds it after any trouble; what was delivered on the lost one comes
 //! again. A [`Delivery`] is acknowledged by consuming it. Dropping it unacknowledged gives it back when the channel ends.
 
-use std::{collections::BTreeSet, mem, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::BTreeSet, mem, sync::Arc, time::Duration};
 
 use futures::{StreamExt, future::try_join_all};
 use lapin::{
@@ -51,22 +51,24 @@ impl Delivery {
     }
 }
 
-/// The receiving end of a queue.
+/// The receiving end of a queue, or of several that are as good as one.
 #[derive(Debug)]
 pub struct Consumer(mpsc::Receiver<Delivery>);
 
 impl Consumer {
-    /// Consumes `queue` until `stop`; then takes nothing more, waits until each delivery is acknowledged or dropped, and
-    /// closes. `prefetch` deliveries may be unacknowledged at a time.
+    /// Consumes `queues` until `stop`, each over a connection of its own; then takes nothing more, waits until each delivery
+    /// is acknowledged or dropped, and closes. `prefetch` deliveries of each may be unacknowledged at a time.
     pub fn start(
-        broker: Arc<Broker>,
-        queue: &'static str,
+        broker: &Arc<Broker>,
+        queues: &[Cow<'static, str>],
         prefetch: u16,
-        stop: CancellationToken,
+        stop: &CancellationToken,
         tasks: &TaskTracker,
     ) -> Self {
-        let (sender, receiver) = mpsc::channel(usize::from(prefetch));
-        tasks.spawn(supervise(broker, queue, prefetch, sender, stop));
+        let (sender, receiver) = mpsc::channel(usize::from(prefetch) * queues.len());
+        for queue in queues {
+            tasks.spawn(supervise(Arc::clone(broker), queue.clone(), prefetch, sender.clone(), stop.clone()));
+        }
         Self(receiver)
     }
 
@@ -83,7 +85,7 @@ impl Consumer {
 
 async fn supervise(
     broker: Arc<Broker>,
-    queue: &'static str,
+    queue: Cow<'static, str>,
     prefetch: u16,
     deliveries: mpsc::Sender<Delivery>,
     stop: CancellationToken,
@@ -91,8 +93,8 @@ async fn supervise(
     let mut reconnect = Reconnect::default();
     while !stop.is_cancelled() {
         let ended = async {
-            let (connection, channel, consumer) = open(&broker, queue, prefetch).await?;
-            info!(queue, "consuming");
+            let (connection, channel, consumer) = open(&broker, &queue, prefetch).await?;
+            info!(%queue, "consuming");
             reconnect.reset();
             let ended = serve(&channel, prefetch, consumer, &deliveries, &stop, broker.answer_timeout()).await;
             hang_up(&connection).await;
@@ -100,7 +102,7 @@ async fn supervise(
         };
         let Err(error) = ended.await else { return };
         let wait = reconnect.next_wait();
-        warn!(queue, %error, wait_ms = wait.as_millis(), "consuming is interrupted; trying again");
+        warn!(%queue, %error, wait_ms = wait.as_millis(), "consuming is interrupted; trying again");
         tokio::select! {
             () = sleep(wait) => {}
             () = stop.cancelled() => {}
@@ -110,7 +112,7 @@ async fn supervise(
 
 async fn open(
     broker: &Broker,
-    queue: &'static str,
+    queue: &str,
     prefetch: u16,
 ) -> Result<(Connection, Channel, lapin::Consumer), BrokerError> {
     let connection = broker.connect(&format!("consume {queue}")).await?;

@@ -17,7 +17,6 @@ use mailrun_shared::{
     message::{Command, RunMessage, Step},
     run::Wanted,
     store::sweep::{self, Stalled},
-    topology,
 };
 use sqlx::PgPool;
 use tokio::time::sleep;
@@ -118,7 +117,7 @@ impl Sweeper {
 
     /// Items that wait on the queue are not missing: the senders are busy, or there are none.
     async fn items_are_taken(&self) -> Result<bool, SweepError> {
-        Ok(self.broker.depth(topology::ITEMS).await? == 0)
+        Ok(self.broker.waiting_items().await? == 0)
     }
 
     /// Puts the message back that drives the run's present pass, if none was seen lately.
