@@ -247,6 +247,30 @@ async fn a_pruned_run_is_gone_and_who_was_emailed_is_still_known() {
 }
 
 #[tokio::test]
+async fn items_over_several_queues_are_spread_evenly_and_none_is_lost() {
+    let mut world = World::new(&[("MAILRUN_AMQP__ITEM_QUEUES", "3")]).await;
+    world.worker("fan-out");
+    let run = world.invite(&people(1500)).await;
+    let channel = world.channel().await;
+    for queue in ["mailrun.items", "mailrun.items.2", "mailrun.items.3"] {
+        until("a third of the window waits on each queue", async || {
+            mailrun_shared::broker::depth(&channel, queue).await.unwrap() >= 30
+        })
+        .await;
+    }
+    channel.queue_purge("mailrun.items.3".into(), Default::default()).await.unwrap();
+    for roles in ["send", "send", "progress"] {
+        world.worker(roles);
+    }
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (1485, 15, 0));
+    world.retry(&run, "failed").await;
+    world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 1500).await;
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+#[tokio::test]
 async fn purged_queues_only_delay_a_run_and_cancelling_settles_it() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
     world.workers();

@@ -39,7 +39,7 @@ const PERSISTENT: u8 = 2;
 /// A broker that does not answer to the end of a connection is not waited for.
 const HANG_UP: Duration = Duration::from_secs(1);
 /// A burst is published, then all of its confirms are awaited: so a returned message is always told within its burst.
-const BURST: usize = 512;
+const BURST: usize = 1_536;
 /// Publishes polled together: one system call for many frames.
 const POLLED_TOGETHER: usize = 64;
 /// How long those wait for a confirm who hold a transaction open meanwhile.
@@ -179,7 +179,12 @@ impl Broker {
         for _ in 0..lanes {
             tokio::spawn(Arc::clone(self).publish_lane(Arc::clone(&receiver)));
         }
-        Publisher { lanes: sender, item_queues: Arc::clone(&self.item_queues), twice: self.publish_twice }
+        Publisher {
+            lanes: sender,
+            lane_count: lanes,
+            item_queues: Arc::clone(&self.item_queues),
+            twice: self.publish_twice,
+        }
     }
 
     /// One publishing task: its connection, its confirm channel, and what it has not got a confirm for yet.
@@ -303,6 +308,14 @@ async fn burst(channel: &Channel, batches: &mut Vec<Batch>) -> Result<(), Broker
     refusal.map_or(Ok(()), |(queue, why)| Err(BrokerError::Refused(queue, why)))
 }
 
+/// How many of `messages` go to a lane at a time: few stay together, many end at the same moment on all `lanes`.
+fn part(messages: usize, lanes: usize) -> usize {
+    if messages <= POLLED_TOGETHER {
+        return messages;
+    }
+    messages.div_ceil(messages.div_ceil(BURST).next_multiple_of(lanes))
+}
+
 /// Messages that are confirmed together.
 #[derive(Debug)]
 struct Batch {
@@ -314,6 +327,7 @@ struct Batch {
 #[derive(Clone, Debug)]
 pub struct Publisher {
     lanes: mpsc::Sender<Batch>,
+    lane_count: usize,
     item_queues: Arc<[Cow<'static, str>]>,
     twice: bool,
 }
@@ -342,10 +356,11 @@ impl Publisher {
         if self.twice {
             messages.extend(messages.clone());
         }
-        // Spread over the lanes: each publishes and awaits its confirms for itself.
+        // Spread evenly over the lanes: each publishes and awaits its confirms for itself.
+        let part = part(messages.len(), self.lane_count);
         let mut confirms = Vec::new();
         while !messages.is_empty() {
-            let rest = messages.split_off(messages.len().min(BURST));
+            let rest = messages.split_off(messages.len().min(part));
             let (done, confirmed) = oneshot::channel();
             confirms.push(confirmed);
             self.lanes.send(Batch { messages, done }).await.map_err(|_| BrokerError::Closed)?;
@@ -498,4 +513,17 @@ pub async fn hang_up(connection: &Connection) {
 pub async fn depth(channel: &Channel, queue: &str) -> lapin::Result<u32> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     Ok(channel.queue_declare(queue.into(), options, FieldTable::default()).await?.message_count())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_messages_are_spread_evenly_over_the_lanes() {
+        assert_eq!(part(64, 2), 64);
+        assert_eq!(part(2_501, 2), 1_251);
+        assert_eq!(part(2_501, 1), 1_251);
+        assert_eq!(part(10_000, 3), 1_112);
+    }
 }
