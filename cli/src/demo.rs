@@ -156,7 +156,7 @@ async fn watch(visitor: &Visitor, run: &str, mut is_over: impl FnMut(&Progress) 
     loop {
         let progress = visitor.progress(run).await?;
         bar.set_length(progress.total);
-        bar.set_position(progress.total - progress.pending - progress.retrying);
+        bar.set_position(progress.settled());
         bar.set_message(format!("{} sent, {} retrying, {} failed", progress.sent, progress.retrying, progress.failed));
         if is_over(&progress) {
             bar.abandon();

@@ -32,6 +32,13 @@ pub(crate) struct Progress {
     pub(crate) over: bool,
 }
 
+impl Progress {
+    /// Items that have come to an end, if only for now.
+    pub(crate) fn settled(&self) -> u64 {
+        self.total - self.pending - self.retrying
+    }
+}
+
 impl Visitor {
     /// A visitor of the pages at `web_url`, logged in where they ask for it.
     ///

@@ -146,6 +146,12 @@ impl Broker {
         Ok(())
     }
 
+    /// The queues that item messages are spread over.
+    #[must_use]
+    pub fn item_queues(&self) -> &[Cow<'static, str>] {
+        &self.item_queues
+    }
+
     /// How many item messages wait on their queues, asked on a connection of its own.
     ///
     /// # Errors
@@ -412,9 +418,8 @@ impl Outgoing {
 
     /// Sends it to another queue: one that waits, or the dead letters.
     #[must_use]
-    pub fn to(mut self, queue: impl Into<Cow<'static, str>>) -> Self {
-        self.queue = queue.into();
-        self
+    pub fn to(self, queue: impl Into<Cow<'static, str>>) -> Self {
+        Self { queue: queue.into(), spread_by: None, ..self }
     }
 
     /// Joins the message to its run's trace.
@@ -456,15 +461,11 @@ impl Outgoing {
         self
     }
 
-    /// Chooses the one of several queues of its kind, evenly and always the same, unless it was sent elsewhere.
+    /// Chooses one of several queues, evenly and always the same, if it is to be spread.
     fn spread_over(&mut self, queues: &[Cow<'static, str>]) {
-        let count = queues.len() as u64;
-        if count > 1
-            && let Some(key) = self.spread_by
-            && queues[0] == self.queue
-        {
+        if let Some(key) = self.spread_by {
             // Less than their number.
-            self.queue = queues[(key % count) as usize].clone();
+            self.queue = queues[(key % queues.len() as u64) as usize].clone();
         }
     }
 

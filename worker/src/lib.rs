@@ -161,13 +161,12 @@ fn start(
     stop: &CancellationToken,
 ) -> Result<JoinSet<()>, WorkerError> {
     let mut parts = JoinSet::new();
-    let consume =
-        |queues: Vec<Cow<'static, str>>, prefetch| Consumer::start(broker, &queues, prefetch, stop, consumers);
+    let consume = |queues: &[Cow<'static, str>], prefetch| Consumer::start(broker, queues, prefetch, stop, consumers);
     for role in roles {
         match role {
             Role::FanOut => {
                 let pump = FanOut::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
-                parts.spawn(pump.run(consume(vec![topology::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
+                parts.spawn(pump.run(consume(&[topology::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
                 let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 parts.spawn(sweeper.run(stop.clone()));
                 parts.spawn(prune::run(pool.clone(), config.retention.clone(), stop.clone()));
@@ -176,13 +175,12 @@ fn start(
                 let transport = mailer::transport(&config.mailer)?;
                 let senders =
                     Senders::new(config.clone(), pool.clone(), publisher.clone(), Arc::clone(heartbeat), transport);
-                let queues = topology::item_queues(config.amqp.item_queues);
-                parts.spawn(senders.run(consume(queues, config.send.prefetch), stop.clone()));
+                parts.spawn(senders.run(consume(broker.item_queues(), config.send.prefetch), stop.clone()));
             }
             Role::Progress => {
                 let progress = Progress::new(config.progress.clone(), pool.clone(), publisher.clone());
                 let prefetch = u16::try_from(config.progress.batch_messages * 2).unwrap_or(u16::MAX).min(2_000);
-                parts.spawn(progress.run(consume(vec![topology::RESULTS.into()], prefetch), stop.clone()));
+                parts.spawn(progress.run(consume(&[topology::RESULTS.into()], prefetch), stop.clone()));
             }
         }
     }

@@ -146,7 +146,7 @@ impl fmt::Display for Link {
         let dead: i64 = self.tables.iter().map(|table| table.dead_tuples).sum();
         write!(
             f,
-            "Run {} in a row: {:.0} items a second, POST {:.2} s, results page {:.1} ms, list of runs {:.1} ms, ",
+            "In a row, {}: {:.0} items a second, POST {:.2} s, results page {:.1} ms, list of runs {:.1} ms, ",
             self.name,
             self.items_per_second,
             self.submit_seconds,

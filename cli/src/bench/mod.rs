@@ -168,6 +168,21 @@ async fn mailrun(stack: &Stack, settings: &Settings<'_>, items: usize, setup: Se
     Ok(piped)
 }
 
+/// Items a second from the POST's answer to the end; a median.
+async fn drain_rate(
+    stack: &Stack,
+    settings: &Settings<'_>,
+    options: &Options,
+    items: usize,
+    setup: Setup,
+) -> Result<f64> {
+    let mut rates = Vec::new();
+    for _ in 0..options.repeat {
+        rates.push(mailrun(stack, settings, items, setup).await?.drain_items_per_second());
+    }
+    Ok(median(rates))
+}
+
 async fn latency(
     stack: &Stack,
     settings: &Settings<'_>,
@@ -178,11 +193,8 @@ async fn latency(
     let setup = Setup { latency: Duration::from_millis(latency_ms), ..Setup::default() };
     let by_permits = setup.bound(settings.config);
     let items = items_within(by_permits, options);
-    let mut rates = Vec::new();
-    for _ in 0..options.repeat {
-        rates.push(mailrun(stack, settings, items, setup).await?.drain_items_per_second());
-    }
-    let measured = Latency::new(latency_ms, items, median(rates), by_permits, ceiling);
+    let rate = drain_rate(stack, settings, options, items, setup).await?;
+    let measured = Latency::new(latency_ms, items, rate, by_permits, ceiling);
     eprintln!("With {latency_ms} ms for each mail: {:.0} items/s", measured.items_per_second());
     Ok(measured)
 }

@@ -6,7 +6,7 @@ use std::{fmt, time::Duration};
 use anyhow::Result;
 use serde::Serialize;
 
-use super::{Options, Settings, items_within, mailrun, pipeline::Setup, report::median};
+use super::{Options, Settings, drain_rate, items_within, pipeline::Setup};
 use crate::stack::Stack;
 
 /// What the mail server takes for each mail: with the first the servers are the limit, with the second the permits.
@@ -33,30 +33,21 @@ pub(super) async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Op
     for latency_ms in LATENCIES_MS {
         for senders in &options.senders {
             let setup = Setup { senders: usize::try_from(*senders)?, latency: Duration::from_millis(latency_ms) };
-            let measured = with(stack, settings, options, setup, latency_ms).await?;
+            let bound = (latency_ms > 0).then(|| setup.bound(settings.config));
+            // Only a slow mail server makes a long list last too long.
+            let recipients = items_within(bound.unwrap_or(f64::INFINITY), options);
+            let measured = Senders {
+                senders: setup.senders,
+                latency_ms,
+                recipients,
+                items_per_second: drain_rate(stack, settings, options, recipients, setup).await?,
+                bound_items_per_second: bound,
+            };
             eprintln!("{measured}");
             all.push(measured);
         }
     }
     Ok(all)
-}
-
-async fn with(
-    stack: &Stack,
-    settings: &Settings<'_>,
-    options: &Options,
-    setup: Setup,
-    latency_ms: u64,
-) -> Result<Senders> {
-    let bound = (latency_ms > 0).then(|| setup.bound(settings.config));
-    // Only a slow mail server makes a long list last too long.
-    let recipients = items_within(bound.unwrap_or(f64::INFINITY), options);
-    let mut rates = Vec::new();
-    for _ in 0..options.repeat {
-        rates.push(mailrun(stack, settings, recipients, setup).await?.drain_items_per_second());
-    }
-    let items_per_second = median(rates);
-    Ok(Senders { senders: setup.senders, latency_ms, recipients, items_per_second, bound_items_per_second: bound })
 }
 
 impl fmt::Display for Senders {

@@ -98,6 +98,5 @@ impl Rate {
 }
 
 async fn settled(mailrun: &Mailrun, run: &Run) -> Result<u64> {
-    let progress = mailrun.progress(run).await?;
-    Ok(progress.total - progress.pending)
+    Ok(mailrun.progress(run).await?.settled())
 }

@@ -29,7 +29,10 @@ use super::{
     statements::Statements,
     writes::Writes,
 };
-use crate::{stack::Stack, visitor::login};
+use crate::{
+    stack::Stack,
+    visitor::{Progress, login},
+};
 
 /// The page's: from an answer to the next poll.
 const LIVE: Duration = Duration::from_millis(300);
@@ -245,10 +248,9 @@ impl Watcher {
         let answer = self.line.ask(question).await?;
         let took = started.elapsed();
         let at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
-        let number = |name| number(&answer, name).context("an answer without numbers");
-        let settled = number("\"total\":")? - number("\"pending\":")?;
-        self.polls.push(Poll { took, at, settled });
-        Ok(answer.contains("\"over\":true"))
+        let progress: Progress = serde_json::from_slice(&answer)?;
+        self.polls.push(Poll { took, at, settled: usize::try_from(progress.settled())? });
+        Ok(progress.over)
     }
 }
 
@@ -263,7 +265,7 @@ impl Line {
         Ok(Self(BufStream::with_capacity(2048, 512, stream)))
     }
 
-    async fn ask(&mut self, question: &str) -> Result<String> {
+    async fn ask(&mut self, question: &str) -> Result<Vec<u8>> {
         self.0.write_all(question.as_bytes()).await?;
         self.0.flush().await?;
         let mut line = String::new();
@@ -279,14 +281,8 @@ impl Line {
         }
         let mut body = vec![0; length];
         self.0.read_exact(&mut body).await?;
-        Ok(String::from_utf8(body)?)
+        Ok(body)
     }
-}
-
-/// The number behind a name: not read as JSON, only found.
-fn number(answer: &str, name: &str) -> Option<usize> {
-    let (_, rest) = answer.split_once(name)?;
-    rest.split([',', '}']).next()?.parse().ok()
 }
 
 impl fmt::Display for Audience {
@@ -337,11 +333,5 @@ mod tests {
     fn percentiles_are_values_that_were_seen() {
         assert_eq!(percentiles((1..=100).map(f64::from).collect()), (Some(50.0), Some(99.0)));
         assert_eq!(percentiles(Vec::new()), (None, None));
-    }
-
-    #[test]
-    fn numbers_are_found_in_an_answer() {
-        assert_eq!(number(r#"{"total":12,"pending":3}"#, "\"pending\":"), Some(3));
-        assert_eq!(number("{}", "\"pending\":"), None);
     }
 }

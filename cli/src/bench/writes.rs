@@ -5,6 +5,8 @@ use std::ops::Sub;
 use anyhow::Result;
 use sqlx::PgConnection;
 
+use super::statements::Statements;
+
 /// What the database has written up to a moment; the difference of two is what it wrote between them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Writes {
@@ -28,12 +30,7 @@ impl Writes {
         )
         .fetch_one(&mut *conn)
         .await?;
-        // The private server loads it where its library is installed.
-        let statements = sqlx::query_scalar(
-            "SELECT coalesce(sum(calls), 0)::bigint FROM pg_stat_statements
-             WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())",
-        );
-        let statements = statements.fetch_one(&mut *conn).await.ok();
+        let statements = Statements::with(conn, "").await.map(|all| all.calls);
         Ok(Self { wal_bytes, commits, statements })
     }
 }
