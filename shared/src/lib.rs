@@ -1,6 +1,6 @@
 //! What web and workers have in common: the messages and tables through which they meet, and the ways to reach both servers.
 //!
-//! `item`, `run`, `message`, `address` and `retry` are pure; `topology` and `broker` speak to RabbitMQ, `store` to
+//! `item`, `run`, `message`, `address`, `template` and `retry` are pure; `topology` and `broker` speak to RabbitMQ, `store` to
 //! PostgreSQL, and the two don't know each other.
 
 pub mod address;
@@ -13,4 +13,5 @@ pub mod run;
 pub mod shutdown;
 pub mod store;
 pub mod telemetry;
+pub mod template;
 pub mod topology;

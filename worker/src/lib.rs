@@ -16,6 +16,7 @@ pub mod prune;
 mod replay;
 mod send;
 mod sweep;
+mod templates;
 
 use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
 
@@ -87,7 +88,7 @@ pub enum WorkerError {
     Database(#[from] sqlx::Error),
     /// The mailer can't be used as configured.
     #[error(transparent)]
-    Mailer(#[from] mailer::SimulatedError),
+    Mailer(#[from] mailer::MailerError),
     /// A part ended by itself.
     #[error("a part of the worker ended by itself; the process is of no use without it")]
     DeadTask,
@@ -172,9 +173,9 @@ fn start(
                 parts.spawn(prune::run(pool.clone(), config.retention.clone(), stop.clone()));
             }
             Role::Send => {
-                let transport = mailer::transport(&config.mailer)?;
+                let mailer = mailer::mailer(&config.mailer)?;
                 let senders =
-                    Senders::new(config.clone(), pool.clone(), publisher.clone(), Arc::clone(heartbeat), transport);
+                    Senders::new(config.clone(), pool.clone(), publisher.clone(), Arc::clone(heartbeat), mailer);
                 parts.spawn(senders.run(consume(broker.item_queues(), config.send.prefetch), stop.clone()));
             }
             Role::Progress => {

@@ -29,22 +29,53 @@ pub struct Next {
     pub result: ItemResult,
 }
 
+/// What the settings say of attempts that did not succeed.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// How long an item waits before its second, third, … try.
+    pub rungs: Vec<Duration>,
+    /// What follows when nobody can know whether an invitation went out.
+    pub on_unknown: OnUnknown,
+}
+
+impl Rules {
+    /// The rung for what is to be looked at again soon.
+    #[must_use]
+    pub fn shortest(&self) -> Duration {
+        self.rungs.iter().min().copied().unwrap_or_default()
+    }
+
+    /// The rung for what has to wait longer than any.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        self.rungs.iter().max().copied().unwrap_or_default()
+    }
+}
+
 /// After a send.
 #[must_use]
-pub fn after_send(item: ItemMessage, outcome: Outcome, rungs: &[Duration]) -> Next {
+pub fn after_send(item: ItemMessage, outcome: Outcome, rules: &Rules) -> Next {
     match outcome {
         Outcome::Sent => Next { follow_up: None, result: item.result(ItemState::Sent, None) },
-        Outcome::Retry(error) => match rung(rungs, item.tries) {
-            Some(delay) => Next {
-                follow_up: Some(Outgoing::new(&item.next_try()).to(retry_queue(delay)).of_run(item.run_id)),
-                result: ItemResult {
-                    due_in_ms: Some(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)),
-                    ..item.result(ItemState::Retrying, Some(error))
-                },
-            },
-            None => dead(item, ItemState::Failed, DeadReason::Failed, error),
+        Outcome::Retry(reason) => match rung(&rules.rungs, item.tries) {
+            Some(delay) => wait(item, item.next_try(), delay, reason),
+            None => dead(item, ItemState::Failed, DeadReason::Failed, reason),
         },
-        Outcome::Failed(error) => dead(item, ItemState::Failed, DeadReason::Failed, error),
+        // The mail server's trouble is not the address's fault: no try is charged, however long it lasts.
+        Outcome::Later(reason) => wait(item, item.again(), rules.longest(), reason),
+        Outcome::Failed { reason, .. } => dead(item, ItemState::Failed, DeadReason::Failed, reason),
+        Outcome::Unknown(reason) => unclear(item, rules.on_unknown, reason),
+    }
+}
+
+/// The next attempt waits on a rung.
+fn wait(item: ItemMessage, next: ItemMessage, delay: Duration, reason: String) -> Next {
+    Next {
+        follow_up: Some(Outgoing::new(&next).to(retry_queue(delay)).of_run(item.run_id)),
+        result: ItemResult {
+            due_in_ms: Some(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)),
+            ..item.result(ItemState::Retrying, Some(reason))
+        },
     }
 }
 
@@ -66,11 +97,15 @@ pub fn after_cut_off(item: ItemMessage) -> Next {
 /// After a worker died between its claim and its report.
 #[must_use]
 pub fn after_death(item: ItemMessage, policy: OnUnknown) -> Next {
+    unclear(item, policy, UNKNOWN.into())
+}
+
+fn unclear(item: ItemMessage, policy: OnUnknown, reason: String) -> Next {
     match policy {
-        OnUnknown::Hold => dead(item, ItemState::Unknown, DeadReason::Unknown, UNKNOWN.into()),
+        OnUnknown::Hold => dead(item, ItemState::Unknown, DeadReason::Unknown, reason),
         OnUnknown::Resend => Next {
             follow_up: Some(Outgoing::new(&item.again()).of_run(item.run_id)),
-            result: ItemResult { due_in_ms: Some(0), ..item.result(ItemState::Retrying, Some(UNKNOWN.into())) },
+            result: ItemResult { due_in_ms: Some(0), ..item.result(ItemState::Retrying, Some(reason)) },
         },
     }
 }
@@ -146,7 +181,9 @@ mod tests {
     use super::*;
     use mailrun_shared::item::Standing;
 
-    const RUNGS: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(1)];
+    fn rules() -> Rules {
+        Rules { rungs: vec![Duration::from_millis(250), Duration::from_secs(1)], on_unknown: OnUnknown::Hold }
+    }
 
     fn item(attempt: i32, tries: i16) -> ItemMessage {
         ItemMessage { run_id: uuid::Uuid::from_u128(1), item_id: 5, attempt, tries, replays: 0 }
@@ -155,13 +192,30 @@ mod tests {
     #[test]
     fn an_item_climbs_the_rungs_and_then_dies() {
         let down = || Outcome::Retry("down".into());
-        let first = after_send(item(1, 1), down(), &RUNGS);
+        let first = after_send(item(1, 1), down(), &rules());
         assert_eq!((first.result.state, first.result.due_in_ms), (ItemState::Retrying, Some(250)));
         assert!(first.follow_up.is_some());
-        assert_eq!(after_send(item(2, 2), down(), &RUNGS).result.due_in_ms, Some(1000));
-        assert_eq!(after_send(item(3, 3), down(), &RUNGS).result.state, ItemState::Failed);
-        assert_eq!(after_send(item(1, 1), Outcome::Failed("no".into()), &RUNGS).result.state, ItemState::Failed);
-        assert!(after_send(item(1, 1), Outcome::Sent, &RUNGS).follow_up.is_none());
+        assert_eq!(after_send(item(2, 2), down(), &rules()).result.due_in_ms, Some(1000));
+        assert_eq!(after_send(item(3, 3), down(), &rules()).result.state, ItemState::Failed);
+        let refused = Outcome::Failed { reason: "no".into(), bad_address: true };
+        assert_eq!(after_send(item(1, 1), refused, &rules()).result.state, ItemState::Failed);
+        assert!(after_send(item(1, 1), Outcome::Sent, &rules()).follow_up.is_none());
+    }
+
+    #[test]
+    fn the_mail_servers_trouble_costs_no_try() {
+        let later = |tries| after_send(item(9, tries), Outcome::Later("421 busy".into()), &rules()).result;
+        assert_eq!((later(1).state, later(1).tries, later(1).due_in_ms), (ItemState::Retrying, 1, Some(1000)));
+        // Even the last one of the budget.
+        assert_eq!((later(3).state, later(3).tries), (ItemState::Retrying, 3));
+    }
+
+    #[test]
+    fn a_lost_answer_is_held_or_resent_as_the_policy_says() {
+        let lost = || Outcome::Unknown("dropped".into());
+        assert_eq!(after_send(item(1, 1), lost(), &rules()).result.state, ItemState::Unknown);
+        let resend = Rules { on_unknown: OnUnknown::Resend, ..rules() };
+        assert_eq!(after_send(item(1, 1), lost(), &resend).result.state, ItemState::Retrying);
     }
 
     #[test]

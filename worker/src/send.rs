@@ -31,8 +31,9 @@ use crate::{
     claims::{Claims, Key, Known},
     consumer::{Consumer, Delivery},
     heartbeat::Heartbeat,
-    mailer::{Mail, Mailer, Outcome, Transport},
-    outcome::{Next, Refused, after_cancel, after_cut_off, after_death, after_send, refused},
+    mailer::{Mail, Mailer, Outcome},
+    outcome::{Next, Refused, Rules, after_cancel, after_cut_off, after_death, after_send, refused},
+    templates::{Templates, TemplatesError},
 };
 
 /// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
@@ -47,12 +48,11 @@ pub struct Senders {
     pool: PgPool,
     publisher: Publisher,
     heartbeat: Arc<Heartbeat>,
-    transport: Box<dyn Transport>,
-    /// Mailers without work. There are never more than permits.
-    idle: Mutex<Vec<Box<dyn Mailer>>>,
+    mailer: Box<dyn Mailer>,
+    templates: Templates,
     claims: Mutex<Claims>,
     permits: Arc<Semaphore>,
-    rungs: Vec<Duration>,
+    rules: Rules,
     config: Config,
 }
 
@@ -77,17 +77,17 @@ impl Senders {
         pool: PgPool,
         publisher: Publisher,
         heartbeat: Arc<Heartbeat>,
-        transport: Box<dyn Transport>,
+        mailer: Box<dyn Mailer>,
     ) -> Arc<Self> {
         Arc::new(Self {
+            templates: Templates::new(pool.clone()),
             pool,
             publisher,
             heartbeat,
-            transport,
-            idle: Mutex::default(),
+            mailer,
             claims: Mutex::default(),
             permits: Arc::new(Semaphore::new(config.send.permits)),
-            rungs: config.retry.rungs(),
+            rules: Rules { rungs: config.retry.rungs(), on_unknown: config.send.on_unknown },
             config,
         })
     }
@@ -190,35 +190,47 @@ impl Senders {
         if claimed.cancelled {
             return after_cancel(item);
         }
+        let template = match self.templates.of(claimed.run_id).await {
+            Ok(template) => template,
+            Err(error) => {
+                return match &*error {
+                    TemplatesError::Ledger(error) => {
+                        warn!(%error, item_id = item.item_id, "what the run says can't be read: not sending now");
+                        after_cut_off(item)
+                    }
+                    TemplatesError::Template(error) => {
+                        let outcome = Outcome::Failed { reason: error.to_string(), bad_address: false };
+                        after_send(item, outcome, &self.rules)
+                    }
+                };
+            }
+        };
         let mail = Mail {
             message_id: format!("<{}.{}@mailrun>", claimed.item_id, claimed.run_id.simple()),
             email: claimed.email,
             name: claimed.name,
-            subject: claimed.subject,
-            body: claimed.body,
+            template,
+            unsubscribe: None,
             position: claimed.position,
             tries: item.tries,
             replays: item.replays,
         };
-        let mut mailer = self.idle().pop().unwrap_or_else(|| self.transport.open());
         let mut waits = in_process(
             Duration::from_millis(self.config.retry.in_process_first_ms),
             self.config.retry.in_process_tries,
         );
-        let next = loop {
+        loop {
             // Others may have declared this attempt unknown by now: then it is not for us to send it.
             if !self.heartbeat.is_fresh() {
                 warn!(item_id = item.item_id, attempt = item.attempt, "cut off for too long: not sending");
                 break after_cut_off(item);
             }
-            let outcome = mailer.send(&mail).await;
+            let outcome = self.mailer.send(&mail).await;
             match (&outcome, waits.next()) {
                 (Outcome::Retry(_), Some(wait)) => sleep(wait).await,
-                _ => break after_send(item, outcome, &self.rungs),
+                _ => break after_send(item, outcome, &self.rules),
             }
-        };
-        self.idle().push(mailer);
-        next
+        }
     }
 
     /// Publishes follow-ups, then results, then acknowledges; batch after batch.
@@ -284,7 +296,7 @@ impl Senders {
                 Refused::Cancelled => results.push(after_cancel(item).result),
                 Refused::Orphaned => {
                     warn!(item_id = key.0, attempt = key.1, "its worker died: the outcome is unknown");
-                    let next = after_death(item, self.config.send.on_unknown);
+                    let next = after_death(item, self.rules.on_unknown);
                     follow_ups.extend(next.follow_up);
                     results.push(next.result);
                 }
@@ -331,7 +343,7 @@ impl Senders {
 
     /// Looks again later, through the shortest rung: a delivery is never held through a wait.
     async fn park(&self, asked: Vec<Asked>) {
-        let queue = retry_queue(self.rungs.iter().min().copied().unwrap_or_default());
+        let queue = retry_queue(self.rules.shortest());
         let messages =
             asked.iter().map(|Asked { item, .. }| Outgoing::new(item).of_run(item.run_id).to(queue.clone())).collect();
         if self.publish(messages).await {
@@ -387,9 +399,5 @@ impl Senders {
 
     fn claims(&self) -> MutexGuard<'_, Claims> {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<Box<dyn Mailer>>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

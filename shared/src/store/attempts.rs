@@ -22,10 +22,6 @@ pub struct Claimed {
     pub email: String,
     /// The recipient's name.
     pub name: Option<String>,
-    /// The invitation's subject.
-    pub subject: String,
-    /// The invitation's text.
-    pub body: String,
     /// The run is cancelled: the claim is nobody's, and the attempt is not to be carried out.
     pub cancelled: bool,
 }
@@ -59,11 +55,10 @@ pub async fn claim(
                RETURNING item_id, number, worker_id
            )
            SELECT claimed.item_id AS "item_id!", claimed.number AS "number!", i.run_id, i.position, u.email, u.name,
-                  r.subject, r.body, claimed.worker_id = $4 AS "cancelled!"
+                  claimed.worker_id = $4 AS "cancelled!"
            FROM claimed
            JOIN run_items i ON i.id = claimed.item_id
-           JOIN users u ON u.id = i.user_id
-           JOIN runs r ON r.id = i.run_id"#,
+           JOIN users u ON u.id = i.user_id"#,
         worker_id,
         item_ids,
         numbers,

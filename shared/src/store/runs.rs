@@ -174,6 +174,15 @@ pub async fn summary(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Summary
     }))
 }
 
+/// What a run says: its subject and text.
+///
+/// # Errors
+/// The database's; `RowNotFound` if there is no such run.
+pub async fn text(pool: &PgPool, run_id: Uuid) -> sqlx::Result<(String, String)> {
+    let row = sqlx::query!("SELECT subject, body FROM runs WHERE id = $1", run_id).fetch_one(pool).await?;
+    Ok((row.subject, row.body))
+}
+
 /// The failed and unknown items of a run, behind a position.
 ///
 /// # Errors

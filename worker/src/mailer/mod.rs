@@ -1,9 +1,11 @@
-//! Who carries the mail. Each parallel send has a mailer of its own, as it would have a connection of its own.
+//! Who carries the mail.
 
 mod simulated;
 
+use std::{sync::Arc, time::Instant};
+
 use async_trait::async_trait;
-use mailrun_shared::config::MailerConfig;
+use mailrun_shared::{config::MailerConfig, template::Template};
 
 pub use simulated::{Simulated, SimulatedError};
 
@@ -16,10 +18,10 @@ pub struct Mail {
     pub email: String,
     /// The recipient's name.
     pub name: Option<String>,
-    /// The subject.
-    pub subject: String,
-    /// The text.
-    pub body: String,
+    /// What the run says to everybody: a mailer that sends renders it for this recipient.
+    pub template: Arc<Template>,
+    /// Where the recipient can say that this is enough; none: the installation has no address that others can reach.
+    pub unsubscribe: Option<String>,
     /// Its place in the run, from 1.
     pub position: i32,
     /// Which try of the present budget this is, from 1.
@@ -33,29 +35,62 @@ pub struct Mail {
 pub enum Outcome {
     /// The mail server accepted it.
     Sent,
-    /// It was certainly not sent, for a reason that may pass.
+    /// It was certainly not sent, for a reason that may lie in this mail, and may pass. It costs a try.
     Retry(String),
+    /// It was certainly not sent, for a reason that has nothing to do with it: the mail server is away, or wants less. It costs
+    /// no try, and the lane is closed for a while.
+    Later(String),
     /// It was certainly not sent, and never will be.
-    Failed(String),
+    Failed {
+        /// Why.
+        reason: String,
+        /// The address itself is what is wrong: nobody should write to it again.
+        bad_address: bool,
+    },
+    /// It was handed over, and the answer never came.
+    Unknown(String),
 }
 
-/// Sends one mail at a time.
+/// Whether anything can be sent at present.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// As much as there are permits for.
+    Open,
+    /// One mail, to see whether the mail server takes it.
+    Trying,
+    /// Nothing.
+    Closed {
+        /// Why, in the mail server's words.
+        reason: String,
+        /// When it is tried again.
+        until: Instant,
+    },
+}
+
+/// Sends mail, as many at a time as are asked of it.
 #[async_trait]
-pub trait Mailer: Send {
-    /// Hands `mail` to the mail server. When it returns, its fate is certain.
-    async fn send(&mut self, mail: &Mail) -> Outcome;
+pub trait Mailer: Send + Sync {
+    /// Hands `mail` to the mail server.
+    async fn send(&self, mail: &Mail) -> Outcome;
+
+    /// Whether to send at present. Whoever sends all the same gets [`Outcome::Later`].
+    fn lane(&self) -> Lane {
+        Lane::Open
+    }
 }
 
-/// Opens mailers.
-pub trait Transport: Send + Sync {
-    /// A mailer with a state (a connection, say) of its own. Cheap: it connects when it first sends.
-    fn open(&self) -> Box<dyn Mailer>;
+/// Why the mailer can't be used as configured.
+#[derive(Debug, thiserror::Error)]
+pub enum MailerError {
+    /// The simulated one.
+    #[error(transparent)]
+    Simulated(#[from] SimulatedError),
 }
 
-/// The transport that the configuration asks for.
+/// The mailer that the configuration asks for.
 ///
 /// # Errors
 /// When it can't be used as configured.
-pub fn transport(config: &MailerConfig) -> Result<Box<dyn Transport>, SimulatedError> {
+pub fn mailer(config: &MailerConfig) -> Result<Box<dyn Mailer>, MailerError> {
     Ok(Box::new(Simulated::new(&config.simulated)?))
 }

@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use mailrun_shared::config::SimulatedConfig;
 use tokio::time::sleep;
 
-use super::{Mail, Mailer, Outcome, Transport};
+use super::{Mail, Mailer, Outcome};
 
 /// The error that lasts until a person replays the email.
 const DOWN: &str = "Internet Down";
@@ -70,41 +70,30 @@ impl Simulated {
     }
 }
 
-impl Transport for Simulated {
-    fn open(&self) -> Box<dyn Mailer> {
-        Box::new(Session { server: self.clone(), handed_over: 0 })
-    }
-}
-
-/// One connection to it.
-struct Session {
-    server: Simulated,
-    handed_over: u64,
-}
-
 #[async_trait]
-impl Mailer for Session {
-    async fn send(&mut self, mail: &Mail) -> Outcome {
-        if !self.server.latency.is_zero() {
-            sleep(self.server.latency).await;
+impl Mailer for Simulated {
+    async fn send(&self, mail: &Mail) -> Outcome {
+        if !self.latency.is_zero() {
+            sleep(self.latency).await;
         }
-        if let Some(error) = self.server.failure(mail) {
+        if let Some(error) = self.failure(mail) {
             return Outcome::Retry(error.into());
         }
-        if let Some(mut journal) = self.server.journal.as_deref() {
+        if let Some(mut journal) = self.journal.as_deref() {
             // One write for the whole line: several processes append to the same file.
             if let Err(error) = journal.write_all(format!("{}\n", mail.message_id).as_bytes()) {
                 return Outcome::Retry(format!("the journal can't be written: {error}"));
             }
         }
-        self.handed_over += 1;
-        tracing::trace!(handed_over = self.handed_over, message_id = mail.message_id, "sent");
+        tracing::trace!(message_id = mail.message_id, "sent");
         Outcome::Sent
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use mailrun_shared::template::Template;
+
     use super::*;
 
     fn mail(position: i32, tries: i16, replays: i16) -> Mail {
@@ -112,8 +101,8 @@ mod tests {
             message_id: "<1@mailrun>".into(),
             email: "ann@example.org".into(),
             name: None,
-            subject: String::new(),
-            body: String::new(),
+            template: Arc::new(Template::new("Hello", "").unwrap()),
+            unsubscribe: None,
             position,
             tries,
             replays,
@@ -122,7 +111,7 @@ mod tests {
 
     #[tokio::test]
     async fn every_hundredth_meets_internet_down_until_it_is_replayed() {
-        let mut session = Simulated::new(&SimulatedConfig::default()).unwrap().open();
+        let session = Simulated::new(&SimulatedConfig::default()).unwrap();
         let down = Outcome::Retry(DOWN.into());
         assert_eq!(session.send(&mail(99, 1, 0)).await, Outcome::Sent);
         assert_eq!(session.send(&mail(100, 1, 0)).await, down);
@@ -132,7 +121,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_smaller_share_fails_once() {
-        let mut session = Simulated::new(&SimulatedConfig::default()).unwrap().open();
+        let session = Simulated::new(&SimulatedConfig::default()).unwrap();
         assert_eq!(session.send(&mail(150, 1, 0)).await, Outcome::Retry(FLAKY.into()));
         assert_eq!(session.send(&mail(150, 2, 0)).await, Outcome::Sent);
     }
