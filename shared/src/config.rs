@@ -150,13 +150,22 @@ pub struct FanOutConfig {
     pub deferred_items: i32,
     /// Items released by one step.
     pub chunk_items: i32,
+    /// The most emails that all runs together send in a second; none: no limit. The same for all processes.
+    pub sends_per_second: Option<i32>,
     /// A rate limit lets the pump catch up with at most this much time.
     pub rate_burst_ms: u64,
 }
 
 impl Default for FanOutConfig {
     fn default() -> Self {
-        Self { window_ms: 500, window_items: 10_000, deferred_items: 20_000, chunk_items: 2_500, rate_burst_ms: 500 }
+        Self {
+            window_ms: 500,
+            window_items: 10_000,
+            deferred_items: 20_000,
+            chunk_items: 2_500,
+            sends_per_second: None,
+            rate_burst_ms: 500,
+        }
     }
 }
 
@@ -436,6 +445,9 @@ impl Config {
             || self.fan_out.deferred_items < 1
         {
             return wrong("fan_out", "chunk_items is from 1 to 5000, window_items and deferred_items at least 1");
+        }
+        if self.fan_out.sends_per_second.is_some_and(|limit| limit < 1) {
+            return wrong("fan_out.sends_per_second", "at least 1; leave it out for no limit");
         }
         if self.amqp.publish_lanes == 0 {
             return wrong("amqp.publish_lanes", "at least 1");

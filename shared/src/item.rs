@@ -15,7 +15,9 @@ pub enum ItemState {
     Retrying,
     /// Will not be sent.
     Cancelled,
-    /// Perhaps sent: its worker died between the mail server and the report.
+    /// Will not be sent: the address was suppressed by then.
+    Skipped,
+    /// Perhaps sent: the answer of the mail server was lost, or the worker that waited for it.
     Unknown,
     /// Out of tries, or refused for good.
     Failed,
@@ -25,8 +27,8 @@ pub enum ItemState {
 
 impl ItemState {
     /// Every state, by rank.
-    pub const ALL: [Self; 6] =
-        [Self::Pending, Self::Retrying, Self::Cancelled, Self::Unknown, Self::Failed, Self::Sent];
+    pub const ALL: [Self; 7] =
+        [Self::Pending, Self::Retrying, Self::Cancelled, Self::Skipped, Self::Unknown, Self::Failed, Self::Sent];
 
     /// Whether the item still has to be sent in the present pass.
     #[must_use]
@@ -79,7 +81,7 @@ impl Standing {
 
 /// How one applied result changes a run's counters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CounterDelta([i32; 6]);
+pub struct CounterDelta([i32; ItemState::ALL.len()]);
 
 impl CounterDelta {
     /// The change in the number of items in `state`.
@@ -146,7 +148,7 @@ mod tests {
             results in prop::collection::vec((0..5usize, standing()), 0..60)
         ) {
             let mut items = [Standing::NEW; 5];
-            let mut counters = [0; 6];
+            let mut counters = [0; ItemState::ALL.len()];
             counters[ItemState::Pending as usize] = 5;
             for (index, result) in results {
                 let (next, delta) = merge(items[index], result);

@@ -199,6 +199,7 @@ impl ItemMessage {
             state,
             error,
             due_in_ms: None,
+            bad_address: false,
         }
     }
 }
@@ -266,6 +267,9 @@ pub struct ItemResult {
     /// retrying: the next attempt is due after so many milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub due_in_ms: Option<i64>,
+    /// failed: the mail server says that there is no such address. Nobody writes to it again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bad_address: bool,
 }
 
 /// Why a message is in the dead letters: the header `x-mailrun-reason`.

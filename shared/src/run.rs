@@ -26,6 +26,7 @@ pub struct Counters {
     pub pending: i32,
     pub retrying: i32,
     pub cancelled: i32,
+    pub skipped: i32,
     pub unknown: i32,
     pub failed: i32,
     pub sent: i32,
@@ -139,40 +140,46 @@ pub fn room(window: i32, outstanding: i32) -> i32 {
     if room * 4 >= window { room } else { 0 }
 }
 
-/// A grant to release items under a rate limit.
+/// A rate limit, and how far it is used up.
+///
+/// This is the leaky bucket as a meter (GCRA): each send moves `next_due_at` on by its share of a second, so the rate is
+/// exact over any time, however many pumps spend from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Allowance {
-    /// So many items may be released now.
-    pub items: i32,
-    /// The next one may be released from this moment on.
+pub struct Budget {
+    per_second: i32,
+    /// The next send is due from this moment on.
     pub next_due_at: DateTime<Utc>,
 }
 
-/// Grants at most `wish` items to a run that may release `per_second`.
-///
-/// This is the leaky bucket as a meter (GCRA): each item moves `next_due_at` on by its share of a second, so the rate is
-/// exact over any time, however many pumps ask; what went unused is not saved up beyond `burst`.
-#[must_use]
-pub fn allow(
-    wish: i32,
-    per_second: Option<i32>,
-    next_due_at: DateTime<Utc>,
-    now: DateTime<Utc>,
-    burst: Duration,
-) -> Allowance {
-    let Some(per_second) = per_second else {
-        return Allowance { items: wish, next_due_at: now };
-    };
-    let burst = TimeDelta::from_std(burst).unwrap_or(TimeDelta::zero());
-    let from = next_due_at.max(now - burst);
-    let Some(late_us) = (now - from).num_microseconds().filter(|late| *late >= 0) else {
-        return Allowance { items: 0, next_due_at };
-    };
-    // One is due at `from` itself, another one after each interval since.
-    let due = late_us.saturating_mul(i64::from(per_second)) / 1_000_000 + 1;
-    let items = i32::try_from(due).unwrap_or(i32::MAX).min(wish);
-    let spent_us = i64::from(items) * 1_000_000 / i64::from(per_second);
-    Allowance { items, next_due_at: from + TimeDelta::microseconds(spent_us) }
+impl Budget {
+    /// The budget as it stands `now`. What went unused is not saved up beyond `burst`.
+    #[must_use]
+    pub fn new(per_second: i32, next_due_at: DateTime<Utc>, now: DateTime<Utc>, burst: Duration) -> Self {
+        let burst = TimeDelta::from_std(burst).unwrap_or(TimeDelta::zero());
+        Self { per_second: per_second.max(1), next_due_at: next_due_at.max(now - burst) }
+    }
+
+    /// How many sends are due.
+    #[must_use]
+    pub fn due(&self, now: DateTime<Utc>) -> i32 {
+        let Some(late_us) = (now - self.next_due_at).num_microseconds().filter(|late| *late >= 0) else { return 0 };
+        // One is due at the moment itself, another one after each interval since.
+        let due = late_us.saturating_mul(i64::from(self.per_second)) / 1_000_000 + 1;
+        i32::try_from(due).unwrap_or(i32::MAX)
+    }
+
+    /// The budget after so many sends, whether they were due or not.
+    #[must_use]
+    pub fn spend(self, sends: i32) -> Self {
+        let spent_us = i64::from(sends) * 1_000_000 / i64::from(self.per_second);
+        Self { next_due_at: self.next_due_at + TimeDelta::microseconds(spent_us), ..self }
+    }
+
+    /// How many sends it allows in `time`.
+    #[must_use]
+    pub fn within(&self, time: Duration) -> i32 {
+        (f64::from(self.per_second) * time.as_secs_f64()) as i32
+    }
 }
 
 #[cfg(test)]
@@ -268,9 +275,14 @@ mod tests {
     }
 
     #[test]
-    fn without_a_limit_everything_is_allowed() {
-        let now = Utc::now();
-        assert_eq!(allow(500, None, now, now, Duration::ZERO).items, 500);
+    fn what_was_sent_without_being_due_is_made_up_for() {
+        let now = DateTime::UNIX_EPOCH;
+        let budget = Budget::new(10, now, now, Duration::ZERO);
+        assert_eq!(budget.due(now), 1);
+        let overdrawn = budget.spend(20);
+        assert_eq!(overdrawn.due(now + TimeDelta::milliseconds(1_999)), 0);
+        assert_eq!(overdrawn.due(now + TimeDelta::seconds(2)), 1);
+        assert_eq!(overdrawn.due(now + TimeDelta::seconds(3)), 11);
     }
 
     proptest! {
@@ -285,9 +297,10 @@ mod tests {
             let (mut now, mut next_due_at, mut released) = (start, start, 0i64);
             for wait in &waits_ms {
                 now += TimeDelta::milliseconds(*wait);
-                let allowance = allow(wish, Some(per_second), next_due_at, now, burst);
-                next_due_at = allowance.next_due_at;
-                released += i64::from(allowance.items);
+                let budget = Budget::new(per_second, next_due_at, now, burst);
+                let items = budget.due(now).min(wish);
+                next_due_at = budget.spend(items).next_due_at;
+                released += i64::from(items);
             }
             let elapsed_ms = (now - start).num_milliseconds();
             // Each chunk may round one microsecond down for each of its items.

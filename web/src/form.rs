@@ -181,6 +181,7 @@ impl Problem {
     fn nothing_new(tally: Tally) -> Self {
         let known = tally.already_invited + tally.already_failed;
         let title = match (known, tally.invalid) {
+            (0, _) if tally.suppressed > 0 => "Nobody in the list can be invited.",
             (0, _) => "There is no valid address in the list.",
             (_, 0) if tally.already_failed == 0 => "Everyone in the list has been invited already.",
             _ => "Nobody in the list can be invited anew.",
@@ -189,6 +190,10 @@ impl Problem {
         if tally.already_invited > 0 {
             let who = counted(tally.already_invited, "person was", "people were");
             reasons.push(format!("{who} invited before, or waiting in another run."));
+        }
+        if tally.suppressed > 0 {
+            let who = counted(tally.suppressed, "address is", "addresses are");
+            reasons.push(format!("{who} not to be written to: unsubscribed, or without a mailbox."));
         }
         if tally.repeated > 0 {
             let what = counted(tally.repeated, "address stands", "addresses stand");

@@ -38,6 +38,7 @@ pub(crate) struct Snapshot {
     pub(crate) failed: i32,
     pub(crate) unknown: i32,
     pub(crate) cancelled: i32,
+    pub(crate) skipped: i32,
     pub(crate) elapsed_ms: i64,
     /// Items a second: at present, or once it is over on average; null: that says nothing.
     pub(crate) rate: Option<f64>,
@@ -49,7 +50,7 @@ pub(crate) struct Snapshot {
     pub(crate) asked: bool,
     /// The settled share.
     pub(crate) percent: i64,
-    /// The bar: the right edges of sent, retrying, failed, unknown and cancelled, in percent.
+    /// The bar: the right edges of sent, retrying, failed, unknown, and cancelled or skipped, in percent.
     pub(crate) edges: [f64; 5],
     /// The phase's name.
     pub(crate) state: &'static str,
@@ -83,6 +84,7 @@ impl Snapshot {
             failed: counters.failed,
             unknown: counters.unknown,
             cancelled: counters.cancelled,
+            skipped: counters.skipped,
             elapsed_ms: progress.elapsed().num_milliseconds(),
             rate,
             over,
@@ -114,10 +116,10 @@ fn rate(progress: &Progress) -> Option<f64> {
     match progress.phase() {
         Phase::Queued | Phase::Paused => None,
         Phase::Running | Phase::Cancelling => Some(progress.rate).filter(|rate| *rate > 0.0),
-        // What a replay has sent can't be told from what was sent before it, and the cancelled were not sent.
+        // What a replay has sent can't be told from what was sent before it, and the cancelled and the skipped were not sent.
         Phase::Finished | Phase::Cancelled if was_replayed(progress) => None,
         Phase::Finished | Phase::Cancelled => {
-            let settled = progress.counters.settled() - progress.counters.cancelled;
+            let settled = progress.counters.settled() - progress.counters.cancelled - progress.counters.skipped;
             let seconds = progress.elapsed().as_seconds_f64();
             (settled > 0 && seconds > 0.0).then(|| f64::from(settled) / seconds)
         }
@@ -128,6 +130,10 @@ fn note(progress: &Progress, asked: bool) -> String {
     let counters = progress.counters;
     match progress.phase() {
         _ if asked => "Asked to send again. It starts in a moment.".to_owned(),
+        Phase::Running | Phase::Queued if progress.held_up.is_some() => format!(
+            "The mail server takes nothing at the moment ({}). Nobody loses an invitation for it: sending goes on by itself.",
+            progress.held_up.as_deref().unwrap_or_default()
+        ),
         Phase::Queued => {
             "Accepted and safe. Sending starts by itself; you can close this page and come back.".to_owned()
         }
@@ -232,6 +238,7 @@ mod tests {
             updated_at: now,
             finished_at: Some(now),
             rate: 0.0,
+            held_up: None,
             now,
         }
     }

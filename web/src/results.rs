@@ -42,7 +42,7 @@ pub(crate) struct Wish {
 struct ResultsPage {
     now: Snapshot,
     created: Moment,
-    legend: [Legend; 6],
+    legend: [Legend; 7],
     summary: Summary,
     more_invalid: i32,
     asked: Option<Uuid>,
@@ -138,7 +138,7 @@ impl Troubles {
     }
 }
 
-fn legend(now: &Snapshot) -> [Legend; 6] {
+fn legend(now: &Snapshot) -> [Legend; 7] {
     let line = |key, name, count, always| Legend { key, name, count, always };
     [
         line("sent", "successful", now.sent, true),
@@ -146,6 +146,7 @@ fn legend(now: &Snapshot) -> [Legend; 6] {
         line("failed", "failed", now.failed, false),
         line("unknown", "unknown", now.unknown, false),
         line("cancelled", "cancelled", now.cancelled, false),
+        line("skipped", "skipped", now.skipped, false),
         line("pending", "to go", now.pending, false),
     ]
 }

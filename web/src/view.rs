@@ -33,6 +33,7 @@ pub(crate) fn progress_text(counters: &Counters) -> String {
         (counters.retrying, "retrying"),
         (counters.unknown, "unknown"),
         (counters.cancelled, "cancelled"),
+        (counters.skipped, "skipped"),
     ] {
         if number > 0 {
             text.push_str(&format!(", {} {what}", grouped(number)));
@@ -47,11 +48,11 @@ pub(crate) fn percent(counters: &Counters) -> i64 {
     if counters.total == 0 { 100 } else { i64::from(counters.settled()) * 100 / i64::from(counters.total) }
 }
 
-/// The right edges of the bar's segments, in percent: sent, retrying, failed, unknown, cancelled. What is left over is
-/// still to be done.
+/// The right edges of the bar's segments, in percent: sent, retrying, failed, unknown, and what will not be sent
+/// (cancelled or skipped). What is left over is still to be done.
 pub(crate) fn edges(counters: &Counters) -> [f64; 5] {
-    let counts =
-        [counters.sent, counters.retrying, counters.failed, counters.unknown, counters.cancelled, counters.pending];
+    let withheld = counters.cancelled + counters.skipped;
+    let counts = [counters.sent, counters.retrying, counters.failed, counters.unknown, withheld, counters.pending];
     let total = f64::from(counters.total.max(1));
     let mut shares = counts.map(|count| f64::from(count) * 100.0 / total);
     let mut borrowed = 0.0;
@@ -165,7 +166,7 @@ mod tests {
 
     fn counters(sent: i32, retrying: i32, failed: i32, unknown: i32, cancelled: i32, pending: i32) -> Counters {
         let total = sent + retrying + failed + unknown + cancelled + pending;
-        Counters { total, pending, retrying, cancelled, unknown, failed, sent }
+        Counters { total, pending, retrying, cancelled, skipped: 0, unknown, failed, sent }
     }
 
     #[test]
@@ -187,6 +188,8 @@ mod tests {
             progress_text(&counters(80, 3, 10, 2, 5, 900)),
             "80 successful, 10 failed, 3 retrying, 2 unknown, 5 cancelled of 1,000"
         );
+        let skipped = Counters { skipped: 3, total: 993, ..counters(990, 0, 0, 0, 0, 0) };
+        assert_eq!(progress_text(&skipped), "990 successful, 3 skipped of 993");
     }
 
     #[test]

@@ -5,13 +5,13 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use chrono::TimeDelta;
+use chrono::{DateTime, TimeDelta, Utc};
 use mailrun_shared::{
     broker::{Broker, BrokerError, Outgoing, Publisher},
     config::Config,
     item::ItemState,
     message::{Command, ItemMessage, ItemResult, RunMessage, Step, decode},
-    run::{Allowance, Flow, Wanted, allow, outstanding, room},
+    run::{Budget, Flow, Wanted, outstanding, room},
     store::{
         attempts, may_pass,
         passes::{self, Advance, Item, Pass, PassKind, Situation},
@@ -52,6 +52,24 @@ enum StepError {
     Ledger(#[from] sqlx::Error),
     #[error(transparent)]
     Broker(#[from] BrokerError),
+}
+
+/// The rate limits that a step keeps to.
+#[derive(Debug, Default)]
+struct Limits {
+    run: Option<Budget>,
+    installation: Option<Budget>,
+}
+
+impl Limits {
+    fn both(&self) -> impl Iterator<Item = Budget> {
+        self.run.into_iter().chain(self.installation)
+    }
+
+    /// How many of the wished-for items may be released now.
+    fn grant(&self, wish: i32, now: DateTime<Utc>) -> i32 {
+        self.both().map(|budget| budget.due(now)).fold(wish, i32::min)
+    }
 }
 
 /// What comes after a step.
@@ -179,23 +197,27 @@ impl FanOut {
         }
         let outstanding = outstanding(&situation.counters, situation.counters.total - situation.first_released);
         let flow = pass.flow.look(situation.now, pass.released, outstanding);
-        let allowance = self.allowance(pass, situation, flow, outstanding);
-        if allowance.items <= 0 || self.is_unapplied(conn, pass, situation).await? {
+        let limits = if cancels { Limits::default() } else { self.limits(conn, pass, situation).await? };
+        let wish =
+            if cancels { self.config.fan_out.chunk_items } else { self.wish(situation, &limits, flow, outstanding) };
+        let granted = limits.grant(wish, situation.now);
+        if granted <= 0 || self.is_unapplied(conn, pass, situation).await? {
             passes::touch(conn, pass).await?;
             return Ok(After::Wait);
         }
-        let items = passes::next_items(conn, pass, allowance.items).await?;
+        let items = passes::next_items(conn, pass, granted).await?;
         let Some(last) = items.last() else {
             passes::finish(conn, pass).await?;
             debug!(run_id = %pass.run_id, pass = pass.number, "the pass has gone over the whole run");
             let replayed = pass.kind == PassKind::Replay;
             return Ok(if replayed { After::TidyDeadLetters(Box::new(pass.clone())) } else { After::Nothing });
         };
+        let released = i32::try_from(items.len()).unwrap_or(i32::MAX);
         let advance = Advance {
             cursor: last.position,
-            released: i32::try_from(items.len()).unwrap_or(i32::MAX),
-            // Fewer than allowed at the end of a run: what is left of the budget doesn't matter any more.
-            next_due_at: allowance.next_due_at,
+            released,
+            next_due_at: limits.run.map_or(situation.now, |budget| budget.spend(released).next_due_at),
+            charged: situation.repeats,
             flow,
         };
         let mut chunk: Vec<Outgoing> = match pass.kind {
@@ -208,6 +230,9 @@ impl FanOut {
         chunk.push(next_step(pass.run_id, pass.number, pass.step + 1));
         self.publish(chunk).await?;
         passes::advance(conn, pass, advance).await?;
+        if let Some(budget) = limits.installation {
+            passes::spend_budget(conn, budget.spend(released).next_due_at).await?;
+        }
         Ok(After::Nothing)
     }
 
@@ -215,19 +240,35 @@ impl FanOut {
         passes::situation(conn, run_id, Duration::from_millis(self.config.heartbeat.dead_after_ms)).await
     }
 
-    /// How many items may be released now: by the window, and by the run's rate limit.
-    fn allowance(&self, pass: &Pass, situation: &Situation, flow: Flow, outstanding: i32) -> Allowance {
+    /// The rate limits that hold for the run, charged with the attempts that were made again since the last step. The
+    /// installation's stays locked until the step is committed.
+    async fn limits(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<Limits> {
+        let burst = Duration::from_millis(self.config.fan_out.rate_burst_ms);
+        let repeats = (situation.repeats - pass.charged).max(0);
+        let budget =
+            |per_second, next_due_at| Budget::new(per_second, next_due_at, situation.now, burst).spend(repeats);
+        let installation = match self.config.fan_out.sends_per_second {
+            Some(per_second) => Some(budget(per_second, passes::lock_budget(conn).await?)),
+            None => None,
+        };
+        Ok(Limits { run: situation.sends_per_second.map(|limit| budget(limit, pass.next_due_at)), installation })
+    }
+
+    /// How many items there is room for.
+    fn wish(&self, situation: &Situation, limits: &Limits, flow: Flow, outstanding: i32) -> i32 {
         let config = &self.config.fan_out;
-        if pass.kind == PassKind::Cancel {
-            return Allowance { items: config.chunk_items, next_due_at: situation.now };
-        }
+        let time = Duration::from_millis(config.window_ms);
         // Twice what can be in flight: a sender that is done finds the next one waiting.
         let least = situation.permits.saturating_mul(2).max(LEAST_WINDOW);
-        let window = flow.window(Duration::from_millis(config.window_ms), least, config.window_items);
-        let deferred = situation.counters.retrying >= config.deferred_items;
-        let wish = if deferred { 0 } else { room(window, outstanding).min(config.chunk_items) };
-        let burst = Duration::from_millis(config.rate_burst_ms);
-        allow(wish, situation.sends_per_second, pass.next_due_at, situation.now, burst)
+        // Under a limit no more may gather than it allows, or the senders would make up for a pause in one burst.
+        let most = limits.both().map(|budget| situation.permits.saturating_add(budget.within(time)).max(LEAST_WINDOW));
+        let most = most.fold(config.window_items, i32::min);
+        let window = flow.window(time, least, most);
+        if situation.counters.retrying >= config.deferred_items {
+            0
+        } else {
+            room(window, outstanding).min(config.chunk_items)
+        }
     }
 
     /// A replay's next chunk waits until the counters show the newest one as pending again, since the window is judged by

@@ -1,11 +1,12 @@
 //! This worker's signs of life, and its own judgement whether others may take it for dead.
 
 use std::{
+    fmt,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicI32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mailrun_shared::{config::HeartbeatConfig, store::workers};
@@ -15,6 +16,8 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::mailer::{Lane, Mailer};
+
 /// A clock that goes on while the machine sleeps, as the others' clocks do: [`std::time::Instant`] stands still then.
 fn since_boot() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
@@ -22,7 +25,6 @@ fn since_boot() -> Duration {
 }
 
 /// A worker process's registration.
-#[derive(Debug)]
 pub struct Heartbeat {
     pool: PgPool,
     worker_id: i64,
@@ -31,6 +33,14 @@ pub struct Heartbeat {
     /// When the newest heartbeat that arrived was begun.
     last: Mutex<Duration>,
     in_flight: AtomicI32,
+    /// What it sends through, if it does.
+    mailer: OnceLock<Arc<dyn Mailer>>,
+}
+
+impl fmt::Debug for Heartbeat {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Heartbeat").field("worker_id", &self.worker_id).finish_non_exhaustive()
+    }
 }
 
 impl Heartbeat {
@@ -51,6 +61,7 @@ impl Heartbeat {
             dead_after: Duration::from_millis(config.dead_after_ms),
             last: Mutex::new(last),
             in_flight: AtomicI32::new(0),
+            mailer: OnceLock::new(),
         })
     }
 
@@ -74,6 +85,12 @@ impl Heartbeat {
     /// Counts claims that are not reported yet, for the operator to see.
     pub fn add_in_flight(&self, change: i32) {
         self.in_flight.fetch_add(change, Ordering::Relaxed);
+    }
+
+    /// From now on the heartbeat says whether this mailer's lane is closed, and why.
+    pub fn tell_of(&self, mailer: Arc<dyn Mailer>) {
+        // There is one mailer in a process.
+        let _ = self.mailer.set(mailer);
     }
 
     /// Beats until `stop`. A heartbeat that fails is not made up for: the next one comes soon enough.
@@ -107,7 +124,11 @@ impl Heartbeat {
 
     async fn write(&self) -> sqlx::Result<()> {
         let mut conn = self.pool.acquire().await?;
-        workers::heartbeat(&mut conn, self.worker_id, self.in_flight.load(Ordering::Relaxed)).await
+        let closed = match self.mailer.get().map(|mailer| mailer.lane()) {
+            Some(Lane::Closed { reason, until }) => Some((reason, until.saturating_duration_since(Instant::now()))),
+            _ => None,
+        };
+        workers::heartbeat(&mut conn, self.worker_id, self.in_flight.load(Ordering::Relaxed), closed).await
     }
 
     /// Says that the process has ended, leaving nothing unreported.

@@ -174,6 +174,7 @@ fn start(
             }
             Role::Send => {
                 let mailer = mailer::mailer(&config.mailer)?;
+                heartbeat.tell_of(Arc::clone(&mailer));
                 let senders =
                     Senders::new(config.clone(), pool.clone(), publisher.clone(), Arc::clone(heartbeat), mailer);
                 parts.spawn(senders.run(consume(broker.item_queues(), config.send.prefetch), stop.clone()));

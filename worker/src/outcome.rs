@@ -8,7 +8,7 @@ use mailrun_shared::{
     item::ItemState,
     message::{DeadReason, ItemMessage, ItemResult},
     retry::rung,
-    store::attempts::{Found, Owner},
+    store::attempts::{Found, Owner, Withheld},
     topology::retry_queue,
 };
 
@@ -18,6 +18,9 @@ use crate::mailer::Outcome;
 pub const UNKNOWN: &str = "the worker died while it was sending; the invitation may have gone out or not";
 /// The reason shown when a worker gave up its claim because it had been cut off.
 const CUT_OFF: &str = "the worker was cut off before it began to send";
+
+/// The reason shown for an item that is skipped.
+const SUPPRESSED: &str = "the address is on the list of those that nobody writes to any more";
 
 /// What an attempt leaves behind: the next attempt, if there is one, and the result. Published in this order, so that a
 /// crash between the two loses nothing.
@@ -45,16 +48,16 @@ impl Rules {
         self.rungs.iter().min().copied().unwrap_or_default()
     }
 
-    /// The rung for what has to wait longer than any.
+    /// The longest rung that is over within `time`, or the shortest of all.
     #[must_use]
-    pub fn longest(&self) -> Duration {
-        self.rungs.iter().max().copied().unwrap_or_default()
+    pub fn rung_within(&self, time: Duration) -> Duration {
+        self.rungs.iter().filter(|rung| **rung <= time).max().copied().unwrap_or_else(|| self.shortest())
     }
 }
 
-/// After a send.
+/// After a send. `closed_for` is how long the mail server has asked to be left alone.
 #[must_use]
-pub fn after_send(item: ItemMessage, outcome: Outcome, rules: &Rules) -> Next {
+pub fn after_send(item: ItemMessage, outcome: Outcome, closed_for: Duration, rules: &Rules) -> Next {
     match outcome {
         Outcome::Sent => Next { follow_up: None, result: item.result(ItemState::Sent, None) },
         Outcome::Retry(reason) => match rung(&rules.rungs, item.tries) {
@@ -62,8 +65,11 @@ pub fn after_send(item: ItemMessage, outcome: Outcome, rules: &Rules) -> Next {
             None => dead(item, ItemState::Failed, DeadReason::Failed, reason),
         },
         // The mail server's trouble is not the address's fault: no try is charged, however long it lasts.
-        Outcome::Later(reason) => wait(item, item.again(), rules.longest(), reason),
-        Outcome::Failed { reason, .. } => dead(item, ItemState::Failed, DeadReason::Failed, reason),
+        Outcome::Later(reason) => wait(item, item.again(), rules.rung_within(closed_for), reason),
+        Outcome::Failed { reason, bad_address } => {
+            let next = dead(item, ItemState::Failed, DeadReason::Failed, reason);
+            Next { result: ItemResult { bad_address, ..next.result }, ..next }
+        }
         Outcome::Unknown(reason) => unclear(item, rules.on_unknown, reason),
     }
 }
@@ -79,10 +85,13 @@ fn wait(item: ItemMessage, next: ItemMessage, delay: Duration, reason: String) -
     }
 }
 
-/// After a claim in a cancelled run.
+/// What becomes of an item whose attempt is nobody's to carry out.
 #[must_use]
-pub fn after_cancel(item: ItemMessage) -> Next {
-    Next { follow_up: None, result: item.result(ItemState::Cancelled, None) }
+pub fn withheld(item: ItemMessage, why: Withheld) -> ItemResult {
+    match why {
+        Withheld::Cancelled => item.result(ItemState::Cancelled, None),
+        Withheld::Suppressed => item.result(ItemState::Skipped, Some(SUPPRESSED.into())),
+    }
 }
 
 /// After a claim that its worker gave up before it spoke to the mail server.
@@ -129,8 +138,8 @@ pub enum Refused {
     Mine,
     /// Another worker has it, and lives: what it does will be known later.
     InOtherHands,
-    /// The run is cancelled, and the attempt will never be made.
-    Cancelled,
+    /// The attempt will never be made.
+    Withheld(Withheld),
     /// Its worker died with it.
     Orphaned,
 }
@@ -143,7 +152,7 @@ pub fn refused(found: Option<&Found>, me: i64) -> Refused {
         return Refused::Outdated;
     }
     match found.owner {
-        Some(Owner::Nobody) => Refused::Cancelled,
+        Some(Owner::Nobody(why)) => Refused::Withheld(why),
         Some(Owner::Worker { id, .. }) if id == me => Refused::Mine,
         Some(Owner::Worker { alive: true, .. }) => Refused::InOtherHands,
         Some(Owner::Worker { alive: false, .. }) => Refused::Orphaned,
@@ -159,8 +168,8 @@ pub enum Repair {
     PutBack,
     /// Its worker lives, and will report.
     Leave,
-    /// The run is cancelled: say so again.
-    Cancel,
+    /// It will never be sent: say so again.
+    Withhold(Withheld),
     /// Its worker died with it.
     Bury,
 }
@@ -170,7 +179,7 @@ pub enum Repair {
 pub fn repair(owner: Option<Owner>) -> Repair {
     match owner {
         None => Repair::PutBack,
-        Some(Owner::Nobody) => Repair::Cancel,
+        Some(Owner::Nobody(why)) => Repair::Withhold(why),
         Some(Owner::Worker { alive: true, .. }) => Repair::Leave,
         Some(Owner::Worker { alive: false, .. }) => Repair::Bury,
     }
@@ -192,19 +201,22 @@ mod tests {
     #[test]
     fn an_item_climbs_the_rungs_and_then_dies() {
         let down = || Outcome::Retry("down".into());
-        let first = after_send(item(1, 1), down(), &rules());
+        let first = after_send(item(1, 1), down(), Duration::ZERO, &rules());
         assert_eq!((first.result.state, first.result.due_in_ms), (ItemState::Retrying, Some(250)));
         assert!(first.follow_up.is_some());
-        assert_eq!(after_send(item(2, 2), down(), &rules()).result.due_in_ms, Some(1000));
-        assert_eq!(after_send(item(3, 3), down(), &rules()).result.state, ItemState::Failed);
+        assert_eq!(after_send(item(2, 2), down(), Duration::ZERO, &rules()).result.due_in_ms, Some(1000));
+        assert_eq!(after_send(item(3, 3), down(), Duration::ZERO, &rules()).result.state, ItemState::Failed);
         let refused = Outcome::Failed { reason: "no".into(), bad_address: true };
-        assert_eq!(after_send(item(1, 1), refused, &rules()).result.state, ItemState::Failed);
-        assert!(after_send(item(1, 1), Outcome::Sent, &rules()).follow_up.is_none());
+        let refused = after_send(item(1, 1), refused, Duration::ZERO, &rules()).result;
+        assert!(refused.state == ItemState::Failed && refused.bad_address);
+        assert!(after_send(item(1, 1), Outcome::Sent, Duration::ZERO, &rules()).follow_up.is_none());
     }
 
     #[test]
     fn the_mail_servers_trouble_costs_no_try() {
-        let later = |tries| after_send(item(9, tries), Outcome::Later("421 busy".into()), &rules()).result;
+        let later = |tries| {
+            after_send(item(9, tries), Outcome::Later("421 busy".into()), Duration::from_secs(60), &rules()).result
+        };
         assert_eq!((later(1).state, later(1).tries, later(1).due_in_ms), (ItemState::Retrying, 1, Some(1000)));
         // Even the last one of the budget.
         assert_eq!((later(3).state, later(3).tries), (ItemState::Retrying, 3));
@@ -213,9 +225,9 @@ mod tests {
     #[test]
     fn a_lost_answer_is_held_or_resent_as_the_policy_says() {
         let lost = || Outcome::Unknown("dropped".into());
-        assert_eq!(after_send(item(1, 1), lost(), &rules()).result.state, ItemState::Unknown);
+        assert_eq!(after_send(item(1, 1), lost(), Duration::ZERO, &rules()).result.state, ItemState::Unknown);
         let resend = Rules { on_unknown: OnUnknown::Resend, ..rules() };
-        assert_eq!(after_send(item(1, 1), lost(), &resend).result.state, ItemState::Retrying);
+        assert_eq!(after_send(item(1, 1), lost(), Duration::ZERO, &resend).result.state, ItemState::Retrying);
     }
 
     #[test]
@@ -236,7 +248,10 @@ mod tests {
         assert_eq!(why(ItemState::Pending, 2, worker(7, true)), Refused::Mine);
         assert_eq!(why(ItemState::Retrying, 1, worker(8, true)), Refused::InOtherHands);
         assert_eq!(why(ItemState::Retrying, 1, worker(8, false)), Refused::Orphaned);
-        assert_eq!(why(ItemState::Pending, 2, Some(Owner::Nobody)), Refused::Cancelled);
+        let nobody = |why| Some(Owner::Nobody(why));
+        for withheld in [Withheld::Cancelled, Withheld::Suppressed] {
+            assert_eq!(why(ItemState::Pending, 2, nobody(withheld)), Refused::Withheld(withheld));
+        }
         assert_eq!(why(ItemState::Pending, 2, None), Refused::InOtherHands);
     }
 
@@ -244,8 +259,8 @@ mod tests {
     fn the_sweeper_buries_only_what_a_dead_worker_held() {
         let worker = |alive| Some(Owner::Worker { id: 1, alive });
         assert_eq!(
-            [None, worker(true), worker(false), Some(Owner::Nobody)].map(repair),
-            [Repair::PutBack, Repair::Leave, Repair::Bury, Repair::Cancel]
+            [None, worker(true), worker(false), Some(Owner::Nobody(Withheld::Suppressed))].map(repair),
+            [Repair::PutBack, Repair::Leave, Repair::Bury, Repair::Withhold(Withheld::Suppressed)]
         );
     }
 }

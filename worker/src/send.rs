@@ -31,8 +31,8 @@ use crate::{
     claims::{Claims, Key, Known},
     consumer::{Consumer, Delivery},
     heartbeat::Heartbeat,
-    mailer::{Mail, Mailer, Outcome},
-    outcome::{Next, Refused, Rules, after_cancel, after_cut_off, after_death, after_send, refused},
+    mailer::{Lane, Mail, Mailer, Outcome},
+    outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
     templates::{Templates, TemplatesError},
 };
 
@@ -48,7 +48,7 @@ pub struct Senders {
     pool: PgPool,
     publisher: Publisher,
     heartbeat: Arc<Heartbeat>,
-    mailer: Box<dyn Mailer>,
+    mailer: Arc<dyn Mailer>,
     templates: Templates,
     claims: Mutex<Claims>,
     permits: Arc<Semaphore>,
@@ -77,7 +77,7 @@ impl Senders {
         pool: PgPool,
         publisher: Publisher,
         heartbeat: Arc<Heartbeat>,
-        mailer: Box<dyn Mailer>,
+        mailer: Arc<dyn Mailer>,
     ) -> Arc<Self> {
         Arc::new(Self {
             templates: Templates::new(pool.clone()),
@@ -108,7 +108,10 @@ impl Senders {
     /// queue when the consumer closes.
     async fn take(self: Arc<Self>, mut consumer: Consumer, finished: mpsc::Sender<Finished>, stop: CancellationToken) {
         while let Some(Some(batch)) = stop.run_until_cancelled(self.gather(&mut consumer)).await {
-            self.begin(batch, &finished).await;
+            match self.mailer.lane() {
+                Lane::Open | Lane::Trying => self.begin(batch, &finished).await,
+                Lane::Closed { until, .. } => self.put_off(batch, until).await,
+            }
         }
     }
 
@@ -117,7 +120,8 @@ impl Senders {
         let permit = Arc::clone(&self.permits).acquire_owned().await.ok()?;
         let mut batch = vec![(consumer.next().await?, permit)];
         let until = Instant::now() + GATHER;
-        while batch.len() < self.config.send.claim_batch
+        let most = if self.mailer.lane() == Lane::Trying { 1 } else { self.config.send.claim_batch };
+        while batch.len() < most
             && let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned()
             && let Ok(Some(delivery)) = timeout_at(until.into(), consumer.next()).await
         {
@@ -138,7 +142,7 @@ impl Senders {
             Err(error) => {
                 warn!(%error, "claiming failed; looking again later");
                 self.claims().answer_lost(asked.keys().copied());
-                return self.park(asked.into_values().collect()).await;
+                return self.park(asked.into_values().collect(), self.rules.shortest()).await;
             }
         };
         self.heartbeat.add_in_flight(i32::try_from(claimed.len()).unwrap_or(i32::MAX));
@@ -159,6 +163,13 @@ impl Senders {
         if !asked.is_empty() {
             self.settle_refused(asked).await;
         }
+    }
+
+    /// While the lane is closed nothing is claimed, so nobody's attempt is used up: what comes waits on a rung until then.
+    async fn put_off(&self, batch: Vec<(Delivery, OwnedSemaphorePermit)>, until: Instant) {
+        let asked = self.understand(batch.into_iter().map(|(delivery, _)| delivery).collect()).await;
+        let wait = self.rules.rung_within(until.saturating_duration_since(Instant::now()));
+        self.park(asked.into_values().collect(), wait).await;
     }
 
     /// Reads messages. Two that ask for the same attempt become one. What is not understood is dead.
@@ -187,8 +198,8 @@ impl Senders {
 
     /// Carries an attempt out, and decides what follows.
     async fn attempt(&self, item: ItemMessage, claimed: Claimed) -> Next {
-        if claimed.cancelled {
-            return after_cancel(item);
+        if let Some(why) = claimed.withheld {
+            return Next { follow_up: None, result: withheld(item, why) };
         }
         let template = match self.templates.of(claimed.run_id).await {
             Ok(template) => template,
@@ -200,7 +211,7 @@ impl Senders {
                     }
                     TemplatesError::Template(error) => {
                         let outcome = Outcome::Failed { reason: error.to_string(), bad_address: false };
-                        after_send(item, outcome, &self.rules)
+                        after_send(item, outcome, Duration::ZERO, &self.rules)
                     }
                 };
             }
@@ -215,10 +226,8 @@ impl Senders {
             tries: item.tries,
             replays: item.replays,
         };
-        let mut waits = in_process(
-            Duration::from_millis(self.config.retry.in_process_first_ms),
-            self.config.retry.in_process_tries,
-        );
+        let repetitions = if self.mailer.bears_repetition() { self.config.retry.in_process_tries } else { 0 };
+        let mut waits = in_process(Duration::from_millis(self.config.retry.in_process_first_ms), repetitions);
         loop {
             // Others may have declared this attempt unknown by now: then it is not for us to send it.
             if !self.heartbeat.is_fresh() {
@@ -228,8 +237,16 @@ impl Senders {
             let outcome = self.mailer.send(&mail).await;
             match (&outcome, waits.next()) {
                 (Outcome::Retry(_), Some(wait)) => sleep(wait).await,
-                _ => break after_send(item, outcome, &self.rules),
+                _ => break after_send(item, outcome, self.lane_wait(), &self.rules),
             }
+        }
+    }
+
+    /// How long the lane stays closed, as far as is known.
+    fn lane_wait(&self) -> Duration {
+        match self.mailer.lane() {
+            Lane::Closed { until, .. } => until.saturating_duration_since(Instant::now()),
+            Lane::Open | Lane::Trying => Duration::ZERO,
         }
     }
 
@@ -275,7 +292,7 @@ impl Senders {
             Ok(found) => found,
             Err(error) => {
                 warn!(%error, "refused claims can't be looked up; looking again later");
-                return self.park(asked.into_values().collect()).await;
+                return self.park(asked.into_values().collect(), self.rules.shortest()).await;
             }
         };
         let mut follow_ups = Vec::new();
@@ -293,7 +310,7 @@ impl Senders {
                     continue;
                 }
                 Refused::Outdated => {}
-                Refused::Cancelled => results.push(after_cancel(item).result),
+                Refused::Withheld(why) => results.push(withheld(item, why)),
                 Refused::Orphaned => {
                     warn!(item_id = key.0, attempt = key.1, "its worker died: the outcome is unknown");
                     let next = after_death(item, self.rules.on_unknown);
@@ -327,7 +344,7 @@ impl Senders {
             }
             done.extend(deliveries);
         }
-        self.park(later).await;
+        self.park(later, self.rules.shortest()).await;
         if self.publish(follow_ups).await && self.publish(self.results(&results)).await {
             done.into_iter().for_each(Delivery::ack);
         }
@@ -341,9 +358,9 @@ impl Senders {
         Ok(found.into_iter().map(|found| ((found.item_id, found.number), found)).collect())
     }
 
-    /// Looks again later, through the shortest rung: a delivery is never held through a wait.
-    async fn park(&self, asked: Vec<Asked>) {
-        let queue = retry_queue(self.rules.shortest());
+    /// Looks again later, through a rung: a delivery is never held through a wait.
+    async fn park(&self, asked: Vec<Asked>, wait: Duration) {
+        let queue = retry_queue(wait);
         let messages =
             asked.iter().map(|Asked { item, .. }| Outgoing::new(item).of_run(item.run_id).to(queue.clone())).collect();
         if self.publish(messages).await {

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::outcome::{Repair, after_cancel, after_death, repair};
+use crate::outcome::{Repair, after_death, repair, withheld};
 
 /// A run is looked at again after at most this time, however often it was in vain.
 const LONGEST_REST: Duration = Duration::from_secs(600);
@@ -85,6 +85,10 @@ impl Sweeper {
         Duration::from_millis(self.config.sweep.stalled_after_ms)
     }
 
+    fn dead_after(&self) -> Duration {
+        Duration::from_millis(self.config.heartbeat.dead_after_ms)
+    }
+
     async fn sweep(&mut self) -> Result<(), SweepError> {
         let mut tx = self.pool.begin().await?;
         if !sweep::try_lock(&mut tx).await? {
@@ -100,7 +104,7 @@ impl Sweeper {
         if due.is_empty() {
             return Ok(());
         }
-        let taken = self.items_are_taken().await?;
+        let taken = self.items_are_taken().await? && !sweep::all_lanes_closed(&mut tx, self.dead_after()).await?;
         for run in due {
             self.drive(&run).await?;
             if !taken {
@@ -134,7 +138,7 @@ impl Sweeper {
     }
 
     async fn repair_items(&self, conn: &mut sqlx::PgConnection, run_id: Uuid) -> Result<(), SweepError> {
-        let dead_after = Duration::from_millis(self.config.heartbeat.dead_after_ms);
+        let dead_after = self.dead_after();
         let batch = self.config.sweep.batch_items;
         let mut after = 0;
         loop {
@@ -142,7 +146,7 @@ impl Sweeper {
             let Some(last) = items.last() else { return Ok(()) };
             after = last.position;
             let (mut messages, mut results) = (Vec::new(), Vec::new());
-            let (mut put_back, mut buried, mut cancelled) = (0, 0, 0);
+            let (mut put_back, mut buried, mut told_again) = (0, 0, 0);
             for item in items {
                 match repair(item.owner) {
                     Repair::Leave => {}
@@ -150,9 +154,9 @@ impl Sweeper {
                         put_back += 1;
                         messages.push(Outgoing::new(&item.next).of_run(run_id));
                     }
-                    Repair::Cancel => {
-                        cancelled += 1;
-                        results.push(after_cancel(item.next).result);
+                    Repair::Withhold(why) => {
+                        told_again += 1;
+                        results.push(withheld(item.next, why));
                     }
                     Repair::Bury => {
                         buried += 1;
@@ -162,8 +166,8 @@ impl Sweeper {
                     }
                 }
             }
-            if put_back + buried + cancelled > 0 {
-                info!(%run_id, put_back, buried, cancelled, "items were missing from the conveyor");
+            if put_back + buried + told_again > 0 {
+                info!(%run_id, put_back, buried, told_again, "items were missing from the conveyor");
             }
             self.publisher.publish_soon(messages).await?;
             self.publisher.publish_soon(Outgoing::results(&results, self.config.send.result_batch)).await?;

@@ -197,12 +197,13 @@ impl World {
              JOIN LATERAL (SELECT count(*) FILTER (WHERE state = 'pending') pending,
                                   count(*) FILTER (WHERE state = 'retrying') retrying,
                                   count(*) FILTER (WHERE state = 'cancelled') cancelled,
+                                  count(*) FILTER (WHERE state = 'skipped') skipped,
                                   count(*) FILTER (WHERE state = 'unknown') unknown,
                                   count(*) FILTER (WHERE state = 'failed') failed,
                                   count(*) FILTER (WHERE state = 'sent') sent
                            FROM run_items i WHERE i.run_id = p.run_id) c ON true
-             WHERE (p.pending, p.retrying, p.cancelled, p.unknown, p.failed, p.sent)
-                   IS DISTINCT FROM (c.pending, c.retrying, c.cancelled, c.unknown, c.failed, c.sent)",
+             WHERE (p.pending, p.retrying, p.cancelled, p.skipped, p.unknown, p.failed, p.sent)
+                   IS DISTINCT FROM (c.pending, c.retrying, c.cancelled, c.skipped, c.unknown, c.failed, c.sent)",
         )
         .fetch_one(&self.pool)
         .await

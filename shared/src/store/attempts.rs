@@ -22,15 +22,40 @@ pub struct Claimed {
     pub email: String,
     /// The recipient's name.
     pub name: Option<String>,
-    /// The run is cancelled: the claim is nobody's, and the attempt is not to be carried out.
-    pub cancelled: bool,
+    /// Why the claim is nobody's, and the attempt is not to be carried out. None: it is the worker's.
+    pub withheld: Option<Withheld>,
+}
+
+/// Why an attempt will never be carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Withheld {
+    /// The run was cancelled.
+    Cancelled,
+    /// The address was suppressed.
+    Suppressed,
+}
+
+impl Withheld {
+    const ALL: [Self; 2] = [Self::Cancelled, Self::Suppressed];
+
+    /// What stands in place of a worker's id. Workers count from 1.
+    fn owner(self) -> i64 {
+        match self {
+            Self::Cancelled => 0,
+            Self::Suppressed => -1,
+        }
+    }
+
+    fn of(worker_id: i64) -> Option<Self> {
+        Self::ALL.into_iter().find(|why| why.owner() == worker_id)
+    }
 }
 
 /// Claims attempts for a worker: those that are neither outdated nor claimed by anyone. Those not returned were refused;
 /// [`find`] says why. The `WHERE` clause is [`Standing::allows`].
 ///
-/// In a cancelled run the claim goes to nobody: the attempt will never be carried out, and anyone may report it as
-/// cancelled, now or later.
+/// In a cancelled run, and for a suppressed address, the claim goes to nobody: the attempt will never be carried out, and
+/// anyone may report that, now or later.
 ///
 /// # Errors
 /// The database's.
@@ -40,32 +65,46 @@ pub async fn claim(
     item_ids: &[i64],
     numbers: &[i32],
 ) -> sqlx::Result<Vec<Claimed>> {
-    sqlx::query_as!(
-        Claimed,
+    let rows = sqlx::query!(
         r#"WITH claimed AS (
                INSERT INTO attempts (item_id, number, worker_id)
-               SELECT asked.item_id, asked.number, CASE WHEN r.wanted = 'cancelled' THEN $4::bigint ELSE $1::bigint END
+               SELECT asked.item_id, asked.number,
+                      CASE WHEN r.wanted = 'cancelled' THEN $4::bigint WHEN s.email IS NOT NULL THEN $5 ELSE $1::bigint END
                FROM unnest($2::bigint[], $3::integer[]) AS asked (item_id, number)
                JOIN run_items i ON i.id = asked.item_id
                JOIN runs r ON r.id = i.run_id
+               JOIN users u ON u.id = i.user_id
+               LEFT JOIN suppressions s ON s.email = u.email
                WHERE i.state <> 'sent'
                  AND (i.attempt < asked.number OR (i.attempt = asked.number AND i.state = 'pending'))
                ORDER BY asked.item_id, asked.number
                ON CONFLICT DO NOTHING
                RETURNING item_id, number, worker_id
            )
-           SELECT claimed.item_id AS "item_id!", claimed.number AS "number!", i.run_id, i.position, u.email, u.name,
-                  claimed.worker_id = $4 AS "cancelled!"
+           SELECT claimed.item_id, claimed.number, claimed.worker_id, i.run_id, i.position, u.email, u.name
            FROM claimed
            JOIN run_items i ON i.id = claimed.item_id
            JOIN users u ON u.id = i.user_id"#,
         worker_id,
         item_ids,
         numbers,
-        NOBODY,
+        Withheld::Cancelled.owner(),
+        Withheld::Suppressed.owner(),
     )
     .fetch_all(conn)
-    .await
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Claimed {
+            item_id: row.item_id,
+            number: row.number,
+            run_id: row.run_id,
+            position: row.position,
+            email: row.email,
+            name: row.name,
+            withheld: Withheld::of(row.worker_id),
+        })
+        .collect())
 }
 
 /// What is known of an attempt whose claim was refused.
@@ -84,8 +123,8 @@ pub struct Found {
 /// The holder of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// The run was cancelled: nobody will ever carry the attempt out.
-    Nobody,
+    /// Nobody will ever carry the attempt out.
+    Nobody(Withheld),
     /// A worker has begun to.
     Worker {
         /// Its id.
@@ -97,12 +136,12 @@ pub enum Owner {
 
 impl Owner {
     pub(super) fn new(worker_id: i64, alive: Option<bool>) -> Self {
-        if worker_id == NOBODY { Self::Nobody } else { Self::Worker { id: worker_id, alive: alive.unwrap_or(false) } }
+        match Withheld::of(worker_id) {
+            Some(why) => Self::Nobody(why),
+            None => Self::Worker { id: worker_id, alive: alive.unwrap_or(false) },
+        }
     }
 }
-
-/// The owner of claims that say: cancelled. Workers count from 1.
-const NOBODY: i64 = 0;
 
 /// Looks up attempts whose claim was refused. One that isn't returned names an item that doesn't exist.
 ///

@@ -45,6 +45,8 @@ pub struct Pass {
     pub step: i32,
     /// The rate budget.
     pub next_due_at: DateTime<Utc>,
+    /// How many of the run's repeats the budget has been charged with.
+    pub charged: i32,
     /// When it began.
     pub created_at: DateTime<Utc>,
     /// When it had gone over the whole run.
@@ -66,6 +68,8 @@ pub struct Situation {
     pub sends_per_second: Option<i32>,
     /// Its counters.
     pub counters: Counters,
+    /// Attempts that had to be made again by themselves.
+    pub repeats: i32,
     /// What its first pass has released.
     pub first_released: i32,
     /// Sends that all the workers that live may have in flight.
@@ -109,7 +113,7 @@ pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<
         .await?;
     let row = sqlx::query!(
         r#"SELECT number, kind AS "kind: PassKind", states AS "states: Vec<ItemState>", error, cursor, chunk_start, step,
-                  next_due_at, created_at, done_at, released, chunk_at, looked_at, drained, per_second
+                  next_due_at, charged, created_at, done_at, released, chunk_at, looked_at, drained, per_second
            FROM run_passes WHERE run_id = $1 ORDER BY number DESC LIMIT 1"#,
         run_id
     )
@@ -125,6 +129,7 @@ pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<
         chunk_start: row.chunk_start,
         step: row.step,
         next_due_at: row.next_due_at,
+        charged: row.charged,
         created_at: row.created_at,
         done_at: row.done_at,
         released: row.released,
@@ -159,8 +164,8 @@ async fn begin(
     error: Option<&str>,
 ) -> sqlx::Result<i32> {
     sqlx::query_scalar!(
-        "INSERT INTO run_passes (run_id, number, kind, command_id, states, error)
-         VALUES ($1, $2, $3, $4, $5, $6) RETURNING number",
+        "INSERT INTO run_passes (run_id, number, kind, command_id, states, error, charged)
+         SELECT $1, $2, $3, $4, $5, $6, repeats FROM run_progress WHERE run_id = $1 RETURNING number",
         last.run_id,
         last.number + 1,
         kind as _,
@@ -187,7 +192,7 @@ pub async fn begun_by(conn: &mut PgConnection, command_id: Uuid) -> sqlx::Result
 pub async fn situation(conn: &mut PgConnection, run_id: Uuid, dead_after: Duration) -> sqlx::Result<Option<Situation>> {
     let row = sqlx::query!(
         r#"SELECT r.wanted AS "wanted: Wanted", r.sends_per_second, p.total, p.pending, p.retrying, p.cancelled,
-                  p.unknown, p.failed, p.sent, f.released, clock_timestamp() AS "now!",
+                  p.skipped, p.unknown, p.failed, p.sent, p.repeats, f.released, clock_timestamp() AS "now!",
                   (SELECT coalesce(sum(permits), 0)::integer FROM workers
                    WHERE stopped_at IS NULL AND heartbeat_at > now() - make_interval(secs => $2)) AS "permits!"
            FROM runs r JOIN run_progress p ON p.run_id = r.id JOIN run_passes f ON f.run_id = r.id AND f.number = 1
@@ -205,10 +210,12 @@ pub async fn situation(conn: &mut PgConnection, run_id: Uuid, dead_after: Durati
             pending: row.pending,
             retrying: row.retrying,
             cancelled: row.cancelled,
+            skipped: row.skipped,
             unknown: row.unknown,
             failed: row.failed,
             sent: row.sent,
         },
+        repeats: row.repeats,
         first_released: row.released,
         permits: row.permits,
         now: row.now,
@@ -295,6 +302,8 @@ pub struct Advance {
     pub released: i32,
     /// The rate budget after them.
     pub next_due_at: DateTime<Utc>,
+    /// The run's repeats that it is charged with.
+    pub charged: i32,
     /// How fast the run goes.
     pub flow: Flow,
 }
@@ -307,7 +316,7 @@ pub async fn advance(conn: &mut PgConnection, pass: &Pass, by: Advance) -> sqlx:
     sqlx::query!(
         "UPDATE run_passes SET step = step + 1, chunk_start = cursor, cursor = $3, released = released + $4,
                 next_due_at = $5, seen_at = clock_timestamp(), chunk_at = clock_timestamp(), looked_at = $6, drained = $7,
-                per_second = $8
+                per_second = $8, charged = $9
          WHERE run_id = $1 AND number = $2",
         pass.run_id,
         pass.number,
@@ -317,9 +326,28 @@ pub async fn advance(conn: &mut PgConnection, pass: &Pass, by: Advance) -> sqlx:
         by.flow.looked_at,
         by.flow.drained,
         by.flow.per_second,
+        by.charged,
     )
     .execute(conn)
     .await?;
+    Ok(())
+}
+
+/// Locks the rate budget of the installation until the transaction ends, and returns from when on the next item may be
+/// released.
+///
+/// # Errors
+/// The database's.
+pub async fn lock_budget(conn: &mut PgConnection) -> sqlx::Result<DateTime<Utc>> {
+    sqlx::query_scalar!("SELECT next_due_at FROM sending_budget FOR UPDATE").fetch_one(conn).await
+}
+
+/// Spends of the rate budget of the installation. The caller has locked it.
+///
+/// # Errors
+/// The database's.
+pub async fn spend_budget(conn: &mut PgConnection, next_due_at: DateTime<Utc>) -> sqlx::Result<()> {
+    sqlx::query!("UPDATE sending_budget SET next_due_at = $1", next_due_at).execute(conn).await?;
     Ok(())
 }
 

@@ -31,6 +31,14 @@ struct Item {
     winner: Option<usize>,
 }
 
+/// How a batch changes a run.
+#[derive(Default)]
+struct Moved {
+    counters: CounterDelta,
+    /// Attempts that have to be made again.
+    repeats: i32,
+}
+
 /// Applies a batch of results, in one transaction of its own.
 ///
 /// Any number of processes may do so at once: items are written in order of id, counters last and in order of run. An item
@@ -52,7 +60,7 @@ async fn apply_once(pool: &PgPool, results: &[&ItemResult]) -> sqlx::Result<Opti
     let mut tx = pool.begin().await?;
     let mut items = read_items(&mut tx, results).await?;
     let mut applied = Applied::default();
-    let mut deltas: BTreeMap<Uuid, CounterDelta> = BTreeMap::new();
+    let mut moved: BTreeMap<Uuid, Moved> = BTreeMap::new();
     for (index, result) in results.iter().enumerate() {
         let Some(item) = items.get_mut(&result.item_id) else {
             applied.strange += 1;
@@ -66,7 +74,9 @@ async fn apply_once(pool: &PgPool, results: &[&ItemResult]) -> sqlx::Result<Opti
         applied.changed += 1;
         item.standing = next;
         item.winner = Some(index);
-        deltas.entry(item.run_id).or_default().add(delta);
+        let moved = moved.entry(item.run_id).or_default();
+        moved.counters.add(delta);
+        moved.repeats += i32::from(result.state == ItemState::Retrying);
     }
     if applied.changed > 0 {
         if !update_items(&mut tx, &items, results).await? {
@@ -74,7 +84,8 @@ async fn apply_once(pool: &PgPool, results: &[&ItemResult]) -> sqlx::Result<Opti
             return Ok(None);
         }
         mark_emailed(&mut tx, &items).await?;
-        update_counters(&mut tx, &deltas).await?;
+        suppress(&mut tx, &items, results).await?;
+        update_counters(&mut tx, &moved).await?;
         tx.commit().await?;
     }
     Ok(Some(applied))
@@ -156,15 +167,38 @@ async fn mark_emailed(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sq
     Ok(())
 }
 
+/// Nobody writes again to an address that a mail server called wrong.
+async fn suppress(conn: &mut PgConnection, items: &HashMap<i64, Item>, results: &[&ItemResult]) -> sqlx::Result<()> {
+    let bad = items.values().filter_map(|item| {
+        let result = results[item.winner?];
+        result.bad_address.then_some((item.user_id, result.error.as_deref()))
+    });
+    let (users, details): (Vec<i64>, Vec<Option<&str>>) = bad.unzip();
+    if !users.is_empty() {
+        sqlx::query!(
+            "INSERT INTO suppressions (email, reason, detail)
+             SELECT u.email, 'bounced', bad.detail
+             FROM unnest($1::bigint[], $2::text[]) AS bad (user_id, detail) JOIN users u ON u.id = bad.user_id
+             ORDER BY u.email ON CONFLICT DO NOTHING",
+            &users,
+            &details as _,
+        )
+        .execute(conn)
+        .await?;
+    }
+    Ok(())
+}
+
 /// The hot rows of the whole pipeline: touched once a batch, and last, so that they are locked for the shortest time.
-async fn update_counters(conn: &mut PgConnection, deltas: &BTreeMap<Uuid, CounterDelta>) -> sqlx::Result<()> {
-    for (run_id, delta) in deltas {
-        let of = |state| delta.of(state);
+async fn update_counters(conn: &mut PgConnection, runs: &BTreeMap<Uuid, Moved>) -> sqlx::Result<()> {
+    for (run_id, moved) in runs {
+        let of = |state| moved.counters.of(state);
         sqlx::query!(
             "WITH moved AS (
                  UPDATE run_progress
                  SET pending = pending + $2, retrying = retrying + $3, cancelled = cancelled + $4,
-                     unknown = unknown + $5, failed = failed + $6, sent = sent + $7,
+                     skipped = skipped + $5, unknown = unknown + $6, failed = failed + $7, sent = sent + $8,
+                     repeats = repeats + $9,
                      updated_at = clock_timestamp(),
                      started_at = CASE WHEN finished_at IS NOT NULL AND pending + $2 + retrying + $3 > 0
                                        THEN clock_timestamp() ELSE started_at END,
@@ -180,9 +214,11 @@ async fn update_counters(conn: &mut PgConnection, deltas: &BTreeMap<Uuid, Counte
             of(ItemState::Pending),
             of(ItemState::Retrying),
             of(ItemState::Cancelled),
+            of(ItemState::Skipped),
             of(ItemState::Unknown),
             of(ItemState::Failed),
             of(ItemState::Sent),
+            moved.repeats,
         )
         .execute(&mut *conn)
         .await?;

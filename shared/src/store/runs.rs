@@ -34,6 +34,8 @@ pub struct Progress {
     pub finished_at: Option<DateTime<Utc>>,
     /// Items settled a second, lately.
     pub rate: f64,
+    /// Why no worker sends anything at the moment, in the mail server's words.
+    pub held_up: Option<String>,
     /// The database's clock.
     pub now: DateTime<Utc>,
 }
@@ -61,6 +63,8 @@ pub struct Summary {
     pub already_invited: i32,
     /// People whose invitation failed, or is unclear, in an earlier run.
     pub already_failed: i32,
+    /// Addresses that nobody writes to any more.
+    pub suppressed: i32,
     /// Addresses that stood in the list before.
     pub repeated: i32,
     /// Entries that are no address.
@@ -109,12 +113,14 @@ async fn list_where(
     limit: i64,
 ) -> sqlx::Result<Vec<Progress>> {
     let rows = sqlx::query!(
-        r#"SELECT r.id, r.created_at, r.wanted AS "wanted: Wanted", p.total, p.pending, p.retrying, p.cancelled, p.unknown,
+        r#"SELECT r.id, r.created_at, r.wanted AS "wanted: Wanted", p.total, p.pending, p.retrying, p.cancelled, p.skipped, p.unknown,
                   p.failed, p.sent, p.started_at, p.updated_at, p.finished_at, clock_timestamp() AS "now!",
                   coalesce((SELECT (max(s.settled) - min(s.settled))::float8
                                    / greatest(extract(epoch FROM max(s.at) - min(s.at))::float8, 1)
                             FROM run_samples s
-                            WHERE s.run_id = r.id AND s.at > clock_timestamp() - make_interval(secs => $4)), 0) AS "rate!"
+                            WHERE s.run_id = r.id AND s.at > clock_timestamp() - make_interval(secs => $4)), 0) AS "rate!",
+                  (SELECT max(w.lane_reason) FROM workers w
+                   WHERE w.stopped_at IS NULL AND w.lane_until > clock_timestamp()) AS held_up
            FROM (SELECT * FROM runs
                  WHERE ($1::uuid IS NULL OR id = $1) AND ($2::timestamptz IS NULL OR created_at < $2)
                  ORDER BY created_at DESC, id DESC LIMIT $3) r
@@ -138,6 +144,7 @@ async fn list_where(
                 pending: row.pending,
                 retrying: row.retrying,
                 cancelled: row.cancelled,
+                skipped: row.skipped,
                 unknown: row.unknown,
                 failed: row.failed,
                 sent: row.sent,
@@ -146,6 +153,7 @@ async fn list_where(
             updated_at: row.updated_at,
             finished_at: row.finished_at,
             rate: row.rate,
+            held_up: row.held_up.filter(|_| row.finished_at.is_none()),
             now: row.now,
         })
         .collect())
@@ -157,7 +165,7 @@ async fn list_where(
 /// The database's.
 pub async fn summary(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Summary>> {
     let row = sqlx::query!(
-        r#"SELECT total, already_invited, already_failed, repeated, invalid,
+        r#"SELECT total, already_invited, already_failed, suppressed, repeated, invalid,
                   invalid_entries AS "invalid_entries: Json<Vec<InvalidEntry>>"
            FROM runs WHERE id = $1"#,
         run_id
@@ -168,6 +176,7 @@ pub async fn summary(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Summary
         total: row.total,
         already_invited: row.already_invited,
         already_failed: row.already_failed,
+        suppressed: row.suppressed,
         repeated: row.repeated,
         invalid: row.invalid,
         invalid_entries: row.invalid_entries.0,

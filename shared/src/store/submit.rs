@@ -79,6 +79,8 @@ pub struct Tally {
     pub already_invited: i32,
     /// People whose invitation failed, or is unclear, in an earlier run.
     pub already_failed: i32,
+    /// Addresses that nobody writes to any more.
+    pub suppressed: i32,
     /// Addresses that stood in the list before.
     pub repeated: i32,
     /// Entries that are no address.
@@ -273,21 +275,26 @@ async fn insert_items(conn: &mut PgConnection, run_id: Uuid, insert: Insert) -> 
          SELECT $1, u.id, row_number() OVER (ORDER BY invited.place)
          FROM invited JOIN users u USING (email)
          WHERE u.emailed_at IS NULL AND NOT EXISTS (SELECT FROM run_items i WHERE i.user_id = u.id AND i.active)
+           AND NOT EXISTS (SELECT FROM suppressions s WHERE s.email = invited.email)
          ORDER BY invited.place";
     let inserted = sqlx::query(insert.rows(statement, "(user_id) WHERE active")).bind(run_id).execute(conn).await?;
     Ok(to_count(inserted.rows_affected()))
 }
 
-/// Counts those who were left out: because of an item in another run, or of one that is pruned by now.
+/// Counts those who were left out: because of an item in another run, or of one that is pruned by now, or because they are
+/// suppressed.
 async fn count_others(conn: &mut PgConnection, run_id: Uuid, tally: &mut Tally) -> sqlx::Result<()> {
-    let (others, failed): (i64, i64) = sqlx::query_as(
-        "SELECT count(*) FILTER (WHERE i.id IS NOT NULL OR u.emailed_at IS NOT NULL), count(*) FILTER (WHERE i.troubled)
+    let (suppressed, others, failed): (i64, i64, i64) = sqlx::query_as(
+        "SELECT count(s.email), count(*) FILTER (WHERE s.email IS NULL AND (i.id IS NOT NULL OR u.emailed_at IS NOT NULL)),
+                count(*) FILTER (WHERE s.email IS NULL AND i.troubled)
          FROM invited JOIN users u USING (email)
+         LEFT JOIN suppressions s USING (email)
          LEFT JOIN run_items i ON i.user_id = u.id AND i.active AND i.run_id <> $1",
     )
     .bind(run_id)
     .fetch_one(conn)
     .await?;
+    tally.suppressed = i32::try_from(suppressed).unwrap_or(i32::MAX);
     tally.already_failed = i32::try_from(failed).unwrap_or(i32::MAX);
     tally.already_invited = i32::try_from(others - failed).unwrap_or(i32::MAX);
     Ok(())
@@ -295,13 +302,14 @@ async fn count_others(conn: &mut PgConnection, run_id: Uuid, tally: &mut Tally) 
 
 async fn complete_run(conn: &mut PgConnection, run_id: Uuid, tally: &Tally) -> sqlx::Result<()> {
     sqlx::query!(
-        "UPDATE runs SET total = $2, already_invited = $3, already_failed = $4, repeated = $5, invalid = $6,
-                invalid_entries = $7
+        "UPDATE runs SET total = $2, already_invited = $3, already_failed = $4, suppressed = $5, repeated = $6,
+                invalid = $7, invalid_entries = $8
          WHERE id = $1",
         run_id,
         tally.accepted,
         tally.already_invited,
         tally.already_failed,
+        tally.suppressed,
         tally.repeated,
         tally.invalid,
         Json(&tally.invalid_entries) as _,

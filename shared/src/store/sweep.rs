@@ -54,6 +54,20 @@ pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> s
     .await
 }
 
+/// Whether there are senders, and none of them sends anything at present: then nothing is missing, everything waits.
+///
+/// # Errors
+/// The database's.
+pub async fn all_lanes_closed(conn: &mut PgConnection, dead_after: Duration) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"SELECT coalesce(bool_and(coalesce(lane_until > clock_timestamp(), false)), false) AS "closed!" FROM workers
+           WHERE permits > 0 AND stopped_at IS NULL AND heartbeat_at > clock_timestamp() - make_interval(secs => $1)"#,
+        dead_after.as_secs_f64(),
+    )
+    .fetch_one(conn)
+    .await
+}
+
 /// A released item that is still open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpenItem {

@@ -1,5 +1,7 @@
 //! Signs of life: each worker process writes its own row, and nobody else's.
 
+use std::time::Duration;
+
 use sqlx::PgConnection;
 
 /// Registers this process and returns its id, which is never used again. `permits` is how many sends it may have in
@@ -19,15 +21,28 @@ pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32
     .await
 }
 
-/// Says that the worker lives.
+/// Says that the worker lives, and why and for how long it sends nothing, if so.
 ///
 /// # Errors
 /// The database's; `RowNotFound` if the worker was silent for so long that its row is pruned.
-pub async fn heartbeat(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sqlx::Result<()> {
-    let written =
-        sqlx::query!("UPDATE workers SET heartbeat_at = now(), in_flight = $2 WHERE id = $1", worker_id, in_flight)
-            .execute(conn)
-            .await?;
+pub async fn heartbeat(
+    conn: &mut PgConnection,
+    worker_id: i64,
+    in_flight: i32,
+    closed: Option<(String, Duration)>,
+) -> sqlx::Result<()> {
+    let (reason, seconds) = closed.map(|(reason, time)| (reason, time.as_secs_f64())).unzip();
+    let written = sqlx::query!(
+        "UPDATE workers SET heartbeat_at = now(), in_flight = $2, lane_reason = $3,
+                    lane_until = now() + make_interval(secs => $4)
+             WHERE id = $1",
+        worker_id,
+        in_flight,
+        reason,
+        seconds,
+    )
+    .execute(conn)
+    .await?;
     if written.rows_affected() == 1 { Ok(()) } else { Err(sqlx::Error::RowNotFound) }
 }
 
@@ -37,7 +52,7 @@ pub async fn heartbeat(conn: &mut PgConnection, worker_id: i64, in_flight: i32) 
 /// The database's.
 pub async fn stop(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sqlx::Result<()> {
     sqlx::query!(
-        "UPDATE workers SET heartbeat_at = now(), stopped_at = now(), in_flight = $2 WHERE id = $1",
+        "UPDATE workers SET heartbeat_at = now(), stopped_at = now(), in_flight = $2, lane_until = NULL WHERE id = $1",
         worker_id,
         in_flight
     )

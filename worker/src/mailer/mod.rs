@@ -77,6 +77,11 @@ pub trait Mailer: Send + Sync {
     fn lane(&self) -> Lane {
         Lane::Open
     }
+
+    /// Whether a mail that failed may be tried again within a moment. Real mail servers take that ill.
+    fn bears_repetition(&self) -> bool {
+        false
+    }
 }
 
 /// Why the mailer can't be used as configured.
@@ -91,6 +96,6 @@ pub enum MailerError {
 ///
 /// # Errors
 /// When it can't be used as configured.
-pub fn mailer(config: &MailerConfig) -> Result<Box<dyn Mailer>, MailerError> {
-    Ok(Box::new(Simulated::new(&config.simulated)?))
+pub fn mailer(config: &MailerConfig) -> Result<Arc<dyn Mailer>, MailerError> {
+    Ok(Arc::new(Simulated::new(&config.simulated)?))
 }

@@ -88,6 +88,10 @@ impl Mailer for Simulated {
         tracing::trace!(message_id = mail.message_id, "sent");
         Outcome::Sent
     }
+
+    fn bears_repetition(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]
