@@ -14,12 +14,13 @@ use super::{
 
 /// People in a small run.
 const SMALL: usize = 10;
-/// Small runs, one after the other; fewer if the big one is over before.
-const REPEAT: usize = 10;
-/// From the first item of the big run to the first small run.
+/// From the first item of the big run to the first measurement.
 const SETTLE: Duration = Duration::from_secs(3);
-/// The big run is alone for so long after the last small one, to see what they cost it.
-const ALONE: Duration = Duration::from_secs(3);
+/// The big run is alone for so long, and then beside small runs for at least as long, in turns: noise that lasts for
+/// seconds falls on both.
+const STRETCH: Duration = Duration::from_secs(3);
+/// Pairs of such stretches; fewer if the big run is over before.
+const ROUNDS: usize = 6;
 /// Between two small runs.
 const PAUSE: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(20);
@@ -31,9 +32,9 @@ pub(super) struct Behind {
     pub(super) behind: usize,
     /// From each small run's POST to its end.
     pub(super) seconds: Vec<f64>,
-    /// The big run's rate after the last small one.
+    /// The big run's rate while it was alone.
     pub(super) alone: f64,
-    /// Its rate while they came.
+    /// Its rate while small ones came.
     pub(super) beside: f64,
 }
 
@@ -57,43 +58,66 @@ async fn submit(mailrun: &Mailrun, conn: &mut PgConnection, behind: usize) -> Re
     }
     // A fresh million keeps the database busy by itself for a moment.
     sleep(SETTLE).await;
-    let mut rate = Rate::begin(mailrun, &big).await?;
-    let mut seconds = Vec::with_capacity(REPEAT);
-    for number in 1..=REPEAT {
-        let form = mailrun.visitor.fill_in(&people(&format!("small-{number}"), SMALL)).await?;
-        let run = mailrun.submit(form).await?;
-        let end = mailrun.until_over(&run, POLL).await?;
-        ensure!(end.sent == SMALL as u64, "a small run was not sent");
-        if mailrun.progress(&big).await?.over {
-            break;
+    let mut seconds = Vec::new();
+    let (mut alone, mut beside) = (Stretches::default(), Stretches::default());
+    for round in 0..ROUNDS {
+        // Once this way round, once the other: a drift cancels out.
+        for small in if round % 2 == 0 { [false, true] } else { [true, false] } {
+            let (from, begun) = (settled(mailrun, &big).await?, Instant::now());
+            if small {
+                let mut number = 0;
+                while begun.elapsed() < STRETCH {
+                    number += 1;
+                    seconds.push(small_run(mailrun, conn, &format!("small-{round}-{number}")).await?);
+                    sleep(PAUSE).await;
+                }
+            } else {
+                sleep(STRETCH).await;
+            }
+            let end = mailrun.progress(&big).await?;
+            if end.over {
+                return finish(behind, seconds, &alone, &beside);
+            }
+            let stretches = if small { &mut beside } else { &mut alone };
+            stretches.add(end.settled().checked_sub(from).context("the run went backwards")?, begun.elapsed());
         }
-        seconds.push(run.finished_after(conn).await?.as_secs_f64());
-        sleep(PAUSE).await;
     }
-    ensure!(!seconds.is_empty(), "the run of {behind} was over before a small one: ask for a larger one with --behind");
-    let beside = rate.lap(mailrun, &big).await?;
-    sleep(ALONE).await;
-    let alone = rate.lap(mailrun, &big).await?;
-    Ok(Behind { behind, seconds, alone, beside })
+    finish(behind, seconds, &alone, &beside)
 }
 
-/// How fast a run moves between two looks at it.
-struct Rate {
-    at: Instant,
-    settled: u64,
+fn finish(behind: usize, seconds: Vec<f64>, alone: &Stretches, beside: &Stretches) -> Result<Behind> {
+    ensure!(
+        !seconds.is_empty() && alone.items > 0 && beside.items > 0,
+        "the run of {behind} was over before it was measured: ask for a larger one with --behind"
+    );
+    Ok(Behind { behind, seconds, alone: alone.rate(), beside: beside.rate() })
 }
 
-impl Rate {
-    async fn begin(mailrun: &Mailrun, run: &Run) -> Result<Self> {
-        Ok(Self { settled: settled(mailrun, run).await?, at: Instant::now() })
+/// Sends to a handful of people, and tells how long they waited after the POST.
+async fn small_run(mailrun: &Mailrun, conn: &mut PgConnection, name: &str) -> Result<f64> {
+    let form = mailrun.visitor.fill_in(&people(name, SMALL)).await?;
+    let run = mailrun.submit(form).await?;
+    let end = mailrun.until_over(&run, POLL).await?;
+    ensure!(end.sent == SMALL as u64, "a small run was not sent");
+    Ok(run.finished_after(conn).await?.as_secs_f64())
+}
+
+/// What a run did in several stretches of time.
+#[derive(Default)]
+struct Stretches {
+    items: u64,
+    time: Duration,
+}
+
+impl Stretches {
+    fn add(&mut self, items: u64, time: Duration) {
+        self.items += items;
+        self.time += time;
     }
 
-    /// Items a second since the look before.
-    async fn lap(&mut self, mailrun: &Mailrun, run: &Run) -> Result<f64> {
-        let now = Self::begin(mailrun, run).await?;
-        let before = std::mem::replace(self, now);
-        let items = self.settled.checked_sub(before.settled).context("the run went backwards")?;
-        Ok(items as f64 / (self.at - before.at).as_secs_f64())
+    /// Items a second.
+    fn rate(&self) -> f64 {
+        self.items as f64 / self.time.as_secs_f64()
     }
 }
 

@@ -66,10 +66,10 @@ pub async fn claim(
     numbers: &[i32],
 ) -> sqlx::Result<Vec<Claimed>> {
     let rows = sqlx::query!(
-        r#"WITH claimed AS (
-               INSERT INTO attempts (item_id, number, worker_id)
-               SELECT asked.item_id, asked.number,
+        r#"WITH asked AS MATERIALIZED (
+               SELECT asked.item_id, asked.number, i.run_id, i.position, u.email, u.name,
                       CASE WHEN r.wanted = 'cancelled' THEN $4::bigint WHEN s.email IS NOT NULL THEN $5 ELSE $1::bigint END
+                      AS worker_id
                FROM unnest($2::bigint[], $3::integer[]) AS asked (item_id, number)
                JOIN run_items i ON i.id = asked.item_id
                JOIN runs r ON r.id = i.run_id
@@ -77,14 +77,14 @@ pub async fn claim(
                LEFT JOIN suppressions s ON s.email = u.email
                WHERE i.state <> 'sent'
                  AND (i.attempt < asked.number OR (i.attempt = asked.number AND i.state = 'pending'))
-               ORDER BY asked.item_id, asked.number
+           ), claimed AS (
+               INSERT INTO attempts (item_id, number, worker_id)
+               SELECT item_id, number, worker_id FROM asked ORDER BY item_id, number
                ON CONFLICT DO NOTHING
-               RETURNING item_id, number, worker_id
+               RETURNING item_id, number
            )
-           SELECT claimed.item_id, claimed.number, claimed.worker_id, i.run_id, i.position, u.email, u.name
-           FROM claimed
-           JOIN run_items i ON i.id = claimed.item_id
-           JOIN users u ON u.id = i.user_id"#,
+           SELECT item_id AS "item_id!", number AS "number!", run_id, position, email, name, worker_id AS "worker_id!"
+           FROM claimed JOIN asked USING (item_id, number)"#,
         worker_id,
         item_ids,
         numbers,
