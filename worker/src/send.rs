@@ -5,7 +5,7 @@
 //! each takes what has gathered while the one before was under way.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -33,7 +33,7 @@ use crate::{
     heartbeat::Heartbeat,
     mailer::{Lane, Mail, Mailer, Outcome},
     outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
-    templates::{Templates, TemplatesError},
+    templates::{Read, Templates, TemplatesError},
 };
 
 /// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
@@ -146,14 +146,22 @@ impl Senders {
             }
         };
         self.heartbeat.add_in_flight(i32::try_from(claimed.len()).unwrap_or(i32::MAX));
+        // One look for all: it is the same run's text, most of the time.
+        let mut templates = HashMap::new();
+        for run_id in claimed.iter().map(|claimed| claimed.run_id) {
+            if let Entry::Vacant(place) = templates.entry(run_id) {
+                place.insert(self.templates.of(run_id).await);
+            }
+        }
         for claimed in claimed {
+            let Some(template) = templates.get(&claimed.run_id).cloned() else { continue };
             let key = (claimed.item_id, claimed.number);
             // There is a permit for each delivery, and at least one delivery for each claim.
             let (Some(asked), Some(permit)) = (asked.remove(&key), permits.pop()) else { continue };
             self.claims().begin(key, asked.deliveries);
             let (this, finished) = (Arc::clone(self), finished.clone());
             tokio::spawn(async move {
-                let next = this.attempt(asked.item, claimed).await;
+                let next = this.attempt(asked.item, claimed, template).await;
                 // The reporter outlives every sender of this channel.
                 let _ = finished.send(Finished { key, next, permit }).await;
             });
@@ -197,11 +205,11 @@ impl Senders {
     }
 
     /// Carries an attempt out, and decides what follows.
-    async fn attempt(&self, item: ItemMessage, claimed: Claimed) -> Next {
+    async fn attempt(&self, item: ItemMessage, claimed: Claimed, template: Read) -> Next {
         if let Some(why) = claimed.withheld {
             return Next { follow_up: None, result: withheld(item, why) };
         }
-        let template = match self.templates.of(claimed.run_id).await {
+        let template = match template {
             Ok(template) => template,
             Err(error) => {
                 return match &*error {

@@ -30,6 +30,9 @@ pub enum TemplatesError {
     Template(#[from] TemplateError),
 }
 
+/// A run's template, or why there is none.
+pub type Read = Result<Arc<Template>, Arc<TemplatesError>>;
+
 impl Templates {
     /// None is read yet.
     #[must_use]
@@ -38,10 +41,7 @@ impl Templates {
     }
 
     /// The template of a run, which never changes.
-    ///
-    /// # Errors
-    /// The database's, or what is wrong with the template.
-    pub async fn of(&self, run_id: Uuid) -> Result<Arc<Template>, Arc<TemplatesError>> {
+    pub async fn of(&self, run_id: Uuid) -> Read {
         let read = async {
             let (subject, body) = runs::text(&self.pool, run_id).await.map_err(TemplatesError::Ledger)?;
             Ok(Arc::new(Template::new(&subject, &body)?))
