@@ -24,12 +24,33 @@ const SUPPRESSED: &str = "the address is on the list of those that nobody writes
 
 /// What an attempt leaves behind: the next attempt, if there is one, and the result. Published in this order, so that a
 /// crash between the two loses nothing.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Next {
-    /// The next attempt: on a rung, or among the dead letters.
-    pub follow_up: Option<Outgoing>,
+    /// The next attempt, if there is one.
+    pub follow_up: Option<FollowUp>,
     /// What the ledger is told.
     pub result: ItemResult,
+}
+
+/// Where the next attempt goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FollowUp {
+    /// Back to the items, at once.
+    Now(ItemMessage),
+    /// To a rung, for so long.
+    Wait(ItemMessage, Duration),
+    /// To the dead letters, for this reason, in these words.
+    Dead(ItemMessage, DeadReason, String),
+}
+
+impl From<FollowUp> for Outgoing {
+    fn from(follow_up: FollowUp) -> Self {
+        match follow_up {
+            FollowUp::Now(item) => Self::new(&item).of_run(item.run_id),
+            FollowUp::Wait(item, delay) => Self::new(&item).to(retry_queue(delay)).of_run(item.run_id),
+            FollowUp::Dead(item, reason, error) => Self::new(&item).dead(reason, &error).of_run(item.run_id),
+        }
+    }
 }
 
 /// What the settings say of attempts that did not succeed.
@@ -77,7 +98,7 @@ pub fn after_send(item: ItemMessage, outcome: Outcome, closed_for: Duration, rul
 /// The next attempt waits on a rung.
 fn wait(item: ItemMessage, next: ItemMessage, delay: Duration, reason: String) -> Next {
     Next {
-        follow_up: Some(Outgoing::new(&next).to(retry_queue(delay)).of_run(item.run_id)),
+        follow_up: Some(FollowUp::Wait(next, delay)),
         result: ItemResult {
             due_in_ms: Some(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)),
             ..item.result(ItemState::Retrying, Some(reason))
@@ -98,7 +119,7 @@ pub fn withheld(item: ItemMessage, why: Withheld) -> ItemResult {
 #[must_use]
 pub fn after_cut_off(item: ItemMessage) -> Next {
     Next {
-        follow_up: Some(Outgoing::new(&item.again()).of_run(item.run_id)),
+        follow_up: Some(FollowUp::Now(item.again())),
         result: ItemResult { due_in_ms: Some(0), ..item.result(ItemState::Retrying, Some(CUT_OFF.into())) },
     }
 }
@@ -113,7 +134,7 @@ fn unclear(item: ItemMessage, policy: OnUnknown, reason: String) -> Next {
     match policy {
         OnUnknown::Hold => dead(item, ItemState::Unknown, DeadReason::Unknown, reason),
         OnUnknown::Resend => Next {
-            follow_up: Some(Outgoing::new(&item.again()).of_run(item.run_id)),
+            follow_up: Some(FollowUp::Now(item.again())),
             result: ItemResult { due_in_ms: Some(0), ..item.result(ItemState::Retrying, Some(reason)) },
         },
     }
@@ -122,7 +143,7 @@ fn unclear(item: ItemMessage, policy: OnUnknown, reason: String) -> Next {
 /// A dead letter is the next attempt with a fresh budget, waiting for a person: moving it back is all a replay is.
 fn dead(item: ItemMessage, state: ItemState, reason: DeadReason, error: String) -> Next {
     Next {
-        follow_up: Some(Outgoing::new(&item.replayed()).dead(reason, &error).of_run(item.run_id)),
+        follow_up: Some(FollowUp::Dead(item.replayed(), reason, error.clone())),
         result: item.result(state, Some(error)),
     }
 }

@@ -272,7 +272,7 @@ impl Senders {
             let mut follow_ups = Vec::new();
             let mut results = Vec::with_capacity(batch.len());
             for finished in &mut batch {
-                follow_ups.extend(finished.next.follow_up.take());
+                follow_ups.extend(finished.next.follow_up.take().map(Outgoing::from));
                 results.push(finished.next.result.clone());
             }
             if !self.publish(follow_ups).await || !self.publish(self.results(&results)).await {
@@ -322,7 +322,7 @@ impl Senders {
                 Refused::Orphaned => {
                     warn!(item_id = key.0, attempt = key.1, "its worker died: the outcome is unknown");
                     let next = after_death(item, self.rules.on_unknown);
-                    follow_ups.extend(next.follow_up);
+                    follow_ups.extend(next.follow_up.map(Outgoing::from));
                     results.push(next.result);
                 }
                 Refused::Mine => {
@@ -335,7 +335,7 @@ impl Senders {
                             }
                             Known::InVain(delivery) => {
                                 let next = after_cut_off(item);
-                                follow_ups.extend(next.follow_up);
+                                follow_ups.extend(next.follow_up.map(Outgoing::from));
                                 self.claims().done(key, next.result.clone(), Instant::now());
                                 results.push(next.result);
                                 done.push(delivery);

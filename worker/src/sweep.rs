@@ -161,7 +161,7 @@ impl Sweeper {
                     Repair::Bury => {
                         buried += 1;
                         let next = after_death(item.next, self.config.send.on_unknown);
-                        messages.extend(next.follow_up);
+                        messages.extend(next.follow_up.map(Outgoing::from));
                         results.push(next.result);
                     }
                 }
