@@ -9,6 +9,8 @@ mod consumer;
 mod fan_out;
 mod heartbeat;
 pub mod mailer;
+#[cfg(test)]
+mod model;
 mod outcome;
 mod poison;
 mod progress;

@@ -108,6 +108,11 @@ impl Senders {
     /// queue when the consumer closes.
     async fn take(self: Arc<Self>, mut consumer: Consumer, finished: mpsc::Sender<Finished>, stop: CancellationToken) {
         while let Some(Some(batch)) = stop.run_until_cancelled(self.gather(&mut consumer)).await {
+            if !self.heartbeat.is_fresh() {
+                // It would only be given up again, and use up an attempt's number each time.
+                self.put_off(batch, Instant::now()).await;
+                continue;
+            }
             match self.mailer.lane() {
                 Lane::Open | Lane::Trying => self.begin(batch, &finished).await,
                 Lane::Closed { until, .. } => self.put_off(batch, until).await,
@@ -173,7 +178,7 @@ impl Senders {
         }
     }
 
-    /// While the lane is closed nothing is claimed, so nobody's attempt is used up: what comes waits on a rung until then.
+    /// Claims nothing, so that nobody's attempt is used up: what has come waits on a rung until then.
     async fn put_off(&self, batch: Vec<(Delivery, OwnedSemaphorePermit)>, until: Instant) {
         let asked = self.understand(batch.into_iter().map(|(delivery, _)| delivery).collect()).await;
         let wait = self.rules.rung_within(until.saturating_duration_since(Instant::now()));

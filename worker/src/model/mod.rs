@@ -1,0 +1,154 @@
+//! The protocol as a model that is checked: every order of steps, crashes, losses and duplicates of a small world, and
+//! random ones of a larger world, over the very functions that the pipeline runs.
+//!
+//! `docs/protocol.md` maps each step to the function and the statement that does it. Each test that takes a part of the
+//! protocol away must find what that part is there for.
+
+mod world;
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use stateright::{Checker as _, HasDiscoveries, Model, Property};
+
+use world::{Answer, Limits, Protocol, Step, World};
+
+const COUNTS: &str = "counters equal counts";
+const ONCE: &str = "nobody is written to twice silently";
+const TRUE: &str = "what is sent went out, and what failed did not";
+const SETTLED: &str = "at rest, everything is settled";
+
+impl Model for Protocol {
+    type State = World;
+    type Action = Step;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![self.begin()]
+    }
+
+    fn actions(&self, world: &World, steps: &mut Vec<Step>) {
+        self.steps(world, steps);
+        self.faults(world, steps);
+    }
+
+    fn next_state(&self, world: &World, step: Step) -> Option<World> {
+        let mut next = world.clone();
+        self.take_step(&mut next, step);
+        // What changes nothing is no step.
+        (next != *world).then_some(next)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always(COUNTS, |_, world: &World| world.counters_equal_counts()),
+            Property::always(ONCE, |_, world: &World| world.nobody_got_two_silently()),
+            Property::always(TRUE, |_, world: &World| world.the_ledger_tells_the_truth()),
+            Property::always(SETTLED, |protocol: &Self, world: &World| {
+                world.is_settled() || {
+                    let mut steps = Vec::new();
+                    protocol.steps(world, &mut steps);
+                    !steps.is_empty()
+                }
+            }),
+        ]
+    }
+}
+
+/// A world that is small enough to be gone through: what a mail server does beyond this leads to the same messages.
+fn small(items: usize, faults: u8, wishes: u8) -> Protocol {
+    let answers = vec![Answer::Accepts, Answer::RefusesForNow, Answer::Drops(true)];
+    Protocol { answers, ..Protocol::whole(Limits { items, faults, wishes }) }
+}
+
+fn holds(protocol: Protocol) {
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let checker = protocol.checker().threads(threads).spawn_bfs().join();
+    eprintln!("{} states, {} of them different", checker.state_count(), checker.unique_state_count());
+    checker.assert_properties();
+}
+
+/// The first property that does not hold is one of `expected`.
+fn breaks(protocol: Protocol, expected: &[&str]) {
+    let checker = protocol.checker().finish_when(HasDiscoveries::Any).spawn_bfs().join();
+    let found: Vec<_> = checker.discoveries().into_keys().collect();
+    assert!(found.iter().any(|name| expected.contains(name)), "expected one of {expected:?}, found {found:?}");
+}
+
+#[test]
+fn one_invitation_survives_every_two_faults() {
+    holds(small(1, 2, 0));
+}
+
+#[test]
+fn one_invitation_survives_a_persons_wish_at_any_moment() {
+    holds(small(1, 0, 1));
+}
+
+#[test]
+fn two_invitations_do_not_get_in_each_others_way() {
+    holds(small(2, 0, 0));
+}
+
+#[test]
+fn without_the_fence_somebody_gets_two() {
+    breaks(Protocol { fence: false, ..small(1, 1, 0) }, &[ONCE]);
+}
+
+#[test]
+fn without_the_join_late_news_undo_what_is_known() {
+    breaks(Protocol { join: false, ..small(1, 1, 0) }, &[ONCE, TRUE, SETTLED]);
+}
+
+#[test]
+fn without_the_sweeper_a_purged_queue_ends_a_run() {
+    breaks(Protocol { sweeper: false, ..small(1, 1, 0) }, &[SETTLED]);
+}
+
+#[test]
+fn without_the_memory_of_outcomes_a_purged_queue_ends_a_run() {
+    breaks(Protocol { memory: false, ..small(1, 1, 0) }, &[SETTLED]);
+}
+
+/// A walk through a larger world: faults at random, then calm. Returns how many steps the calm took.
+fn walk(seed: u64) -> usize {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let limits =
+        Limits { items: rng.random_range(1..=6), faults: rng.random_range(0..=12), wishes: rng.random_range(0..=3) };
+    let protocol = Protocol::whole(limits);
+    let mut world = protocol.begin();
+    let mut steps = Vec::new();
+    for _ in 0..rng.random_range(20..400) {
+        steps.clear();
+        if rng.random_bool(0.1) {
+            protocol.faults(&world, &mut steps);
+        }
+        if steps.is_empty() {
+            protocol.steps(&world, &mut steps);
+        }
+        if steps.is_empty() {
+            break;
+        }
+        protocol.take_step(&mut world, steps.swap_remove(rng.random_range(0..steps.len())));
+        holds_at(&protocol, &world, seed);
+    }
+    for taken in 0..20_000 {
+        steps.clear();
+        protocol.steps(&world, &mut steps);
+        if steps.is_empty() {
+            return taken;
+        }
+        protocol.take_step(&mut world, steps.swap_remove(rng.random_range(0..steps.len())));
+        holds_at(&protocol, &world, seed);
+    }
+    panic!("seed {seed}: never at rest: {world:?}");
+}
+
+fn holds_at(protocol: &Protocol, world: &World, seed: u64) {
+    for property in protocol.properties() {
+        assert!((property.condition)(protocol, world), "seed {seed}: not so: {}: {world:?}", property.name);
+    }
+}
+
+#[test]
+fn larger_worlds_come_to_rest_after_any_faults() {
+    let longest = (0..20_000).map(walk).max();
+    eprintln!("the longest calm took {longest:?} steps");
+}
