@@ -10,11 +10,17 @@ pub struct Reconnect(ExponentialBackoff);
 
 impl Default for Reconnect {
     fn default() -> Self {
-        Self(endless(Duration::from_millis(100), Duration::from_secs(5)))
+        Self::between(Duration::from_millis(100), Duration::from_secs(5))
     }
 }
 
 impl Reconnect {
+    /// Waits that begin with `first`, and double up to `longest`; each up to a half longer or shorter, by chance.
+    #[must_use]
+    pub fn between(first: Duration, longest: Duration) -> Self {
+        Self(endless(first, longest))
+    }
+
     /// How long to wait before the next attempt.
     pub fn next_wait(&mut self) -> Duration {
         self.0.next_backoff().unwrap_or(self.0.max_interval)

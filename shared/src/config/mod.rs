@@ -2,11 +2,17 @@
 //!
 //! Every key has its unit in its name, unknown keys are refused, and secrets are redacted wherever settings are printed.
 
+mod relay;
+mod smtp;
+
 use std::{collections::HashMap, net::SocketAddr, path::Path, time::Duration};
 
 use config::{Environment, File, FileFormat};
 use secrecy::SecretString;
 use serde::Deserialize;
+
+pub use relay::{Login, Mechanism, Password, Relay, RelayTls};
+pub use smtp::{DkimConfig, MailerKind, Sender, SmtpConfig};
 
 /// Everything that can be set. Each part is documented where it stands.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -316,8 +322,12 @@ impl Default for HeartbeatConfig {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MailerConfig {
+    /// Which of them it is.
+    pub kind: MailerKind,
     /// The simulated mailer.
     pub simulated: SimulatedConfig,
+    /// The real one.
+    pub smtp: SmtpConfig,
 }
 
 /// `[mailer.simulated]`: no mail leaves the machine; which sends fail depends on nothing but these numbers.
@@ -393,6 +403,7 @@ impl Config {
         let database_url = nonempty("DATABASE_URL");
         let amqp_urls = nonempty("AMQP_URL").or_else(|| nonempty("MAILRUN_AMQP__URLS"));
         let rungs = nonempty("MAILRUN_RETRY__RUNGS_MS");
+        let relays = nonempty("MAILRUN_MAILER__SMTP__RELAYS");
         // Only names with a section are settings; MAILRUN_HOME and MAILRUN_CONFIG are none.
         let ours = environment
             .into_iter()
@@ -404,7 +415,7 @@ impl Config {
         if let Some(url) = database_url {
             builder = builder.set_override("database.url", url)?;
         }
-        for (key, list) in [("amqp.urls", amqp_urls), ("retry.rungs_ms", rungs)] {
+        for (key, list) in [("amqp.urls", amqp_urls), ("retry.rungs_ms", rungs), ("mailer.smtp.relays", relays)] {
             if let Some(list) = list {
                 builder = builder.set_override(key, list.split(',').map(str::trim).collect::<Vec<_>>())?;
             }
@@ -471,7 +482,7 @@ impl Config {
                 "in_process_tries is at most 5 and in_process_first_ms at most 100: longer waits belong on a rung",
             );
         }
-        Ok(())
+        self.mailer.smtp.check(self.mailer.kind)
     }
 }
 
@@ -545,8 +556,40 @@ mod tests {
     }
 
     #[test]
+    fn real_mail_needs_a_relay_and_a_sender() {
+        let smtp = ("MAILRUN_MAILER__KIND", "smtp");
+        let relays = |urls| ("MAILRUN_MAILER__SMTP__RELAYS", urls);
+        let why = |settings: &[_]| read(settings).unwrap_err().to_string();
+        assert!(why(&[smtp]).contains("mailer.smtp.relays"));
+        let config = read(&[
+            smtp,
+            relays("smtp://u:p@a, smtps://u:p@b"),
+            ("MAILRUN_MAILER__SMTP__FROM", "Ann's List <ann@example.org>"),
+            ("MAILRUN_MAILER__SMTP__DKIM__DOMAIN", "example.org"),
+            ("MAILRUN_MAILER__SMTP__DKIM__SELECTOR", "s"),
+            ("MAILRUN_MAILER__SMTP__DKIM__KEY_FILE", "/k"),
+        ])
+        .unwrap()
+        .mailer;
+        assert_eq!((config.kind, config.smtp.relays().unwrap().len()), (MailerKind::Smtp, 2));
+        assert_eq!(config.smtp.from.to_string(), "Ann's List <ann@example.org>");
+        assert_eq!(config.smtp.dkim.unwrap().selector, "s");
+        let broken = why(&[relays("smtp://u:p@a,smtp://u:hunter2@b?tls=no")]);
+        assert!(broken.contains("relay 2") && !broken.contains("hunter2"), "{broken}");
+        assert!(why(&[relays("smtp://b?tls=none")]).contains("allow_plaintext"));
+        read(&[relays("smtp://b?tls=none"), ("MAILRUN_MAILER__SMTP__ALLOW_PLAINTEXT", "true")]).unwrap();
+        assert!(why(&[("MAILRUN_MAILER__SMTP__FROM", "nobody")]).contains("is no sender"));
+        assert!(why(&[("MAILRUN_MAILER__SMTP__RELAY", "x")]).contains("relay"));
+    }
+
+    #[test]
     fn secrets_are_not_printed() {
-        let config = read(&[("DATABASE_URL", "postgres://u:hunter2@h/d"), ("AMQP_URL", "amqp://u:hunter2@h")]).unwrap();
+        let config = read(&[
+            ("DATABASE_URL", "postgres://u:hunter2@h/d"),
+            ("AMQP_URL", "amqp://u:hunter2@h"),
+            ("MAILRUN_MAILER__SMTP__RELAYS", "smtp://u:hunter2@h"),
+        ])
+        .unwrap();
         assert!(!format!("{config:?}").contains("hunter2"));
     }
 }

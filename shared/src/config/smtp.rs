@@ -1,0 +1,183 @@
+//! `[mailer.smtp]`: mail that leaves the machine, through one relay or several.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use email_address::{EmailAddress, Options};
+use secrecy::SecretString;
+use serde::Deserialize;
+
+use super::{ConfigError, relay::Relay};
+
+/// Who carries the mail.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MailerKind {
+    /// Nobody: no mail leaves the machine.
+    #[default]
+    Simulated,
+    /// The relays of `[mailer.smtp]`.
+    Smtp,
+}
+
+/// `[mailer.smtp]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SmtpConfig {
+    /// Who the invitations are from.
+    pub from: Sender,
+    /// Who gets the answers; none: `from`.
+    pub reply_to: Option<Sender>,
+    /// `smtp://user:password@host:587` (STARTTLS) or `smtps://user:password@host:465`; see [`Relay`] for what may follow.
+    pub relays: Vec<SecretString>,
+    /// Connections of one process at most, to all relays together.
+    pub connections: usize,
+    /// A connection is given up after so many messages.
+    pub messages_per_connection: u32,
+    /// A connection that nothing was sent on for so long is given up.
+    pub idle_ms: u64,
+    /// A relay must accept a connection, and again agree on its encryption, within this time.
+    pub connect_timeout_ms: u64,
+    /// A relay must answer each command within this time.
+    pub command_timeout_ms: u64,
+    /// A relay must have taken in a message, and answered it, within this time.
+    pub message_timeout_ms: u64,
+    /// The largest message, headers and all.
+    pub max_message_bytes: usize,
+    /// Connections of one process that send to the same recipient's domain, at most; 0: as many as there are.
+    pub per_domain: usize,
+    /// What the worker calls itself; none: the name of its host.
+    pub hello: Option<String>,
+    /// Lets mail and passwords go unencrypted to relays beyond this machine.
+    pub allow_plaintext: bool,
+    /// Signs the mail; none: it is not signed here.
+    pub dkim: Option<DkimConfig>,
+}
+
+impl Default for SmtpConfig {
+    fn default() -> Self {
+        Self {
+            from: Sender { name: Some("Mailrun".into()), email: "mailrun@localhost".into() },
+            reply_to: None,
+            relays: Vec::new(),
+            connections: 20,
+            messages_per_connection: 100,
+            idle_ms: 30_000,
+            connect_timeout_ms: 10_000,
+            command_timeout_ms: 30_000,
+            message_timeout_ms: 60_000,
+            max_message_bytes: 1024 * 1024,
+            per_domain: 0,
+            hello: None,
+            allow_plaintext: false,
+            dkim: None,
+        }
+    }
+}
+
+/// `[mailer.smtp.dkim]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DkimConfig {
+    /// The domain that signs: that of `from`, or one above it.
+    pub domain: String,
+    /// The name under which its key is published: `<selector>._domainkey.<domain>`.
+    pub selector: String,
+    /// A file with the private key: RSA as PEM (PKCS #1).
+    pub key_file: PathBuf,
+}
+
+/// Who a mail is from, or whom to answer: `Name <address>`, or an address alone.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Sender {
+    /// The display name.
+    pub name: Option<String>,
+    /// The address. Its domain may be a bare name such as `localhost`.
+    pub email: String,
+}
+
+impl TryFrom<String> for Sender {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is no sender: write it as Name <name@example.org>");
+        if text.chars().any(char::is_control) {
+            return Err(wrong());
+        }
+        let (name, email) = match text.rsplit_once('<') {
+            Some((name, rest)) => (name.trim(), rest.trim_end().strip_suffix('>').ok_or_else(wrong)?),
+            None => ("", text.trim()),
+        };
+        let options = Options::default().without_display_text().without_domain_literal();
+        EmailAddress::parse_with_options(email, options).map_err(|_| wrong())?;
+        let name = name.strip_prefix('"').and_then(|name| name.strip_suffix('"')).unwrap_or(name).trim();
+        Ok(Self { name: (!name.is_empty()).then(|| name.to_owned()), email: email.to_owned() })
+    }
+}
+
+impl fmt::Display for Sender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.name {
+            Some(name) => write!(f, "{name} <{}>", self.email),
+            None => f.write_str(&self.email),
+        }
+    }
+}
+
+impl SmtpConfig {
+    /// The relays, read.
+    ///
+    /// # Errors
+    /// What is wrong with the first one that can't be used, without its password.
+    pub fn relays(&self) -> Result<Vec<Relay>, ConfigError> {
+        let read = |(number, url)| {
+            let wrong = |reason: String| ConfigError::Value {
+                key: "mailer.smtp.relays",
+                reason: format!("relay {number} {reason}"),
+            };
+            let relay = Relay::parse(url).map_err(|reason| wrong(reason.into()))?;
+            if !relay.is_private() && !self.allow_plaintext {
+                return Err(wrong(format!(
+                    "({}) has tls=none and is not on this machine: leave tls=none away, or set mailer.smtp.allow_plaintext",
+                    relay.host
+                )));
+            }
+            Ok(relay)
+        };
+        (1..).zip(&self.relays).map(read).collect()
+    }
+
+    /// How long an idle connection is kept.
+    #[must_use]
+    pub fn idle(&self) -> Duration {
+        Duration::from_millis(self.idle_ms)
+    }
+
+    pub(super) fn check(&self, kind: MailerKind) -> Result<(), ConfigError> {
+        let wrong = |key, reason: &str| Err(ConfigError::Value { key, reason: reason.to_owned() });
+        let relays = self.relays()?;
+        if kind == MailerKind::Smtp && relays.is_empty() {
+            return wrong("mailer.smtp.relays", "name at least one, as smtp://user:password@host:587");
+        }
+        if !(1..=1_000).contains(&self.connections) {
+            return wrong("mailer.smtp.connections", "from 1 to 1000");
+        }
+        if self.messages_per_connection == 0 || self.max_message_bytes == 0 || self.idle_ms == 0 {
+            return wrong(
+                "mailer.smtp.messages_per_connection, mailer.smtp.max_message_bytes, mailer.smtp.idle_ms",
+                "at least 1",
+            );
+        }
+        if self.connect_timeout_ms == 0 || self.command_timeout_ms == 0 || self.message_timeout_ms == 0 {
+            return wrong(
+                "mailer.smtp.connect_timeout_ms, mailer.smtp.command_timeout_ms, mailer.smtp.message_timeout_ms",
+                "at least 1",
+            );
+        }
+        let hello = self.hello.as_deref();
+        if hello.is_some_and(|name| name.is_empty() || !name.chars().all(|c| c.is_ascii_graphic())) {
+            return wrong("mailer.smtp.hello", "the name of a host, without spaces");
+        }
+        Ok(())
+    }
+}
