@@ -1,6 +1,6 @@
 //! The URL of a mail relay.
 
-use std::{fmt, net::IpAddr, path::PathBuf};
+use std::{borrow::Cow, fmt, net::IpAddr, path::PathBuf};
 
 use percent_encoding::percent_decode_str;
 use secrecy::{ExposeSecret, SecretString};
@@ -135,7 +135,7 @@ impl Relay {
                 _ => return Err("has an unknown setting: only weight, auth, tls, ca_file and password_file are known"),
             }
         }
-        let decoded = |text: &str| percent_decode_str(text).decode_utf8().map(|text| text.into_owned()).ok();
+        let decoded = |text: &str| percent_decode_str(text).decode_utf8().map(Cow::into_owned).ok();
         let user = decoded(url.username()).ok_or("has a user that is not UTF-8")?;
         let password = match (url.password(), password_file) {
             (Some(_), Some(_)) => return Err("has both a password and a password_file"),

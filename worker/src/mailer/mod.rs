@@ -1,13 +1,20 @@
 //! Who carries the mail.
 
+mod message;
 mod simulated;
+mod smtp;
 
 use std::{sync::Arc, time::Instant};
 
 use async_trait::async_trait;
-use mailrun_shared::{config::MailerConfig, template::Template};
+use mailrun_shared::{
+    config::{MailerConfig, MailerKind},
+    template::Template,
+};
 
+pub use message::ComposerError;
 pub use simulated::{Simulated, SimulatedError};
+pub use smtp::{Smtp, SmtpError, TlsError};
 
 /// One invitation, ready to be sent.
 #[derive(Clone, Debug)]
@@ -90,6 +97,9 @@ pub enum MailerError {
     /// The simulated one.
     #[error(transparent)]
     Simulated(#[from] SimulatedError),
+    /// The real one.
+    #[error(transparent)]
+    Smtp(#[from] SmtpError),
 }
 
 /// The mailer that the configuration asks for.
@@ -97,5 +107,8 @@ pub enum MailerError {
 /// # Errors
 /// When it can't be used as configured.
 pub fn mailer(config: &MailerConfig) -> Result<Arc<dyn Mailer>, MailerError> {
-    Ok(Arc::new(Simulated::new(&config.simulated)?))
+    Ok(match config.kind {
+        MailerKind::Simulated => Arc::new(Simulated::new(&config.simulated)?),
+        MailerKind::Smtp => Arc::new(Smtp::new(&config.smtp)?),
+    })
 }

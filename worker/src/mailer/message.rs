@@ -1,0 +1,342 @@
+//! Writes a mail as it goes over the wire: from a template and a recipient to headers and two parts, signed if that is set up.
+
+use std::{fs, io, path::PathBuf};
+
+use lettre::{
+    Message,
+    address::Address,
+    message::{
+        Mailbox, MultiPart,
+        dkim::{
+            DkimCanonicalization, DkimCanonicalizationType, DkimConfig as Signature, DkimSigningAlgorithm,
+            DkimSigningKey,
+        },
+        header::{HeaderName, HeaderValue},
+    },
+};
+use mailrun_shared::{
+    config::{DkimConfig, Sender, SmtpConfig},
+    template::Recipient,
+};
+
+use super::{Mail, Outcome};
+
+/// The headers that a signature covers. One-click unsubscribing asks for the last two (RFC 8058).
+const SIGNED: [&str; 11] = [
+    "From",
+    "Reply-To",
+    "To",
+    "Subject",
+    "Date",
+    "Message-ID",
+    "MIME-Version",
+    "Content-Type",
+    "Auto-Submitted",
+    "List-Unsubscribe",
+    "List-Unsubscribe-Post",
+];
+/// A longer address would not fit on a line of a header.
+const MAX_URL_BYTES: usize = 900;
+
+/// Why mail can't be written as configured.
+#[derive(Debug, thiserror::Error)]
+pub enum ComposerError {
+    /// A sender that mail servers can't take.
+    #[error("the setting mailer.smtp.{key} is not usable: {address} is not an address that mail servers know")]
+    Sender {
+        /// Which.
+        key: &'static str,
+        /// What it says.
+        address: String,
+    },
+    /// The key of the signature is not there.
+    #[error("the key {path} of mailer.smtp.dkim can't be read: {error}")]
+    Key {
+        /// Where it should be.
+        path: PathBuf,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// The key of the signature is of another kind.
+    #[error("{path} is no private RSA key as PEM (PKCS #1: it begins with BEGIN RSA PRIVATE KEY)")]
+    KeyKind {
+        /// Where it is.
+        path: PathBuf,
+    },
+}
+
+/// A mail, ready for the wire.
+#[derive(Clone, Debug)]
+pub struct Letter {
+    /// The sender's address, for `MAIL FROM`.
+    pub from: String,
+    /// The recipient's address, for `RCPT TO`.
+    pub to: String,
+    /// The recipient's address as it is known to us: not to be repeated to anybody.
+    pub known_as: String,
+    /// The recipient's domain, in ASCII and lower case.
+    pub domain: String,
+    /// The message, with CRLF at the ends of lines; not yet stuffed with dots.
+    pub bytes: Vec<u8>,
+    /// An address has a local part that is not ASCII: only a server with SMTPUTF8 can take it.
+    pub needs_utf8: bool,
+}
+
+/// Writes mails.
+pub struct Composer {
+    from: Mailbox,
+    reply_to: Option<Mailbox>,
+    signature: Option<Signature>,
+    max_bytes: usize,
+}
+
+impl Composer {
+    /// Reads what stays the same from mail to mail.
+    ///
+    /// # Errors
+    /// When a sender or the key of the signature can't be used.
+    pub fn new(config: &SmtpConfig) -> Result<Self, ComposerError> {
+        let mailbox = |key, sender: &Sender| {
+            let wrong = || ComposerError::Sender { key, address: sender.email.clone() };
+            let address = in_ascii(&sender.email).ok_or_else(wrong)?;
+            Ok(Mailbox::new(sender.name.as_deref().and_then(in_a_header), address))
+        };
+        Ok(Self {
+            from: mailbox("from", &config.from)?,
+            reply_to: config.reply_to.as_ref().map(|sender| mailbox("reply_to", sender)).transpose()?,
+            signature: config.dkim.as_ref().map(signature).transpose()?,
+            max_bytes: config.max_message_bytes,
+        })
+    }
+
+    /// Writes `mail`.
+    ///
+    /// # Errors
+    /// How the attempt ends if it can't be written; the same on every try.
+    pub fn compose(&self, mail: &Mail) -> Result<Letter, Outcome> {
+        let failed = |reason: String| Outcome::Failed { reason, bad_address: false };
+        let to = in_ascii(&mail.email).ok_or_else(|| Outcome::Failed {
+            reason: "this is not an address that mail servers know".into(),
+            bad_address: true,
+        })?;
+        let unsubscribe = mail.unsubscribe.as_deref();
+        let recipient = Recipient { email: &mail.email, name: mail.name.as_deref(), unsubscribe_url: unsubscribe };
+        let rendered = mail.template.render(&recipient).map_err(|error| failed(error.to_string()))?;
+        let mut message = Message::builder()
+            .message_id(Some(mail.message_id.clone()))
+            .from(self.from.clone())
+            .to(Mailbox::new(mail.name.as_deref().and_then(in_a_header), to.clone()))
+            .subject(rendered.subject)
+            .date_now()
+            // So that nobody's out-of-office message answers.
+            .raw_header(header("Auto-Submitted", "auto-generated".into()));
+        if let Some(reply_to) = &self.reply_to {
+            message = message.reply_to(reply_to.clone());
+        }
+        if let Some(url) = unsubscribe {
+            if url.len() > MAX_URL_BYTES || !url.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '<' | '>' | ','))
+            {
+                return Err(failed("the address for unsubscribing can't stand in a header".into()));
+            }
+            message = message
+                .raw_header(header("List-Unsubscribe", format!("<{url}>")))
+                .raw_header(header("List-Unsubscribe-Post", "List-Unsubscribe=One-Click".into()));
+        }
+        let mut message = message
+            .multipart(MultiPart::alternative_plain_html(rendered.text, rendered.html))
+            .map_err(|error| failed(format!("the message can't be written: {error}")))?;
+        if let Some(signature) = &self.signature {
+            message.sign(signature);
+        }
+        let bytes = message.formatted();
+        if bytes.len() > self.max_bytes {
+            return Err(failed(format!(
+                "the message has {} bytes, and mailer.smtp.max_message_bytes allows {}",
+                bytes.len(),
+                self.max_bytes
+            )));
+        }
+        let address = |address: &Address| -> String { AsRef::<str>::as_ref(address).to_owned() };
+        Ok(Letter {
+            needs_utf8: !address(&to).is_ascii() || !address(&self.from.email).is_ascii(),
+            from: address(&self.from.email),
+            to: address(&to),
+            known_as: mail.email.clone(),
+            domain: to.domain().to_ascii_lowercase(),
+            bytes,
+        })
+    }
+}
+
+/// The address with its domain in ASCII, if it is one. The part before the @ sign stays as it is.
+fn in_ascii(email: &str) -> Option<Address> {
+    // It goes into a command and a header, so nothing that could end either, wherever it comes from.
+    if email.chars().any(char::is_control) {
+        return None;
+    }
+    let (user, domain) = email.rsplit_once('@')?;
+    Address::new(user, idna::domain_to_ascii(domain).ok()?).ok()
+}
+
+/// A name on one line.
+fn in_a_header(name: &str) -> Option<String> {
+    let name: String = name.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let name = name.trim();
+    (!name.is_empty()).then(|| name.to_owned())
+}
+
+/// A header of ASCII that must neither be folded nor encoded.
+fn header(name: &'static str, value: String) -> HeaderValue {
+    HeaderValue::dangerous_new_pre_encoded(HeaderName::new_from_ascii_str(name), value.clone(), value)
+}
+
+fn signature(config: &DkimConfig) -> Result<Signature, ComposerError> {
+    let path = || config.key_file.clone();
+    let key = fs::read_to_string(&config.key_file).map_err(|error| ComposerError::Key { path: path(), error })?;
+    let key = DkimSigningKey::new(key.trim(), DkimSigningAlgorithm::Rsa)
+        .map_err(|_| ComposerError::KeyKind { path: path() })?;
+    let relaxed = DkimCanonicalizationType::Relaxed;
+    Ok(Signature::new(
+        config.selector.clone(),
+        config.domain.clone(),
+        key,
+        SIGNED.map(HeaderName::new_from_ascii_str).to_vec(),
+        DkimCanonicalization { header: relaxed, body: relaxed },
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use mail_parser::{HeaderValue as Value, Message as Parsed, MessageParser};
+    use mailrun_shared::template::Template;
+
+    use super::*;
+
+    const URL: &str = "https://mail.example/u/abc_def?x=1";
+
+    fn mail(email: &str, name: Option<&str>) -> Mail {
+        Mail {
+            message_id: "<5.abc@mailrun>".into(),
+            email: email.into(),
+            name: name.map(Into::into),
+            template: Arc::new(
+                Template::new("Grüße an {{ name or 'Sie' }} 🎂", "Hallo **{{ name }}**,\n.\nкуда").unwrap(),
+            ),
+            unsubscribe: Some(URL.into()),
+            position: 1,
+            tries: 1,
+            replays: 0,
+        }
+    }
+
+    fn config() -> SmtpConfig {
+        SmtpConfig {
+            from: Sender { name: Some("Jürgen, Chef".into()), email: "jo@bücher.example".into() },
+            reply_to: Some(Sender { name: None, email: "answers@example.org".into() }),
+            ..SmtpConfig::default()
+        }
+    }
+
+    fn compose(mail: &Mail) -> Letter {
+        Composer::new(&config()).unwrap().compose(mail).unwrap()
+    }
+
+    fn parsed(letter: &Letter) -> Parsed<'_> {
+        MessageParser::default().parse(&letter.bytes).unwrap()
+    }
+
+    fn text<'a>(message: &'a Parsed<'_>, name: &'a str) -> &'a str {
+        message.header(name).and_then(Value::as_text).unwrap()
+    }
+
+    #[test]
+    fn a_mail_says_all_that_it_should() {
+        let letter = compose(&mail("ann@müller.example", Some("Анна \"A\" O'Neil")));
+        let message = parsed(&letter);
+        assert_eq!(
+            (letter.from.as_str(), letter.to.as_str(), letter.domain.as_str()),
+            ("jo@xn--bcher-kva.example", "ann@xn--mller-kva.example", "xn--mller-kva.example")
+        );
+        assert!(!letter.needs_utf8 && letter.bytes.is_ascii());
+        let to = message.to().unwrap().first().unwrap();
+        assert_eq!((to.name(), to.address()), (Some("Анна \"A\" O'Neil"), Some(letter.to.as_str())));
+        assert_eq!(message.from().unwrap().first().unwrap().name(), Some("Jürgen, Chef"));
+        assert_eq!(message.reply_to().unwrap().first().unwrap().address(), Some("answers@example.org"));
+        assert_eq!(message.subject(), Some("Grüße an Анна \"A\" O'Neil 🎂"));
+        assert_eq!(message.message_id(), Some("5.abc@mailrun"));
+        assert!(message.date().is_some());
+        assert_eq!(text(&message, "Auto-Submitted"), "auto-generated");
+        let raw = String::from_utf8(letter.bytes.clone()).unwrap();
+        assert!(raw.contains(&format!("\r\nList-Unsubscribe: <{URL}>\r\n")));
+        assert!(raw.contains("\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n"));
+        assert!(raw.contains("multipart/alternative"));
+        assert!(message.body_text(0).unwrap().contains("куда"));
+        assert!(message.body_html(0).unwrap().contains("<strong>Анна \"A\" O'Neil</strong>"));
+        assert!(raw.lines().all(|line| line.len() <= 998) && !raw.replace("\r\n", "").contains(['\r', '\n']));
+    }
+
+    #[test]
+    fn a_name_is_never_a_header() {
+        for name in
+            ["Ann\r\nBcc: eve@example.org", "Ann\nBcc: eve@example.org", "\"\r\n\r\nbody", "Ann\u{85}\u{2028}Bcc: x"]
+        {
+            let letter = compose(&mail("ann@example.org", Some(name)));
+            let message = parsed(&letter);
+            assert!(message.bcc().is_none());
+            assert_eq!(message.to().unwrap().iter().count(), 1, "{name}");
+            assert_eq!(message.to().unwrap().first().unwrap().address(), Some("ann@example.org"));
+            assert_eq!(message.subject().unwrap().lines().count(), 1);
+            assert!(message.message_id().is_some() && message.body_html(0).is_some());
+        }
+        let reason = Composer::new(&config()).unwrap().compose(&mail("ann@example.org\r\nDATA", None)).unwrap_err();
+        assert!(matches!(reason, Outcome::Failed { bad_address: true, .. }));
+    }
+
+    #[test]
+    fn without_a_way_out_there_is_no_header_for_it() {
+        let letter = compose(&Mail { unsubscribe: None, ..mail("ann@example.org", None) });
+        assert!(!String::from_utf8(letter.bytes).unwrap().contains("List-Unsubscribe"));
+        let hostile = Mail { unsubscribe: Some("https://x>\r\nBcc: eve".into()), ..mail("ann@example.org", None) };
+        assert!(matches!(Composer::new(&config()).unwrap().compose(&hostile), Err(Outcome::Failed { .. })));
+    }
+
+    #[test]
+    fn a_local_part_in_another_script_needs_a_server_that_knows_it() {
+        let letter = compose(&mail("пётр@пример.рф", None));
+        assert!(letter.needs_utf8);
+        assert_eq!(letter.to, "пётр@xn--e1afmkfd.xn--p1ai");
+    }
+
+    #[test]
+    fn a_message_that_is_too_large_fails() {
+        let composer = Composer::new(&SmtpConfig { max_message_bytes: 500, ..config() }).unwrap();
+        let failed = composer.compose(&mail("ann@example.org", None)).unwrap_err();
+        let Outcome::Failed { reason, bad_address: false } = failed else { panic!("{failed:?}") };
+        assert!(reason.contains("max_message_bytes allows 500"), "{reason}");
+    }
+
+    #[test]
+    fn a_signature_covers_the_way_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let key_file = folder.path().join("key.pem");
+        let dkim =
+            |key_file: PathBuf| Some(DkimConfig { domain: "example.org".into(), selector: "s1".into(), key_file });
+        let composer = || Composer::new(&SmtpConfig { dkim: dkim(key_file.clone()), ..config() });
+        assert!(matches!(composer(), Err(ComposerError::Key { .. })));
+        fs::write(&key_file, "no key").unwrap();
+        assert!(matches!(composer(), Err(ComposerError::KeyKind { .. })));
+        fs::write(&key_file, include_str!("test_key.pem")).unwrap();
+        let letter = composer().unwrap().compose(&mail("ann@example.org", None)).unwrap();
+        let message = parsed(&letter);
+        let signature = message.header_raw("DKIM-Signature").unwrap();
+        assert!(signature.contains("d=example.org; s=s1"), "{signature}");
+        assert!(
+            signature
+                .to_lowercase()
+                .replace([' ', '\r', '\n', '\t'], "")
+                .contains("list-unsubscribe:list-unsubscribe-post")
+        );
+    }
+}

@@ -1,0 +1,80 @@
+//! AUTH: what is said to log in.
+
+use std::{io, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use mailrun_shared::config::{Login, Mechanism, Password};
+use secrecy::{ExposeSecret, SecretString};
+
+use super::{
+    dialogue::Dialogue,
+    verdict::{Failure, Stage, Trouble},
+};
+
+/// Logs in. `offered` is what the server offers, in capitals.
+///
+/// # Errors
+/// When it does not succeed, for whatever reason.
+pub async fn log_in(
+    dialogue: &mut Dialogue,
+    login: &Login,
+    offered: &[String],
+    limit: Duration,
+) -> Result<(), Failure> {
+    let unable = |why: String| Failure { stage: Stage::Login, trouble: Trouble::Unable(why) };
+    let offers = |mechanism: Mechanism| offered.iter().any(|offer| offer == name(mechanism));
+    let mechanism = match login.mechanism {
+        Some(mechanism) => Some(mechanism).filter(|mechanism| offers(*mechanism)),
+        None => [Mechanism::Plain, Mechanism::Login].into_iter().find(|mechanism| offers(*mechanism)),
+    };
+    let Some(mechanism) = mechanism else {
+        let wanted = login.mechanism.map_or("PLAIN or LOGIN", name);
+        return Err(unable(format!("the mail server offers no login with {wanted}: it offers {}", offered.join(", "))));
+    };
+    let secret = password(&login.password)
+        .await
+        .map_err(|error| unable(format!("the password_file of the mail server can't be read: {error}")))?;
+    let secret = secret.expose_secret();
+    let (first, then) = match mechanism {
+        Mechanism::Plain => (Some(format!("\0{}\0{secret}", login.user)), vec![]),
+        Mechanism::Login => (None, vec![login.user.clone(), secret.to_owned()]),
+        // Where the token is not taken, the server says why in a challenge, and refuses after an empty answer.
+        Mechanism::XOAuth2 => {
+            (Some(format!("user={}\x01auth=Bearer {secret}\x01\x01", login.user)), vec![String::new()])
+        }
+    };
+    let first = first.map(|first| format!(" {}", STANDARD.encode(first))).unwrap_or_default();
+    let mut reply = dialogue.command(Stage::Login, &format!("AUTH {}{first}", name(mechanism)), limit).await?;
+    for answer in then {
+        if reply.code != 334 {
+            break;
+        }
+        reply = dialogue.command(Stage::Login, &STANDARD.encode(answer), limit).await?;
+    }
+    let trouble = match reply.code {
+        200..300 => return Ok(()),
+        300..400 => Trouble::Senseless(reply.to_string()),
+        _ => Trouble::Refused(reply),
+    };
+    Err(Failure { stage: Stage::Login, trouble })
+}
+
+fn name(mechanism: Mechanism) -> &'static str {
+    match mechanism {
+        Mechanism::Plain => "PLAIN",
+        Mechanism::Login => "LOGIN",
+        Mechanism::XOAuth2 => "XOAUTH2",
+    }
+}
+
+/// The password as it is now: a token in a file may be another one at each login.
+async fn password(password: &Password) -> io::Result<SecretString> {
+    match password {
+        Password::Here(password) => Ok(password.clone()),
+        Password::File(path) => {
+            let mut text = tokio::fs::read_to_string(path).await?;
+            text.truncate(text.trim_end_matches(['\r', '\n']).len());
+            Ok(text.into())
+        }
+    }
+}

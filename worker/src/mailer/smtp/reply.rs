@@ -1,0 +1,146 @@
+//! What a mail server answers, and how much of it is shown.
+
+use std::fmt;
+
+/// Longer reasons are cut.
+const MAX_REASON_CHARS: usize = 300;
+/// Stands where the server repeated the recipient's address.
+const RECIPIENT: &str = "<recipient>";
+
+/// An answer: a code, and lines of text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    /// From 200 to 599.
+    pub code: u16,
+    /// What stands after the code, line by line.
+    pub lines: Vec<String>,
+}
+
+/// The second and third number of an enhanced status code (RFC 3463): `1` and `1` in `5.1.1`. The first one says the same as
+/// the reply's code.
+pub type Detail = (u16, u16);
+
+impl Reply {
+    /// One line of an answer, and whether it is the last; none: it is no such line.
+    pub fn line(line: &str) -> Option<(u16, bool, &str)> {
+        let code = line.get(..3).filter(|code| code.bytes().all(|byte| byte.is_ascii_digit()))?;
+        let code: u16 = code.parse().ok().filter(|code| (200..600).contains(code))?;
+        match line.as_bytes().get(3) {
+            // A code alone is an answer too (RFC 5321, 4.2).
+            None => Some((code, true, "")),
+            Some(b' ') => Some((code, true, &line[4..])),
+            Some(b'-') => Some((code, false, &line[4..])),
+            Some(_) => None,
+        }
+    }
+
+    /// Whether it is a 2xx.
+    pub fn is_positive(&self) -> bool {
+        (200..300).contains(&self.code)
+    }
+
+    /// The enhanced status code, if the text begins with one that belongs to the code.
+    pub fn detail(&self) -> Option<Detail> {
+        enhanced(self.code, self.lines.first()?).map(|(detail, _)| detail)
+    }
+}
+
+/// An enhanced status code at the beginning of `line`, and what follows it.
+fn enhanced(code: u16, line: &str) -> Option<(Detail, &str)> {
+    let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+    let mut numbers = word.split('.').map(|number| number.parse::<u16>().ok());
+    match (numbers.next()??, numbers.next()??, numbers.next()??, numbers.next()) {
+        (class, subject, detail, None) if class == code / 100 => Some(((subject, detail), rest)),
+        _ => None,
+    }
+}
+
+/// On one line, the enhanced status code once.
+impl fmt::Display for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.code)?;
+        for (number, line) in self.lines.iter().enumerate() {
+            let shown = match (number, enhanced(self.code, line)) {
+                (1.., Some((detail, rest))) if Some(detail) == self.detail() => rest,
+                _ => line,
+            };
+            if !shown.trim().is_empty() {
+                write!(f, " {}", shown.trim())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A reason as it is kept: one line, not too long, without control characters, and without the recipient's address.
+pub fn reason(text: &str, addresses: &[&str]) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(next) = rest.chars().next() {
+        let address = addresses.iter().find(|address| {
+            !address.is_empty() && rest.get(..address.len()).is_some_and(|text| text.eq_ignore_ascii_case(address))
+        });
+        match address {
+            Some(address) => {
+                // `<ann@example.org>` has its brackets already.
+                let bracketed = shown.ends_with('<') && rest[address.len()..].starts_with('>');
+                shown.push_str(if bracketed { "recipient" } else { RECIPIENT });
+                rest = &rest[address.len()..];
+            }
+            None => {
+                shown.push(if next.is_control() { ' ' } else { next });
+                rest = &rest[next.len_utf8()..];
+            }
+        }
+    }
+    let mut shown = shown.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some((end, _)) = shown.char_indices().nth(MAX_REASON_CHARS) {
+        shown.truncate(end);
+        shown.push('…');
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reply(code: u16, lines: &[&str]) -> Reply {
+        Reply { code, lines: lines.iter().map(|line| (*line).to_owned()).collect() }
+    }
+
+    #[test]
+    fn a_line_is_read_as_servers_write_it() {
+        assert_eq!(Reply::line("250-SIZE 10"), Some((250, false, "SIZE 10")));
+        assert_eq!(Reply::line("250 ok"), Some((250, true, "ok")));
+        assert_eq!(Reply::line("354"), Some((354, true, "")));
+        for line in ["", "25", "2x0 ok", "150 ok", "600 ok", "2500 ok", "HTTP/1.1 400", "é50 x"] {
+            assert_eq!(Reply::line(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn an_enhanced_code_belongs_to_the_code() {
+        assert_eq!(reply(550, &["5.1.1 no such user"]).detail(), Some((1, 1)));
+        assert_eq!(reply(451, &["4.7.500 busy"]).detail(), Some((7, 500)));
+        for text in ["4.1.1 x", "5.1 x", "5.1.1.1 x", "no 5.1.1", ""] {
+            assert_eq!(reply(550, &[text]).detail(), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn it_is_shown_on_one_line() {
+        assert_eq!(reply(550, &["5.7.25 no PTR", "5.7.25 at all"]).to_string(), "550 5.7.25 no PTR at all");
+        assert_eq!(reply(421, &[""]).to_string(), "421");
+    }
+
+    #[test]
+    fn a_reason_is_short_and_names_nobody() {
+        let reason = |text: &str| reason(text, &["ann@example.org", "ann@xn--x.org"]);
+        assert_eq!(reason("550 <Ann@Example.org>: unknown"), "550 <recipient>: unknown");
+        assert_eq!(reason("no ann@xn--x.org here\r\n\tat\0all"), "no <recipient> here at all");
+        assert_eq!(reason("<b>, é ann@example.com"), "<b>, é ann@example.com");
+        let long = reason(&"é".repeat(1_000));
+        assert_eq!(long.chars().count(), MAX_REASON_CHARS + 1);
+    }
+}

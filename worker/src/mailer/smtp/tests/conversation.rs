@@ -1,0 +1,140 @@
+//! What becomes of a mail, whatever the server says, and whenever.
+
+use super::*;
+
+/// Sends one mail to a server with this script.
+async fn outcome(script: Vec<Step>) -> Outcome {
+    let server = Server::start(vec![script]).await;
+    mailer(&short(&[plain(&server)])).send(&ann()).await
+}
+
+fn failed(reason: &str, bad_address: bool) -> Outcome {
+    Outcome::Failed { reason: reason.into(), bad_address }
+}
+
+#[tokio::test]
+async fn a_mail_is_handed_over() {
+    let server = Server::start(vec![takes_mail()]).await;
+    let mailer = mailer(&config(&[plain(&server)]));
+    assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+    assert_eq!(server.heard(), ["EHLO tests", "MAIL FROM:<mailrun@localhost>", "RCPT TO:<ann@example.org>", "DATA"]);
+    assert_eq!(mailer.lane(), Lane::Open);
+}
+
+#[tokio::test]
+async fn a_refusal_before_the_mail_is_the_relays_trouble() {
+    for script in [
+        until(0, Step::Say("554 5.7.1 no")),
+        until(0, Step::Say("421 busy")),
+        until(1, Step::Expect("EHLO", "550 no")),
+        until(2, Step::Expect("MAIL", "421 4.7.0 too many connections")),
+        until(3, Step::Expect("RCPT", "421 4.7.28 rate")),
+        until(4, Step::Expect("DATA", "421 closing")),
+    ] {
+        let server = Server::start(vec![script]).await;
+        let mailer = mailer(&short(&[plain(&server)]));
+        let outcome = mailer.send(&ann()).await;
+        assert!(matches!(&outcome, Outcome::Later(_)), "{outcome:?}");
+        assert!(matches!(mailer.lane(), Lane::Closed { reason, .. } if reason == later(&outcome)));
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_of_the_mail_is_about_the_mail() {
+    for (stage, command) in [(2, "MAIL"), (3, "RCPT"), (4, "DATA")] {
+        let script = until(stage, Step::Expect(command, "451 4.3.0 text"));
+        assert_eq!(outcome(script).await, Outcome::Retry("451 4.3.0 text".into()));
+        let script = until(stage, Step::Expect(command, "554 5.7.1 text"));
+        assert_eq!(outcome(script).await, failed("554 5.7.1 text", false));
+    }
+    assert_eq!(outcome(until(5, Step::Content("451 4.3.0 text"))).await, Outcome::Retry("451 4.3.0 text".into()));
+    assert_eq!(outcome(until(5, Step::Content("554 5.7.1 spam"))).await, failed("554 5.7.1 spam", false));
+    let unknown = Step::Expect("RCPT", "550-5.1.1 <ann@example.org>: no such\r\n550 5.1.1 user");
+    assert_eq!(outcome(until(3, unknown)).await, failed("550 5.1.1 <recipient>: no such user", true));
+    assert_eq!(outcome(until(3, Step::Expect("RCPT", "550 no"))).await, failed("550 no", true));
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_before_the_message_costs_a_try() {
+    for stage in [2, 3, 4] {
+        let outcome = outcome(until(stage, Step::Drop)).await;
+        assert!(matches!(&outcome, Outcome::Retry(reason) if reason.contains("lost")), "{outcome:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_after_the_message_leaves_it_unknown() {
+    let outcome = outcome(until(5, Step::Drop)).await;
+    assert!(matches!(&outcome, Outcome::Unknown(reason) if reason.contains("the message")), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn an_odd_answer_to_the_message_is_an_answer() {
+    assert_eq!(outcome(until(5, Step::Content("250"))).await, Outcome::Sent);
+    assert_eq!(outcome(until(5, Step::Content("250-a\r\n250 b"))).await, Outcome::Sent);
+    assert!(matches!(outcome(until(5, Step::Content("354 go on"))).await, Outcome::Unknown(_)));
+    assert!(matches!(outcome(until(5, Step::Content("what?"))).await, Outcome::Unknown(_)));
+    assert!(matches!(outcome(until(4, Step::Expect("DATA", "250 ok"))).await, Outcome::Retry(_)));
+}
+
+#[tokio::test]
+async fn a_silence_has_its_limit_at_every_step() {
+    for stage in 0..=5 {
+        let outcome = outcome(until(stage, Step::Hang)).await;
+        let (Outcome::Later(reason) | Outcome::Retry(reason) | Outcome::Unknown(reason)) = &outcome else {
+            panic!("{outcome:?}")
+        };
+        assert!(reason.ends_with("within 150ms"), "{reason}");
+        match stage {
+            0 | 1 => assert!(matches!(outcome, Outcome::Later(_))),
+            2..=4 => assert!(matches!(outcome, Outcome::Retry(_))),
+            _ => assert!(matches!(outcome, Outcome::Unknown(_))),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_relay_that_is_not_there_is_away() {
+    let server = Server::start(vec![vec![]]).await;
+    let vacant = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+    let outcome = mailer(&config(&[format!("smtp://127.0.0.1:{vacant}?tls=none")])).send(&ann()).await;
+    assert!(later(&outcome).starts_with("the mail server can't be reached"), "{outcome:?}");
+    let outcome = mailer(&config(&[plain(&server)])).send(&ann()).await;
+    assert!(later(&outcome).contains("the greeting"), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn a_server_for_ascii_only_does_not_get_another_script() {
+    let petr = || mail("пётр@example.org");
+    let server = Server::start(vec![takes_mail()]).await;
+    let first = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&server)]) });
+    let outcome = first.send(&petr()).await;
+    assert!(
+        matches!(&outcome, Outcome::Failed { reason, bad_address: false } if reason.contains("SMTPUTF8")),
+        "{outcome:?}"
+    );
+    // The connection is as good as before.
+    assert_eq!(first.send(&ann()).await, Outcome::Sent);
+    assert_eq!(server.connections(), 1);
+
+    let mut script = hello("250-hi\r\n250-8BITMIME\r\n250-SIZE 9999\r\n250 SMTPUTF8");
+    script.extend(takes_mail().into_iter().skip(2));
+    let server = Server::start(vec![script]).await;
+    assert_eq!(mailer(&config(&[plain(&server)])).send(&petr()).await, Outcome::Sent);
+    let heard = server.heard();
+    assert!(heard[1].contains(" SIZE=") && heard[1].ends_with(" BODY=8BITMIME SMTPUTF8"), "{heard:?}");
+    assert_eq!(heard[2], "RCPT TO:<пётр@example.org>");
+}
+
+#[tokio::test]
+async fn no_address_ends_a_command() {
+    let server = Server::start(vec![takes_mail()]).await;
+    let mailer = mailer(&config(&[plain(&server)]));
+    for email in
+        ["a@example.org>\r\nRCPT TO:<eve@example.org", "a@example.org\nDATA", "a> b@example.org", "<a@b>@c.org"]
+    {
+        let outcome = mailer.send(&mail(email)).await;
+        assert!(matches!(outcome, Outcome::Failed { bad_address: true, .. }), "{email}: {outcome:?}");
+    }
+    assert_eq!(server.connections(), 0);
+}

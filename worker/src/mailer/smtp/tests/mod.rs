@@ -1,0 +1,100 @@
+//! Against real sockets, with servers that say what the test wants.
+
+mod conversation;
+mod encryption;
+mod pool;
+mod server;
+
+use std::{sync::Arc, time::Duration};
+
+use mailrun_shared::{config::SmtpConfig, template::Template};
+
+use super::{super::*, circuit::Patience};
+use server::{Server, Step};
+
+/// A limit that a test waits out.
+const SHORT_MS: u64 = 150;
+
+/// What a server says that takes one mail after the other.
+fn takes_mail() -> Vec<Step> {
+    let mut script = hello("250 hi");
+    script.extend([
+        Step::Loop,
+        Step::Expect("MAIL", "250 ok"),
+        Step::Expect("RCPT", "250 ok"),
+        Step::Expect("DATA", "354 go"),
+        Step::Content("250 2.0.0 taken"),
+        Step::Loop,
+    ]);
+    script
+}
+
+fn hello(answer: &'static str) -> Vec<Step> {
+    vec![Step::Say("220 hi"), Step::Expect("EHLO tests", answer)]
+}
+
+/// A conversation up to the step where it is to go wrong, and that step.
+fn until(stage: usize, last: Step) -> Vec<Step> {
+    let all = [
+        Step::Say("220 hi"),
+        Step::Expect("EHLO", "250 hi"),
+        Step::Expect("MAIL", "250 ok"),
+        Step::Expect("RCPT", "250 ok"),
+        Step::Expect("DATA", "354 go"),
+    ];
+    all.into_iter().take(stage).chain([last]).collect()
+}
+
+fn config(relays: &[String]) -> SmtpConfig {
+    SmtpConfig {
+        relays: relays.iter().map(|url| url.as_str().into()).collect(),
+        hello: Some("tests".into()),
+        ..SmtpConfig::default()
+    }
+}
+
+fn short(relays: &[String]) -> SmtpConfig {
+    SmtpConfig {
+        connect_timeout_ms: SHORT_MS,
+        command_timeout_ms: SHORT_MS,
+        message_timeout_ms: SHORT_MS,
+        ..config(relays)
+    }
+}
+
+fn plain(server: &Server) -> String {
+    format!("smtp://127.0.0.1:{}?tls=none", server.port)
+}
+
+/// A mailer that leaves a relay alone for so long that it is not tried again within the test.
+fn mailer(config: &SmtpConfig) -> Smtp {
+    let long = Duration::from_secs(600);
+    Smtp::with_patience(config, Patience { first: long, longest: long }).unwrap()
+}
+
+/// One that tries it again at once.
+fn eager(config: &SmtpConfig) -> Smtp {
+    Smtp::with_patience(config, Patience { first: Duration::from_nanos(1), longest: Duration::from_nanos(2) }).unwrap()
+}
+
+fn mail(email: &str) -> Mail {
+    Mail {
+        message_id: "<1.abc@mailrun>".into(),
+        email: email.into(),
+        name: Some("Ann".into()),
+        template: Arc::new(Template::new("Hello {{ name }}", "Come, {{ name }}.\n").unwrap()),
+        unsubscribe: None,
+        position: 1,
+        tries: 1,
+        replays: 0,
+    }
+}
+
+fn ann() -> Mail {
+    mail("ann@example.org")
+}
+
+fn later(outcome: &Outcome) -> &str {
+    let Outcome::Later(reason) = outcome else { panic!("{outcome:?}") };
+    reason
+}

@@ -1,0 +1,168 @@
+//! A mail server that says what the test wrote down, connection by connection, and remembers what it heard.
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+use tokio_rustls::TlsAcceptor;
+
+use super::super::dialogue::Stream;
+
+/// What the server does next.
+#[derive(Clone)]
+pub enum Step {
+    /// Says a line.
+    Say(&'static str),
+    /// Waits for a line that begins so, then says another.
+    Expect(&'static str, &'static str),
+    /// Reads a message to its end, then says a line.
+    Content(&'static str),
+    /// Reads a line or a message to its end, whatever it is, and hangs up.
+    Drop,
+    /// Says nothing more, and keeps the connection.
+    Hang,
+    /// Waits for this many connections to have come so far, so that none is done before the others are there.
+    Gather(usize),
+    /// Encrypts from here on.
+    Encrypt(TlsAcceptor),
+    /// Goes through the steps since the last of these over and over: one mail after the other.
+    Loop,
+}
+
+/// The server, and what it heard.
+#[derive(Clone)]
+pub struct Server {
+    pub port: u16,
+    heard: Arc<Mutex<Vec<String>>>,
+    connections: watch::Sender<usize>,
+    open: Arc<AtomicUsize>,
+    most_open: Arc<AtomicUsize>,
+}
+
+impl Server {
+    /// Follows a script for each connection; the last one for all that come after.
+    pub async fn start(scripts: Vec<Vec<Step>>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = Self {
+            port: listener.local_addr().unwrap().port(),
+            heard: Arc::default(),
+            connections: watch::Sender::new(0),
+            open: Arc::default(),
+            most_open: Arc::default(),
+        };
+        let this = server.clone();
+        tokio::spawn(async move {
+            for number in 0.. {
+                let Ok((stream, _)) = listener.accept().await else { return };
+                let script = scripts.get(number).or(scripts.last()).unwrap().clone();
+                let open = this.open.fetch_add(1, Ordering::SeqCst) + 1;
+                this.most_open.fetch_max(open, Ordering::SeqCst);
+                this.connections.send_modify(|connections| *connections += 1);
+                let this = this.clone();
+                tokio::spawn(async move {
+                    this.follow(stream, script).await;
+                    this.open.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+        });
+        server
+    }
+
+    /// All lines that came, of all connections, without the messages.
+    pub fn heard(&self) -> Vec<String> {
+        self.heard.lock().unwrap().clone()
+    }
+
+    /// How many lines came that begin so.
+    pub fn count(&self, beginning: &str) -> usize {
+        self.heard().iter().filter(|line| line.starts_with(beginning)).count()
+    }
+
+    /// Connections that came.
+    pub fn connections(&self) -> usize {
+        *self.connections.borrow()
+    }
+
+    /// Connections that were open at the same time.
+    pub fn most_open(&self) -> usize {
+        self.most_open.load(Ordering::SeqCst)
+    }
+
+    async fn follow(&self, stream: TcpStream, script: Vec<Step>) {
+        let mut stream: BufReader<Box<dyn Stream>> = BufReader::new(Box::new(stream));
+        let (mut next, mut begin) = (0, 0);
+        while let Some(step) = script.get(next) {
+            next += 1;
+            match step.clone() {
+                Step::Say(line) => self.say(&mut stream, line).await,
+                Step::Expect(beginning, answer) => {
+                    let Some(line) = self.read(&mut stream).await else { return };
+                    if line.starts_with("QUIT") {
+                        return self.say(&mut stream, "221 bye").await;
+                    }
+                    if line.starts_with("RSET") && !beginning.starts_with("RSET") {
+                        self.say(&mut stream, "250 forgotten").await;
+                        next -= 1;
+                        continue;
+                    }
+                    if !line.starts_with(beginning) {
+                        return self.say(&mut stream, "500 not what the script says").await;
+                    }
+                    self.say(&mut stream, answer).await;
+                }
+                Step::Content(answer) => {
+                    loop {
+                        let mut line = String::new();
+                        if stream.read_line(&mut line).await.unwrap_or(0) == 0 {
+                            return;
+                        }
+                        if line == ".\r\n" {
+                            break;
+                        }
+                    }
+                    self.say(&mut stream, answer).await;
+                }
+                Step::Drop => {
+                    self.read(&mut stream).await;
+                    return;
+                }
+                Step::Hang => std::future::pending().await,
+                Step::Gather(count) => {
+                    let _ = self.connections.subscribe().wait_for(|connections| *connections >= count).await;
+                }
+                Step::Encrypt(acceptor) => {
+                    let Ok(encrypted) = acceptor.accept(stream.into_inner()).await else { return };
+                    stream = BufReader::new(Box::new(encrypted));
+                }
+                Step::Loop => {
+                    let again = begin;
+                    begin = next;
+                    if again > 0 {
+                        (next, begin) = (again, again);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn read(&self, stream: &mut BufReader<Box<dyn Stream>>) -> Option<String> {
+        let mut line = String::new();
+        if stream.read_line(&mut line).await.unwrap_or(0) == 0 {
+            return None;
+        }
+        let line = line.trim_end().to_owned();
+        self.heard.lock().unwrap().push(line.clone());
+        Some(line)
+    }
+
+    async fn say(&self, stream: &mut BufReader<Box<dyn Stream>>, line: &str) {
+        let _ = stream.get_mut().write_all(format!("{line}\r\n").as_bytes()).await;
+        let _ = stream.get_mut().flush().await;
+    }
+}
