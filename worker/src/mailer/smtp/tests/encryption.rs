@@ -145,3 +145,30 @@ async fn a_password_is_read_anew_at_each_login() {
     fs::remove_file(&file).unwrap();
     assert!(later(&mailer.send(&ann()).await).contains("password_file"));
 }
+
+#[tokio::test]
+async fn a_silence_has_its_limit_before_the_mail_too() {
+    let starting = || [hello("250-hi\r\n250 STARTTLS"), vec![Step::Expect("STARTTLS", "220 go"), Step::Hang]].concat();
+    let deaf = || [hello("250-hi\r\n250 STARTTLS"), vec![Step::Hang]].concat();
+    let login = || [hello("250-hi\r\n250 AUTH PLAIN"), vec![Step::Hang]].concat();
+    for (scheme, rest, script, stage) in [
+        ("smtp", "", starting(), "the encryption"),
+        ("smtp", "", deaf(), "STARTTLS"),
+        ("smtps", "", vec![Step::Hang], "the encryption"),
+        ("smtp", "?tls=none", login(), "the login"),
+    ] {
+        let server = Server::start(vec![script]).await;
+        let url = format!("{scheme}://ann:secret@127.0.0.1:{}{rest}", server.port);
+        let (file, _) = authority("127.0.0.1");
+        let url = if rest.is_empty() { format!("{url}?ca_file={}", file.path().display()) } else { url };
+        let outcome = mailer(&short(&[url])).send(&ann()).await;
+        assert_eq!(later(&outcome), format!("no answer to {stage} within 150ms"));
+    }
+}
+
+#[test]
+fn an_authority_that_is_not_there_is_told_at_the_start() {
+    let url = "smtp://127.0.0.1?ca_file=/nowhere/ca.pem".to_owned();
+    let error = Smtp::new(&config(&[url])).err().unwrap().to_string();
+    assert!(error.contains("/nowhere/ca.pem"), "{error}");
+}
