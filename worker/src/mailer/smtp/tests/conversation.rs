@@ -5,7 +5,7 @@ use super::*;
 /// Sends one mail to a server with this script.
 async fn outcome(script: Vec<Step>) -> Outcome {
     let server = Server::start(vec![script]).await;
-    mailer(&short(&[plain(&server)])).send(&ann()).await
+    mailer(&config(&[plain(&server)])).send(&ann()).await
 }
 
 fn failed(reason: &str, bad_address: bool) -> Outcome {
@@ -32,7 +32,7 @@ async fn a_refusal_before_the_mail_is_the_relays_trouble() {
         until(4, Step::Expect("DATA", "421 closing")),
     ] {
         let server = Server::start(vec![script]).await;
-        let mailer = mailer(&short(&[plain(&server)]));
+        let mailer = mailer(&config(&[plain(&server)]));
         let outcome = mailer.send(&ann()).await;
         assert!(matches!(&outcome, Outcome::Later(_)), "{outcome:?}");
         assert!(matches!(mailer.lane(), Lane::Closed { reason, .. } if reason == later(&outcome)));
@@ -80,7 +80,8 @@ async fn an_odd_answer_to_the_message_is_an_answer() {
 #[tokio::test]
 async fn a_silence_has_its_limit_at_every_step() {
     for stage in 0..=5 {
-        let outcome = outcome(until(stage, Step::Hang)).await;
+        let server = Server::start(vec![until(stage, Step::Hang)]).await;
+        let outcome = mailer(&short(&[plain(&server)])).send(&ann()).await;
         let (Outcome::Later(reason) | Outcome::Retry(reason) | Outcome::Unknown(reason)) = &outcome else {
             panic!("{outcome:?}")
         };
