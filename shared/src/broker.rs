@@ -91,7 +91,7 @@ impl Broker {
             name: name.into(),
             declare: config.amqp.declare_topology,
             item_queues: topology::item_queues(config.amqp.item_queues).into(),
-            retry_delays: config.retry.rungs(),
+            retry_delays: config.rungs(),
             publish_twice: config.amqp.publish_twice,
             answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
         })

@@ -87,7 +87,7 @@ impl Senders {
             mailer,
             claims: Mutex::default(),
             permits: Arc::new(Semaphore::new(config.send.permits)),
-            rules: Rules { rungs: config.retry.rungs(), on_unknown: config.send.on_unknown },
+            rules: Rules { rungs: config.rungs(), on_unknown: config.send.on_unknown },
             config,
         })
     }

@@ -226,20 +226,13 @@ pub struct RetryConfig {
     /// The first of those moments; the next ones double.
     pub in_process_first_ms: u64,
     /// The rungs: how long an item waits before its second, third, … try. After the last one it is dead.
-    pub rungs_ms: Vec<u64>,
+    /// None: what suits the mailer.
+    pub rungs_ms: Option<Vec<u64>>,
 }
 
 impl Default for RetryConfig {
     fn default() -> Self {
-        Self { in_process_tries: 1, in_process_first_ms: 20, rungs_ms: vec![250, 1_000, 5_000] }
-    }
-}
-
-impl RetryConfig {
-    /// The rungs as durations.
-    #[must_use]
-    pub fn rungs(&self) -> Vec<Duration> {
-        self.rungs_ms.iter().copied().map(Duration::from_millis).collect()
+        Self { in_process_tries: 1, in_process_first_ms: 20, rungs_ms: None }
     }
 }
 
@@ -428,6 +421,17 @@ impl Config {
         Ok(config)
     }
 
+    /// How long an item waits before its second, third, … try. A mail server that asks to come back later means minutes to
+    /// hours; the simulated one means a moment.
+    #[must_use]
+    pub fn rungs(&self) -> Vec<Duration> {
+        let suits: &[u64] = match self.mailer.kind {
+            MailerKind::Simulated => &[250, 1_000, 5_000],
+            MailerKind::Smtp => &[1_000, 5_000, 30_000, 300_000, 1_800_000, 7_200_000, 28_800_000],
+        };
+        self.retry.rungs_ms.as_deref().unwrap_or(suits).iter().copied().map(Duration::from_millis).collect()
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         let wrong = |key, reason: &str| Err(ConfigError::Value { key, reason: reason.to_owned() });
         if self.amqp.urls.is_empty() {
@@ -472,8 +476,8 @@ impl Config {
         if self.sweep.interval_ms == 0 || self.retention.interval_s == 0 {
             return wrong("sweep.interval_ms, retention.interval_s", "at least 1");
         }
-        let rungs = &self.retry.rungs_ms;
-        if !(1..=20).contains(&rungs.len()) || rungs.contains(&0) {
+        let rungs = self.rungs();
+        if !(1..=20).contains(&rungs.len()) || rungs.contains(&Duration::ZERO) {
             return wrong("retry.rungs_ms", "1 to 20 waits of at least 1 ms each");
         }
         if self.retry.in_process_tries > 5 || self.retry.in_process_first_ms > 100 {
@@ -513,7 +517,7 @@ mod tests {
         ])
         .unwrap();
         assert_eq!(config.send.permits, 7);
-        assert_eq!(config.retry.rungs_ms, [5, 10]);
+        assert_eq!(config.rungs(), [5, 10].map(Duration::from_millis));
         assert_eq!(config.mailer.simulated.latency_ms, 3);
         assert_eq!(config.amqp.urls.len(), 2);
         assert_eq!(config.amqp.urls[1].expose_secret(), "amqp://b");
