@@ -65,8 +65,10 @@ fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name).map(|value| value.to_str().unwrap_or("unreadable"))
 }
 
-/// Whether a request that changes something comes from our own pages, or from no browser at all.
-fn is_same_origin(fetch_site: Option<&str>, origin: Option<&str>, host: Option<&str>) -> bool {
+/// Whether a request that changes something comes from our own pages, or from no browser at all. Told from its headers
+/// `Sec-Fetch-Site`, `Origin` and `Host`.
+#[must_use]
+pub fn is_same_origin(fetch_site: Option<&str>, origin: Option<&str>, host: Option<&str>) -> bool {
     match (fetch_site, origin) {
         // `none`: the person did it, not a page.
         (Some(site), _) => matches!(site, "same-origin" | "none"),
@@ -80,7 +82,8 @@ fn is_same_origin(fetch_site: Option<&str>, origin: Option<&str>, host: Option<&
 }
 
 /// Whether a `Host` names this machine, with or without a port.
-fn is_local(host: &str) -> bool {
+#[must_use]
+pub fn is_local(host: &str) -> bool {
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
         _ => host,

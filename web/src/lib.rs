@@ -33,6 +33,15 @@ use tokio_util::sync::CancellationToken;
 use tower_http::{set_header::SetResponseHeaderLayer, trace::TraceLayer};
 use tracing::{Level, info, info_span, warn};
 
+// For pages beside these, which shall look and guard themselves alike.
+pub use guard::{is_local, is_same_origin};
+pub use view::{grouped, rate};
+
+/// The style of the pages.
+pub const STYLE_SHEET: &str = include_str!("../static/style.css");
+/// Their icon.
+pub const ICON: &str = include_str!("../static/icon.svg");
+
 /// A person waits for the page, so the wait for a database connection ends sooner than a worker's.
 const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
 /// How long a health check waits for the database.

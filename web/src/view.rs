@@ -7,7 +7,8 @@ use mailrun_shared::run::{Counters, Phase};
 const LEAST_PERCENT: f64 = 2.0;
 
 /// `1,000`
-pub(crate) fn grouped(number: impl Into<i64>) -> String {
+#[must_use]
+pub fn grouped(number: impl Into<i64>) -> String {
     let number: i64 = number.into();
     let digits = number.unsigned_abs().to_string();
     let mut text = String::from(if number < 0 { "-" } else { "" });
@@ -88,7 +89,8 @@ pub(crate) fn duration(time: TimeDelta) -> String {
 }
 
 /// `412 a second`, `2.5 a second`, `6 a minute`
-pub(crate) fn rate(per_second: f64) -> String {
+#[must_use]
+pub fn rate(per_second: f64) -> String {
     if per_second >= 10.0 {
         format!("{} a second", grouped(per_second.round() as i64))
     } else if per_second >= 1.0 {
