@@ -7,6 +7,7 @@ pub mod ledger;
 pub mod local;
 pub mod prune;
 pub mod setup;
+pub mod sink;
 pub mod stack;
 pub mod supervise;
 pub mod up;

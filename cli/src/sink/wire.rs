@@ -1,0 +1,116 @@
+//! The bytes of one connection: read and written in large pieces, however small the lines are.
+
+use std::{io, ops::Range, slice::Iter};
+
+use smtp_proto::{Error, Request, request::receiver::RequestReceiver};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    time::timeout,
+};
+
+use super::smtp::IDLE;
+
+const BUFFER: usize = 16 << 10;
+
+/// Why a conversation is over.
+pub(super) enum End {
+    /// The client is gone, or the connection broken.
+    Gone(io::Error),
+    /// Said, or heard, that it is; what is still to be written goes out.
+    Closed,
+    /// Without a word.
+    Dropped,
+    /// It goes on encrypted.
+    Encrypt,
+}
+
+impl From<io::Error> for End {
+    fn from(error: io::Error) -> Self {
+        Self::Gone(error)
+    }
+}
+
+/// A connection, with what was read and not used yet, and what is to be written.
+pub(super) struct Wire<S> {
+    pub(super) stream: S,
+    buffer: Box<[u8]>,
+    /// The part of the buffer that was not used yet.
+    unused: Range<usize>,
+    requests: RequestReceiver,
+    replies: Vec<u8>,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
+    pub(super) fn new(stream: S) -> Self {
+        let buffer = vec![0; BUFFER].into();
+        Self { stream, buffer, unused: 0..0, requests: RequestReceiver::default(), replies: Vec::new() }
+    }
+
+    /// Uses some of what was read.
+    pub(super) fn take<T>(&mut self, using: impl FnOnce(&mut Iter<'_, u8>) -> T) -> T {
+        let mut bytes = self.buffer[self.unused.clone()].iter();
+        let taken = using(&mut bytes);
+        self.unused.start = self.unused.end - bytes.len();
+        taken
+    }
+
+    /// The next request, if it has been read whole.
+    pub(super) fn request(&mut self) -> Result<Request<String>, Error> {
+        let mut bytes = self.buffer[self.unused.clone()].iter();
+        let request = self.requests.ingest(&mut bytes).map(Request::into_owned);
+        self.unused.start = self.unused.end - bytes.len();
+        request
+    }
+
+    /// Reads more, when all was used. Replies go out before that, and so those to requests in one packet go out in one.
+    pub(super) async fn fill(&mut self) -> Result<(), End> {
+        self.flush().await?;
+        let Ok(read) = timeout(IDLE, self.stream.read(&mut self.buffer)).await else {
+            self.reply(421, "4.4.2 Silent for too long");
+            return Err(End::Closed);
+        };
+        match read? {
+            0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            read => {
+                self.unused = 0..read;
+                Ok(())
+            }
+        }
+    }
+
+    /// Says something, in as many lines as the text has.
+    pub(super) fn reply(&mut self, code: u16, text: &str) {
+        let mut lines = text.lines().peekable();
+        loop {
+            let line = lines.next().unwrap_or_default();
+            let separator = if lines.peek().is_some() { '-' } else { ' ' };
+            self.replies.extend_from_slice(format!("{code}{separator}{line}\r\n").as_bytes());
+            if separator == ' ' {
+                return;
+            }
+        }
+    }
+
+    pub(super) async fn flush(&mut self) -> io::Result<()> {
+        if !self.replies.is_empty() {
+            self.stream.write_all(&self.replies).await?;
+            self.stream.flush().await?;
+            self.replies.clear();
+        }
+        Ok(())
+    }
+
+    /// Says nothing more, whatever the client says, until it goes.
+    pub(super) async fn hang(&mut self) -> End {
+        if let Err(error) = self.flush().await {
+            return error.into();
+        }
+        loop {
+            match self.stream.read(&mut self.buffer).await {
+                Ok(0) => return End::Dropped,
+                Ok(_) => {}
+                Err(error) => return error.into(),
+            }
+        }
+    }
+}
