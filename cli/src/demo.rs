@@ -71,7 +71,7 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
             servers.stop().await?;
             return result;
         }
-        let local = Local::start(&config, file, &home, |step| eprintln!("{step} …")).await?;
+        let local = Local::start(&config, file, &home, false, |step| eprintln!("{step} …")).await?;
         let watched =
             stop.run_until_cancelled(invite(&config, local.servers(), &local.services.web_url, options)).await;
         eprintln!("Stopping …");

@@ -5,6 +5,7 @@ pub mod dead_letters;
 pub mod demo;
 pub mod ledger;
 pub mod local;
+pub mod mail_sink;
 pub mod prune;
 pub mod setup;
 pub mod sink;

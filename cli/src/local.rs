@@ -26,6 +26,9 @@ use crate::{
 const NAME: &str = "mailrun";
 /// The port of the pages, or the next free one.
 const WEB_PORT: u16 = 8080;
+/// Those of the mail sink, or the next free ones.
+const SMTP_PORT: u16 = 1025;
+const MAIL_PAGE_PORT: u16 = 8025;
 const PORTS_TRIED: u16 = 100;
 /// Each service may take so long to finish what is in flight.
 const DRAIN: Duration = Duration::from_secs(35);
@@ -33,6 +36,8 @@ const DRAIN: Duration = Duration::from_secs(35);
 const START: Duration = Duration::from_secs(60);
 /// In the order of the data, so that nothing is left between two of them. Each `send` has a number behind it.
 const STOP_ORDER: [&str; 4] = ["web", "fan-out", "send", "progress"];
+/// The mail sink stops last, so that it is there for as long as anybody sends.
+const MAIL_SINK: &str = "mail-sink";
 /// Sending processes, unless somebody wants another number.
 pub const SENDERS: usize = 2;
 
@@ -111,15 +116,27 @@ pub struct Local {
 }
 
 impl Local {
-    /// Starts the servers and the services with the settings in `file`, and returns when the pages answer.
+    /// Starts the servers and the services with the settings in `file`, and returns when the pages answer. With `mail`, the
+    /// workers send to a mail sink, which is one of the services.
     ///
     /// # Errors
     /// Says what could not be started, and where to read more.
-    pub async fn start(config: &Config, file: Option<&Path>, home: &Path, report: impl Fn(&str)) -> Result<Self> {
+    pub async fn start(
+        config: &Config,
+        file: Option<&Path>,
+        home: &Path,
+        mail: bool,
+        report: impl Fn(&str),
+    ) -> Result<Self> {
         let servers = Servers::start(config, home, &report).await?;
         let mut environment = servers.environment();
         environment.extend(file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
-        match Services::start(config, environment, SENDERS, home.join("logs").join("services.log"), &report).await {
+        let log = home.join("logs").join("services.log");
+        let started = async {
+            let sink = if mail { Some(SinkAddresses::free()?) } else { None };
+            Services::start(config, environment, SENDERS, sink, log, &report).await
+        };
+        match started.await {
             Ok(services) => Ok(Self { servers, services }),
             Err(error) => {
                 // The first error is the one to tell.
@@ -145,18 +162,55 @@ impl Local {
     }
 }
 
+/// Where a mail sink is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct SinkAddresses {
+    /// It takes mail here.
+    pub smtp: SocketAddr,
+    /// It shows it here.
+    pub page: SocketAddr,
+}
+
+impl SinkAddresses {
+    /// The next free ones.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub fn free() -> Result<Self> {
+        let free =
+            |port| free_address(port).with_context(|| format!("no port from {port} on is free for the mail sink"));
+        Ok(Self { smtp: free(SMTP_PORT)?, page: free(MAIL_PAGE_PORT)? })
+    }
+
+    fn service(self) -> Service {
+        let args = [MAIL_SINK.into(), "--listen".into(), self.smtp.to_string().into(), "--page".into()];
+        let args = args.into_iter().chain([self.page.to_string().into()]).collect();
+        Service { name: MAIL_SINK.to_owned(), args, env: Vec::new() }
+    }
+
+    /// What makes a worker send to it.
+    fn environment(self) -> [(OsString, OsString); 2] {
+        [
+            ("MAILRUN_MAILER__KIND".into(), "smtp".into()),
+            ("MAILRUN_MAILER__SMTP__RELAYS".into(), format!("smtp://{}?tls=none", self.smtp).into()),
+        ]
+    }
+}
+
 /// The pages and the workers, as children of this process.
 pub struct Services {
     supervisor: Supervisor,
     /// The address of the pages.
     pub web_url: String,
+    /// The address of the mail sink's page, if there is one.
+    pub mail_url: Option<String>,
     /// Where their lines go.
     pub log: PathBuf,
 }
 
 impl Services {
     /// Prepares the database and the queues that `environment` names, starts the services in it, so many of them
-    /// `senders`, and returns when the pages answer.
+    /// `senders`, and returns when the pages answer. With a `sink`, it is started, and the senders send to it.
     ///
     /// # Errors
     /// Says what could not be started, and where to read more.
@@ -164,6 +218,7 @@ impl Services {
         config: &Config,
         mut environment: Vec<(OsString, OsString)>,
         senders: usize,
+        sink: Option<SinkAddresses>,
         log: PathBuf,
         report: impl Fn(&str),
     ) -> Result<Self> {
@@ -174,17 +229,24 @@ impl Services {
         let mut supervisor = Supervisor::new(program, &log, tell).context("the services' log can't be written")?;
         environment.push(("MAILRUN_WEB__LISTEN".into(), listen.to_string().into()));
         report("Starting the pages and the workers");
+        let web_url = format!("http://{listen}");
+        let mail_url = sink.map(|sink| format!("http://{}", sink.page));
+        if let Some(sink) = sink {
+            environment.extend(sink.environment());
+            supervisor.start(sink.service())?;
+        }
         for (name, role) in roster(senders) {
             let args = if role == "web" { vec!["web"] } else { vec!["worker", "--roles", role] };
             let args = args.into_iter().map(OsString::from).collect();
             supervisor.start(Service { name, args, env: environment.clone() })?;
         }
-        let web_url = format!("http://{listen}");
-        if let Err(error) = wait_for_pages(&web_url).await {
-            stop(supervisor).await;
-            return Err(error.context(format!("the pages don't answer; {} says why", log.display())));
+        for url in [Some(&web_url), mail_url.as_ref()].into_iter().flatten() {
+            if let Err(error) = wait_for_pages(url).await {
+                stop(supervisor).await;
+                return Err(error.context(format!("the pages at {url} don't answer; {} says why", log.display())));
+            }
         }
-        Ok(Self { supervisor, web_url, log })
+        Ok(Self { supervisor, web_url, mail_url, log })
     }
 
     /// The services' names and processes.
@@ -207,9 +269,10 @@ fn roster(senders: usize) -> Vec<(String, &'static str)> {
     STOP_ORDER.into_iter().flat_map(named).collect()
 }
 
-/// They were started in the order in which they stop.
+/// They were started in the order in which they stop, but for the mail sink, which is not named here and so stops last.
 async fn stop(supervisor: Supervisor) {
-    let names: Vec<String> = supervisor.pids().map(|(name, _)| name.to_owned()).collect();
+    let names: Vec<String> =
+        supervisor.pids().map(|(name, _)| name.to_owned()).filter(|name| name != MAIL_SINK).collect();
     let order: Vec<&str> = names.iter().map(String::as_str).collect();
     supervisor.stop(&order, DRAIN).await;
 }
@@ -251,10 +314,15 @@ fn web_address(config: &Config) -> Result<SocketAddr> {
     if std::env::var_os("MAILRUN_WEB__LISTEN").is_some() || config.web.listen.port() != WEB_PORT {
         return Ok(config.web.listen);
     }
-    (WEB_PORT..WEB_PORT + PORTS_TRIED)
+    free_address(WEB_PORT)
+        .with_context(|| format!("no port from {WEB_PORT} on is free: name one with MAILRUN_WEB__LISTEN"))
+}
+
+/// The first loopback address from this port on that nobody uses.
+fn free_address(port: u16) -> Option<SocketAddr> {
+    (port..port + PORTS_TRIED)
         .map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
         .find(|address| TcpListener::bind(address).is_ok())
-        .with_context(|| format!("no port from {WEB_PORT} on is free: name one with MAILRUN_WEB__LISTEN"))
 }
 
 async fn wait_for_pages(web_url: &str) -> Result<()> {

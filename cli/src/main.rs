@@ -4,7 +4,9 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
-use mailrun::{bench, dead_letters, demo, ledger::Ledger, local::with_database, prune, setup, stack, supervise, up};
+use mailrun::{
+    bench, dead_letters, demo, ledger::Ledger, local::with_database, mail_sink, prune, setup, stack, supervise, up,
+};
 use mailrun_shared::{config::Config, shutdown, telemetry};
 use mailrun_worker::Role;
 use tokio_util::sync::CancellationToken;
@@ -25,7 +27,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Starts everything on this machine: the servers, the pages and the workers. Ctrl-C stops it.
-    Up,
+    Up(up::Options),
     /// Invites fictional people through the real form, shows the bar, retries what failed, and ends.
     Demo(demo::Options),
     /// Measures how fast all this is here, beside what the servers allow.
@@ -38,6 +40,8 @@ enum Command {
         #[arg(long, value_delimiter = ',', default_value = "fan-out,send,progress")]
         roles: Vec<Role>,
     },
+    /// Accepts mail, delivers none, and shows what arrived. Ctrl-C stops it.
+    MailSink(mail_sink::Options),
     /// Brings the database up to date and declares the queues, with users who may do both.
     Setup,
     /// Shows what could not be sent, or sends it again.
@@ -113,8 +117,8 @@ async fn main() -> ExitCode {
 async fn run(arguments: Arguments) -> Result<()> {
     let file = arguments.config.as_deref();
     let config = || Config::load(file);
-    match arguments.command.unwrap_or(Command::Up) {
-        Command::Up => up::run(config()?, file).await,
+    match arguments.command.unwrap_or(Command::Up(up::Options::default())) {
+        Command::Up(options) => up::run(config()?, file, options).await,
         Command::Demo(options) => demo::run(config()?, file, &options).await,
         Command::Bench(options) => Box::pin(bench::run(config()?, file, &options)).await,
         Command::Web => {
@@ -128,6 +132,10 @@ async fn run(arguments: Arguments) -> Result<()> {
             let roles: BTreeSet<Role> = roles.into_iter().collect();
             abort_on_panic();
             Ok(mailrun_worker::run(config, roles, stop_token()?).await?)
+        }
+        Command::MailSink(options) => {
+            telemetry::init(&config()?.log);
+            mail_sink::run(options, stop_token()?).await
         }
         Command::Setup => {
             let config = config()?;

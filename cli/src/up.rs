@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use clap::Args;
 use mailrun_shared::{config::Config, shutdown};
 
 use crate::{
@@ -10,12 +11,20 @@ use crate::{
     stack::{self, Running, UpLock, UpLockRefused},
 };
 
+/// What `up` can be asked for.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Send to a mail server on this machine, which delivers nothing and shows what arrived.
+    #[arg(long)]
+    mail: bool,
+}
+
 /// Starts everything with the settings in `file`, says where it is, and stops all of it at the first signal. A second `up`
 /// in the same checkout says that there is one.
 ///
 /// # Errors
 /// What could not be started or stopped.
-pub async fn run(config: Config, file: Option<&Path>) -> Result<()> {
+pub async fn run(config: Config, file: Option<&Path>, options: Options) -> Result<()> {
     let home = stack::home();
     let lock = match UpLock::acquire(&home).await {
         Ok(lock) => lock,
@@ -29,7 +38,7 @@ pub async fn run(config: Config, file: Option<&Path>) -> Result<()> {
         Err(error) => return Err(error.into()),
     };
     let stop = shutdown::on_signal().context("the signals can't be caught")?;
-    let start = Local::start(&config, file, &home, |step| println!("{step} …"));
+    let start = Local::start(&config, file, &home, options.mail, |step| println!("{step} …"));
     let Some(local) = stop.run_until_cancelled(start).await else {
         println!("Stopped before it had started");
         return Ok(());
@@ -40,6 +49,9 @@ pub async fn run(config: Config, file: Option<&Path>) -> Result<()> {
     println!("  Mailrun     {}", local.services.web_url);
     if let Some(console) = local.servers().console() {
         println!("  RabbitMQ    {}  (user {}, password {})", console.url, console.user, console.password);
+    }
+    if let Some(url) = &local.services.mail_url {
+        println!("  Mail        {url}");
     }
     println!("  Logs        {}", local.services.log.display());
     println!();

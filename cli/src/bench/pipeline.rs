@@ -134,7 +134,8 @@ impl Mailrun {
         let mut environment = place.environment();
         environment.extend(settings.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         environment.extend(mailer(setup.latency));
-        let services = Services::start(settings.config, environment, setup.senders, log(settings.home), |_| {}).await?;
+        let services =
+            Services::start(settings.config, environment, setup.senders, None, log(settings.home), |_| {}).await?;
         let visitor = Visitor::new(settings.config, &services.web_url)?;
         Ok(Self { services, visitor })
     }
