@@ -1,5 +1,7 @@
 //! `mailrun demo`: the main job, as a person would do it, watched from a terminal.
 
+mod smtp;
+
 use std::{
     path::Path,
     time::{Duration, Instant},
@@ -13,7 +15,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
-    local::{Local, Servers},
+    local::{Local, Mailing, Servers},
     stack,
     visitor::{Progress, Visitor},
 };
@@ -29,6 +31,8 @@ pub struct Options {
     /// Print one JSON object with the figures on standard output, and nothing else.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    smtp: smtp::Options,
 }
 
 /// The figures of a demo.
@@ -48,6 +52,9 @@ struct Figures {
     items_per_second: f64,
     /// From the POST until every email had had its first try.
     first_try_seconds: f64,
+    /// What the mail server saw, where there was one.
+    #[serde(flatten)]
+    smtp: Option<smtp::Figures>,
 }
 
 #[derive(Debug, Serialize)]
@@ -66,14 +73,17 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
     let work = async {
         if let Some(url) = stack::running(&home).and_then(|running| running.web_url) {
             eprintln!("Using the Mailrun that runs here: {url}");
+            options.smtp.refuse_a_running_mailrun()?;
             let servers = Servers::start(&config, &home, |step| eprintln!("{step} …")).await?;
-            let result = invite(&config, &servers, &url, options).await;
+            let result = invite(&config, &servers, &url, options, None).await;
             servers.stop().await?;
             return result;
         }
-        let local = Local::start(&config, file, &home, false, |step| eprintln!("{step} …")).await?;
-        let watched =
-            stop.run_until_cancelled(invite(&config, local.servers(), &local.services.web_url, options)).await;
+        let server = options.smtp.start().await?;
+        let mailing = server.as_ref().map_or(Mailing::AsConfigured, |server| Mailing::With(server.settings()));
+        let local = Local::start(&config, file, &home, mailing, |step| eprintln!("{step} …")).await?;
+        let invited = invite(&config, local.servers(), &local.services.web_url, options, server.as_ref());
+        let watched = stop.run_until_cancelled(invited).await;
         eprintln!("Stopping …");
         local.stop().await?;
         watched.context("the demo was stopped before its end")?
@@ -92,6 +102,9 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
             figures.sent
         );
     }
+    if let Some(smtp) = &figures.smtp {
+        smtp.check(figures.recipients)?;
+    }
     let all = u64::from(figures.recipients);
     if figures.sent != all || figures.users_emailed != i64::from(figures.recipients) {
         bail!("not everybody was emailed: {} of {all}", figures.sent);
@@ -99,14 +112,20 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
     Ok(())
 }
 
-async fn invite(config: &Config, servers: &Servers, web_url: &str, options: &Options) -> Result<Figures> {
+async fn invite(
+    config: &Config,
+    servers: &Servers,
+    web_url: &str,
+    options: &Options,
+    server: Option<&smtp::Server>,
+) -> Result<Figures> {
     let visitor = Visitor::new(config, web_url)?;
     // People of their own for each demo, since nobody is invited twice.
     let demo = Uuid::new_v4().simple().to_string();
     let domain = format!("{}.example", &demo[..12]);
     let emails: String = (1..=options.recipients).map(|number| format!("guest-{number:06}@{domain}\n")).collect();
 
-    let form = visitor.fill_in(&emails).await?;
+    let form = visitor.fill_in_limited(&emails, server.and_then(smtp::Server::rate_set)).await?;
     let started = Instant::now();
     let run = visitor.send(form).await?;
     eprintln!("Answered in {:.2} s: {run}", started.elapsed().as_secs_f64());
@@ -120,6 +139,10 @@ async fn invite(config: &Config, servers: &Servers, web_url: &str, options: &Opt
     })
     .await?;
     eprintln!("First pass: {} sent, {} failed", first.sent, first.failed);
+    let rate_got = server.and_then(smtp::Server::rate_got);
+    if let Some(server) = server {
+        server.recover();
+    }
     let last = if first.failed > 0 { retry(&visitor, &run, &first).await? } else { first };
     let seconds = started.elapsed().as_secs_f64();
 
@@ -137,6 +160,7 @@ async fn invite(config: &Config, servers: &Servers, web_url: &str, options: &Opt
         seconds,
         items_per_second: f64::from(options.recipients) / seconds,
         first_try_seconds: first_try.unwrap_or_default().as_secs_f64(),
+        smtp: server.map(|server| server.figures(rate_got)),
     })
 }
 

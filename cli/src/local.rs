@@ -116,8 +116,7 @@ pub struct Local {
 }
 
 impl Local {
-    /// Starts the servers and the services with the settings in `file`, and returns when the pages answer. With `mail`, the
-    /// workers send to a mail sink, which is one of the services.
+    /// Starts the servers and the services with the settings in `file`, and returns when the pages answer.
     ///
     /// # Errors
     /// Says what could not be started, and where to read more.
@@ -125,7 +124,7 @@ impl Local {
         config: &Config,
         file: Option<&Path>,
         home: &Path,
-        mail: bool,
+        mailing: Mailing,
         report: impl Fn(&str),
     ) -> Result<Self> {
         let servers = Servers::start(config, home, &report).await?;
@@ -133,7 +132,14 @@ impl Local {
         environment.extend(file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         let log = home.join("logs").join("services.log");
         let started = async {
-            let sink = if mail { Some(SinkAddresses::free()?) } else { None };
+            let sink = match mailing {
+                Mailing::AsConfigured => None,
+                Mailing::ToSink => Some(SinkAddresses::free()?),
+                Mailing::With(settings) => {
+                    environment.extend(settings);
+                    None
+                }
+            };
             Services::start(config, environment, SENDERS, sink, log, &report).await
         };
         match started.await {
@@ -162,6 +168,26 @@ impl Local {
     }
 }
 
+/// Where the workers send their mail.
+#[derive(Clone, Debug)]
+pub enum Mailing {
+    /// As the settings say.
+    AsConfigured,
+    /// To a mail sink, which is one of the services.
+    ToSink,
+    /// As these settings say, which win over the others.
+    With(Vec<(OsString, OsString)>),
+}
+
+/// Settings that make a worker send to the mail sink at this address.
+#[must_use]
+pub fn to_sink(smtp: SocketAddr) -> Vec<(OsString, OsString)> {
+    vec![
+        ("MAILRUN_MAILER__KIND".into(), "smtp".into()),
+        ("MAILRUN_MAILER__SMTP__RELAYS".into(), format!("smtp://{smtp}?tls=none").into()),
+    ]
+}
+
 /// Where a mail sink is to be.
 #[derive(Clone, Copy, Debug)]
 pub struct SinkAddresses {
@@ -186,14 +212,6 @@ impl SinkAddresses {
         let args = [MAIL_SINK.into(), "--listen".into(), self.smtp.to_string().into(), "--page".into()];
         let args = args.into_iter().chain([self.page.to_string().into()]).collect();
         Service { name: MAIL_SINK.to_owned(), args, env: Vec::new() }
-    }
-
-    /// What makes a worker send to it.
-    fn environment(self) -> [(OsString, OsString); 2] {
-        [
-            ("MAILRUN_MAILER__KIND".into(), "smtp".into()),
-            ("MAILRUN_MAILER__SMTP__RELAYS".into(), format!("smtp://{}?tls=none", self.smtp).into()),
-        ]
     }
 }
 
@@ -232,7 +250,7 @@ impl Services {
         let web_url = format!("http://{listen}");
         let mail_url = sink.map(|sink| format!("http://{}", sink.page));
         if let Some(sink) = sink {
-            environment.extend(sink.environment());
+            environment.extend(to_sink(sink.smtp));
             supervisor.start(sink.service())?;
         }
         for (name, role) in roster(senders) {

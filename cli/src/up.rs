@@ -7,7 +7,7 @@ use clap::Args;
 use mailrun_shared::{config::Config, shutdown};
 
 use crate::{
-    local::Local,
+    local::{Local, Mailing},
     stack::{self, Running, UpLock, UpLockRefused},
 };
 
@@ -38,7 +38,13 @@ pub async fn run(config: Config, file: Option<&Path>, options: Options) -> Resul
         Err(error) => return Err(error.into()),
     };
     let stop = shutdown::on_signal().context("the signals can't be caught")?;
-    let start = Local::start(&config, file, &home, options.mail, |step| println!("{step} …"));
+    let start = Local::start(
+        &config,
+        file,
+        &home,
+        if options.mail { Mailing::ToSink } else { Mailing::AsConfigured },
+        |step| println!("{step} …"),
+    );
     let Some(local) = stop.run_until_cancelled(start).await else {
         println!("Stopped before it had started");
         return Ok(());

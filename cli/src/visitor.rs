@@ -61,8 +61,17 @@ impl Visitor {
     /// # Errors
     /// When the page is not the form.
     pub(crate) async fn fill_in(&self, emails: &str) -> Result<Form> {
+        self.fill_in_limited(emails, None).await
+    }
+
+    /// The same, with a rate limit.
+    ///
+    /// # Errors
+    /// When the page is not the form.
+    pub(crate) async fn fill_in_limited(&self, emails: &str, sends_per_second: Option<u32>) -> Result<Form> {
         let token = self.token(&self.web_url).await.context("the form has no token")?;
-        let form = [("token", token.as_str()), ("emails", emails)];
+        let rate = sends_per_second.map(|rate| rate.to_string()).unwrap_or_default();
+        let form = [("token", token.as_str()), ("emails", emails), ("sends_per_second", &rate)];
         Ok(Form(self.client.post(format!("{}/invites", self.web_url)).form(&form).build()?))
     }
 

@@ -107,7 +107,7 @@ pub enum WorkerError {
 pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken) -> Result<(), WorkerError> {
     let names = roles.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let pool = store::open(&config.database, &format!("mailrun worker {names}"))?;
-    let permits = if roles.contains(&Role::Send) { config.send.permits } else { 0 };
+    let permits = if roles.contains(&Role::Send) { config.permits() } else { 0 };
     let Some(heartbeat) = register(&pool, &names, permits, &config, &stop).await else { return Ok(()) };
     info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
     let broker = Broker::new(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()));

@@ -86,7 +86,7 @@ impl Senders {
             heartbeat,
             mailer,
             claims: Mutex::default(),
-            permits: Arc::new(Semaphore::new(config.send.permits)),
+            permits: Arc::new(Semaphore::new(config.permits())),
             rules: Rules { rungs: config.rungs(), on_unknown: config.send.on_unknown },
             config,
         })
@@ -94,7 +94,7 @@ impl Senders {
 
     /// Sends until the consumer stops, then finishes what is in flight.
     pub async fn run(self: Arc<Self>, consumer: Consumer, stop: CancellationToken) {
-        let (finished, outcomes) = mpsc::channel(self.config.send.permits);
+        let (finished, outcomes) = mpsc::channel(self.config.permits());
         let intake = tokio::spawn(Arc::clone(&self).take(consumer, finished, stop));
         let remembering = CancellationToken::new();
         let remember = tokio::spawn(Arc::clone(&self).remember(remembering.clone()));

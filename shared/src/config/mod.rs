@@ -421,6 +421,16 @@ impl Config {
         Ok(config)
     }
 
+    /// Sends that a process may have in flight. A real mail server is spoken to over `connections`; a quarter more are claimed
+    /// ahead, so that a connection that is free finds the next mail waiting.
+    #[must_use]
+    pub fn permits(&self) -> usize {
+        match self.mailer.kind {
+            MailerKind::Simulated => self.send.permits,
+            MailerKind::Smtp => (self.mailer.smtp.connections * 5 / 4 + 1).min(self.send.permits),
+        }
+    }
+
     /// How long an item waits before its second, third, … try. A mail server that asks to come back later means minutes to
     /// hours; the simulated one means a moment.
     #[must_use]
