@@ -14,7 +14,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -313,10 +313,11 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTo
     }
 }
 
-/// Counted as open for as long as it lives.
+/// Counted as open until one of both says goodbye, or it is cut.
 struct OpenConnection {
     shared: Arc<Shared>,
     number: u64,
+    ended: AtomicBool,
 }
 
 impl OpenConnection {
@@ -325,13 +326,19 @@ impl OpenConnection {
         let open = connections.open.fetch_add(1, Ordering::Relaxed) + 1;
         connections.most.fetch_max(open, Ordering::Relaxed);
         let number = connections.ever.fetch_add(1, Ordering::Relaxed) + 1;
-        Self { shared, number }
+        Self { shared, number, ended: AtomicBool::new(false) }
+    }
+
+    fn ends(&self) {
+        if !self.ended.swap(true, Ordering::Relaxed) {
+            self.shared.connections.open.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
-        self.shared.connections.open.fetch_sub(1, Ordering::Relaxed);
+        self.ends();
     }
 }
 

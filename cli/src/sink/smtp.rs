@@ -28,23 +28,23 @@ const CLOSING: u16 = 421;
 pub(super) async fn serve(stream: TcpStream, peer: SocketAddr, connection: OpenConnection) {
     let session = Session::new(connection.number, peer);
     // The client is gone, which is all that an error here means.
-    let _ = converse(stream, session, &connection.shared).await;
+    let _ = converse(stream, session, &connection).await;
 }
 
-async fn converse(stream: TcpStream, session: Session, shared: &Shared) -> io::Result<()> {
+async fn converse(stream: TcpStream, session: Session, connection: &OpenConnection) -> io::Result<()> {
     // Replies are small and waited for.
     stream.set_nodelay(true)?;
-    match &shared.options.tls {
+    match &connection.shared.options.tls {
         Some(tls) if tls.implicit => {
             let stream = encrypt(stream, tls).await?;
-            Conversation::new(stream, session.encrypted(), shared).begin().await?;
+            Conversation::new(stream, session.encrypted(), connection).begin().await?;
         }
         tls => {
-            let asked = Conversation::new(stream, session, shared).begin().await?;
+            let asked = Conversation::new(stream, session, connection).begin().await?;
             if let (Some((stream, session)), Some(tls)) = (asked, tls) {
                 // What the client sent after STARTTLS without waiting is forgotten with the old conversation: it came unencrypted.
                 let stream = encrypt(stream, tls).await?;
-                Conversation::new(stream, session.encrypted(), shared).go_on().await?;
+                Conversation::new(stream, session.encrypted(), connection).go_on().await?;
             }
         }
     }
@@ -60,6 +60,7 @@ async fn encrypt(stream: TcpStream, tls: &Tls) -> io::Result<Encrypted> {
 struct Conversation<'a, S> {
     wire: Wire<S>,
     session: Session,
+    connection: &'a OpenConnection,
     shared: &'a Shared,
     /// The message under way may have addresses beyond ASCII.
     utf8: bool,
@@ -75,8 +76,8 @@ enum Verdict {
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
-    fn new(stream: S, session: Session, shared: &'a Shared) -> Self {
-        Self { wire: Wire::new(stream), session, shared, utf8: false }
+    fn new(stream: S, session: Session, connection: &'a OpenConnection) -> Self {
+        Self { wire: Wire::new(stream), session, connection, shared: &connection.shared, utf8: false }
     }
 
     /// Greets and goes on.
@@ -143,6 +144,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
             Request::Vrfy { .. } => self.wire.reply(252, "2.1.5 Anybody is accepted"),
             Request::Help { .. } => self.wire.reply(214, "2.0.0 Mail is accepted here, shown, and not delivered"),
             Request::Quit => {
+                // Before the client hears it, since it may open the next one then.
+                self.connection.ends();
                 self.wire.reply(221, "2.0.0 Goodbye");
                 return Err(End::Closed);
             }
