@@ -152,11 +152,13 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// The budget as it stands `now`. What went unused is not saved up beyond `burst`.
+    /// The budget as it stands `now`. A step that comes late catches up, but what went unused for longer than `burst` is
+    /// not made up for: nobody was there to send.
     #[must_use]
     pub fn new(per_second: i32, next_due_at: DateTime<Utc>, now: DateTime<Utc>, burst: Duration) -> Self {
         let burst = TimeDelta::from_std(burst).unwrap_or(TimeDelta::zero());
-        Self { per_second: per_second.max(1), next_due_at: next_due_at.max(now - burst) }
+        let next_due_at = if next_due_at < now - burst { now } else { next_due_at };
+        Self { per_second: per_second.max(1), next_due_at }
     }
 
     /// How many sends are due.
