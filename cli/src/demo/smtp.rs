@@ -32,6 +32,8 @@ enum Mailer {
 
 /// What `demo` can be asked for with a mail server.
 #[derive(Args, Clone, Copy, Debug)]
+// Without a group: it would have the name of that of the demo's own options.
+#[group(skip)]
 pub(super) struct Options {
     /// Who carries the mail.
     #[arg(long, value_enum, default_value_t = Mailer::Simulated)]
