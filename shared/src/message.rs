@@ -272,6 +272,19 @@ pub struct ItemResult {
     pub bad_address: bool,
 }
 
+/// Asks for one mail that somebody sends to look at an invitation. Nobody counts as invited by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TestMessage {
+    /// The row of `test_sends`.
+    pub test_id: Uuid,
+}
+
+impl Message for TestMessage {
+    const TYPE: &'static str = "mailrun.test.v1";
+    const QUEUE: &'static str = topology::TESTS;
+}
+
 /// Why a message is in the dead letters: the header `x-mailrun-reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeadReason {
@@ -331,6 +344,8 @@ mod tests {
             results: vec![item.result(ItemState::Sent, None), item.result(ItemState::Failed, Some("no".into()))],
         };
         assert_eq!(decode::<ResultsMessage>(None, &encode(&results)).unwrap(), results);
+        let test = TestMessage { test_id: run_id };
+        assert_eq!(decode::<TestMessage>(None, &encode(&test)).unwrap(), test);
     }
 
     #[test]

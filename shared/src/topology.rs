@@ -23,6 +23,8 @@ pub const RUNS_WAIT: &str = "mailrun.runs.wait";
 pub const ITEMS: &str = "mailrun.items";
 /// Results on their way to the counters.
 pub const RESULTS: &str = "mailrun.results";
+/// Single mails that somebody sends to look at an invitation.
+pub const TESTS: &str = "mailrun.tests";
 /// The dead letters.
 pub const DEAD: &str = "mailrun.dead";
 
@@ -68,7 +70,7 @@ pub async fn declare(
     bind(channel, DEAD, DEAD_EXCHANGE, "").await?;
     bind(channel, DEAD, EXCHANGE, DEAD).await?;
 
-    for name in [RUNS, RESULTS].into_iter().chain(item_queues.iter().map(AsRef::as_ref)) {
+    for name in [RUNS, RESULTS, TESTS].into_iter().chain(item_queues.iter().map(AsRef::as_ref)) {
         let mut arguments = quorum(DELIVERY_LIMIT);
         dead_letter_to(&mut arguments, DEAD_EXCHANGE, None);
         queue(channel, name, arguments).await?;

@@ -1,13 +1,12 @@
-//! The outbox relay: takes run messages that were committed to PostgreSQL and marks them once RabbitMQ has confirmed them.
+//! The outbox relay: takes messages that were committed to PostgreSQL and marks them once RabbitMQ has confirmed them.
 
 use std::time::Duration;
 
 use mailrun_shared::{
     broker::{BrokerError, Outgoing, Publisher},
-    message::RunMessage,
+    message::{Message, RunMessage, TestMessage},
     store::outbox::{self, Waiting},
 };
-use serde::Deserialize as _;
 use sqlx::PgPool;
 use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
@@ -48,7 +47,7 @@ pub(crate) async fn run(pool: &PgPool, publisher: &Publisher, wake: &Notify, sto
             }
             Err(error) => {
                 if !down {
-                    warn!(%error, "run messages wait in the outbox; they are handed over as soon as possible");
+                    warn!(%error, "messages wait in the outbox; they are handed over as soon as possible");
                     down = true;
                 }
                 false
@@ -73,10 +72,10 @@ async fn relay(pool: &PgPool, publisher: &Publisher) -> Result<usize, RelayError
     }
     let count = waiting.len();
     let (mut messages, mut published, mut postponed) = (Vec::new(), Vec::new(), Vec::new());
-    for Waiting { id, message } in waiting {
-        match RunMessage::deserialize(message) {
+    for Waiting { id, kind, message } in waiting {
+        match outgoing(&kind, message) {
             Ok(message) => {
-                messages.push(Outgoing::new(&message).of_run(message.run_id));
+                messages.push(message);
                 published.push(id);
             }
             // A newer Mailrun wrote it, which may understand it as well; the others must not wait for that.
@@ -91,4 +90,42 @@ async fn relay(pool: &PgPool, publisher: &Publisher) -> Result<usize, RelayError
     outbox::postpone(&mut tx, &postponed).await?;
     tx.commit().await?;
     Ok(count)
+}
+
+/// Why a message can't be published by this program.
+#[derive(Debug, thiserror::Error)]
+enum NotUnderstood {
+    #[error("its type is not known")]
+    Kind,
+    #[error(transparent)]
+    Body(#[from] serde_json::Error),
+}
+
+/// Reads a message, so that nothing is published that no worker could read.
+fn outgoing(kind: &str, message: serde_json::Value) -> Result<Outgoing, NotUnderstood> {
+    match kind {
+        RunMessage::TYPE => {
+            let message: RunMessage = serde_json::from_value(message)?;
+            Ok(Outgoing::new(&message).of_run(message.run_id))
+        }
+        TestMessage::TYPE => Ok(Outgoing::new(&serde_json::from_value::<TestMessage>(message)?)),
+        _ => Err(NotUnderstood::Kind),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_message_is_published_as_what_it_is() {
+        let id = "00000000-0000-0000-0000-000000000007";
+        let run = outgoing("mailrun.run.v1", json!({ "run_id": id })).unwrap();
+        assert_eq!(run.properties().kind().as_ref().unwrap().as_str(), "mailrun.run.v1");
+        let test = outgoing("mailrun.test.v1", json!({ "test_id": id })).unwrap();
+        assert_eq!(test.properties().kind().as_ref().unwrap().as_str(), "mailrun.test.v1");
+        assert!(outgoing("mailrun.test.v1", json!({ "run_id": id })).is_err());
+        assert!(outgoing("mailrun.run.v9", json!({ "run_id": id })).is_err());
+    }
 }

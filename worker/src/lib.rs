@@ -1,6 +1,7 @@
 //! The workers: one file for each stage of the pipeline, in the order of the data.
 //!
-//! `fan_out` releases a run's items, `send` carries them out through a `mailer`, `progress` counts the results. `replay`,
+//! `fan_out` releases a run's items, `send` carries them out through a `mailer`, `progress` counts the results. `test_send`
+//! sends single mails to whoever wants to look at an invitation. `replay`,
 //! `sweep` and `prune` belong to the fan-out's role. `consumer` is the only file that acknowledges; `outcome` and `claims` hold
 //! the protocol's decisions and memory.
 
@@ -19,6 +20,8 @@ mod replay;
 mod send;
 mod sweep;
 mod templates;
+pub mod test_send;
+mod unsubscribe;
 
 use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
 
@@ -38,6 +41,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, progress::Progress, send::Senders, sweep::Sweeper,
+    test_send::TestSends, unsubscribe::Links,
 };
 
 /// Run messages handed out ahead to one pump.
@@ -110,6 +114,11 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     let permits = if roles.contains(&Role::Send) { config.permits() } else { 0 };
     let Some(heartbeat) = register(&pool, &names, permits, &config, &stop).await else { return Ok(()) };
     info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
+    let links = match roles.contains(&Role::Send) {
+        true => Links::read(&pool, &config.web, &stop).await,
+        false => Some(Links::default()),
+    };
+    let Some(links) = links else { return Ok(()) };
     let broker = Broker::new(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()));
     let publisher = broker.publisher(config.amqp.publish_lanes);
     let beating = CancellationToken::new();
@@ -119,7 +128,7 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     });
 
     let consumers = TaskTracker::new();
-    let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, &consumers, &stop)?;
+    let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, &links, &consumers, &stop)?;
     drop(publisher);
     let ended = supervise(parts, &consumers, &stop, Duration::from_millis(config.send.shutdown_deadline_ms)).await;
     beating.cancel();
@@ -160,6 +169,7 @@ fn start(
     broker: &Arc<Broker>,
     publisher: &Publisher,
     heartbeat: &Arc<Heartbeat>,
+    links: &Links,
     consumers: &TaskTracker,
     stop: &CancellationToken,
 ) -> Result<JoinSet<()>, WorkerError> {
@@ -177,8 +187,11 @@ fn start(
             Role::Send => {
                 let mailer = mailer::mailer(&config.mailer)?;
                 heartbeat.tell_of(Arc::clone(&mailer));
-                let senders =
-                    Senders::new(config.clone(), pool.clone(), publisher.clone(), Arc::clone(heartbeat), mailer);
+                let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
+                let tests = TestSends::new(pool.clone(), publisher.clone(), id, same, links.clone());
+                parts.spawn(tests.run(consume(&[topology::TESTS.into()], test_send::PREFETCH), stop.clone()));
+                let (beat, links) = (Arc::clone(heartbeat), links.clone());
+                let senders = Senders::new(config.clone(), pool.clone(), publisher.clone(), beat, mailer, links);
                 parts.spawn(senders.run(consume(broker.item_queues(), config.send.prefetch), stop.clone()));
             }
             Role::Progress => {

@@ -34,6 +34,7 @@ use crate::{
     mailer::{Lane, Mail, Mailer, Outcome},
     outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
     templates::{Read, Templates, TemplatesError},
+    unsubscribe::Links,
 };
 
 /// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
@@ -50,6 +51,7 @@ pub struct Senders {
     heartbeat: Arc<Heartbeat>,
     mailer: Arc<dyn Mailer>,
     templates: Templates,
+    links: Links,
     claims: Mutex<Claims>,
     permits: Arc<Semaphore>,
     rules: Rules,
@@ -78,8 +80,10 @@ impl Senders {
         publisher: Publisher,
         heartbeat: Arc<Heartbeat>,
         mailer: Arc<dyn Mailer>,
+        links: Links,
     ) -> Arc<Self> {
         Arc::new(Self {
+            links,
             templates: Templates::new(pool.clone()),
             pool,
             publisher,
@@ -234,7 +238,7 @@ impl Senders {
             email: claimed.email,
             name: claimed.name,
             template,
-            unsubscribe: None,
+            unsubscribe: self.links.of(claimed.item_id),
             position: claimed.position,
             tries: item.tries,
             replays: item.replays,

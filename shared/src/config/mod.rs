@@ -8,8 +8,10 @@ mod smtp;
 use std::{collections::HashMap, net::SocketAddr, path::Path, time::Duration};
 
 use config::{Environment, File, FileFormat};
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
+
+use crate::public_url::PublicUrl;
 
 pub use relay::{Login, Mechanism, Password, Relay, RelayTls};
 pub use smtp::{DkimConfig, MailerKind, Sender, SmtpConfig};
@@ -127,6 +129,10 @@ pub struct WebConfig {
     pub subject: String,
     /// The text of the invitations.
     pub body: String,
+    /// Where others reach these pages, for links in mails; none: mails have no link to unsubscribe with.
+    pub public_url: Option<PublicUrl>,
+    /// What a mail provider has to know to report bounces and complaints; none: nobody may.
+    pub hook_key: Option<SecretString>,
 }
 
 impl Default for WebConfig {
@@ -138,6 +144,8 @@ impl Default for WebConfig {
             max_addresses: 1_000_000,
             subject: "You are invited!".into(),
             body: "Join us. We have cake.".into(),
+            public_url: None,
+            hook_key: None,
         }
     }
 }
@@ -375,6 +383,8 @@ pub enum ConfigError {
     },
 }
 
+/// Whoever knows the key can keep people from being written to.
+const MIN_HOOK_KEY_BYTES: usize = 16;
 /// The environment's settings: `MAILRUN_SEND__PERMITS=10` is `permits` in `[send]`.
 const PREFIX: &str = "MAILRUN_";
 
@@ -456,6 +466,9 @@ impl Config {
                 "others can reach this address: set web.password as well, or listen on 127.0.0.1",
             );
         }
+        if self.web.hook_key.as_ref().is_some_and(|key| key.expose_secret().len() < MIN_HOOK_KEY_BYTES) {
+            return wrong("web.hook_key", "at least 16 characters, for instance from `openssl rand -hex 24`");
+        }
         if !(1..=1_000).contains(&self.send.permits) {
             return wrong("send.permits", "from 1 to 1000");
         }
@@ -503,7 +516,6 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use secrecy::ExposeSecret;
 
     fn read(environment: &[(&str, &str)]) -> Result<Config, ConfigError> {
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
@@ -594,6 +606,15 @@ mod tests {
         read(&[relays("smtp://b?tls=none"), ("MAILRUN_MAILER__SMTP__ALLOW_PLAINTEXT", "true")]).unwrap();
         assert!(why(&[("MAILRUN_MAILER__SMTP__FROM", "nobody")]).contains("is no sender"));
         assert!(why(&[("MAILRUN_MAILER__SMTP__RELAY", "x")]).contains("relay"));
+    }
+
+    #[test]
+    fn the_public_address_is_checked() {
+        let config = read(&[("MAILRUN_WEB__PUBLIC_URL", "https://invites.example.org/")]).unwrap();
+        assert_eq!(config.web.public_url.unwrap().to_string(), "https://invites.example.org");
+        let error = read(&[("MAILRUN_WEB__PUBLIC_URL", "invites.example.org")]).unwrap_err().to_string();
+        assert!(error.contains("public_url") && error.contains("https://"), "{error}");
+        assert!(read(&[("MAILRUN_WEB__HOOK_KEY", "short")]).is_err());
     }
 
     #[test]

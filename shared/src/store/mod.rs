@@ -9,7 +9,9 @@ pub mod progress;
 pub mod prune;
 pub mod runs;
 pub mod submit;
+pub mod suppressions;
 pub mod sweep;
+pub mod test_sends;
 pub mod workers;
 
 use std::time::Duration;

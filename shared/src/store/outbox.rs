@@ -1,15 +1,17 @@
-//! The outbox: run messages that became true with a transaction, and wait for RabbitMQ.
+//! The outbox: messages that became true with a transaction, and wait for RabbitMQ.
 
 use sqlx::{PgConnection, types::Json};
 
-use crate::message::RunMessage;
+use crate::message::Message;
 
 /// A message that waits.
 #[derive(Debug)]
 pub struct Waiting {
     /// For [`mark_published`].
     pub id: i64,
-    /// A [`RunMessage`], if this program is not older than the one that wrote it.
+    /// Its [`Message::TYPE`], if this program is not older than the one that wrote it.
+    pub kind: String,
+    /// Its body.
     pub message: serde_json::Value,
 }
 
@@ -17,8 +19,10 @@ pub struct Waiting {
 ///
 /// # Errors
 /// The database's.
-pub async fn put(conn: &mut PgConnection, message: &RunMessage) -> sqlx::Result<()> {
-    sqlx::query!("INSERT INTO outbox (message) VALUES ($1)", Json(message) as _).execute(conn).await?;
+pub async fn put<M: Message + Sync>(conn: &mut PgConnection, message: &M) -> sqlx::Result<()> {
+    sqlx::query!("INSERT INTO outbox (kind, message) VALUES ($1, $2)", M::TYPE, Json(message) as _)
+        .execute(conn)
+        .await?;
     Ok(())
 }
 
@@ -30,7 +34,7 @@ pub async fn put(conn: &mut PgConnection, message: &RunMessage) -> sqlx::Result<
 pub async fn take(conn: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Waiting>> {
     sqlx::query_as!(
         Waiting,
-        r#"SELECT id, message FROM outbox
+        r#"SELECT id, kind, message FROM outbox
            WHERE published_at IS NULL AND publish_at <= now()
            ORDER BY publish_at, id LIMIT $1
            FOR UPDATE SKIP LOCKED"#,

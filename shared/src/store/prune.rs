@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::config::DAY;
 
-/// Published messages and ended workers are of no use after a day.
+/// Published messages, ended workers and tests are of no use after a day.
 const SCRAPS_AFTER: Duration = DAY;
 
 /// Deletes the oldest runs that were over for `after`, at most `limit`, and returns how many. Their items remain for
@@ -71,7 +71,7 @@ async fn next(conn: &mut PgConnection) -> sqlx::Result<Option<Uuid>> {
         .await
 }
 
-/// Deletes at most `limit` of each kind of scrap: published messages, and workers that ended or died, a day ago or more.
+/// Deletes at most `limit` of each kind of scrap: published messages, workers that ended or died, and tests, of a day ago or more.
 /// Returns how many there were.
 ///
 /// # Errors
@@ -95,5 +95,13 @@ pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
     )
     .execute(pool)
     .await?;
-    Ok(messages.rows_affected() + workers.rows_affected())
+    let tests = sqlx::query!(
+        "DELETE FROM test_sends WHERE id IN (SELECT id FROM test_sends WHERE created_at < now() - make_interval(secs => $1)
+                                             ORDER BY created_at LIMIT $2)",
+        after,
+        limit,
+    )
+    .execute(pool)
+    .await?;
+    Ok(messages.rows_affected() + workers.rows_affected() + tests.rows_affected())
 }

@@ -23,7 +23,7 @@ const TRIES: u32 = 5;
 /// What a person submits.
 #[derive(Clone, Copy, Debug)]
 pub struct Submission<'a> {
-    /// The form's token: the same token and text are the same submission.
+    /// The form's token: the same token, list, subject and text are the same submission.
     pub token: Uuid,
     /// The addresses, as they were typed.
     pub text: &'a str,
@@ -38,10 +38,13 @@ pub struct Submission<'a> {
 }
 
 impl Submission<'_> {
-    /// The run's id, which follows from the submission: whoever submits it again asks for the same run.
+    /// The run's id, which follows from the submission: whoever submits it again asks for the same run. Whoever has changed
+    /// the list or what it says asks for another one, and is told if there is nobody left to invite.
     #[must_use]
     pub fn run_id(&self) -> Uuid {
-        Uuid::new_v5(&self.token, self.text.as_bytes())
+        let listed = Uuid::new_v5(&self.token, self.text.as_bytes());
+        // A subject has no control characters.
+        Uuid::new_v5(&listed, format!("{}\0{}", self.subject, self.body).as_bytes())
     }
 }
 
@@ -329,6 +332,27 @@ fn to_count(rows: u64) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_second_click_is_the_same_run_and_another_text_is_not() {
+        let first = Submission {
+            token: Uuid::from_u128(7),
+            text: "ann@x.org",
+            subject: "Hello",
+            body: "Come!",
+            sends_per_second: None,
+            max_addresses: 10,
+        };
+        assert_eq!(first.run_id(), Submission { sends_per_second: Some(1), ..first }.run_id());
+        for other in [
+            Submission { token: Uuid::from_u128(8), ..first },
+            Submission { text: "bob@x.org", ..first },
+            Submission { subject: "Hi", ..first },
+            Submission { body: "Stay!", ..first },
+        ] {
+            assert_ne!(first.run_id(), other.run_id());
+        }
+    }
 
     #[test]
     fn a_row_survives_backslashes() {

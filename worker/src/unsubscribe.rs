@@ -1,0 +1,51 @@
+//! The links with which recipients can say that this is enough: made here, from the ledger's key, for each mail.
+
+use mailrun_shared::{
+    config::WebConfig,
+    public_url::PublicUrl,
+    retry::Reconnect,
+    store::suppressions,
+    unsubscribe::{Signer, TEST_ITEM},
+};
+use sqlx::PgPool;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+/// Makes the links, if the installation has an address that others can reach.
+#[derive(Clone, Debug, Default)]
+pub struct Links(Option<(Signer, PublicUrl)>);
+
+impl Links {
+    /// Reads the key, however long PostgreSQL takes to answer. None: told to stop before that.
+    pub async fn read(pool: &PgPool, config: &WebConfig, stop: &CancellationToken) -> Option<Self> {
+        let Some(public_url) = config.public_url.clone() else { return Some(Self(None)) };
+        let mut trouble = Reconnect::default();
+        loop {
+            match stop.run_until_cancelled(read_key(pool)).await? {
+                Ok(key) => return Some(Self(Some((Signer::new(&key), public_url)))),
+                Err(error) => {
+                    let wait = trouble.next_wait();
+                    warn!(%error, wait_ms = wait.as_millis(), "the key of unsubscribe links can't be read; trying again");
+                    stop.run_until_cancelled(sleep(wait)).await?;
+                }
+            }
+        }
+    }
+
+    /// The link of an invitation.
+    #[must_use]
+    pub fn of(&self, item_id: i64) -> Option<String> {
+        self.0.as_ref().map(|(signer, public_url)| signer.link(public_url, item_id))
+    }
+
+    /// The link of a mail that invites nobody.
+    #[must_use]
+    pub fn of_test(&self) -> Option<String> {
+        self.of(TEST_ITEM)
+    }
+}
+
+async fn read_key(pool: &PgPool) -> sqlx::Result<Vec<u8>> {
+    suppressions::signing_key(&mut *pool.acquire().await?).await
+}
