@@ -33,7 +33,6 @@ CREATE TABLE test_sends (
 );
 COMMENT ON TABLE test_sends IS
     'Single mails that the writer of an invitation sends to look at it. Nobody counts as invited by one. Writer: web inserts; send sets everything from claimed_at on. Deleted after a day.';
-COMMENT ON COLUMN test_sends.id IS 'UUIDv5 of the form''s token and everything that was submitted: a second click is the same test.';
 COMMENT ON COLUMN test_sends.email IS 'Where it goes, in lower case; it need not be one of users.';
 COMMENT ON COLUMN test_sends.subject IS 'The invitation''s subject, with its placeholders.';
 COMMENT ON COLUMN test_sends.body IS 'The invitation''s text, with its placeholders.';

@@ -37,6 +37,8 @@ pub(crate) static STYLE: Asset = asset!("style.css", "text/css; charset=utf-8");
 pub(crate) static PAGE: Asset = asset!("page.js", "text/javascript; charset=utf-8");
 /// The script of the results page.
 pub(crate) static RESULTS: Asset = asset!("results.js", "text/javascript; charset=utf-8");
+/// The script of a test's page.
+pub(crate) static TEST: Asset = asset!("test.js", "text/javascript; charset=utf-8");
 /// The icon.
 pub(crate) static ICON: Asset = asset!("icon.svg", "image/svg+xml");
 

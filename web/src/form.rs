@@ -1,25 +1,27 @@
 //! `GET /` and `POST /invites`: the form, and taking its list into the ledger.
 
-use std::sync::Arc;
-
 use askama::Template;
 use axum::{
     body::Body,
-    extract::{Request, State},
+    extract::{Query, Request, State},
     http::StatusCode,
     response::{IntoResponse, Redirect, Response},
 };
 use mailrun_shared::store::{
     runs,
     submit::{InvalidEntry, Refusal, Submission, Submitted, Tally, submit as take_in},
+    test_sends,
 };
+use serde::Deserialize;
 use tracing::info;
 use uuid::Uuid;
 
 use crate::{
     App, Shared,
+    body::Fields,
     error::{ErrorPage, html},
     runs::Row,
+    text::{self, TextProblems, with_plain_line_ends},
     view::{counted, grouped},
 };
 
@@ -31,19 +33,68 @@ const MAX_PER_SECOND: i32 = 100_000;
 #[derive(Template)]
 #[template(path = "form.html")]
 struct FormPage<'a> {
-    token: Uuid,
-    emails: &'a str,
-    sends_per_second: &'a str,
-    problem: Option<Problem>,
-    rate_problem: Option<&'static str>,
-    subject: &'a str,
-    body: &'a str,
+    typed: &'a Typed,
+    problems: Problems,
+    /// Whether mails have links to unsubscribe with.
+    has_links: bool,
     recent: Vec<Row>,
+}
+
+/// What is in the form.
+pub(crate) struct Typed {
+    pub(crate) token: Uuid,
+    pub(crate) emails: String,
+    pub(crate) subject: String,
+    pub(crate) body: String,
+    pub(crate) test_email: String,
+    pub(crate) sends_per_second: String,
+}
+
+impl Typed {
+    /// An empty form, with the text that is configured.
+    fn nothing(app: &App) -> Self {
+        Self {
+            token: Uuid::new_v4(),
+            emails: String::new(),
+            subject: app.config.subject.clone(),
+            body: app.config.body.clone(),
+            test_email: String::new(),
+            sends_per_second: String::new(),
+        }
+    }
+
+    /// What was sent. A field that is missing is as in an empty form.
+    pub(crate) fn take(app: &App, fields: &mut Fields) -> Self {
+        let nothing = Self::nothing(app);
+        Self {
+            token: fields.get("token").and_then(|token| token.parse().ok()).unwrap_or(nothing.token),
+            emails: fields.take("emails").unwrap_or_default(),
+            subject: fields.take("subject").unwrap_or(nothing.subject),
+            body: fields.take("body").map_or(nothing.body, |body| with_plain_line_ends(&body)),
+            test_email: fields.take("test_email").unwrap_or_default(),
+            sends_per_second: fields.take("sends_per_second").unwrap_or_default(),
+        }
+    }
+}
+
+/// What is wrong with it, each beside its field.
+#[derive(Default)]
+pub(crate) struct Problems {
+    pub(crate) list: Option<Problem>,
+    pub(crate) text: TextProblems,
+    pub(crate) test: Option<String>,
+    pub(crate) rate: Option<&'static str>,
+}
+
+impl Problems {
+    fn is_empty(&self) -> bool {
+        self.list.is_none() && self.text.is_empty() && self.test.is_none() && self.rate.is_none()
+    }
 }
 
 /// Why a list was not taken, beside the field.
 #[derive(Debug, Default, PartialEq)]
-struct Problem {
+pub(crate) struct Problem {
     title: String,
     reasons: Vec<String>,
     /// Some of them can be retried in an earlier run.
@@ -55,19 +106,25 @@ struct Problem {
     more_invalid: Option<String>,
 }
 
+/// What the address says.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct Wish {
+    /// The test whose text to go on with.
+    test: Option<String>,
+}
+
 /// `GET /`
-pub(crate) async fn show(State(app): Shared) -> Result<Response, ErrorPage> {
+pub(crate) async fn show(State(app): Shared, Query(wish): Query<Wish>) -> Result<Response, ErrorPage> {
+    let mut typed = Typed::nothing(&app);
+    // An address that was tampered with shows the empty form.
+    if let Some(test_id) = wish.test.and_then(|test| test.parse().ok())
+        && let Some(test) = test_sends::read(&app.pool, test_id, app.dead_after).await?
+    {
+        (typed.subject, typed.body, typed.test_email) = (test.subject, test.body, test.email);
+    }
     let recent = recent(&app).await?;
-    Ok(html(&FormPage {
-        token: Uuid::new_v4(),
-        emails: "",
-        sends_per_second: "",
-        problem: None,
-        rate_problem: None,
-        subject: &app.config.subject,
-        body: &app.config.body,
-        recent,
-    }))
+    let has_links = app.config.public_url.is_some();
+    Ok(html(&FormPage { typed: &typed, problems: Problems::default(), has_links, recent }))
 }
 
 async fn recent(app: &App) -> sqlx::Result<Vec<Row>> {
@@ -82,33 +139,32 @@ pub(crate) async fn back_to_form() -> Redirect {
 /// `POST /invites`
 pub(crate) async fn submit(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
     let (mut fields, _room) = app.room.read(request).await?;
-    let token: Uuid = fields.get("token").and_then(|token| token.parse().ok()).ok_or_else(|| {
-        ErrorPage::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "The form is incomplete",
+    let incomplete =
+        |what: &'static str| ErrorPage::new(StatusCode::UNPROCESSABLE_ENTITY, "The form is incomplete", what);
+    if fields.get("token").is_none_or(|token| token.parse::<Uuid>().is_err()) {
+        return Err(incomplete(
             "Its token is missing, so a second click could not be told from the first. \
              Open the form anew, paste the list, and send it.",
-        )
-    })?;
-    let text = fields.take("emails").ok_or_else(|| {
-        ErrorPage::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "The form is incomplete",
+        ));
+    }
+    if fields.get("emails").is_none() {
+        return Err(incomplete(
             "The list of addresses, the field \u{201c}emails\u{201d}, is missing. Open the form anew, and send it from there.",
-        )
-    })?;
-    let rate_field = fields.take("sends_per_second").unwrap_or_default();
-    let sends_per_second = match parse_rate(&rate_field) {
-        Ok(limit) => limit,
-        Err(problem) => return Ok(refused(&app, token, &text, &rate_field, None, Some(problem)).await),
+        ));
+    }
+    let typed = Typed::take(&app, &mut fields);
+    let (rate, text) = (parse_rate(&typed.sends_per_second), text::check(&typed.subject, &typed.body));
+    let sends_per_second = match rate {
+        Ok(limit) if text.is_empty() => limit,
+        rate => return Ok(refused(&app, &typed, Problems { text, rate: rate.err(), ..Problems::default() }).await),
     };
     // A submission that loses its connection is tried again for a while; a database that is down is told at once.
     drop(app.pool.acquire().await.map_err(|error| ErrorPage::not_taken(&error))?);
     let submission = Submission {
-        token,
-        text: &text,
-        subject: &app.config.subject,
-        body: &app.config.body,
+        token: typed.token,
+        text: &typed.emails,
+        subject: &typed.subject,
+        body: &typed.body,
         sends_per_second,
         max_addresses: app.config.max_addresses,
     };
@@ -120,31 +176,17 @@ pub(crate) async fn submit(State(app): Shared, request: Request<Body>) -> Result
         }
         Submitted::Before(run_id) => Ok(Redirect::to(&format!("/runs/{run_id}")).into_response()),
         Submitted::Refused(refusal) => {
-            Ok(refused(&app, token, &text, &rate_field, Some(Problem::of(refusal)), None).await)
+            let list = Some(Problem::of(refusal));
+            Ok(refused(&app, &typed, Problems { list, ..Problems::default() }).await)
         }
     }
 }
 
 /// The form again, with what was typed, and what is wrong with it.
-async fn refused(
-    app: &Arc<App>,
-    token: Uuid,
-    emails: &str,
-    sends_per_second: &str,
-    problem: Option<Problem>,
-    rate_problem: Option<&'static str>,
-) -> Response {
-    let page = FormPage {
-        token,
-        emails,
-        sends_per_second,
-        problem,
-        rate_problem,
-        subject: &app.config.subject,
-        body: &app.config.body,
-        // What is wrong is more important than what else there is.
-        recent: recent(app).await.unwrap_or_default(),
-    };
+pub(crate) async fn refused(app: &App, typed: &Typed, problems: Problems) -> Response {
+    // What is wrong is more important than what else there is.
+    let recent = recent(app).await.unwrap_or_default();
+    let page = FormPage { typed, problems, has_links: app.config.public_url.is_some(), recent };
     (StatusCode::UNPROCESSABLE_ENTITY, html(&page)).into_response()
 }
 

@@ -24,14 +24,17 @@ pub(crate) async fn check(State(app): State<Arc<App>>, request: Request, next: N
 
 fn refuse(app: &App, request: &Request) -> Option<Response> {
     let path = request.uri().path();
-    if path == "/healthz" {
+    if is_for_everybody(path) {
         return None;
     }
     let headers = request.headers();
     let host = request.uri().authority().map(Authority::as_str).or_else(|| text(headers, "host"));
     match &app.config.password {
         // A page of another site can point a name of its own at this machine; without a login, the name is what tells.
-        None if app.config.listen.ip().is_loopback() && !host.is_some_and(is_local) => {
+        None if app.config.listen.ip().is_loopback()
+            && !path.starts_with("/static/")
+            && !host.is_some_and(is_local) =>
+        {
             return Some(
                 ErrorPage::new(
                     StatusCode::FORBIDDEN,
@@ -58,6 +61,13 @@ fn refuse(app: &App, request: &Request) -> Option<Response> {
         );
     }
     None
+}
+
+/// What strangers call: the health check, the links in mails, which mail providers follow as well, and the bounce hook, which
+/// asks for a key of its own. The style of a page is no secret either, see above.
+fn is_for_everybody(path: &str) -> bool {
+    let is_link = path.strip_prefix("/u/").is_some_and(|token| !token.is_empty() && !token.contains('/'));
+    is_link || path == "/healthz" || path == "/hooks/bounces"
 }
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
@@ -143,6 +153,18 @@ mod tests {
     #[test]
     fn a_client_that_is_no_browser_may() {
         assert!(is_same_origin(None, None, Some("localhost:8080")));
+    }
+
+    #[test]
+    fn strangers_reach_links_and_hooks_and_nothing_else() {
+        for path in ["/u/AAAA", "/hooks/bounces", "/healthz"] {
+            assert!(is_for_everybody(path), "{path}");
+        }
+        for path in
+            ["/", "/u/", "/u", "/u/a/b", "/u/../runs", "/hooks", "/hooks/", "/hooks/bounces/x", "/runs", "//u/a"]
+        {
+            assert!(!is_for_everybody(path), "{path}");
+        }
     }
 
     #[test]

@@ -6,10 +6,16 @@ mod body;
 mod error;
 mod form;
 mod guard;
+mod hooks;
 mod progress;
 mod relay;
+mod report;
 mod results;
 mod runs;
+mod suppressions;
+mod test_sends;
+mod text;
+mod unsubscribe;
 mod view;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -20,15 +26,20 @@ use axum::{
     http::{HeaderValue, Request, StatusCode, header},
     middleware,
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{any, get, post},
 };
 use mailrun_shared::{
     broker::Broker,
     config::{Config, WebConfig},
     store,
+    unsubscribe::Signer,
 };
 use sqlx::PgPool;
-use tokio::{net::TcpListener, sync::Notify, time::timeout};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, OnceCell},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 use tower_http::{set_header::SetResponseHeaderLayer, trace::TraceLayer};
 use tracing::{Level, info, info_span, warn};
@@ -84,6 +95,10 @@ struct App {
     room: body::Room,
     /// What polls were answered lately.
     watched: progress::Watched,
+    /// What unsubscribe links are verified with, once the ledger has told.
+    signer: OnceCell<Signer>,
+    /// When a worker is taken for dead.
+    dead_after: Duration,
 }
 
 type Shared = State<Arc<App>>;
@@ -115,7 +130,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         }
     });
     let room = body::Room::new(config.web.max_body_bytes);
-    let app = Arc::new(App { pool: pool.clone(), config: config.web, outbox, room, watched: progress::watched() });
+    let app = Arc::new(App {
+        pool: pool.clone(),
+        config: config.web,
+        outbox,
+        room,
+        watched: progress::watched(),
+        signer: OnceCell::new(),
+        dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
+    });
     let served = serve(listener, router(app), &ending).await;
     ending.cancel();
     relay.await?;
@@ -149,6 +172,13 @@ fn router(app: Arc<App>) -> Router {
         .route("/runs/{id}/pause", post(actions::pause).get(actions::back_to_run))
         .route("/runs/{id}/resume", post(actions::resume).get(actions::back_to_run))
         .route("/runs/{id}/cancel", post(actions::cancel).get(actions::back_to_run))
+        .route("/tests", post(test_sends::ask).get(form::back_to_form))
+        .route("/tests/{id}", get(test_sends::show))
+        .route("/suppressions", get(suppressions::show).post(suppressions::add))
+        .route("/suppressions/{number}/remove", post(suppressions::remove).get(suppressions::back_to_list))
+        .route("/u/{token}", get(unsubscribe::show).post(unsubscribe::unsubscribe))
+        // Without a key there is no such page, however it is asked for.
+        .route("/hooks/bounces", any(hooks::bounces))
         .route("/static/{name}", get(assets::show))
         .route("/healthz", get(health))
         .fallback(error::not_found)
@@ -161,12 +191,17 @@ fn router(app: Arc<App>) -> Router {
         .layer(
             TraceLayer::new_for_http()
                 .make_span_with(|request: &Request<_>| {
-                    info_span!("request", method = %request.method(), path = request.uri().path())
+                    info_span!("request", method = %request.method(), path = logged(request.uri().path()))
                 })
                 .on_response(tower_http::trace::DefaultOnResponse::new().level(Level::DEBUG))
                 .on_failure(()),
         )
         .with_state(app)
+}
+
+/// A path without what only the recipient of a mail should know.
+fn logged(path: &str) -> &str {
+    if path.starts_with("/u/") { "/u/…" } else { path }
 }
 
 /// `GET /healthz`: whether the database answers.

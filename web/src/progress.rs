@@ -64,6 +64,8 @@ pub(crate) struct Snapshot {
     pub(crate) left: Option<String>,
     /// A sentence about what happens now.
     pub(crate) note: String,
+    /// A sentence about those who were skipped, if any.
+    pub(crate) skipped_note: Option<String>,
 }
 
 impl Snapshot {
@@ -103,6 +105,10 @@ impl Snapshot {
             speed: rate.map(view::rate),
             left: if phase == Phase::Running { view::time_left(counters.open(), progress.rate) } else { None },
             note: note(progress, asked),
+            skipped_note: (counters.skipped > 0).then(|| {
+                let who = view::counted(counters.skipped, "person was", "people were");
+                format!("{who} skipped: not to be written to any more since after this run was accepted.")
+            }),
         }
     }
 }

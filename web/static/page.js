@@ -4,7 +4,8 @@
 // The server tells a second click from a first one by the form's token; this only keeps it from being tempting.
 document.addEventListener("submit", (event) => {
   const form = event.target;
-  if (!form.matches("form[data-once]")) return;
+  // What opens another page leaves this one as it is.
+  if (!form.matches("form[data-once]") || event.submitter?.formTarget) return;
   if (form.dataset.sent) {
     event.preventDefault();
     return;
@@ -12,7 +13,7 @@ document.addEventListener("submit", (event) => {
   form.dataset.sent = "yes";
   // Not before the form is on its way: a disabled button would not be sent.
   setTimeout(() => {
-    for (const button of form.querySelectorAll("button")) button.disabled = true;
+    for (const button of form.querySelectorAll("button:not([hidden])")) button.disabled = true;
   });
 });
 
@@ -20,8 +21,15 @@ document.addEventListener("submit", (event) => {
 window.addEventListener("pageshow", () => {
   for (const form of document.querySelectorAll("form[data-sent]")) {
     delete form.dataset.sent;
-    for (const button of form.querySelectorAll("button")) button.disabled = false;
+    for (const button of form.querySelectorAll("button:not([hidden])")) button.disabled = false;
   }
+});
+
+// Enter in the address of a test sends the test; in the other fields it sends nothing.
+document.getElementById("test_email")?.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.isComposing) return;
+  event.preventDefault();
+  document.getElementById("send-test").click();
 });
 
 const format = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });

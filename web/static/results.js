@@ -64,6 +64,8 @@ const draw = (now) => {
   }
 
   say(find("note").querySelector("span"), now.note);
+  find("skipped-note").hidden = now.skipped_note === null;
+  say(find("skipped-note"), now.skipped_note ?? "");
   say(find("elapsed-of"), now.elapsed_of);
   say(find("elapsed"), now.elapsed);
   find("speed-fact").hidden = now.speed === null;

@@ -16,8 +16,6 @@ use crate::{
 /// What a person wants to look at.
 #[derive(Clone, Copy, Debug)]
 pub struct NewTest<'a> {
-    /// The form's token: the same token, address, subject and text are the same test.
-    pub token: Uuid,
     /// Where it goes, in lower case.
     pub email: &'a str,
     /// The invitation's subject.
@@ -26,19 +24,10 @@ pub struct NewTest<'a> {
     pub body: &'a str,
 }
 
-impl NewTest<'_> {
-    /// The test's id, which follows from what is asked for: a second click asks for the same test.
-    #[must_use]
-    pub fn id(&self) -> Uuid {
-        // Neither an address nor a subject has control characters.
-        Uuid::new_v5(&self.token, format!("test\0{}\0{}\0{}", self.email, self.subject, self.body).as_bytes())
-    }
-}
-
 /// What became of the wish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
-    /// It is committed, and will be sent once; or was, if it was asked for before.
+    /// It is committed, and will be sent once. The same is under way already, after a second click.
     Accepted(Uuid),
     /// Nobody writes to that address any more.
     Suppressed(Reason),
@@ -53,9 +42,12 @@ pub async fn ask(pool: &PgPool, test: NewTest<'_>) -> sqlx::Result<Asked> {
     if let Some(reason) = suppressions::reason(&mut tx, test.email).await? {
         return Ok(Asked::Suppressed(reason));
     }
-    let test_id = test.id();
-    let inserted = sqlx::query!(
-        "INSERT INTO test_sends (id, email, subject, body) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING",
+    if let Some(same) = under_way(&mut tx, test).await? {
+        return Ok(Asked::Accepted(same));
+    }
+    let test_id = Uuid::new_v4();
+    sqlx::query!(
+        "INSERT INTO test_sends (id, email, subject, body) VALUES ($1, $2, $3, $4)",
         test_id,
         test.email,
         test.subject,
@@ -63,11 +55,24 @@ pub async fn ask(pool: &PgPool, test: NewTest<'_>) -> sqlx::Result<Asked> {
     )
     .execute(&mut *tx)
     .await?;
-    if inserted.rows_affected() == 1 {
-        outbox::put(&mut tx, &TestMessage { test_id }).await?;
-    }
+    outbox::put(&mut tx, &TestMessage { test_id }).await?;
     tx.commit().await?;
     Ok(Asked::Accepted(test_id))
+}
+
+/// The same test, if it waits or has just been taken. One that is over may be asked for again: something may have been mended.
+async fn under_way(conn: &mut PgConnection, test: NewTest<'_>) -> sqlx::Result<Option<Uuid>> {
+    sqlx::query_scalar!(
+        "SELECT id FROM test_sends
+         WHERE finished_at IS NULL AND (claimed_at IS NULL OR claimed_at > now() - interval '1 minute')
+           AND email = $1 AND subject = $2 AND body = $3
+         ORDER BY created_at DESC LIMIT 1",
+        test.email,
+        test.subject,
+        test.body,
+    )
+    .fetch_optional(conn)
+    .await
 }
 
 /// A test to send.

@@ -1,0 +1,129 @@
+//! `POST /hooks/bounces`: mail providers and mail servers report here which addresses are not to be written to again.
+
+use std::time::Duration;
+
+use axum::{
+    body::{Body, to_bytes},
+    extract::{Request, State},
+    http::{HeaderMap, Method, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use mailrun_shared::store::suppressions;
+use secrecy::ExposeSecret as _;
+use sqlx::PgPool;
+use subtle::ConstantTimeEq as _;
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use crate::{
+    Shared,
+    report::{self, Report, Verdict},
+};
+
+/// A report with the mail that it is about; longer ones are no reports of ours.
+const MAX_REPORT_BYTES: usize = 4 * 1024 * 1024;
+/// A report must be here after so long.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Said to whoever sends something else.
+const UNDERSTOOD: &str = "Understood are: Amazon SES (through SNS or raw), Postmark's webhooks, and delivery status notifications (RFC 3464) as a raw mail.";
+
+/// `POST /hooks/bounces`. Its answers are plain text: they are read in a provider's log.
+pub(crate) async fn bounces(State(app): Shared, request: Request<Body>) -> Response {
+    let Some(key) = &app.config.hook_key else {
+        return (StatusCode::NOT_FOUND, "There is no bounce hook: set web.hook_key.\n").into_response();
+    };
+    if !knows(request.headers(), key.expose_secret()) {
+        // Amazon SNS sends its password only when it is asked for it.
+        let ask = [(header::WWW_AUTHENTICATE, r#"Basic realm="Mailrun hooks", charset="UTF-8""#)];
+        return (StatusCode::UNAUTHORIZED, ask, "The key is missing or wrong.\n").into_response();
+    }
+    if request.method() != Method::POST {
+        return (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "POST")], "Reports are sent by POST.\n")
+            .into_response();
+    }
+    let (parts, body) = request.into_parts();
+    let body = match timeout(PATIENCE, to_bytes(body, MAX_REPORT_BYTES)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => {
+            return (StatusCode::PAYLOAD_TOO_LARGE, "The report is larger than 4 MB, or did not arrive completely.\n")
+                .into_response();
+        }
+        Err(_) => return (StatusCode::REQUEST_TIMEOUT, "The report did not arrive in time.\n").into_response(),
+    };
+    let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    match report::read(content_type, &body) {
+        Ok(Report::Suppress(verdicts)) => match suppress(&app.pool, &verdicts).await {
+            Ok(new) => {
+                info!(reported = verdicts.len(), new, "a bounce report is taken");
+                (StatusCode::OK, format!("Taken. Not written to any more: {}, new: {new}.\n", verdicts.len()))
+                    .into_response()
+            }
+            Err(error) => {
+                warn!(%error, "a bounce report can't be kept; its sender is asked to repeat it");
+                (StatusCode::SERVICE_UNAVAILABLE, "The database does not answer: send it again later.\n")
+                    .into_response()
+            }
+        },
+        Ok(Report::Confirm(url)) => {
+            // An address that a stranger chose is never fetched from here.
+            warn!(url, "Amazon SNS wants to send reports: open this address in a browser to allow it, if it is yours");
+            "Noted. Nothing is confirmed by itself: open the SubscribeURL, which is in the log of mailrun web.\n"
+                .into_response()
+        }
+        Err(reason) => {
+            warn!(%reason, "a bounce report is not understood");
+            (StatusCode::BAD_REQUEST, format!("This is not understood: {reason}. {UNDERSTOOD}\n")).into_response()
+        }
+    }
+}
+
+/// Returns how many of them were not on the list before.
+async fn suppress(pool: &PgPool, verdicts: &[Verdict]) -> sqlx::Result<usize> {
+    let mut sorted: Vec<_> = verdicts.iter().collect();
+    // In one order for everybody, so that two reports of the same people wait for each other and don't deadlock.
+    sorted.sort_by(|a, b| a.email.cmp(&b.email));
+    let mut tx = pool.begin().await?;
+    let mut new = 0;
+    for Verdict { email, reason, detail } in sorted {
+        new += usize::from(suppressions::suppress(&mut tx, email, *reason, detail.as_deref()).await?);
+    }
+    tx.commit().await?;
+    Ok(new)
+}
+
+/// Whether the request carries the key: as a bearer token, or as the password of any user.
+fn knows(headers: &HeaderMap, key: &str) -> bool {
+    let given = || {
+        let (scheme, value) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+        if scheme.eq_ignore_ascii_case("bearer") {
+            return Some(value.trim().as_bytes().to_vec());
+        }
+        let decoded = STANDARD.decode(value.trim()).ok().filter(|_| scheme.eq_ignore_ascii_case("basic"))?;
+        let colon = decoded.iter().position(|byte| *byte == b':')?;
+        Some(decoded[colon + 1..].to_vec())
+    };
+    given().is_some_and(|given| given.ct_eq(key.as_bytes()).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_key_is_a_bearer_token_or_a_password() {
+        let headers = |value: &str| HeaderMap::from_iter([(header::AUTHORIZATION, value.parse().unwrap())]);
+        let basic = |login: &str| headers(&format!("Basic {}", STANDARD.encode(login)));
+        assert!(knows(&headers("Bearer a-long-key"), "a-long-key"));
+        assert!(knows(&basic("mailrun:a-long-key"), "a-long-key"));
+        for wrong in [
+            headers("Bearer a-long-kez"),
+            headers("Bearer"),
+            headers("Bearer "),
+            basic("a-long-key:"),
+            HeaderMap::new(),
+        ] {
+            assert!(!knows(&wrong, "a-long-key"));
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Reads what mail providers and mail servers report of mails that went out: bounces and complaints. Pure.
+
+mod dsn;
+mod postmark;
+mod ses;
+
+use mailrun_shared::{address::Address, store::suppressions::Reason};
+use serde_json::Value;
+
+/// What a report is about.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Report {
+    /// Nobody is to write to these any more; none, if what it reports may pass, or is good news.
+    Suppress(Vec<Verdict>),
+    /// Amazon SNS asks whether it may send reports here. Visiting this address says yes.
+    Confirm(String),
+}
+
+/// An address that nobody is to write to any more.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Verdict {
+    /// In lower case.
+    pub(crate) email: String,
+    pub(crate) reason: Reason,
+    /// In the reporter's words.
+    pub(crate) detail: Option<String>,
+}
+
+/// A report that can't be read.
+#[derive(Debug, PartialEq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct NotUnderstood(&'static str);
+
+/// The details of a report are cut beyond this.
+const MAX_DETAIL_CHARS: usize = 500;
+
+impl Verdict {
+    /// About an address as it stands in a report, perhaps with a name. None: it is no address.
+    fn new(address: &str, reason: Reason, detail: Option<&str>) -> Option<Self> {
+        let Address { email, .. } = address.parse().ok()?;
+        let detail = detail.map(one_line).filter(|detail| !detail.is_empty());
+        Some(Self { email, reason, detail })
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(MAX_DETAIL_CHARS).collect()
+}
+
+/// Reads a report by what it says; its content type only helps with a mail whose header stayed behind.
+///
+/// # Errors
+/// Why it can't be read.
+pub(crate) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Report, NotUnderstood> {
+    // Amazon SNS calls its JSON text/plain.
+    if body.trim_ascii_start().first() == Some(&b'{') {
+        let json = serde_json::from_slice(body).map_err(|_| NotUnderstood("it begins like JSON, and is none"))?;
+        return read_json(&json);
+    }
+    dsn::read(content_type, body).map(Report::Suppress)
+}
+
+fn read_json(json: &Value) -> Result<Report, NotUnderstood> {
+    if postmark::is_one(json) {
+        return postmark::read(json).map(Report::Suppress);
+    }
+    ses::read(json)
+}
+
+/// The text at a path of keys.
+fn text<'a>(json: &'a Value, path: &[&str]) -> Option<&'a str> {
+    path.iter().try_fold(json, |json, key| json.get(key))?.as_str()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_report_is_refused() {
+        for body in [
+            "",
+            "hello",
+            "{",
+            "{}",
+            r#"{"Type":"Other"}"#,
+            r#"{"notificationType":5}"#,
+            "[1]",
+            "Subject: hello\r\n\r\nhello",
+        ] {
+            assert!(read(None, body.as_bytes()).is_err(), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_detail_is_one_line_of_bounded_length() {
+        let verdict = Verdict::new("Ann <Ann@X.org>", Reason::Bounced, Some(&"a\r\n b ".repeat(400))).unwrap();
+        assert_eq!(verdict.email, "ann@x.org");
+        let detail = verdict.detail.unwrap();
+        assert!(detail.starts_with("a b a b") && detail.len() == MAX_DETAIL_CHARS, "{detail}");
+        assert_eq!(Verdict::new("nobody", Reason::Bounced, None), None);
+    }
+}

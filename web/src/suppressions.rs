@@ -1,0 +1,146 @@
+//! `/suppressions`: the addresses that nobody writes to any more, and putting one on the list or taking it off.
+
+use askama::Template;
+use axum::{
+    body::Body,
+    extract::{Path, Query, Request, State},
+    http::StatusCode,
+    response::{IntoResponse, Redirect, Response},
+};
+use chrono::Utc;
+use mailrun_shared::{
+    address::{Address, Invalid},
+    store::suppressions::{self, Reason, Suppression},
+};
+use serde::Deserialize;
+use tracing::info;
+
+use crate::{
+    App, Shared,
+    body::Room,
+    error::{ErrorPage, html},
+    view::{self, Moment},
+};
+
+/// Addresses on one page.
+const PAGE: usize = 50;
+/// These forms hold one short field.
+const MAX_FORM_BYTES: usize = 16 * 1024;
+
+#[derive(Template)]
+#[template(path = "suppressions.html")]
+struct SuppressionsPage {
+    count: String,
+    rows: Vec<Row>,
+    /// Whether this is not the first page.
+    older: bool,
+    /// Where the next page begins.
+    before: Option<i64>,
+    /// What was just done.
+    notice: Option<&'static str>,
+    /// What was typed, if it was refused.
+    typed: String,
+    problem: Option<String>,
+}
+
+struct Row {
+    number: i64,
+    email: String,
+    why: &'static str,
+    detail: Option<String>,
+    since: Moment,
+}
+
+/// What the address says.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct Wish {
+    /// Those that are older than the one with this number.
+    before: Option<String>,
+    /// What was just done.
+    done: Option<String>,
+}
+
+impl Wish {
+    fn notice(&self) -> Option<&'static str> {
+        Some(match self.done.as_deref()? {
+            "added" => "Added. Nobody writes to it any more, not even in runs that are under way.",
+            "known" => "It is on the list already, with the reason it has there.",
+            "removed" => "Taken off the list. It can be invited again.",
+            _ => return None,
+        })
+    }
+}
+
+/// `GET /suppressions`
+pub(crate) async fn show(State(app): Shared, Query(wish): Query<Wish>) -> Result<Response, ErrorPage> {
+    let before = wish.before.as_ref().and_then(|before| before.parse().ok());
+    Ok(html(&page(&app, before, wish.notice()).await?))
+}
+
+async fn page(app: &App, before: Option<i64>, notice: Option<&'static str>) -> sqlx::Result<SuppressionsPage> {
+    // One more than is shown tells whether there is another page.
+    let mut list = suppressions::list(&app.pool, before, PAGE as i64 + 1).await?;
+    let more = list.len() > PAGE;
+    list.truncate(PAGE);
+    let next = list.last().filter(|_| more).map(|last| last.number);
+    let now = Utc::now();
+    let row = |Suppression { number, email, reason, detail, created_at }| Row {
+        number,
+        email,
+        why: why(reason),
+        detail,
+        since: Moment::new(created_at, now),
+    };
+    Ok(SuppressionsPage {
+        count: view::grouped(suppressions::count(&app.pool).await?),
+        rows: list.into_iter().map(row).collect(),
+        older: before.is_some(),
+        before: next,
+        notice,
+        typed: String::new(),
+        problem: None,
+    })
+}
+
+fn why(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Unsubscribed => "Unsubscribed",
+        Reason::Complained => "Called a mail spam",
+        Reason::Bounced => "Does not exist",
+        Reason::Asked => "Added by hand",
+    }
+}
+
+/// `POST /suppressions`, with the `email` to add.
+pub(crate) async fn add(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
+    let (mut fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let typed = fields.take("email").unwrap_or_default();
+    let email = match typed.parse() {
+        Ok(Address { email, .. }) => email,
+        Err(Invalid { reason, .. }) => {
+            let problem = match typed.trim() {
+                "" => "Enter the address that nobody shall write to.".to_owned(),
+                _ => format!("This {reason}."),
+            };
+            let page = SuppressionsPage { typed, problem: Some(problem), ..page(&app, None, None).await? };
+            return Ok((StatusCode::UNPROCESSABLE_ENTITY, html(&page)).into_response());
+        }
+    };
+    let new = suppressions::suppress(&mut *app.pool.acquire().await?, &email, Reason::Asked, None).await?;
+    info!(new, "an address is put on the list of suppressions");
+    Ok(Redirect::to(if new { "/suppressions?done=added" } else { "/suppressions?done=known" }).into_response())
+}
+
+/// `POST /suppressions/{number}/remove`. One that is gone already is what was wished for.
+pub(crate) async fn remove(State(app): Shared, Path(number): Path<String>) -> Result<Redirect, ErrorPage> {
+    if let Ok(number) = number.parse() {
+        let removed = suppressions::remove_number(&mut *app.pool.acquire().await?, number).await?;
+        info!(number, removed, "an address is taken off the list of suppressions");
+    }
+    Ok(Redirect::to("/suppressions?done=removed"))
+}
+
+/// `GET` on the same address: somebody loads it again after a login or from the history.
+pub(crate) async fn back_to_list() -> Redirect {
+    Redirect::to("/suppressions")
+}

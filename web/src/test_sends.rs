@@ -1,0 +1,88 @@
+//! `POST /tests` and `GET /tests/{id}`: one mail to look at, and what became of it.
+
+use askama::Template;
+use axum::{
+    body::Body,
+    extract::{Path, Request, State},
+    http::StatusCode,
+    response::{IntoResponse, Redirect, Response},
+};
+use mailrun_shared::{
+    address::{Address, Invalid},
+    store::{
+        suppressions::Reason,
+        test_sends::{self, Asked, NewTest, TestSend, TestState},
+    },
+};
+use tracing::info;
+use uuid::Uuid;
+
+use crate::{
+    Shared,
+    error::{ErrorPage, html},
+    form::{Problems, Typed, refused},
+    text,
+};
+
+#[derive(Template)]
+#[template(path = "test.html")]
+struct TestPage {
+    test_id: Uuid,
+    test: TestSend,
+}
+
+impl TestPage {
+    fn is_over(&self) -> bool {
+        self.test.state.is_some() || self.test.orphaned
+    }
+}
+
+/// `POST /tests`: the form's second button.
+pub(crate) async fn ask(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
+    let (mut fields, _room) = app.room.read(request).await?;
+    let typed = Typed::take(&app, &mut fields);
+    let text = text::check(&typed.subject, &typed.body);
+    let to = match typed.test_email.parse() {
+        Ok(Address { email, .. }) => Ok(email),
+        Err(_) if typed.test_email.trim().is_empty() => Err("Enter the address that the test goes to.".to_owned()),
+        Err(Invalid { reason, .. }) => Err(format!("This {reason}.")),
+    };
+    let to = match to {
+        Ok(to) if text.is_empty() => to,
+        to => return Ok(refused(&app, &typed, Problems { text, test: to.err(), ..Problems::default() }).await),
+    };
+    let test = NewTest { email: &to, subject: &typed.subject, body: &typed.body };
+    match test_sends::ask(&app.pool, test).await? {
+        Asked::Accepted(test_id) => {
+            app.outbox.notify_one();
+            info!(%test_id, "a test is accepted");
+            Ok(Redirect::to(&format!("/tests/{test_id}")).into_response())
+        }
+        Asked::Suppressed(reason) => {
+            let test = Some(suppressed(reason));
+            Ok(refused(&app, &typed, Problems { test, ..Problems::default() }).await)
+        }
+    }
+}
+
+fn suppressed(reason: Reason) -> String {
+    format!("Nobody writes to this address any more: it {}.", reason.words())
+}
+
+/// `GET /tests/{id}`
+pub(crate) async fn show(State(app): Shared, Path(id): Path<String>) -> Result<Response, ErrorPage> {
+    let test = match id.parse() {
+        Ok(test_id) => {
+            test_sends::read(&app.pool, test_id, app.dead_after).await?.map(|test| TestPage { test_id, test })
+        }
+        Err(_) => None,
+    };
+    let page = test.ok_or_else(|| {
+        ErrorPage::new(
+            StatusCode::NOT_FOUND,
+            "No such test",
+            "There is no test at this address. It may be mistyped; and tests are deleted after a day.",
+        )
+    })?;
+    Ok(html(&page))
+}

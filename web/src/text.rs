@@ -1,0 +1,93 @@
+//! What an invitation says, as it was typed: checked before anything is written. Pure.
+
+use std::fmt::Display;
+
+use mailrun_shared::template::Template;
+
+/// Longer subjects are cut by every mail program.
+const MAX_SUBJECT_CHARS: usize = 200;
+/// Some mail programs cut a longer mail off.
+const MAX_BODY_BYTES: usize = 100_000;
+
+/// What is wrong, beside the field that it is wrong in.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct TextProblems {
+    pub(crate) subject: Option<String>,
+    pub(crate) body: Option<String>,
+}
+
+impl TextProblems {
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Forms carry two characters for each end of a line.
+pub(crate) fn with_plain_line_ends(text: &str) -> String {
+    text.replace("\r\n", "\n").replace('\r', "\n")
+}
+
+/// Checks a subject and a text, with their placeholders.
+pub(crate) fn check(subject: &str, body: &str) -> TextProblems {
+    TextProblems { subject: check_subject(subject), body: check_body(body) }
+}
+
+fn check_subject(subject: &str) -> Option<String> {
+    if subject.trim().is_empty() {
+        return Some("Write a subject: without one, hardly anybody opens a mail.".to_owned());
+    }
+    if subject.chars().any(char::is_control) {
+        return Some("The subject is one line, without control characters.".to_owned());
+    }
+    if subject.chars().count() > MAX_SUBJECT_CHARS {
+        return Some(format!("The subject is too long: at most {MAX_SUBJECT_CHARS} characters."));
+    }
+    // With a text that has nothing wrong, so that what is found is the subject's.
+    Template::new(subject, "-").err().map(sentence)
+}
+
+fn check_body(body: &str) -> Option<String> {
+    if body.trim().is_empty() {
+        return Some("Write a message.".to_owned());
+    }
+    if body.len() > MAX_BODY_BYTES {
+        return Some("The message is too long: at most 100 kB.".to_owned());
+    }
+    Template::new("-", body).err().map(sentence)
+}
+
+/// Errors are parts of sentences.
+fn sentence(error: impl Display) -> String {
+    let text = error.to_string();
+    let mut characters = text.chars();
+    let first: String = characters.next().into_iter().flat_map(char::to_uppercase).collect();
+    format!("{first}{}.", characters.as_str().trim_end_matches('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_field_has_its_own_problem() {
+        assert!(check("Hello", "Come!").is_empty());
+        let both = check(" ", "\n");
+        assert!(both.subject.is_some() && both.body.is_some());
+        assert!(check("a\nb", "Come!").subject.is_some_and(|problem| problem.contains("one line")));
+        assert_eq!(check(&"ä".repeat(200), "Come!"), TextProblems::default());
+        assert!(check(&"ä".repeat(201), "Come!").subject.is_some_and(|problem| problem.contains("200")));
+        assert_eq!(check("Hello", &"x".repeat(100_000)), TextProblems::default());
+        assert!(check("Hello", &"x".repeat(100_001)).body.is_some_and(|problem| problem.contains("100 kB")));
+    }
+
+    #[test]
+    fn an_error_becomes_a_sentence() {
+        assert_eq!(sentence("line 2 of the text is odd"), "Line 2 of the text is odd.");
+        assert_eq!(sentence("it ends."), "It ends.");
+    }
+
+    #[test]
+    fn lines_end_in_one_way() {
+        assert_eq!(with_plain_line_ends("a\r\nb\rc\n"), "a\nb\nc\n");
+    }
+}
