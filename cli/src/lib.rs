@@ -11,5 +11,7 @@ pub mod setup;
 pub mod sink;
 pub mod stack;
 pub mod supervise;
+pub mod suppressions;
+pub mod test_send;
 pub mod up;
 mod visitor;

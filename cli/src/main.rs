@@ -5,7 +5,8 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use mailrun::{
-    bench, dead_letters, demo, ledger::Ledger, local::with_database, mail_sink, prune, setup, stack, supervise, up,
+    bench, dead_letters, demo, ledger::Ledger, local::with_database, mail_sink, prune, setup, stack, supervise,
+    suppressions, test_send, up,
 };
 use mailrun_shared::{config::Config, shutdown, telemetry};
 use mailrun_worker::Role;
@@ -50,6 +51,17 @@ enum Command {
         #[command(subcommand)]
         command: Option<DeadLetters>,
     },
+    /// The addresses that nobody writes to any more.
+    Suppressions {
+        /// Lists them, without a command.
+        #[command(subcommand)]
+        command: Option<Suppressions>,
+    },
+    /// Sends one mail through the configured mailer, with the configured text, and says what became of it.
+    TestSend {
+        /// Where to.
+        address: String,
+    },
     /// Deletes runs that were over for long, with their invitations. Who was emailed stays known.
     Prune {
         /// So long; without it, as long as retention.keep_days says.
@@ -84,6 +96,24 @@ enum Command {
 enum DeadLetters {
     /// Sends them again, as another pass over their runs.
     Replay(Replay),
+}
+
+#[derive(Subcommand)]
+enum Suppressions {
+    /// Lists them, newest first.
+    List,
+    /// Keeps addresses from being written to.
+    Add {
+        /// The addresses.
+        #[arg(required = true)]
+        addresses: Vec<String>,
+    },
+    /// Lets addresses be written to again.
+    Remove {
+        /// The addresses.
+        #[arg(required = true)]
+        addresses: Vec<String>,
+    },
 }
 
 #[derive(Args)]
@@ -150,6 +180,19 @@ async fn run(arguments: Arguments) -> Result<()> {
                     dead_letters::replay(&ledger, replay.run, replay.error, replay.unknown).await
                 }
             }
+        }
+        Command::Suppressions { command } => {
+            let ledger = Ledger::reach(&config()?).await?;
+            match command.unwrap_or(Suppressions::List) {
+                Suppressions::List => suppressions::list(&ledger).await,
+                Suppressions::Add { addresses } => suppressions::add(&ledger, &addresses).await,
+                Suppressions::Remove { addresses } => suppressions::remove(&ledger, &addresses).await,
+            }
+        }
+        Command::TestSend { address } => {
+            let config = config()?;
+            telemetry::init(&config.log);
+            test_send::run(&config, &address).await
         }
         Command::Prune { older_than_days } => {
             let config = config()?;

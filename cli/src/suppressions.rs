@@ -1,0 +1,115 @@
+//! `mailrun suppressions`: the addresses that nobody writes to any more.
+
+use std::io::{self, Write as _};
+
+use anyhow::{Result, bail};
+use mailrun_shared::{
+    address::{Address, Invalid},
+    store::suppressions::{self, Reason},
+};
+
+use crate::ledger::Ledger;
+
+/// Addresses read at once.
+const PAGE: i64 = 1_000;
+
+/// Prints all of them, newest first, one a line: since when, why, which.
+///
+/// # Errors
+/// The database's, or when nobody reads what is printed.
+pub async fn list(ledger: &Ledger) -> Result<()> {
+    let mut out = io::stdout().lock();
+    let mut before = None;
+    let mut count = 0;
+    loop {
+        let page = suppressions::list(&ledger.pool, before, PAGE).await?;
+        let Some(last) = page.last() else { break };
+        before = Some(last.number);
+        count += page.len();
+        for row in &page {
+            writeln!(out, "{}  {:<20}  {}", row.created_at.format("%Y-%m-%d"), row.reason.words(), row.email)?;
+        }
+    }
+    match count {
+        0 => writeln!(out, "Nobody is on the list.")?,
+        1 => writeln!(out, "One address is not written to.")?,
+        count => writeln!(out, "{count} addresses are not written to.")?,
+    }
+    Ok(())
+}
+
+/// Keeps addresses from being written to.
+///
+/// # Errors
+/// When one of them is no address, and then none is added; or the database's.
+pub async fn add(ledger: &Ledger, addresses: &[String]) -> Result<()> {
+    let emails = read(addresses)?;
+    let mut tx = ledger.pool.begin().await?;
+    let mut new = 0;
+    for email in &emails {
+        new += usize::from(suppressions::suppress(&mut tx, email, Reason::Asked, None).await?);
+    }
+    tx.commit().await?;
+    println!("{} not written to any more{}.", are(new), rest(emails.len() - new, "on the list before"));
+    Ok(())
+}
+
+/// Lets addresses be written to again.
+///
+/// # Errors
+/// When one of them is no address, and then none is removed; or the database's.
+pub async fn remove(ledger: &Ledger, addresses: &[String]) -> Result<()> {
+    let emails = read(addresses)?;
+    let mut tx = ledger.pool.begin().await?;
+    let mut removed = 0;
+    for email in &emails {
+        removed += usize::from(suppressions::remove(&mut tx, email).await?);
+    }
+    tx.commit().await?;
+    println!("{} off the list, and can be invited again{}.", are(removed), rest(emails.len() - removed, "not on it"));
+    Ok(())
+}
+
+/// Each once, in the order in which everybody locks them.
+fn read(addresses: &[String]) -> Result<Vec<String>> {
+    let mut emails = Vec::with_capacity(addresses.len());
+    for text in addresses {
+        match text.parse() {
+            Ok(Address { email, .. }) => emails.push(email),
+            Err(Invalid { text, reason }) => bail!("{text} {reason}; nothing is changed"),
+        }
+    }
+    emails.sort_unstable();
+    emails.dedup();
+    Ok(emails)
+}
+
+fn are(count: usize) -> String {
+    if count == 1 { "1 address is".to_owned() } else { format!("{count} addresses are") }
+}
+
+fn rest(count: usize, what: &str) -> String {
+    match count {
+        0 => String::new(),
+        1 => format!("; 1 was {what}"),
+        count => format!("; {count} were {what}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_once_or_not_at_all() {
+        let read = |list: &[&str]| read(&list.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
+        assert_eq!(read(&["B@x.org", "Ann <a@x.org>", "b@X.org"]).unwrap(), ["a@x.org", "b@x.org"]);
+        assert_eq!(read(&["a@x.org", "nobody"]).unwrap_err().to_string(), "nobody has no @ sign; nothing is changed");
+    }
+
+    #[test]
+    fn what_was_done_is_told_in_words() {
+        assert_eq!(format!("{}{}", are(1), rest(2, "not on it")), "1 address is; 2 were not on it");
+        assert_eq!(format!("{}{}", are(0), rest(0, "not on it")), "0 addresses are");
+    }
+}

@@ -1,0 +1,315 @@
+//! What real mail needs of the pages and the command line: text, tests, unsubscribing, bounces, and the list of those who are
+//! not written to.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod support;
+
+use std::{mem, process::Command};
+
+use mailrun_shared::{store::suppressions, unsubscribe::Signer};
+use reqwest::{
+    Client, Response,
+    header::{AUTHORIZATION, HeaderValue, LOCATION},
+    redirect,
+};
+use support::{World, field, people, until};
+
+const KEY: &str = "a-key-for-the-hook";
+const PUBLIC: (&str, &str) = ("MAILRUN_WEB__PUBLIC_URL", "https://invites.example.org/");
+
+/// The link that an address got in its invitation, under the address where the pages really are.
+async fn link(world: &World, email: &str) -> String {
+    let item_id: i64 =
+        sqlx::query_scalar("SELECT i.id FROM run_items i JOIN users u ON u.id = i.user_id WHERE u.email = $1")
+            .bind(email)
+            .fetch_one(&world.pool)
+            .await
+            .unwrap();
+    let key = suppressions::signing_key(&mut world.pool.acquire().await.unwrap()).await.unwrap();
+    format!("{}/u/{}", world.web, Signer::new(&key).token(item_id))
+}
+
+async fn suppressed(world: &World) -> Vec<(String, String)> {
+    sqlx::query_as("SELECT email, reason::text FROM suppressions ORDER BY number").fetch_all(&world.pool).await.unwrap()
+}
+
+fn pairs(list: &[(String, String)]) -> Vec<(&str, &str)> {
+    list.iter().map(|(email, reason)| (email.as_str(), reason.as_str())).collect()
+}
+
+async fn page(world: &World, path: &str) -> String {
+    world.client.get(format!("{}{path}", world.web)).send().await.unwrap().text().await.unwrap()
+}
+
+async fn post(world: &World, path: &str, form: &[(&str, &str)]) -> Response {
+    world.client.post(format!("{}{path}", world.web)).form(form).send().await.unwrap()
+}
+
+/// As a mail provider calls: from another site, under the public name, without a login.
+async fn one_click(world: &World, link: &str) -> (u16, String) {
+    let answer = world
+        .client
+        .post(link)
+        .header("host", "invites.example.org")
+        .header("origin", "https://mail.example.com")
+        .header("sec-fetch-site", "cross-site")
+        .form(&[("List-Unsubscribe", "One-Click")])
+        .send()
+        .await
+        .unwrap();
+    (answer.status().as_u16(), answer.text().await.unwrap())
+}
+
+#[tokio::test]
+async fn one_click_unsubscribes_and_later_runs_leave_the_person_out() {
+    let mut world = World::new(&[PUBLIC, ("MAILRUN_WEB__PASSWORD", "let me in")]).await;
+    let login = HeaderValue::from_static("Basic OmxldCBtZSBpbg==");
+    let logged_in = Client::builder().no_proxy().redirect(redirect::Policy::none());
+    let logged_in = logged_in.default_headers([(AUTHORIZATION, login)].into_iter().collect()).build().unwrap();
+    let stranger = mem::replace(&mut world.client, logged_in);
+    world.workers();
+    let run = world.invite("ann@example.org\nbob@example.org").await;
+    world.until_over(&run).await;
+    let logged_in = mem::replace(&mut world.client, stranger);
+    let link = link(&world, "ann@example.org").await;
+
+    let asked = world.client.get(&link).header("host", "invites.example.org").send().await.unwrap();
+    assert_eq!(asked.status(), 200);
+    let asked = asked.text().await.unwrap();
+    assert!(asked.contains("a…@example.org") && !asked.contains("ann@example.org"), "{asked}");
+    assert_eq!(suppressed(&world).await, [], "a look at the page unsubscribes nobody");
+
+    for _ in 0..2 {
+        let (status, page) = one_click(&world, &link).await;
+        assert_eq!(status, 200);
+        assert!(page.contains("You are unsubscribed"), "{page}");
+    }
+    assert_eq!(pairs(&suppressed(&world).await), [("ann@example.org", "unsubscribed")]);
+    assert!(world.client.get(&link).send().await.unwrap().text().await.unwrap().contains("unsubscribed already"));
+
+    let (status, page) = one_click(&world, &format!("{}/u/AAAAAAAAACq7AzdmFRcHJIe4zqRIXDj4", world.web)).await;
+    assert_eq!(status, 404);
+    assert!(page.contains("This link is not complete"), "{page}");
+    sqlx::query("DELETE FROM run_items").execute(&world.pool).await.unwrap();
+    let (status, page) = one_click(&world, &link).await;
+    assert_eq!(status, 410);
+    assert!(page.contains("found any more"), "{page}");
+    for path in ["/", "/runs", "/suppressions"] {
+        let url = format!("{}{path}", world.web);
+        assert_eq!(world.client.get(url).send().await.unwrap().status(), 401, "{path}");
+    }
+
+    world.client = logged_in;
+    let run = world.invite("ann@example.org\ncarol@example.org").await;
+    assert_eq!(world.until_over(&run).await["total"], 1);
+    let results = world.client.get(&run).send().await.unwrap().text().await.unwrap();
+    assert!(results.contains("Not to be written to"), "{results}");
+    let left_out: i32 =
+        sqlx::query_scalar("SELECT suppressed FROM runs WHERE total = 1").fetch_one(&world.pool).await.unwrap();
+    assert_eq!(left_out, 1);
+}
+
+#[tokio::test]
+async fn a_list_tells_who_is_not_written_to() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    assert_eq!(post(&world, "/suppressions", &[("email", "Ann <Ann@Example.org>")]).await.status(), 303);
+    let refused = post(&world, "/suppressions", &[("email", "nobody")]).await;
+    assert_eq!(refused.status(), 422);
+    assert!(refused.text().await.unwrap().contains("This has no @ sign."));
+
+    let run = world.invite("ann@example.org\nbob@example.org").await;
+    let over = world.until_over(&run).await;
+    assert_eq!((over["total"].as_i64(), over["sent"].as_i64()), (Some(1), Some(1)));
+    let results = world.client.get(&run).send().await.unwrap().text().await.unwrap();
+    assert!(results.contains("Not to be written to"), "{results}");
+    let (status, refused) = world.submit(&world.token().await, "ann@example.org").await.unwrap_err();
+    assert_eq!(status, 422);
+    assert!(refused.contains("Nobody in the list can be invited.") && refused.contains("not to be written to"));
+
+    let list = page(&world, "/suppressions").await;
+    assert!(list.contains("ann@example.org") && list.contains("Added by hand"), "{list}");
+    let number: i64 = sqlx::query_scalar("SELECT number FROM suppressions").fetch_one(&world.pool).await.unwrap();
+    assert_eq!(post(&world, &format!("/suppressions/{number}/remove"), &[]).await.status(), 303);
+    let run = world.invite("ann@example.org").await;
+    assert_eq!(world.until_over(&run).await["sent"], 1);
+}
+
+#[tokio::test]
+async fn who_is_suppressed_while_a_run_is_under_way_is_skipped() {
+    let mut world = World::new(&[PUBLIC]).await;
+    let run = world.invite(&people(40)).await;
+    world.client.post(format!("{run}/pause")).send().await.unwrap();
+    world.workers();
+    for email in ["guest-000007@example.org", "guest-000031@example.org"] {
+        let link = link(&world, email).await;
+        assert_eq!(one_click(&world, &link).await.0, 200);
+    }
+    world.client.post(format!("{run}/resume")).send().await.unwrap();
+    let over = world.until_over(&run).await;
+    assert_eq!((over["sent"].as_i64(), over["skipped"].as_i64()), (Some(38), Some(2)));
+    world.counters_equal_counts().await;
+    assert_eq!(world.handed_over().len(), 38);
+    let results = world.client.get(&run).send().await.unwrap().text().await.unwrap();
+    assert!(results.contains("2 people were skipped"), "{results}");
+}
+
+#[tokio::test]
+async fn bounces_need_the_key_and_suppress() {
+    let world = World::new(&[("MAILRUN_WEB__HOOK_KEY", KEY)]).await;
+    let url = format!("{}/hooks/bounces", world.web);
+    let report = |body: &'static str| {
+        world.client.post(&url).header("host", "invites.example.org").header("content-type", "text/plain").body(body)
+    };
+    let bounce = include_str!("../../web/src/report/fixtures/sns_bounce.json");
+    let without = report(bounce).send().await.unwrap();
+    assert_eq!(without.status(), 401);
+    assert!(without.headers()["www-authenticate"].to_str().unwrap().starts_with("Basic"));
+    assert_eq!(report(bounce).bearer_auth("another-key-for-the-hook").send().await.unwrap().status(), 401);
+    assert_eq!(suppressed(&world).await, []);
+
+    assert_eq!(report(bounce).bearer_auth(KEY).send().await.unwrap().status(), 200);
+    let postmark = include_str!("../../web/src/report/fixtures/postmark_bounce.json");
+    assert_eq!(report(postmark).basic_auth("mailrun", Some(KEY)).send().await.unwrap().status(), 200);
+    let mail = include_str!("../../web/src/report/fixtures/postfix.eml");
+    let taken = report(mail).bearer_auth(KEY).send().await.unwrap();
+    assert_eq!(taken.text().await.unwrap(), "Taken. Not written to any more: 1, new: 1.\n");
+    let complaint = include_str!("../../web/src/report/fixtures/ses_complaint.json");
+    // A first reason stays.
+    let known = report(complaint).bearer_auth(KEY).send().await.unwrap();
+    assert_eq!(known.text().await.unwrap(), "Taken. Not written to any more: 1, new: 0.\n");
+    let list = suppressed(&world).await;
+    let expected = ["jane@example.com", "richard@example.com", "john@example.com", "nobody+list@example.org"];
+    assert_eq!(pairs(&list), expected.map(|email| (email, "bounced")));
+
+    let strange = report("hello").bearer_auth(KEY).send().await.unwrap();
+    assert_eq!(strange.status(), 400);
+    assert!(strange.text().await.unwrap().contains("RFC 3464"));
+    let confirm = r#"{"Type":"SubscriptionConfirmation","SubscribeURL":"https://sns.eu-west-1.amazonaws.com/?x=1"}"#;
+    let noted = report(confirm).bearer_auth(KEY).send().await.unwrap();
+    assert!(noted.text().await.unwrap().contains("open the SubscribeURL"));
+    assert!(world.log().contains("https://sns.eu-west-1.amazonaws.com/?x=1"));
+    for email in expected {
+        assert!(!world.log().contains(email), "an address is in the log");
+    }
+}
+
+#[tokio::test]
+async fn without_a_key_there_is_no_hook() {
+    let world = World::new(&[]).await;
+    let answer = world.client.post(format!("{}/hooks/bounces", world.web)).bearer_auth("").body("{}");
+    assert_eq!(answer.send().await.unwrap().status(), 404);
+}
+
+#[tokio::test]
+async fn a_text_is_checked_beside_its_field_and_kept() {
+    let world = World::new(&[]).await;
+    let token = world.token().await;
+    let form = async |subject: &str, body: &str| {
+        let fields = [("token", token.as_str()), ("emails", "ann@example.org"), ("subject", subject), ("body", body)];
+        post(&world, "/invites", &fields).await
+    };
+    let refused = form("", "Come to the *party*").await;
+    assert_eq!(refused.status(), 422);
+    let refused = refused.text().await.unwrap();
+    assert!(refused.contains("id=\"subject-problem\"") && !refused.contains("id=\"body-problem\""), "{refused}");
+    assert!(refused.contains("Come to the *party*") && refused.contains("ann@example.org"), "{refused}");
+    for subject in ["two\r\nlines", &"x".repeat(201)] {
+        assert_eq!(form(subject, "Come!").await.status(), 422);
+    }
+    let refused = form("Hello", &"x".repeat(100_001)).await.text().await.unwrap();
+    assert!(refused.contains("id=\"body-problem\""));
+
+    let accepted = form("Hello {{ name }}", "Come!\r\nBring cake.").await;
+    assert_eq!(accepted.status(), 303);
+    let again = form("Hello {{ name }}", "Come!\r\nBring cake.").await;
+    assert_eq!(again.headers()[LOCATION], accepted.headers()[LOCATION], "a second click is the same run");
+    let other = form("Hello {{ name }}", "Stay at home.").await;
+    assert_eq!(other.status(), 422, "another text is not taken for the same run");
+    let runs: Vec<(String, String)> =
+        sqlx::query_as("SELECT subject, body FROM runs").fetch_all(&world.pool).await.unwrap();
+    assert_eq!(pairs(&runs), [("Hello {{ name }}", "Come!\nBring cake.")]);
+}
+
+#[tokio::test]
+async fn a_test_is_sent_once_and_invites_nobody() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    let form =
+        [("subject", "Hello"), ("body", "Come!"), ("test_email", "Me@Example.org"), ("emails", "ann@example.org")];
+    let answer = post(&world, "/tests", &form).await;
+    assert_eq!(answer.status(), 303);
+    let test = answer.headers()[LOCATION].to_str().unwrap().to_owned();
+    until("the test is sent", async || page(&world, &test).await.contains("The test is sent")).await;
+    let id = test.strip_prefix("/tests/").unwrap();
+    assert_eq!(world.handed_over(), [format!("<test.{id}@mailrun>")]);
+    // A repetition is recognised; the worker has taken it when the next test, behind it in the queue, is sent.
+    world.publish("mailrun.tests", format!(r#"{{"test_id":"{id}"}}"#).as_bytes()).await;
+    let second = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
+    assert_ne!(second, test, "one that is over may be asked for again");
+    until("the second test is sent", async || page(&world, &second).await.contains("The test is sent")).await;
+    assert_eq!(world.handed_over().len(), 2);
+    let known: i64 = sqlx::query_scalar("SELECT count(*) FROM users").fetch_one(&world.pool).await.unwrap();
+    assert_eq!(known, 0, "nobody is invited by a test");
+    let back = page(&world, &format!("/?test={id}")).await;
+    assert!(back.contains("value=\"Hello\"") && back.contains("Come!") && back.contains("me@example.org"), "{back}");
+
+    let refused = post(&world, "/tests", &[("test_email", "nobody"), ("emails", "ann@example.org")]).await;
+    assert_eq!(refused.status(), 422);
+    let refused = refused.text().await.unwrap();
+    assert!(refused.contains("This has no @ sign.") && refused.contains("ann@example.org"), "{refused}");
+    assert!(!field(&refused, "token").is_empty());
+    world.publish("mailrun.tests", b"hello").await;
+    until("what is no test is a dead letter", async || world.log().contains("a message can't be understood")).await;
+}
+
+#[tokio::test]
+async fn a_test_waits_for_a_sender_and_a_second_click_is_the_same() {
+    let mut world = World::new(&[]).await;
+    let form = [("subject", "Hello"), ("body", "Come!"), ("test_email", "me@example.org")];
+    let first = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
+    let second = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
+    assert_eq!(first, second);
+    assert!(page(&world, &first).await.contains("on its way to the mail server"));
+    world.worker("send");
+    until("the test is sent", async || page(&world, &first).await.contains("The test is sent")).await;
+}
+
+#[tokio::test]
+async fn an_operator_lists_adds_and_removes() {
+    let world = World::new(&[]).await;
+    let run = |args: &[&str]| {
+        let output = Command::new(support::MAILRUN)
+            .arg("suppressions")
+            .args(args)
+            .env("DATABASE_URL", world.stack.database_url(&world.name))
+            .env("AMQP_URL", world.stack.amqp_url(&world.name))
+            .output()
+            .unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    assert_eq!(run(&["list"]), (true, "Nobody is on the list.\n".into()));
+    let (ok, said) = run(&["add", "Ann@example.org", "bob@example.org"]);
+    assert!(ok);
+    assert_eq!(said, "2 addresses are not written to any more.\n");
+    assert!(!run(&["add", "carol@example.org", "nobody"]).0);
+    assert_eq!(
+        run(&["add", "ann@example.org"]).1,
+        "0 addresses are not written to any more; 1 was on the list before.\n"
+    );
+    assert_eq!(
+        run(&["remove", "bob@example.org", "dora@example.org"]).1,
+        "1 address is off the list, and can be invited again; 1 was not on it.\n"
+    );
+    let (_, list) = run(&[]);
+    assert!(list.contains("ann@example.org") && list.ends_with("One address is not written to.\n"), "{list}");
+}
+
+#[tokio::test]
+async fn an_operator_sends_one_mail_and_learns_what_became_of_it() {
+    let world = World::new(&[]).await;
+    assert!(world.run_to_end(&["test-send", "me@example.org"]));
+    assert!(world.handed_over()[0].starts_with("<test."));
+    assert!(!world.run_to_end(&["test-send", "nobody"]));
+    assert!(world.log().contains("has no @ sign"), "{}", world.log());
+}
