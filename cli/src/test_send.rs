@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use mailrun_shared::{
     address::{Address, Invalid},
-    config::Config,
+    config::{Config, MailerKind},
     template::Template,
 };
 use mailrun_worker::{
@@ -27,6 +27,10 @@ pub async fn run(config: &Config, address: &str) -> Result<()> {
     let mailer = mailer::mailer(&config.mailer)?;
     let mail = test_mail(Uuid::new_v4(), email, template, None);
     match mailer.send(&mail).await {
+        Outcome::Sent if config.mailer.kind == MailerKind::Simulated => {
+            println!("The simulated mailer took it: no mail left this machine. Set mailer.kind to send real mail.");
+            Ok(())
+        }
         Outcome::Sent => {
             println!("Sent: the mail server accepted it for {}. Its Message-ID is {}.", mail.email, mail.message_id);
             Ok(())

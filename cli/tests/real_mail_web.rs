@@ -220,6 +220,10 @@ async fn a_text_is_checked_beside_its_field_and_kept() {
     let refused = form("Hello", &"x".repeat(100_001)).await.text().await.unwrap();
     assert!(refused.contains("id=\"body-problem\""));
 
+    let refused = form("Hello {{ name }}", "Dear {{ nmae }},\ncome!").await.text().await.unwrap();
+    assert!(refused.contains("Line 1 of the text has the placeholder nmae"), "{refused}");
+    assert!(refused.contains("id=\"body-problem\"") && !refused.contains("id=\"subject-problem\""), "{refused}");
+
     let accepted = form("Hello {{ name }}", "Come!\r\nBring cake.").await;
     assert_eq!(accepted.status(), 303);
     let again = form("Hello {{ name }}", "Come!\r\nBring cake.").await;

@@ -30,7 +30,7 @@ use axum::{
 };
 use mailrun_shared::{
     broker::Broker,
-    config::{Config, WebConfig},
+    config::{Config, MailerKind, WebConfig},
     store,
     unsubscribe::Signer,
 };
@@ -97,6 +97,8 @@ struct App {
     watched: progress::Watched,
     /// What unsubscribe links are verified with, once the ledger has told.
     signer: OnceCell<Signer>,
+    /// Whether no mail leaves this machine.
+    simulated: bool,
     /// When a worker is taken for dead.
     dead_after: Duration,
 }
@@ -137,6 +139,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         room,
         watched: progress::watched(),
         signer: OnceCell::new(),
+        simulated: config.mailer.kind == MailerKind::Simulated,
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
     });
     let served = serve(listener, router(app), &ending).await;

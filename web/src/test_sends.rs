@@ -29,6 +29,8 @@ use crate::{
 struct TestPage {
     test_id: Uuid,
     test: TestSend,
+    /// Whether no mail leaves this machine.
+    simulated: bool,
 }
 
 impl TestPage {
@@ -71,18 +73,16 @@ fn suppressed(reason: Reason) -> String {
 
 /// `GET /tests/{id}`
 pub(crate) async fn show(State(app): Shared, Path(id): Path<String>) -> Result<Response, ErrorPage> {
-    let test = match id.parse() {
-        Ok(test_id) => {
-            test_sends::read(&app.pool, test_id, app.dead_after).await?.map(|test| TestPage { test_id, test })
-        }
+    let found = match id.parse() {
+        Ok(test_id) => test_sends::read(&app.pool, test_id, app.dead_after).await?.map(|test| (test_id, test)),
         Err(_) => None,
     };
-    let page = test.ok_or_else(|| {
+    let (test_id, test) = found.ok_or_else(|| {
         ErrorPage::new(
             StatusCode::NOT_FOUND,
             "No such test",
             "There is no test at this address. It may be mistyped; and tests are deleted after a day.",
         )
     })?;
-    Ok(html(&page))
+    Ok(html(&TestPage { test_id, test, simulated: app.simulated }))
 }

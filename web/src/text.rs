@@ -81,6 +81,17 @@ mod tests {
     }
 
     #[test]
+    fn a_placeholder_is_wrong_in_its_own_field() {
+        assert!(check("{{ name | default(\"friend\") }}", "{{ email }} {{ unsubscribe_url }}").is_empty());
+        let wrong = check("Hello {{ nmae }}", "Come!");
+        assert_eq!(wrong.body, None);
+        assert!(wrong.subject.is_some_and(|problem| problem.starts_with("The subject has the placeholder nmae")));
+        let wrong = check("Hello", "Come,\n{{ nmae }}!");
+        assert_eq!(wrong.subject, None);
+        assert!(wrong.body.is_some_and(|problem| problem.starts_with("Line 2 of the text has the placeholder nmae")));
+    }
+
+    #[test]
     fn an_error_becomes_a_sentence() {
         assert_eq!(sentence("line 2 of the text is odd"), "Line 2 of the text is odd.");
         assert_eq!(sentence("it ends."), "It ends.");
