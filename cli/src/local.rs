@@ -248,6 +248,10 @@ impl Services {
         environment.push(("MAILRUN_WEB__LISTEN".into(), listen.to_string().into()));
         report("Starting the pages and the workers");
         let web_url = format!("http://{listen}");
+        if config.web.public_url.is_none() && listen.ip().is_loopback() {
+            // Nobody but this machine reads this mail, and here its links work.
+            environment.push(("MAILRUN_WEB__PUBLIC_URL".into(), web_url.clone().into()));
+        }
         let mail_url = sink.map(|sink| format!("http://{}", sink.page));
         if let Some(sink) = sink {
             environment.extend(to_sink(sink.smtp));
