@@ -245,6 +245,10 @@ async fn a_test_is_sent_once_and_invites_nobody() {
     assert_eq!(answer.status(), 303);
     let test = answer.headers()[LOCATION].to_str().unwrap().to_owned();
     until("the test is sent", async || page(&world, &test).await.contains("The test is sent")).await;
+    let script = page(&world, &test).await;
+    let (_, script) = script.split_once("/static/test.js").unwrap();
+    let script = page(&world, &format!("/static/test.js{}", script.split_once('"').unwrap().0)).await;
+    assert!(script.contains("use strict"), "{script}");
     let id = test.strip_prefix("/tests/").unwrap();
     assert_eq!(world.handed_over(), [format!("<test.{id}@mailrun>")]);
     // A repetition is recognised; the worker has taken it when the next test, behind it in the queue, is sent.

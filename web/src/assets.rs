@@ -61,7 +61,7 @@ pub(crate) async fn show(
     RawQuery(query): RawQuery,
     headers: HeaderMap,
 ) -> Result<Response, ErrorPage> {
-    let Some(asset) = [&STYLE, &PAGE, &RESULTS, &ICON].into_iter().find(|asset| asset.name == name) else {
+    let Some(asset) = [&STYLE, &PAGE, &RESULTS, &TEST, &ICON].into_iter().find(|asset| asset.name == name) else {
         return Err(not_found().await);
     };
     let current = query.is_some_and(|query| query.strip_prefix("v=") == Some(asset.version.as_str()));
