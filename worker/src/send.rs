@@ -234,7 +234,12 @@ impl Senders {
             }
         };
         let mail = Mail {
-            message_id: format!("<{}.{}@mailrun>", claimed.item_id, claimed.run_id.simple()),
+            message_id: format!(
+                "<{}.{}@{}>",
+                claimed.item_id,
+                claimed.run_id.simple(),
+                self.config.message_id_domain()
+            ),
             email: claimed.email,
             name: claimed.name,
             template,

@@ -431,6 +431,15 @@ impl Config {
         Ok(config)
     }
 
+    /// The right side of every `Message-ID`: mail servers distrust a domain that is none.
+    #[must_use]
+    pub fn message_id_domain(&self) -> &str {
+        match self.mailer.kind {
+            MailerKind::Simulated => "mailrun",
+            MailerKind::Smtp => self.mailer.smtp.from.email.rsplit('@').next().unwrap_or("mailrun"),
+        }
+    }
+
     /// Sends that a process may have in flight. A real mail server is spoken to over `connections`; a quarter more are claimed
     /// ahead, so that a connection that is free finds the next mail waiting.
     #[must_use]
