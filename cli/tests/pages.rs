@@ -93,3 +93,26 @@ async fn a_person_pastes_sends_watches_the_bar_and_retries() {
     until("nothing is left to retry", async || page.find(Locator::Css("#retry")).await.is_err()).await;
     page.close().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_slip_of_the_finger_invites_nobody_and_a_test_leaves_the_form_as_it_is() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    let (_driver, page) = browser(&world.folder.path().join("profile")).await;
+    page.goto(&world.web).await.unwrap();
+    let field = async |id| page.find(Locator::Id(id)).await.unwrap();
+    field("emails").await.send_keys("ann@example.org").await.unwrap();
+    field("subject").await.send_keys("\u{e007}").await.unwrap();
+    field("test_email").await.send_keys("me@example.org\u{e007}").await.unwrap();
+    until("the test has a tab of its own", async || page.windows().await.unwrap().len() == 2).await;
+    let windows = page.windows().await.unwrap();
+    page.switch_to_window(windows[1].clone()).await.unwrap();
+    until("it says that the test is sent", async || text(&page, "h1").await == "The test is sent").await;
+
+    page.switch_to_window(windows[0].clone()).await.unwrap();
+    assert_eq!(field("emails").await.prop("value").await.unwrap().unwrap(), "ann@example.org");
+    assert_eq!(page.current_url().await.unwrap().path(), "/");
+    page.find(Locator::XPath("//button[normalize-space()='Send Invites']")).await.unwrap().click().await.unwrap();
+    until("the run is over", async || text(&page, "#progress-text").await == "1 successful of 1").await;
+    page.close().await.unwrap();
+}

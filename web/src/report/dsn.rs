@@ -163,6 +163,8 @@ mod tests {
         let (_, body) = POSTFIX.split_once("\n\n").unwrap();
         let kind = r#"multipart/report; report-type=delivery-status; boundary="A1B2C3.1764000000/mx.example.com""#;
         assert_eq!(verdicts(kind, &body[body.find("--A1B2").unwrap()..]), verdicts("message/rfc822", POSTFIX));
+        let piped = format!("From MAILER-DAEMON  Mon Nov 24 16:00:01 2025\n{POSTFIX}");
+        assert_eq!(verdicts("message/rfc822", &piped), verdicts("message/rfc822", POSTFIX));
         let status = "Reporting-MTA: dns; mx\n\nFinal-Recipient: rfc822; a@x.org\nAction: failed\nStatus: 5.1.1\n";
         assert_eq!(verdicts("text/plain", status)[0].email, "a@x.org");
     }
