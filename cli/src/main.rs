@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use mailrun::{
-    bench, dead_letters, demo, ledger::Ledger, local::with_database, mail_sink, prune, setup, stack, supervise,
+    bench, chaos, dead_letters, demo, ledger::Ledger, local::with_database, mail_sink, prune, setup, stack, supervise,
     suppressions, test_send, up,
 };
 use mailrun_shared::{config::Config, shutdown, telemetry};
@@ -33,6 +33,8 @@ enum Command {
     Demo(demo::Options),
     /// Measures how fast all this is here, beside what the servers allow.
     Bench(bench::Options),
+    /// Breaks things while runs are under way, and judges what became of every recipient.
+    Chaos(chaos::Options),
     /// Serves the pages.
     Web,
     /// Works.
@@ -151,6 +153,7 @@ async fn run(arguments: Arguments) -> Result<()> {
         Command::Up(options) => up::run(config()?, file, options).await,
         Command::Demo(options) => demo::run(config()?, file, &options).await,
         Command::Bench(options) => Box::pin(bench::run(config()?, file, &options)).await,
+        Command::Chaos(options) => Box::pin(chaos::run(config()?, file, &options)).await,
         Command::Web => {
             let config = config()?;
             telemetry::init(&config.log);

@@ -32,6 +32,16 @@ pub(crate) struct Progress {
     pub(crate) over: bool,
 }
 
+impl Form {
+    /// The same form once more, as a browser sends it again when a page is reloaded: same token, same run.
+    ///
+    /// # Errors
+    /// Never, as it is not streamed.
+    pub(crate) fn again(&self) -> Result<Self> {
+        self.0.try_clone().map(Self).context("the form can't be sent twice")
+    }
+}
+
 impl Progress {
     /// Items that have come to an end, if only for now.
     pub(crate) fn settled(&self) -> u64 {

@@ -212,7 +212,7 @@ async fn small_run(stack: &Stack, settings: &Settings<'_>, behind: usize) -> Res
 }
 
 /// A list of `count` people, one a line.
-fn people(name: &str, count: usize) -> String {
+pub(crate) fn people(name: &str, count: usize) -> String {
     let mut list = String::with_capacity(count * (name.len() + 22));
     for number in 1..=count {
         // Writing to a string does not fail.

@@ -203,6 +203,19 @@ impl Stack {
         client::wait_for(&self.folder, "Starting PostgreSQL", runs).await.map(drop)
     }
 
+    /// Runs `rabbitmqctl` with these arguments, for this stack's RabbitMQ.
+    pub async fn control_rabbitmq(&self, args: &[&str]) -> Result<(), StackError> {
+        let what = || format!("{} by rabbitmqctl", args.join(" "));
+        let failed = |answer: String| StackError::Management { what: what(), answer };
+        let mut command = rabbitmq::control(&self.folder, &self.login, self.ports)
+            .ok_or_else(|| failed("there is no rabbitmqctl".to_owned()))?;
+        let output = command.args(args).output().await.map_err(|error| failed(error.to_string()))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+    }
+
     async fn set_stopped(&self, name: &str, stopped: bool) -> Result<(), StackError> {
         let path = self.folder.path(name);
         let done = if stopped { fs::write(&path, "") } else { fs::remove_file(&path) };

@@ -102,6 +102,33 @@ impl RabbitMq {
     }
 }
 
+/// `rabbitmqctl` for the node of a folder, without arguments; none: it does not lie beside the server's script.
+pub(crate) fn control(folder: &Folder, login: &Login, ports: Ports) -> Option<Command> {
+    let script = Programs::find()?.server.with_file_name("rabbitmqctl");
+    if !script.is_file() {
+        return None;
+    }
+    let home = folder.path("rabbitmq");
+    let config = home.join("config");
+    let mut command = Command::new(script);
+    command
+        .env_clear()
+        .env("PATH", env::var_os("PATH").unwrap_or_default())
+        .env("LANG", "C.UTF-8")
+        // The cookie lies there.
+        .env("HOME", &home)
+        .env("ERL_EPMD_PORT", ports.epmd.to_string())
+        .env("ERL_EPMD_ADDRESS", "127.0.0.1")
+        .env("ERL_FLAGS", "-start_epmd false")
+        .env("ERL_CRASH_DUMP_SECONDS", "0")
+        .env("RABBITMQ_NODENAME", &login.node_name)
+        .env("RABBITMQ_CONF_ENV_FILE", config.join("rabbitmq-env.conf"))
+        .current_dir(&home)
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    Some(command)
+}
+
 fn configuration(login: &Login, ports: Ports) -> String {
     let Ports { amqp, management, prometheus, .. } = ports;
     let password = &login.password;

@@ -1,0 +1,186 @@
+//! The judgement: what the ledger says of a run, beside what the mail server has seen and what is left on the queues.
+
+use std::{collections::HashMap, time::Duration};
+
+use anyhow::{Result, ensure};
+use lapin::options::BasicGetOptions;
+use mailrun_shared::{
+    broker::depth,
+    item::ItemState,
+    message::ItemMessage,
+    topology::{DEAD, ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue},
+};
+use sqlx::PgPool;
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use super::site::{DEAD_AFTER, RUNGS_MS, Site};
+use crate::sink::Sink;
+
+/// After its end, a run's queues are empty within this time.
+const QUIET: Duration = Duration::from_secs(30);
+
+/// What became of the recipients of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Account {
+    pub(super) sent: u64,
+    pub(super) failed: u64,
+    pub(super) unknown: u64,
+    /// Not in the ledger, open for ever, or shown as sent and never delivered.
+    pub(super) lost: u64,
+    /// Deliveries to somebody who had one already.
+    pub(super) doubled: u64,
+    /// Delivered, and shown as something that says they were not.
+    pub(super) untold: u64,
+}
+
+impl Account {
+    /// Weighs each item's state against how often its mail arrived. `deliveries` is all that arrived, whoever for.
+    fn of(recipients: u64, items: &[(ItemState, u32)], deliveries: u64) -> Self {
+        let mut account = Self { lost: recipients.saturating_sub(items.len() as u64), ..Self::default() };
+        let mut accounted = 0;
+        for (state, times) in items {
+            accounted += u64::from(*times);
+            account.doubled += u64::from(times.saturating_sub(1));
+            match state {
+                ItemState::Sent => account.sent += 1,
+                ItemState::Failed => account.failed += 1,
+                ItemState::Unknown => account.unknown += 1,
+                _ => {}
+            }
+            account.lost += u64::from(state.is_open() || (*state == ItemState::Sent && *times == 0));
+            account.untold += u64::from(!matches!(state, ItemState::Sent | ItemState::Unknown) && *times > 0);
+        }
+        // A mail that belongs to no item of the run was not to be written.
+        account.doubled += deliveries.saturating_sub(accounted);
+        account
+    }
+}
+
+/// What the ledger and the mail server say in the end.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Verdict {
+    pub(super) account: Account,
+    /// Counters that differ from the number of items that they count, and people whose flag differs from their item.
+    pub(super) drift: u64,
+}
+
+/// Judges a run when its services have ended.
+///
+/// # Errors
+/// The database's.
+pub(super) async fn judge(pool: &PgPool, sink: &Sink, run_id: Uuid, recipients: u32) -> Result<Verdict> {
+    let runs: i64 = sqlx::query_scalar("SELECT count(*) FROM runs").fetch_one(pool).await?;
+    ensure!(runs == 1, "the form was sent once, and made {runs} runs");
+    let rows: Vec<(i64, String, ItemState)> = sqlx::query_as(
+        "SELECT i.id, u.email, i.state FROM run_items i JOIN users u ON u.id = i.user_id WHERE i.run_id = $1",
+    )
+    .bind(run_id)
+    .fetch_all(pool)
+    .await?;
+    let times = |id: i64, email: &str| sink.mailbox().times(email, &format!("{id}.{}@mailrun", run_id.simple()));
+    let items: Vec<(ItemState, u32)> = rows.iter().map(|(id, email, state)| (*state, times(*id, email))).collect();
+    let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);
+    Ok(Verdict { account, drift: u64::try_from(drift(pool).await?)? })
+}
+
+async fn drift(pool: &PgPool) -> sqlx::Result<i64> {
+    let columns: i64 = sqlx::query_scalar(
+        "SELECT coalesce(sum((p.total <> c.total)::int + (p.pending <> c.pending)::int + (p.retrying <> c.retrying)::int
+                    + (p.cancelled <> c.cancelled)::int + (p.skipped <> c.skipped)::int + (p.unknown <> c.unknown)::int
+                    + (p.failed <> c.failed)::int + (p.sent <> c.sent)::int), 0)
+         FROM run_progress p
+         JOIN LATERAL (SELECT count(*) AS total,
+                              count(*) FILTER (WHERE state = 'pending') AS pending,
+                              count(*) FILTER (WHERE state = 'retrying') AS retrying,
+                              count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+                              count(*) FILTER (WHERE state = 'skipped') AS skipped,
+                              count(*) FILTER (WHERE state = 'unknown') AS unknown,
+                              count(*) FILTER (WHERE state = 'failed') AS failed,
+                              count(*) FILTER (WHERE state = 'sent') AS sent
+                       FROM run_items i WHERE i.run_id = p.run_id) c ON true",
+    )
+    .fetch_one(pool)
+    .await?;
+    let flags: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM users u JOIN run_items i ON i.user_id = u.id
+         WHERE (u.emailed_at IS NOT NULL) <> (i.state = 'sent')",
+    )
+    .fetch_one(pool)
+    .await?;
+    Ok(columns + flags)
+}
+
+/// What a run has left behind, which still ran when it was looked at.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Remains {
+    /// Messages on queues that should be empty, and dead letters of nobody.
+    pub(super) messages: u64,
+    /// Dead letters of items that were sent after all; sending them again does nothing.
+    pub(super) outdated_dead_letters: u64,
+    /// Workers that live and say that they still have something in flight.
+    pub(super) busy_workers: u64,
+}
+
+/// Waits until the queues of a run that is over are empty, and says what stays.
+///
+/// # Errors
+/// When a server does not answer, or a queue is missing.
+pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
+    let (connection, channel) = site.channel().await?;
+    let rungs = RUNGS_MS.map(|ms| retry_queue(Duration::from_millis(ms)));
+    let queues: Vec<&str> =
+        [ITEMS, RESULTS, RUNS, RUNS_WAIT].into_iter().chain(rungs.iter().map(String::as_str)).collect();
+    let end = Instant::now() + QUIET;
+    let mut remains = Remains::default();
+    loop {
+        remains.messages = 0;
+        for queue in &queues {
+            remains.messages += u64::from(depth(&channel, queue).await?);
+        }
+        let busy: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM workers WHERE stopped_at IS NULL AND in_flight > 0
+                    AND heartbeat_at > clock_timestamp() - make_interval(secs => $1)",
+        )
+        .bind(DEAD_AFTER.as_secs_f64())
+        .fetch_one(&site.pool)
+        .await?;
+        remains.busy_workers = u64::try_from(busy)?;
+        if (remains.messages == 0 && remains.busy_workers == 0) || Instant::now() > end {
+            break;
+        }
+        sleep(Duration::from_millis(200)).await;
+    }
+    let states: HashMap<i64, ItemState> = sqlx::query_as("SELECT id, state FROM run_items WHERE state <> 'pending'")
+        .fetch_all(&site.pool)
+        .await?
+        .into_iter()
+        .collect();
+    // Nothing is acknowledged, so all of it is back when the connection ends.
+    while let Some(letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
+        let item = serde_json::from_slice::<ItemMessage>(&letter.delivery.data).ok();
+        match item.and_then(|item| states.get(&item.item_id)) {
+            Some(ItemState::Failed | ItemState::Unknown) => {}
+            Some(ItemState::Sent) => remains.outdated_dead_letters += 1,
+            _ => remains.messages += 1,
+        }
+    }
+    connection.close(200, "done".into()).await?;
+    Ok(remains)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_recipient_is_weighed() {
+        use ItemState::{Cancelled, Failed, Pending, Sent, Unknown};
+        let account = Account::of(5, &[(Sent, 1), (Failed, 0), (Unknown, 0), (Unknown, 1), (Cancelled, 0)], 2);
+        assert_eq!(account, Account { sent: 1, failed: 1, unknown: 2, ..Account::default() });
+        // One is not in the ledger, one was never delivered, one is open.
+        assert_eq!(Account::of(4, &[(Sent, 0), (Pending, 0), (Sent, 1)], 1).lost, 3);
+        let account = Account::of(3, &[(Sent, 3), (Failed, 1), (Unknown, 2)], 7);
+        assert_eq!((account.doubled, account.untold), (4, 1), "and one mail was for nobody");
+    }
+}

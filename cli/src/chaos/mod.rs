@@ -1,0 +1,251 @@
+//! `mailrun chaos`: breaks things while a run is under way, and judges what became of every recipient.
+//!
+//! Each fault has a run of its own, on a private stack of its own: the real processes, a real SMTP conversation for each
+//! mail, and a list that is submitted through the real form. What is drawn is drawn from a seed (`plan.rs`), a fault is
+//! undone by nobody but itself (`fault.rs`), and the end is judged against what the mail server saw (`judge.rs`).
+
+mod fault;
+mod judge;
+mod plan;
+mod report;
+mod site;
+mod watch;
+mod weather;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use futures::future::join_all;
+use mailrun_shared::{config::Config, shutdown};
+use rand::{SeedableRng as _, rngs::StdRng};
+use tokio::{
+    sync::watch::{Receiver, channel},
+    time::{Instant, sleep, timeout},
+};
+use uuid::Uuid;
+
+use self::{
+    judge::{Remains, judge, remains},
+    plan::{Choice, Moment, Plan, Strike},
+    report::{Figures, Report},
+    site::Site,
+    watch::{Stage, follow},
+};
+use crate::{bench::people, stack::Stack};
+
+/// A run that is not over after this time, and a little more for each recipient, is stuck.
+const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE_EACH: Duration = Duration::from_millis(10);
+/// The form is sent again for so long.
+const FORM: Duration = Duration::from_secs(120);
+/// One try may take so long.
+const FORM_TRY: Duration = Duration::from_secs(30);
+
+/// What `chaos` can be asked for.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// How many fictional people each run invites.
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
+    recipients: u32,
+    /// What shall go wrong; several with commas between them.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "all")]
+    fault: Vec<Choice>,
+    /// Draws the moments and all that is left to chance; without it, another one each time.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Print one JSON object with the figures on standard output, and nothing else.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What all runs are made with.
+struct Setting<'a> {
+    config: &'a Config,
+    file: Option<&'a Path>,
+    logs: PathBuf,
+    recipients: u32,
+}
+
+/// Breaks, judges, and prints the figures.
+///
+/// # Errors
+/// When something does not start, or a promise was broken.
+pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Result<()> {
+    let stop = shutdown::on_signal().context("the signals can't be caught")?;
+    let program = std::env::current_exe().context("the path of this program is unknown")?;
+    let seed = options.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
+    // Not the stack of the checkout: its servers are not to be killed.
+    let home = std::env::temp_dir().join(format!("mailrun-chaos-{}", Uuid::new_v4().simple()));
+    let stack = Stack::start(&home, &program, Duration::ZERO, |step| eprintln!("{step} …")).await?;
+    let setting = Setting { config: &config, file, logs: home.join("logs"), recipients: options.recipients };
+    let plans = options.fault.iter().flat_map(|choice| choice.plans());
+    let judged = stop.run_until_cancelled(Box::pin(all(&stack, &setting, plans, seed))).await;
+    stack.stop().await?;
+    let report = judged.context("the fault bench was stopped before its end")?;
+    let good = !report.is_bad();
+    if good {
+        // What has gone well needs no logs; and if they stay, they do no harm.
+        let _ = std::fs::remove_dir_all(&home);
+    } else {
+        eprintln!("The logs are in {}", setting.logs.display());
+    }
+    if options.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{report}");
+    }
+    if !good {
+        bail!("a promise was broken; --seed {seed} repeats what was done");
+    }
+    Ok(())
+}
+
+async fn all(stack: &Stack, setting: &Setting<'_>, plans: impl Iterator<Item = Plan>, seed: u64) -> Report {
+    let mut report = Report::new(seed);
+    for plan in plans {
+        let name = plan.name();
+        eprintln!("{name}: inviting {} people", setting.recipients);
+        let figures = match one(stack, setting, plan, seed).await {
+            Ok(figures) => figures,
+            Err(error) => {
+                // The others are judged all the same.
+                eprintln!("{name}: no judgement, which counts as stuck: {error:#}");
+                Figures { recipients: setting.recipients.into(), stuck: 1, ..Figures::default() }
+            }
+        };
+        eprintln!(
+            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, left {}, stuck {}",
+            figures.faults,
+            figures.sent,
+            figures.failed,
+            figures.unknown,
+            figures.lost,
+            figures.doubled,
+            figures.untold,
+            figures.drift,
+            figures.left,
+            figures.stuck
+        );
+        report.add(name, figures);
+    }
+    report
+}
+
+/// What has struck.
+#[derive(Default)]
+struct Struck(Mutex<(u64, Option<Instant>)>);
+
+impl Struck {
+    fn add(&self) {
+        let mut struck = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *struck = (struck.0 + 1, Some(Instant::now()));
+    }
+
+    /// How many there were, and when the last one was over.
+    fn sum(&self) -> (u64, Option<Instant>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One run under one plan.
+async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Result<Figures> {
+    let log = setting.logs.join(format!("services-{}.log", plan.name()));
+    let site =
+        Box::pin(Site::create(stack, setting.config, setting.file, log, &plan.name(), setting.recipients)).await?;
+    let struck = Struck::default();
+    let (stage, stages) = channel(Stage::default());
+    let posted_at = Instant::now();
+    let strikes = plan.strikes(seed);
+    let strikes =
+        join_all(strikes.into_iter().map(|strike| carry_out(&site, strike, posted_at, stages.clone(), &struck)));
+    let followed = async {
+        let run_id = submit(&site, setting.recipients).await?;
+        let limit = PATIENCE + PATIENCE_EACH * setting.recipients;
+        let seen = follow(&site.pool, run_id, limit, &stage).await;
+        // Whoever still waits for his moment has missed it.
+        stage.send_modify(|stage| stage.over = true);
+        anyhow::Ok((run_id, seen))
+    };
+    let (_, followed) = Box::pin(futures::future::join(strikes, followed)).await;
+    let (run_id, seen) = followed?;
+    let mut stuck = u64::from(seen.over_at.is_none());
+    let remains = remains(&site).await.unwrap_or_else(|error| {
+        eprintln!("  the queues can't be looked at: {error:#}");
+        stuck += 1;
+        Remains::default()
+    });
+    let (site, in_good_order) = site.stop().await;
+    let verdict = judge(&site.pool, &site.sink, run_id, setting.recipients).await?;
+    site.drop().await?;
+    let (faults, last) = struck.sum();
+    let over_at = seen.over_at.unwrap_or_else(Instant::now);
+    Ok(Figures {
+        recipients: setting.recipients.into(),
+        faults,
+        lost: verdict.account.lost,
+        doubled: verdict.account.doubled,
+        sent: verdict.account.sent,
+        failed: verdict.account.failed,
+        unknown: verdict.account.unknown,
+        untold: verdict.account.untold,
+        drift: verdict.drift,
+        left: remains.messages,
+        outdated_dead_letters: remains.outdated_dead_letters,
+        stuck: stuck + remains.busy_workers + u64::from(!in_good_order),
+        seconds: (over_at - posted_at).as_secs_f64(),
+        longest_stall_seconds: seen.longest_stall.as_secs_f64(),
+        recovery_seconds: last.map_or(0.0, |last| over_at.saturating_duration_since(last).as_secs_f64()),
+    })
+}
+
+/// Sends the form until it is accepted: always the same one, so that it makes one run however often it arrives.
+async fn submit(site: &Site<'_>, recipients: u32) -> Result<Uuid> {
+    let emails = people("guest", usize::try_from(recipients)?);
+    let end = Instant::now() + FORM;
+    let mut form = None;
+    loop {
+        let answer = timeout(FORM_TRY, async {
+            let form = match &form {
+                Some(form) => form,
+                None => form.insert(site.visitor.fill_in(&emails).await?),
+            };
+            site.visitor.send(form.again()?).await
+        });
+        match answer.await.context("no answer").flatten() {
+            Ok(url) => {
+                let id = url.rsplit('/').next().and_then(|id| id.parse().ok());
+                return id.with_context(|| format!("{url} is no run"));
+            }
+            Err(error) if Instant::now() > end => return Err(error),
+            Err(error) => {
+                eprintln!("  the form is sent again: {error:#}");
+                sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+}
+
+/// Waits for a strike's moment and lets it happen, unless the run is over by then.
+async fn carry_out(site: &Site<'_>, strike: Strike, posted_at: Instant, mut stages: Receiver<Stage>, struck: &Struck) {
+    match strike.moment {
+        Moment::AfterPost(delay) => tokio::time::sleep_until(posted_at + delay).await,
+        Moment::Settled(share) => {
+            // The sender lives for as long as the run is followed.
+            let reached = stages.wait_for(|stage| stage.over || stage.settled >= share).await;
+            if reached.map_or(true, |stage| stage.over) {
+                return;
+            }
+        }
+    }
+    let name = strike.fault.name();
+    eprintln!("  {name} at {:.1} s", posted_at.elapsed().as_secs_f64());
+    match strike.fault.strike(site, &mut StdRng::seed_from_u64(strike.seed)).await {
+        Ok(()) => struck.add(),
+        Err(error) => eprintln!("  {name} did not happen: {error:#}"),
+    }
+}

@@ -1,0 +1,156 @@
+//! What is done to a run, and when: drawn from a seed, so that a run can be repeated.
+
+use std::{sync::LazyLock, time::Duration};
+
+use clap::{ValueEnum, builder::PossibleValue};
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+
+use super::fault::{Fault, Weight};
+
+/// Faults strike before this share of a run is settled, so that the run is still under way.
+const LATEST: f64 = 0.9;
+/// The form is sent within this time, mostly.
+const SUBMISSION_MS: u64 = 300;
+
+/// What one run has to stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Plan {
+    /// One fault, several times.
+    One(Fault),
+    /// All of them, in any order, some at the same moment.
+    Mixed,
+}
+
+/// What can be asked for on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// Each fault in a run of its own, then all of them in one.
+    All,
+    /// One of these runs.
+    Plan(Plan),
+}
+
+impl ValueEnum for Choice {
+    fn value_variants<'a>() -> &'a [Self] {
+        static CHOICES: LazyLock<Vec<Choice>> = LazyLock::new(|| {
+            let mixed = [Choice::All, Choice::Plan(Plan::Mixed)].into_iter();
+            mixed.chain(Fault::value_variants().iter().map(|fault| Choice::Plan(Plan::One(*fault)))).collect()
+        });
+        &CHOICES
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        match self {
+            Self::All => Some(PossibleValue::new("all").help("Each fault in a run of its own, then `mixed`")),
+            Self::Plan(Plan::Mixed) => Some(PossibleValue::new("mixed").help("All faults in one run")),
+            Self::Plan(Plan::One(fault)) => fault.to_possible_value(),
+        }
+    }
+}
+
+impl Choice {
+    /// The runs that are asked for.
+    pub(super) fn plans(self) -> Vec<Plan> {
+        match self {
+            Self::All => Fault::value_variants().iter().copied().map(Plan::One).chain([Plan::Mixed]).collect(),
+            Self::Plan(plan) => vec![plan],
+        }
+    }
+}
+
+/// When a fault strikes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Moment {
+    /// So long after the form was sent, whether it has been answered by then or not.
+    AfterPost(Duration),
+    /// When this share of the run is settled.
+    Settled(f64),
+}
+
+/// A fault, once.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Strike {
+    pub(super) fault: Fault,
+    pub(super) moment: Moment,
+    /// What the fault leaves to chance is drawn from this.
+    pub(super) seed: u64,
+}
+
+impl Plan {
+    /// Its name in the report.
+    pub(super) fn name(self) -> String {
+        match self {
+            Self::One(fault) => fault.name(),
+            Self::Mixed => "mixed".to_owned(),
+        }
+    }
+
+    /// The faults of its run. The same seed gives the same ones.
+    pub(super) fn strikes(self, seed: u64) -> Vec<Strike> {
+        let mut rng = StdRng::seed_from_u64(seed);
+        match self {
+            Self::One(fault) => {
+                let times = match fault.weight() {
+                    Weight::Whole => return vec![strike(&mut rng, fault, Moment::AfterPost(Duration::ZERO))],
+                    Weight::Heavy => 2,
+                    Weight::Light => rng.random_range(3..=5),
+                };
+                let mut strikes: Vec<Strike> = (0..times)
+                    .map(|number| {
+                        // One in each part of the run, anywhere within it.
+                        let place = f64::from(number) + rng.random_range(0.1..0.9);
+                        let moment = Moment::Settled(LATEST * place / f64::from(times));
+                        strike(&mut rng, fault, moment)
+                    })
+                    .collect();
+                if fault == Fault::KillWeb {
+                    // The form itself must survive it.
+                    let moment = after_post(&mut rng);
+                    strikes.push(strike(&mut rng, fault, moment));
+                }
+                strikes
+            }
+            Self::Mixed => {
+                let strikes = Fault::value_variants().iter().map(|fault| {
+                    let moment = match fault.weight() {
+                        Weight::Whole => Moment::AfterPost(Duration::ZERO),
+                        _ if *fault == Fault::KillWeb => after_post(&mut rng),
+                        _ => Moment::Settled(rng.random_range(0.02..LATEST)),
+                    };
+                    strike(&mut rng, *fault, moment)
+                });
+                strikes.collect()
+            }
+        }
+    }
+}
+
+fn after_post(rng: &mut StdRng) -> Moment {
+    Moment::AfterPost(Duration::from_millis(rng.random_range(0..SUBMISSION_MS)))
+}
+
+fn strike(rng: &mut StdRng, fault: Fault, moment: Moment) -> Strike {
+    Strike { fault, moment, seed: rng.random() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_always_gives_the_same_strikes_and_they_come_while_the_run_is_under_way() {
+        for plan in Choice::All.plans() {
+            for seed in 0..50 {
+                let strikes = plan.strikes(seed);
+                assert!(!strikes.is_empty());
+                assert_eq!(strikes, plan.strikes(seed));
+                let shares = strikes.iter().filter_map(|strike| match strike.moment {
+                    Moment::Settled(share) => Some(share),
+                    Moment::AfterPost(_) => None,
+                });
+                assert!(shares.into_iter().all(|share| (0.0..LATEST).contains(&share)));
+            }
+        }
+        assert_ne!(Plan::Mixed.strikes(1), Plan::Mixed.strikes(2));
+    }
+}

@@ -1,0 +1,150 @@
+//! The figures of a fault bench, as a table and as JSON.
+
+use std::{collections::BTreeMap, fmt};
+
+use serde::Serialize;
+
+/// What came out of one run, or of all together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub(super) struct Figures {
+    pub(super) recipients: u64,
+    /// How many faults struck.
+    pub(super) faults: u64,
+    /// Neither delivered nor told of: not in the ledger, open for ever, or shown as sent and not delivered.
+    pub(super) lost: u64,
+    /// Mails to somebody who had got one.
+    pub(super) doubled: u64,
+    pub(super) sent: u64,
+    pub(super) failed: u64,
+    /// Shown as perhaps sent.
+    pub(super) unknown: u64,
+    /// Delivered, and shown as not sent.
+    pub(super) untold: u64,
+    /// Counters that differ from what they count.
+    pub(super) drift: u64,
+    /// Messages left on queues that should be empty.
+    pub(super) left: u64,
+    /// Dead letters of items that were sent after all; they do nothing.
+    pub(super) outdated_dead_letters: u64,
+    /// Runs that did not end, and workers that did not.
+    pub(super) stuck: u64,
+    /// From the form to the end.
+    pub(super) seconds: f64,
+    /// The longest time for which no counter changed.
+    pub(super) longest_stall_seconds: f64,
+    /// From the end of the last fault to the end of the run.
+    pub(super) recovery_seconds: f64,
+}
+
+impl Figures {
+    /// Whether a promise was broken.
+    pub(super) fn is_bad(&self) -> bool {
+        self.lost + self.doubled + self.untold + self.drift + self.left + self.stuck > 0
+    }
+
+    fn and(self, other: &Self) -> Self {
+        Self {
+            recipients: self.recipients + other.recipients,
+            faults: self.faults + other.faults,
+            lost: self.lost + other.lost,
+            doubled: self.doubled + other.doubled,
+            sent: self.sent + other.sent,
+            failed: self.failed + other.failed,
+            unknown: self.unknown + other.unknown,
+            untold: self.untold + other.untold,
+            drift: self.drift + other.drift,
+            left: self.left + other.left,
+            outdated_dead_letters: self.outdated_dead_letters + other.outdated_dead_letters,
+            stuck: self.stuck + other.stuck,
+            seconds: self.seconds + other.seconds,
+            longest_stall_seconds: self.longest_stall_seconds.max(other.longest_stall_seconds),
+            recovery_seconds: self.recovery_seconds.max(other.recovery_seconds),
+        }
+    }
+}
+
+/// The report of a fault bench: sums over its runs, and of the times the longest.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Report {
+    seed: u64,
+    #[serde(flatten)]
+    all: Figures,
+    by_fault: BTreeMap<String, Figures>,
+    #[serde(skip)]
+    order: Vec<String>,
+}
+
+impl Report {
+    /// Of no run yet.
+    pub(super) fn new(seed: u64) -> Self {
+        Self { seed, all: Figures::default(), by_fault: BTreeMap::new(), order: Vec::new() }
+    }
+
+    /// Adds a run.
+    pub(super) fn add(&mut self, name: String, figures: Figures) {
+        self.all = self.all.and(&figures);
+        self.order.push(name.clone());
+        self.by_fault.insert(name, figures);
+    }
+
+    /// Whether a promise was broken.
+    pub(super) fn is_bad(&self) -> bool {
+        self.all.is_bad()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>8} {:>10}",
+            "fault",
+            "recipients",
+            "faults",
+            "lost",
+            "doubled",
+            "unknown",
+            "drift",
+            "left",
+            "stuck",
+            "stall",
+            "recovery"
+        )?;
+        let rows = self.order.iter().filter_map(|name| Some((name.as_str(), self.by_fault.get(name)?)));
+        for (name, one) in rows.chain([("all together", &self.all)]) {
+            writeln!(
+                f,
+                "{name:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>6.1} s {:>8.1} s",
+                one.recipients,
+                one.faults,
+                one.lost,
+                one.doubled + one.untold,
+                one.unknown,
+                one.drift,
+                one.left,
+                one.stuck,
+                one.longest_stall_seconds,
+                one.recovery_seconds
+            )?;
+        }
+        writeln!(f, "seed {}", self.seed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_add_up_and_the_longest_time_stays() {
+        let mut report = Report::new(7);
+        let one = Figures { recipients: 10, longest_stall_seconds: 2.0, ..Figures::default() };
+        report.add("kill-send".into(), one);
+        report.add("mixed".into(), Figures { lost: 1, longest_stall_seconds: 1.0, ..one });
+        assert_eq!((report.all.recipients, report.all.lost, report.all.longest_stall_seconds), (20, 1, 2.0));
+        assert!(report.is_bad());
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!((&json["seed"], &json["by_fault"]["mixed"]["lost"]), (&7.into(), &1.into()));
+        assert_eq!(report.to_string().lines().count(), 5);
+    }
+}

@@ -1,0 +1,123 @@
+//! The mail server's moods: what it does to a message beside taking it in.
+//!
+//! Some recipients are always in trouble, so that there is something on the queues of the retry schedule and among the
+//! dead letters: every 20th is refused once for a passing reason, every 50th for good.
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::sleep;
+
+use crate::sink::{Action, Rule, Stage};
+
+const REFUSED_ONCE_EVERY: u32 = 20;
+const REFUSED_EVERY: u32 = 50;
+/// While messages are dropped, it is every so manieth.
+const DROPPED_EVERY: u32 = 100;
+
+/// What can be wrong with the mail server for a while.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Trouble {
+    /// Some messages are taken in, and the connection is closed before that is said.
+    Drops,
+    /// Everybody is asked to come back later.
+    Busy,
+}
+
+/// What a mail server does at present.
+#[derive(Debug, Default)]
+pub(super) struct Weather {
+    /// How many want it so at the moment.
+    drops: AtomicU32,
+    busy: AtomicU32,
+    /// Connections that shall still fall silent.
+    hangs: AtomicU32,
+    messages: AtomicU32,
+    refused_once: Mutex<HashSet<u32>>,
+}
+
+impl Weather {
+    /// The rule for a mail sink.
+    pub(super) fn rule(self: &Arc<Self>) -> Rule {
+        let weather = Arc::clone(self);
+        Arc::new(move |stage, _| weather.action(stage))
+    }
+
+    /// Has this trouble for so long.
+    pub(super) async fn bad(&self, trouble: Trouble, time: Duration) {
+        let level = match trouble {
+            Trouble::Drops => &self.drops,
+            Trouble::Busy => &self.busy,
+        };
+        level.fetch_add(1, Ordering::Relaxed);
+        sleep(time).await;
+        level.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Falls silent on so many connections that have a message under way.
+    pub(super) fn hang(&self, connections: u32) {
+        self.hangs.fetch_add(connections, Ordering::Relaxed);
+    }
+
+    fn action(&self, stage: Stage<'_>) -> Action {
+        match stage {
+            Stage::Mail if self.busy.load(Ordering::Relaxed) > 0 => Action::Reply(421, "4.3.2 Come back later".into()),
+            Stage::Rcpt(recipient) => self.of_recipient(recipient),
+            Stage::Data | Stage::Message if self.hangs() => Action::Hang,
+            Stage::Message if self.is_dropped() => Action::AcceptThenDrop,
+            _ => Action::GoOn,
+        }
+    }
+
+    fn of_recipient(&self, recipient: &str) -> Action {
+        let Some(number) = number(recipient) else { return Action::GoOn };
+        if number.is_multiple_of(REFUSED_EVERY) {
+            return Action::Reply(550, "5.7.1 Not wanted here".into());
+        }
+        if number.is_multiple_of(REFUSED_ONCE_EVERY)
+            && self.refused_once.lock().unwrap_or_else(PoisonError::into_inner).insert(number)
+        {
+            return Action::Reply(451, "4.3.0 Not now".into());
+        }
+        Action::GoOn
+    }
+
+    fn hangs(&self) -> bool {
+        self.hangs.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+    }
+
+    fn is_dropped(&self) -> bool {
+        self.drops.load(Ordering::Relaxed) > 0
+            && (self.messages.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(DROPPED_EVERY)
+    }
+}
+
+/// The number of one of the fictional people.
+fn number(recipient: &str) -> Option<u32> {
+    recipient.strip_prefix("guest-")?.split('@').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_weather_is_as_it_was_made() {
+        let weather = Weather::default();
+        let refused = |number: u32| weather.action(Stage::Rcpt(&format!("guest-{number:07}@example.org")));
+        assert!(matches!(refused(20), Action::Reply(451, _)));
+        assert_eq!(refused(20), Action::GoOn);
+        assert!(matches!((refused(50), refused(50)), (Action::Reply(550, _), Action::Reply(550, _))));
+        weather.hang(1);
+        assert_eq!([weather.action(Stage::Data), weather.action(Stage::Data)], [Action::Hang, Action::GoOn]);
+        weather.drops.store(1, Ordering::Relaxed);
+        let dropped = (0..1_000).filter(|_| weather.action(Stage::Message) == Action::AcceptThenDrop).count();
+        assert_eq!(dropped, 10);
+    }
+}
