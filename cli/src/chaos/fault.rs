@@ -44,13 +44,13 @@ pub(super) enum Fault {
     KillDatabase,
     /// All sessions of PostgreSQL are ended, again and again for some seconds
     TerminateBackends,
-    /// mailrun.items is purged
+    /// mailrun.items is purged, again and again for some seconds
     PurgeItems,
-    /// The queues of the retry schedule are purged
+    /// The queues of the retry schedule are purged, as long
     PurgeRetry,
-    /// mailrun.results is purged
+    /// mailrun.results is purged, as long
     PurgeResults,
-    /// mailrun.runs and mailrun.runs.wait are purged
+    /// mailrun.runs and mailrun.runs.wait are purged, as long
     PurgeRuns,
     /// mailrun.items is deleted
     DeleteQueue,
@@ -118,12 +118,15 @@ impl Fault {
             Self::KillBroker => kill_server(site, "RabbitMQ", |pids| pids.rabbitmq).await,
             Self::KillDatabase => kill_server(site, "PostgreSQL", |pids| pids.postgres).await,
             Self::TerminateBackends => terminate_backends(site, some_seconds(rng)).await,
-            Self::PurgeItems => purge(site, vec![topology::ITEMS.to_owned()]).await,
+            Self::PurgeItems => purge(site, vec![topology::ITEMS.to_owned()], some_seconds(rng)).await,
             Self::PurgeRetry => {
-                purge(site, RUNGS_MS.map(|ms| topology::retry_queue(Duration::from_millis(ms))).to_vec()).await
+                let rungs = RUNGS_MS.map(|ms| topology::retry_queue(Duration::from_millis(ms)));
+                purge(site, rungs.to_vec(), some_seconds(rng)).await
             }
-            Self::PurgeResults => purge(site, vec![topology::RESULTS.to_owned()]).await,
-            Self::PurgeRuns => purge(site, vec![topology::RUNS.to_owned(), topology::RUNS_WAIT.to_owned()]).await,
+            Self::PurgeResults => purge(site, vec![topology::RESULTS.to_owned()], some_seconds(rng)).await,
+            Self::PurgeRuns => {
+                purge(site, vec![topology::RUNS.to_owned(), topology::RUNS_WAIT.to_owned()], some_seconds(rng)).await
+            }
             Self::DeleteQueue => {
                 let (connection, channel) = site.channel().await?;
                 channel.queue_delete(topology::ITEMS.into(), QueueDeleteOptions::default()).await?;
@@ -212,11 +215,17 @@ async fn terminate_backends(site: &Site<'_>, time: Duration) -> Result<()> {
     Ok(())
 }
 
-async fn purge(site: &Site<'_>, queues: Vec<String>) -> Result<()> {
+/// Purges for some time, again and again: what is on these queues mostly stays there for a moment only.
+async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) -> Result<()> {
     let (connection, channel) = site.channel().await?;
-    for queue in queues {
-        channel.queue_purge(queue.into(), QueuePurgeOptions::default()).await?;
+    let end = Instant::now() + time;
+    let mut purged = 0;
+    while Instant::now() < end {
+        for queue in &queues {
+            purged += channel.queue_purge(queue.as_str().into(), QueuePurgeOptions::default()).await?;
+        }
     }
+    eprintln!("  {purged} messages purged from {}", queues.join(", "));
     Ok(connection.close(200, "done".into()).await?)
 }
 

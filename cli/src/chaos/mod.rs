@@ -30,6 +30,7 @@ use tokio::{
 use uuid::Uuid;
 
 use self::{
+    fault::Weight,
     judge::{Remains, judge, remains},
     plan::{Choice, Moment, Plan, Strike},
     report::{Figures, Report},
@@ -58,6 +59,9 @@ pub struct Options {
     /// Draws the moments and all that is left to chance; without it, another one each time.
     #[arg(long)]
     seed: Option<u64>,
+    /// Send again what is unknown: then people get two mails, and the judgement must find that.
+    #[arg(long)]
+    resend: bool,
     /// Print one JSON object with the figures on standard output, and nothing else.
     #[arg(long)]
     json: bool,
@@ -69,6 +73,7 @@ struct Setting<'a> {
     file: Option<&'a Path>,
     logs: PathBuf,
     recipients: u32,
+    resend: bool,
 }
 
 /// Breaks, judges, and prints the figures.
@@ -82,18 +87,17 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
     // Not the stack of the checkout: its servers are not to be killed.
     let home = std::env::temp_dir().join(format!("mailrun-chaos-{}", Uuid::new_v4().simple()));
     let stack = Stack::start(&home, &program, Duration::ZERO, |step| eprintln!("{step} …")).await?;
-    let setting = Setting { config: &config, file, logs: home.join("logs"), recipients: options.recipients };
+    let Options { recipients, resend, .. } = *options;
+    let setting = Setting { config: &config, file, logs: home.join("logs"), recipients, resend };
     let plans = options.fault.iter().flat_map(|choice| choice.plans());
     let judged = stop.run_until_cancelled(Box::pin(all(&stack, &setting, plans, seed))).await;
     stack.stop().await?;
     let report = judged.context("the fault bench was stopped before its end")?;
     let good = !report.is_bad();
-    if good {
-        // What has gone well needs no logs; and if they stay, they do no harm.
-        let _ = std::fs::remove_dir_all(&home);
-    } else {
+    if !good {
         eprintln!("The logs are in {}", setting.logs.display());
     }
+    clear(&home, (!good).then_some(&setting.logs));
     if options.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
@@ -103,6 +107,21 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
         bail!("a promise was broken; --seed {seed} repeats what was done");
     }
     Ok(())
+}
+
+/// Removes the stack's folder, but for what is to be kept. What stays after all does no harm.
+fn clear(home: &Path, keep: Option<&PathBuf>) {
+    if keep.is_none() {
+        let _ = std::fs::remove_dir_all(home);
+        return;
+    }
+    for entry in std::fs::read_dir(home).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if Some(&path) == keep {
+            continue;
+        }
+        let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+    }
 }
 
 async fn all(stack: &Stack, setting: &Setting<'_>, plans: impl Iterator<Item = Plan>, seed: u64) -> Report {
@@ -141,9 +160,10 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: impl Iterator<Item = P
 struct Struck(Mutex<(u64, Option<Instant>)>);
 
 impl Struck {
-    fn add(&self) {
+    /// Counts one; `is_over` says that it has passed, and not that it stays.
+    fn add(&self, is_over: bool) {
         let mut struck = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *struck = (struck.0 + 1, Some(Instant::now()));
+        *struck = (struck.0 + 1, is_over.then(Instant::now).or(struck.1));
     }
 
     /// How many there were, and when the last one was over.
@@ -154,9 +174,7 @@ impl Struck {
 
 /// One run under one plan.
 async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Result<Figures> {
-    let log = setting.logs.join(format!("services-{}.log", plan.name()));
-    let site =
-        Box::pin(Site::create(stack, setting.config, setting.file, log, &plan.name(), setting.recipients)).await?;
+    let site = Box::pin(Site::create(stack, setting, plan)).await?;
     let struck = Struck::default();
     let (stage, stages) = channel(Stage::default());
     let posted_at = Instant::now();
@@ -245,7 +263,7 @@ async fn carry_out(site: &Site<'_>, strike: Strike, posted_at: Instant, mut stag
     let name = strike.fault.name();
     eprintln!("  {name} at {:.1} s", posted_at.elapsed().as_secs_f64());
     match strike.fault.strike(site, &mut StdRng::seed_from_u64(strike.seed)).await {
-        Ok(()) => struck.add(),
+        Ok(()) => struck.add(strike.fault.weight() != Weight::Whole),
         Err(error) => eprintln!("  {name} did not happen: {error:#}"),
     }
 }

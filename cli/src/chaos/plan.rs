@@ -85,6 +85,11 @@ impl Plan {
         }
     }
 
+    /// Whether every message of its run is published twice, which is a setting of the services.
+    pub(super) fn publishes_twice(self) -> bool {
+        matches!(self, Self::One(Fault::DuplicateMessages) | Self::Mixed)
+    }
+
     /// The faults of its run. The same seed gives the same ones.
     pub(super) fn strikes(self, seed: u64) -> Vec<Strike> {
         let mut rng = StdRng::seed_from_u64(seed);

@@ -3,14 +3,12 @@
 use std::{
     ffi::OsString,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use lapin::{Channel, Connection, ConnectionProperties};
-use mailrun_shared::config::Config;
 use rand::RngExt as _;
 use rustix::process::Signal;
 use sqlx::{
@@ -19,10 +17,7 @@ use sqlx::{
 };
 use tokio::time::Instant;
 
-use super::{
-    fault::{Fault, send_signal},
-    weather::Weather,
-};
+use super::{Setting, fault::send_signal, plan::Plan, weather::Weather};
 use crate::{
     local::{SENDERS, Services, to_sink},
     sink::{self, Sink},
@@ -57,22 +52,16 @@ pub(super) struct Site<'a> {
 }
 
 impl<'a> Site<'a> {
-    /// Creates it on `stack`, for a list of `recipients`.
+    /// Creates it on `stack`.
     ///
     /// # Errors
     /// What did not start.
-    pub(super) async fn create(
-        stack: &'a Stack,
-        config: &Config,
-        file: Option<&Path>,
-        log: PathBuf,
-        name: &str,
-        recipients: u32,
-    ) -> Result<Self> {
-        let name = format!("chaos-{name}");
+    pub(super) async fn create(stack: &'a Stack, setting: &Setting<'_>, plan: Plan) -> Result<Self> {
+        let name = format!("chaos-{}", plan.name());
+        let log = setting.logs.join(format!("services-{}.log", plan.name()));
         stack.create_database(&name).await?;
         stack.create_vhost(&name).await?;
-        let latency_ms = SHORTEST_MS * CONNECTIONS * SENDERS as u32 / recipients.max(1);
+        let latency_ms = SHORTEST_MS * CONNECTIONS * SENDERS as u32 / setting.recipients.max(1);
         let latency = Duration::from_millis(latency_ms.clamp(*LATENCY_MS.start(), *LATENCY_MS.end()).into());
         let sink = Sink::start(sink::Options { latency, keep: 0, ..sink::Options::default() }).await?;
         let weather = Arc::new(Weather::default());
@@ -82,10 +71,10 @@ impl<'a> Site<'a> {
             ("DATABASE_URL".into(), stack.database_url(&name).into()),
             ("AMQP_URL".into(), stack.amqp_url(&name).into()),
         ];
-        environment.extend(file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
+        environment.extend(setting.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         environment.extend(to_sink(sink.address()));
-        environment.extend(settings(name == format!("chaos-{}", Fault::DuplicateMessages.name())));
-        let mut config = config.clone();
+        environment.extend(settings(plan.publishes_twice(), setting.resend));
+        let mut config = setting.config.clone();
         // Not the next free port from 8080 on: pages that were killed must find theirs free again.
         config.web.listen = free_address().context("no port is free for the pages")?;
         let services = Services::start(&config, environment, SENDERS, None, log, |_| {}).await?;
@@ -161,7 +150,7 @@ impl Stopped<'_> {
 }
 
 /// Short times, so that what takes a minute by the default settings takes seconds here. The rules are the same.
-fn settings(publish_twice: bool) -> Vec<(OsString, OsString)> {
+fn settings(publish_twice: bool, resend: bool) -> Vec<(OsString, OsString)> {
     let rungs = RUNGS_MS.map(|ms| ms.to_string()).join(",");
     let settings = [
         ("RETRY__RUNGS_MS", rungs),
@@ -169,7 +158,7 @@ fn settings(publish_twice: bool) -> Vec<(OsString, OsString)> {
         ("HEARTBEAT__DEAD_AFTER_MS", DEAD_AFTER.as_millis().to_string()),
         ("SWEEP__INTERVAL_MS", "500".into()),
         ("SWEEP__STALLED_AFTER_MS", "3000".into()),
-        ("SEND__ON_UNKNOWN", "hold".into()),
+        ("SEND__ON_UNKNOWN", if resend { "resend" } else { "hold" }.into()),
         ("MAILER__SMTP__CONNECTIONS", CONNECTIONS.to_string()),
         ("MAILER__SMTP__COMMAND_TIMEOUT_MS", "5000".into()),
         ("MAILER__SMTP__MESSAGE_TIMEOUT_MS", "5000".into()),
