@@ -1,12 +1,19 @@
 //! The fault bench, on short lists and with the faults that cost most thought: that nobody is lost and nobody gets two, and
 //! that it reports what it promises.
 
-use std::process::{Command, Stdio};
+use std::{
+    process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
+};
 
 use serde_json::Value;
 
+/// Two private stacks that start at the same moment look for the same free ports.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 #[test]
 fn nobody_is_lost_and_nobody_gets_two() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let faults = ["kill-send", "mail-drops", "terminate-backends"];
     let mut chaos = Command::new(env!("CARGO_BIN_EXE_mailrun"));
     chaos.args(["chaos", "--recipients", "500", "--fault", &faults.join(","), "--seed", "1", "--json"]);
@@ -33,6 +40,7 @@ fn nobody_is_lost_and_nobody_gets_two() {
 /// A judgement that finds nothing is worth nothing.
 #[test]
 fn two_mails_to_one_person_are_found() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let mut chaos = Command::new(env!("CARGO_BIN_EXE_mailrun"));
     chaos.args(["chaos", "--recipients", "500", "--fault", "mail-drops", "--seed", "2", "--resend", "--json"]);
     // Its logs stay, since a promise was broken.

@@ -4,6 +4,7 @@ use std::{collections::HashMap, time::Duration};
 
 use anyhow::{Result, ensure};
 use lapin::options::BasicGetOptions;
+use mailrun_shared::config::SmtpConfig;
 use mailrun_shared::{
     broker::depth,
     item::ItemState,
@@ -78,7 +79,9 @@ pub(super) async fn judge(pool: &PgPool, sink: &Sink, run_id: Uuid, recipients: 
     .bind(run_id)
     .fetch_all(pool)
     .await?;
-    let times = |id: i64, email: &str| sink.mailbox().times(email, &format!("{id}.{}@mailrun", run_id.simple()));
+    let sender = SmtpConfig::default().from.email;
+    let domain = sender.rsplit('@').next().unwrap_or_default();
+    let times = |id: i64, email: &str| sink.mailbox().times(email, &format!("{id}.{}@{domain}", run_id.simple()));
     let items: Vec<(ItemState, u32)> = rows.iter().map(|(id, email, state)| (*state, times(*id, email))).collect();
     let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);
     Ok(Verdict { account, drift: u64::try_from(drift(pool).await?)? })
