@@ -44,11 +44,11 @@ pub(super) enum Fault {
     KillDatabase,
     /// All sessions of PostgreSQL are ended, again and again for some seconds
     TerminateBackends,
-    /// mailrun.items is purged, again and again for some seconds
+    /// All senders are killed, and mailrun.items is purged, again and again for some seconds
     PurgeItems,
     /// The queues of the retry schedule are purged, as long
     PurgeRetry,
-    /// mailrun.results is purged, as long
+    /// The process that counts is killed, and mailrun.results is purged, as long
     PurgeResults,
     /// mailrun.runs and mailrun.runs.wait are purged, as long
     PurgeRuns,
@@ -118,12 +118,21 @@ impl Fault {
             Self::KillBroker => kill_server(site, "RabbitMQ", |pids| pids.rabbitmq).await,
             Self::KillDatabase => kill_server(site, "PostgreSQL", |pids| pids.postgres).await,
             Self::TerminateBackends => terminate_backends(site, some_seconds(rng)).await,
-            Self::PurgeItems => purge(site, vec![topology::ITEMS.to_owned()], some_seconds(rng)).await,
+            // What a worker has in hand is not on its queue: it dies first, so that the broker puts that back.
+            Self::PurgeItems => {
+                for number in 1..=crate::local::SENDERS {
+                    site.signal(&format!("send-{number}"), Signal::KILL)?;
+                }
+                purge(site, vec![topology::ITEMS.to_owned()], some_seconds(rng)).await
+            }
             Self::PurgeRetry => {
                 let rungs = RUNGS_MS.map(|ms| topology::retry_queue(Duration::from_millis(ms)));
                 purge(site, rungs.to_vec(), some_seconds(rng)).await
             }
-            Self::PurgeResults => purge(site, vec![topology::RESULTS.to_owned()], some_seconds(rng)).await,
+            Self::PurgeResults => {
+                site.signal("progress", Signal::KILL)?;
+                purge(site, vec![topology::RESULTS.to_owned()], some_seconds(rng)).await
+            }
             Self::PurgeRuns => {
                 purge(site, vec![topology::RUNS.to_owned(), topology::RUNS_WAIT.to_owned()], some_seconds(rng)).await
             }
