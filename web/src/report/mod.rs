@@ -41,6 +41,19 @@ impl Verdict {
         let detail = detail.map(one_line).filter(|detail| !detail.is_empty());
         Some(Self { email, reason, detail })
     }
+
+    /// The address as it is reported, and as a person may have written it: mail servers know a domain in another script only
+    /// by its code, `xn--…`.
+    pub(crate) fn spellings(&self) -> Vec<String> {
+        let mut spellings = vec![self.email.clone()];
+        if let Some((name, domain)) = self.email.rsplit_once('@')
+            && let (domain_in_script, Ok(())) = idna::domain_to_unicode(domain)
+            && domain_in_script != domain
+        {
+            spellings.push(format!("{name}@{domain_in_script}"));
+        }
+        spellings
+    }
 }
 
 fn one_line(text: &str) -> String {
@@ -90,6 +103,14 @@ mod tests {
         ] {
             assert!(read(None, body.as_bytes()).is_err(), "{body}");
         }
+    }
+
+    #[test]
+    fn a_domain_in_another_script_has_two_spellings() {
+        let spellings = |email| Verdict::new(email, Reason::Bounced, None).unwrap().spellings();
+        assert_eq!(spellings("ann@example.org"), ["ann@example.org"]);
+        assert_eq!(spellings("ann@xn--bcher-kva.example"), ["ann@xn--bcher-kva.example", "ann@bücher.example"]);
+        assert_eq!(spellings("ann@bücher.example"), ["ann@bücher.example"]);
     }
 
     #[test]
