@@ -188,7 +188,7 @@ fn start(
                 let mailer = mailer::mailer(&config.mailer)?;
                 heartbeat.tell_of(Arc::clone(&mailer));
                 let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
-                let tests = TestSends::new(pool.clone(), publisher.clone(), id, same, links.clone());
+                let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, links.clone());
                 parts.spawn(tests.run(consume(&[topology::TESTS.into()], test_send::PREFETCH), stop.clone()));
                 let (beat, links) = (Arc::clone(heartbeat), links.clone());
                 let senders = Senders::new(config.clone(), pool.clone(), publisher.clone(), beat, mailer, links);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use mailrun_shared::{
     broker::Publisher,
+    config::Config,
     message::{TestMessage, decode},
     retry::Reconnect,
     store::test_sends::{self, Claimed, TestState},
@@ -37,13 +38,23 @@ pub struct TestSends {
     worker_id: i64,
     mailer: Arc<dyn Mailer>,
     links: Links,
+    /// Behind the @ of a Message-ID.
+    domain: String,
 }
 
 impl TestSends {
     /// Sends through `mailer`, in the name of the worker with this id.
     #[must_use]
-    pub fn new(pool: PgPool, publisher: Publisher, worker_id: i64, mailer: Arc<dyn Mailer>, links: Links) -> Self {
-        Self { pool, publisher, worker_id, mailer, links }
+    pub fn new(
+        config: &Config,
+        pool: PgPool,
+        publisher: Publisher,
+        worker_id: i64,
+        mailer: Arc<dyn Mailer>,
+        links: Links,
+    ) -> Self {
+        let domain = config.message_id_domain().to_owned();
+        Self { pool, publisher, worker_id, mailer, links, domain }
     }
 
     /// Sends until the consumer stops, then finishes what is under way.
@@ -99,15 +110,21 @@ impl TestSends {
             Ok(template) => Arc::new(template),
             Err(error) => return Outcome::Failed { reason: error.to_string(), bad_address: false },
         };
-        self.mailer.send(&test_mail(test_id, test.email, template, self.links.of_test())).await
+        self.mailer.send(&test_mail(test_id, &self.domain, test.email, template, self.links.of_test())).await
     }
 }
 
-/// A mail that invites nobody.
+/// A mail that invites nobody. `domain` stands behind the @ of its Message-ID.
 #[must_use]
-pub fn test_mail(test_id: Uuid, email: String, template: Arc<Template>, unsubscribe: Option<String>) -> Mail {
+pub fn test_mail(
+    test_id: Uuid,
+    domain: &str,
+    email: String,
+    template: Arc<Template>,
+    unsubscribe: Option<String>,
+) -> Mail {
     Mail {
-        message_id: format!("<test.{test_id}@mailrun>"),
+        message_id: format!("<test.{test_id}@{domain}>"),
         email,
         name: None,
         template,
