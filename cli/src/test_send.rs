@@ -25,7 +25,7 @@ pub async fn run(config: &Config, address: &str) -> Result<()> {
     };
     let template = Arc::new(Template::new(&config.web.subject, &config.web.body)?);
     let mailer = mailer::mailer(&config.mailer)?;
-    let mail = test_mail(Uuid::new_v4(), config.message_id_domain(), email, template, None);
+    let mail = test_mail(Uuid::new_v4(), &config.message_id_domain(), email, template, None);
     match mailer.send(&mail).await {
         Outcome::Sent if config.mailer.kind == MailerKind::Simulated => {
             println!("The simulated mailer took it: no mail left this machine. Set mailer.kind to send real mail.");

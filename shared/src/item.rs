@@ -1,6 +1,13 @@
 //! One invitation's state, and the join that makes counting safe: a pure function from what is known and what is reported to what is known next.
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// The `Message-ID` of an invitation, without its angle brackets: the same on every attempt, and of no other invitation.
+#[must_use]
+pub fn message_id(item_id: i64, run_id: Uuid, domain: &str) -> String {
+    format!("{item_id}.{}@{domain}", run_id.simple())
+}
 
 /// Where an invitation stands, in order of rank.
 ///

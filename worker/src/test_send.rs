@@ -53,8 +53,7 @@ impl TestSends {
         mailer: Arc<dyn Mailer>,
         links: Links,
     ) -> Self {
-        let domain = config.message_id_domain().to_owned();
-        Self { pool, publisher, worker_id, mailer, links, domain }
+        Self { pool, publisher, worker_id, mailer, links, domain: config.message_id_domain() }
     }
 
     /// Sends until the consumer stops, then finishes what is under way.

@@ -4,10 +4,10 @@ use std::{collections::HashMap, time::Duration};
 
 use anyhow::{Result, ensure};
 use lapin::options::BasicGetOptions;
-use mailrun_shared::config::SmtpConfig;
 use mailrun_shared::{
     broker::depth,
-    item::ItemState,
+    config::SmtpConfig,
+    item::{ItemState, message_id},
     message::ItemMessage,
     topology::{DEAD, ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue},
 };
@@ -79,9 +79,8 @@ pub(super) async fn judge(pool: &PgPool, sink: &Sink, run_id: Uuid, recipients: 
     .bind(run_id)
     .fetch_all(pool)
     .await?;
-    let sender = SmtpConfig::default().from.email;
-    let domain = sender.rsplit('@').next().unwrap_or_default();
-    let times = |id: i64, email: &str| sink.mailbox().times(email, &format!("{id}.{}@{domain}", run_id.simple()));
+    let domain = SmtpConfig::default().from.domain();
+    let times = |id: i64, email: &str| sink.mailbox().times(email, &message_id(id, run_id, &domain));
     let items: Vec<(ItemState, u32)> = rows.iter().map(|(id, email, state)| (*state, times(*id, email))).collect();
     let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);
     Ok(Verdict { account, drift: u64::try_from(drift(pool).await?)? })

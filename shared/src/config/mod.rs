@@ -187,8 +187,8 @@ impl Default for FanOutConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SendConfig {
-    /// Sends in flight in one process, each with a mailer connection of its own. A worker that is killed leaves at most so
-    /// many invitations in the state `unknown`.
+    /// Sends in flight in one process, or fewer with a mail server: see [`Config::permits`]. A worker that is killed leaves at
+    /// most so many invitations in the state `unknown`.
     pub permits: usize,
     /// Unacknowledged deliveries the broker hands out ahead.
     pub prefetch: u16,
@@ -433,10 +433,10 @@ impl Config {
 
     /// The right side of every `Message-ID`: mail servers distrust a domain that is none.
     #[must_use]
-    pub fn message_id_domain(&self) -> &str {
+    pub fn message_id_domain(&self) -> String {
         match self.mailer.kind {
-            MailerKind::Simulated => "mailrun",
-            MailerKind::Smtp => self.mailer.smtp.from.email.rsplit('@').next().unwrap_or("mailrun"),
+            MailerKind::Simulated => "mailrun".to_owned(),
+            MailerKind::Smtp => self.mailer.smtp.from.domain(),
         }
     }
 
@@ -588,6 +588,15 @@ mod tests {
         let error = read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80")]).unwrap_err().to_string();
         assert!(error.contains("web.password"), "{error}");
         read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80"), ("MAILRUN_WEB__PASSWORD", "letmein")]).unwrap();
+    }
+
+    #[test]
+    fn a_message_id_bears_the_senders_domain_in_ascii() {
+        let domain = |settings: &[(&str, &str)]| read(settings).unwrap().message_id_domain();
+        assert_eq!(domain(&[]), "mailrun");
+        let smtp = [("MAILRUN_MAILER__KIND", "smtp"), ("MAILRUN_MAILER__SMTP__RELAYS", "smtp://localhost?tls=none")];
+        let from = ("MAILRUN_MAILER__SMTP__FROM", "Zoë <zoe@müller.example>");
+        assert_eq!(domain(&[smtp[0], smtp[1], from]), "xn--mller-kva.example");
     }
 
     #[test]

@@ -115,6 +115,16 @@ impl TryFrom<String> for Sender {
     }
 }
 
+impl Sender {
+    /// The domain of the address, in ASCII, as headers want it.
+    #[must_use]
+    pub fn domain(&self) -> String {
+        let domain = self.email.rsplit('@').next().unwrap_or_default();
+        // One that can't be written in ASCII is refused before anything is sent from it.
+        idna::domain_to_ascii(domain).unwrap_or_else(|_| domain.to_owned())
+    }
+}
+
 impl fmt::Display for Sender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.name {
