@@ -7,6 +7,7 @@ pub mod demo;
 pub mod ledger;
 pub mod local;
 pub mod mail_sink;
+mod people;
 pub mod prune;
 pub mod setup;
 pub mod sink;

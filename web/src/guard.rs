@@ -103,13 +103,25 @@ pub fn is_local(host: &str) -> bool {
 
 /// Whether the request carries the password, under any user name.
 fn knows(headers: &HeaderMap, password: &str) -> bool {
-    let given = || {
-        let (scheme, encoded) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-        let decoded = STANDARD.decode(encoded.trim()).ok().filter(|_| scheme.eq_ignore_ascii_case("basic"))?;
-        let colon = decoded.iter().position(|byte| *byte == b':')?;
-        Some(decoded[colon + 1..].to_vec())
-    };
-    given().is_some_and(|given| given.ct_eq(password.as_bytes()).into())
+    basic_password(headers).is_some_and(|given| is_same(&given, password))
+}
+
+/// The password of a Basic login, whatever the user's name.
+pub(crate) fn basic_password(headers: &HeaderMap) -> Option<Vec<u8>> {
+    let decoded = STANDARD.decode(credentials(headers, "basic")?).ok()?;
+    let colon = decoded.iter().position(|byte| *byte == b':')?;
+    Some(decoded[colon + 1..].to_vec())
+}
+
+/// What stands behind this scheme in the header `Authorization`.
+pub(crate) fn credentials<'a>(headers: &'a HeaderMap, scheme: &str) -> Option<&'a str> {
+    let (given, credentials) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    given.eq_ignore_ascii_case(scheme).then(|| credentials.trim())
+}
+
+/// Whether a secret was given, in a time that does not tell how much of it was right.
+pub(crate) fn is_same(given: &[u8], secret: &str) -> bool {
+    given.ct_eq(secret.as_bytes()).into()
 }
 
 fn log_in() -> Response {

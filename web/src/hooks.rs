@@ -8,16 +8,15 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mailrun_shared::store::suppressions;
 use secrecy::ExposeSecret as _;
 use sqlx::PgPool;
-use subtle::ConstantTimeEq as _;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::{
     Shared,
+    guard::{basic_password, credentials, is_same},
     report::{self, Report, Verdict},
 };
 
@@ -98,20 +97,14 @@ async fn suppress(pool: &PgPool, verdicts: &[Verdict]) -> sqlx::Result<usize> {
 
 /// Whether the request carries the key: as a bearer token, or as the password of any user.
 fn knows(headers: &HeaderMap, key: &str) -> bool {
-    let given = || {
-        let (scheme, value) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-        if scheme.eq_ignore_ascii_case("bearer") {
-            return Some(value.trim().as_bytes().to_vec());
-        }
-        let decoded = STANDARD.decode(value.trim()).ok().filter(|_| scheme.eq_ignore_ascii_case("basic"))?;
-        let colon = decoded.iter().position(|byte| *byte == b':')?;
-        Some(decoded[colon + 1..].to_vec())
-    };
-    given().is_some_and(|given| given.ct_eq(key.as_bytes()).into())
+    let token = credentials(headers, "bearer").map(|token| token.as_bytes().to_vec());
+    token.or_else(|| basic_password(headers)).is_some_and(|given| is_same(&given, key))
 }
 
 #[cfg(test)]
 mod tests {
+    use base64::{Engine as _, engine::general_purpose::STANDARD};
+
     use super::*;
 
     #[test]

@@ -148,13 +148,22 @@ async fn register(
     config: &Config,
     stop: &CancellationToken,
 ) -> Option<Arc<Heartbeat>> {
-    let mut trouble = Reconnect::default();
+    let register = || Heartbeat::register(pool, roles, permits, &config.heartbeat);
+    until_answered("this worker can't register", stop, register).await.map(Arc::new)
+}
+
+/// Asks PostgreSQL until it answers; `trouble` says what can't be done meanwhile. None: told to stop before that.
+async fn until_answered<T, F>(trouble: &str, stop: &CancellationToken, mut ask: impl FnMut() -> F) -> Option<T>
+where
+    F: Future<Output = sqlx::Result<T>>,
+{
+    let mut waits = Reconnect::default();
     loop {
-        match stop.run_until_cancelled(Heartbeat::register(pool, roles, permits, &config.heartbeat)).await? {
-            Ok(heartbeat) => return Some(Arc::new(heartbeat)),
+        match stop.run_until_cancelled(ask()).await? {
+            Ok(answer) => return Some(answer),
             Err(error) => {
-                let wait = trouble.next_wait();
-                warn!(%error, wait_ms = wait.as_millis(), "this worker can't register; trying again");
+                let wait = waits.next_wait();
+                warn!(%error, wait_ms = wait.as_millis(), "{trouble}; trying again");
                 stop.run_until_cancelled(sleep(wait)).await?;
             }
         }

@@ -13,6 +13,7 @@ use std::{
 use mailrun_shared::{
     broker::{Outgoing, Publisher},
     config::Config,
+    item::message_id,
     message::{ItemMessage, ItemResult, decode},
     retry::{Reconnect, in_process},
     store::attempts::{self, Claimed, Found},
@@ -50,6 +51,8 @@ pub struct Senders {
     publisher: Publisher,
     heartbeat: Arc<Heartbeat>,
     mailer: Arc<dyn Mailer>,
+    /// Behind the @ of a Message-ID.
+    domain: String,
     templates: Templates,
     links: Links,
     claims: Mutex<Claims>,
@@ -89,6 +92,7 @@ impl Senders {
             publisher,
             heartbeat,
             mailer,
+            domain: config.message_id_domain(),
             claims: Mutex::default(),
             permits: Arc::new(Semaphore::new(config.permits())),
             rules: Rules { rungs: config.rungs(), on_unknown: config.send.on_unknown },
@@ -234,12 +238,7 @@ impl Senders {
             }
         };
         let mail = Mail {
-            message_id: format!(
-                "<{}.{}@{}>",
-                claimed.item_id,
-                claimed.run_id.simple(),
-                self.config.message_id_domain()
-            ),
+            message_id: format!("<{}>", message_id(claimed.item_id, claimed.run_id, &self.domain)),
             email: claimed.email,
             name: claimed.name,
             template,
@@ -259,7 +258,11 @@ impl Senders {
             let outcome = self.mailer.send(&mail).await;
             match (&outcome, waits.next()) {
                 (Outcome::Retry(_), Some(wait)) => sleep(wait).await,
-                _ => break after_send(item, outcome, self.lane_wait(), &self.rules),
+                _ => {
+                    let closed_for =
+                        if matches!(outcome, Outcome::Later(_)) { self.lane_wait() } else { Duration::ZERO };
+                    break after_send(item, outcome, closed_for, &self.rules);
+                }
             }
         }
     }

@@ -3,14 +3,13 @@
 use mailrun_shared::{
     config::WebConfig,
     public_url::PublicUrl,
-    retry::Reconnect,
     store::suppressions,
     unsubscribe::{Signer, TEST_ITEM},
 };
 use sqlx::PgPool;
-use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+
+use crate::until_answered;
 
 /// Makes the links, if the installation has an address that others can reach.
 #[derive(Clone, Debug, Default)]
@@ -20,17 +19,8 @@ impl Links {
     /// Reads the key, however long PostgreSQL takes to answer. None: told to stop before that.
     pub async fn read(pool: &PgPool, config: &WebConfig, stop: &CancellationToken) -> Option<Self> {
         let Some(public_url) = config.public_url.clone() else { return Some(Self(None)) };
-        let mut trouble = Reconnect::default();
-        loop {
-            match stop.run_until_cancelled(read_key(pool)).await? {
-                Ok(key) => return Some(Self(Some((Signer::new(&key), public_url)))),
-                Err(error) => {
-                    let wait = trouble.next_wait();
-                    warn!(%error, wait_ms = wait.as_millis(), "the key of unsubscribe links can't be read; trying again");
-                    stop.run_until_cancelled(sleep(wait)).await?;
-                }
-            }
-        }
+        let key = until_answered("the key of unsubscribe links can't be read", stop, || read_key(pool)).await?;
+        Some(Self(Some((Signer::new(&key), public_url))))
     }
 
     /// The link of an invitation.

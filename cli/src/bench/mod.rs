@@ -19,7 +19,7 @@ mod statements;
 mod watchers;
 mod writes;
 
-use std::{fmt::Write as _, path::Path, time::Duration};
+use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -32,7 +32,10 @@ use self::{
     report::{Figures, Latency, Round, median},
     small_run::Behind,
 };
-use crate::stack::{self, Stack};
+use crate::{
+    people::people,
+    stack::{self, Stack},
+};
 
 /// The naive pipeline gets so many times fewer people, since it is so much slower.
 const NAIVE_SHARE: usize = 20;
@@ -209,14 +212,4 @@ async fn small_run(stack: &Stack, settings: &Settings<'_>, behind: usize) -> Res
     let measured = small_run::measure(&place, settings, behind).await?;
     place.drop().await?;
     Ok(measured)
-}
-
-/// A list of `count` people, one a line.
-pub(crate) fn people(name: &str, count: usize) -> String {
-    let mut list = String::with_capacity(count * (name.len() + 22));
-    for number in 1..=count {
-        // Writing to a string does not fail.
-        let _ = writeln!(list, "{name}-{number:07}@example.org");
-    }
-    list
 }

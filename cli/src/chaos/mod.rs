@@ -37,7 +37,7 @@ use self::{
     site::Site,
     watch::{Stage, follow},
 };
-use crate::{bench::people, stack::Stack};
+use crate::{people::people, stack::Stack};
 
 /// A run that is not over after this time, and a little more for each recipient, is stuck.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -86,7 +86,14 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
     let seed = options.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
     // Not the stack of the checkout: its servers are not to be killed.
     let home = std::env::temp_dir().join(format!("mailrun-chaos-{}", Uuid::new_v4().simple()));
-    let stack = Stack::start(&home, &program, Duration::ZERO, |step| eprintln!("{step} …")).await?;
+    let stack = match Stack::start(&home, &program, Duration::ZERO, |step| eprintln!("{step} …")).await {
+        Ok(stack) => stack,
+        Err(error) => {
+            eprintln!("The logs are in {}", home.join("logs").display());
+            clear(&home, Some(&home.join("logs")));
+            return Err(error.into());
+        }
+    };
     let Options { recipients, resend, .. } = *options;
     let setting = Setting { config: &config, file, logs: home.join("logs"), recipients, resend };
     let plans = options.fault.iter().flat_map(|choice| choice.plans());

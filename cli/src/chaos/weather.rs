@@ -14,7 +14,10 @@ use std::{
 
 use tokio::time::sleep;
 
-use crate::sink::{Action, Rule, Stage};
+use crate::{
+    people::guest_number,
+    sink::{Action, Rule, Stage},
+};
 
 const REFUSED_ONCE_EVERY: u32 = 20;
 const REFUSED_EVERY: u32 = 50;
@@ -76,7 +79,7 @@ impl Weather {
     }
 
     fn of_recipient(&self, recipient: &str) -> Action {
-        let Some(number) = number(recipient) else { return Action::GoOn };
+        let Some(number) = guest_number(recipient) else { return Action::GoOn };
         if number.is_multiple_of(REFUSED_EVERY) {
             return Action::Reply(550, "5.7.1 Not wanted here".into());
         }
@@ -96,11 +99,6 @@ impl Weather {
         self.drops.load(Ordering::Relaxed) > 0
             && (self.messages.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(DROPPED_EVERY)
     }
-}
-
-/// The number of one of the fictional people.
-fn number(recipient: &str) -> Option<u32> {
-    recipient.strip_prefix("guest-")?.split('@').next()?.parse().ok()
 }
 
 #[cfg(test)]

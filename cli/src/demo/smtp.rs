@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::{
     local::{SENDERS, to_sink},
+    people::guest_number,
     sink::{self, Action, Sink, Stage},
 };
 
@@ -86,8 +87,7 @@ impl Options {
 
 /// The demo's guests are numbered.
 fn is_unlucky(recipient: &str) -> bool {
-    let number = recipient.strip_prefix("guest-").and_then(|rest| rest.split('@').next());
-    number.and_then(|number| number.parse::<u32>().ok()).is_some_and(|number| number % DOWN_EVERY == 0)
+    guest_number(recipient).is_some_and(|number| number.is_multiple_of(DOWN_EVERY))
 }
 
 /// Mails that the workers have begun to hand over, refused ones too: a rate limit is about them.

@@ -1,0 +1,18 @@
+//! Fictional people, as the demo, the bench and the fault bench invite them: numbered, so that a mail server can tell them apart.
+
+use std::fmt::Write as _;
+
+/// A list of `count` people, one a line, numbered from 1.
+pub(crate) fn people(name: &str, count: usize) -> String {
+    let mut list = String::with_capacity(count * (name.len() + 22));
+    for number in 1..=count {
+        // Writing to a string does not fail.
+        let _ = writeln!(list, "{name}-{number:07}@example.org");
+    }
+    list
+}
+
+/// The number of the guest with this address.
+pub(crate) fn guest_number(address: &str) -> Option<u32> {
+    address.strip_prefix("guest-")?.split('@').next()?.parse().ok()
+}
