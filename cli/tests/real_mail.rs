@@ -183,11 +183,11 @@ async fn the_rate_that_was_set_is_the_rate_that_the_server_sees() {
     world.until_over(&warm_up).await;
     sink.mailbox().clear();
     let runs =
-        [world.invite(&people(750)).await, world.invite(&people(750).replace("example.org", "example.net")).await];
+        [world.invite(&people(1100)).await, world.invite(&people(1100).replace("example.org", "example.net")).await];
     for run in &runs {
         world.until_over(run).await;
     }
-    assert_eq!((sink.received(), sink.received_twice()), (1500, 0));
+    assert_eq!((sink.received(), sink.received_twice()), (2200, 0));
     let rate = sink.rate().unwrap();
     assert!((rate / 150.0 - 1.0).abs() < 0.02, "{rate} a second, and not 150");
 }

@@ -248,7 +248,8 @@ impl FanOut {
         let budget =
             |per_second, next_due_at| Budget::new(per_second, next_due_at, situation.now, burst).spend(repeats);
         let installation = match self.config.fan_out.sends_per_second {
-            Some(per_second) => Some(budget(per_second, passes::lock_budget(conn).await?)),
+            // What nobody used before this run came is not made up for by it.
+            Some(per_second) => Some(budget(per_second, passes::lock_budget(conn).await?.max(pass.created_at))),
             None => None,
         };
         Ok(Limits { run: situation.sends_per_second.map(|limit| budget(limit, pass.next_due_at)), installation })
