@@ -1,7 +1,6 @@
 //! File locks between processes. The kernel frees them when their holder ends, however it ends.
 
 use std::{
-    env,
     fs::{File, OpenOptions, TryLockError},
     io,
     os::unix::fs::OpenOptionsExt as _,
@@ -37,9 +36,10 @@ pub(crate) fn try_exclusive(path: &Path) -> io::Result<Option<Lock>> {
     Ok(taken(file.try_lock())?.then_some(Lock { file }))
 }
 
-/// A lock file for all users of the machine, in the folder of temporary files; `None` if it can't be had.
+/// A lock file for all users and processes of the machine; `None` if it can't be had.
 pub(crate) fn open_shared_by_users(name: &str) -> Option<File> {
-    let path = env::temp_dir().join(name);
+    // Not where TMPDIR says: it may say something else to each process, and they would all have a lock of their own.
+    let path = Path::new("/tmp").join(name);
     // Reading is enough for a lock, and another user's file can't be opened for creation in a shared folder; it may
     // appear between the first two tries.
     File::open(&path)
