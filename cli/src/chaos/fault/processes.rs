@@ -1,0 +1,58 @@
+//! Faults of our own processes.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use rand::{RngExt as _, rngs::StdRng};
+use rustix::process::{Pid, Signal};
+use tokio::time::sleep;
+
+use super::super::site::{DEAD_AFTER, Site};
+
+/// The name of one of the senders.
+pub(super) fn a_sender(rng: &mut StdRng) -> String {
+    format!("send-{}", rng.random_range(1..=crate::local::SENDERS))
+}
+
+/// Lets a service stand still for longer than its heartbeat allows, by `more`, and go on.
+pub(super) async fn stand_still(site: &Site<'_>, service: &str, more: Duration) -> Result<()> {
+    let pid = site.pid(service)?;
+    send_signal(pid, std::process::id(), Signal::STOP)?;
+    sleep(DEAD_AFTER + more).await;
+    // It may have been killed meanwhile.
+    send_signal(pid, std::process::id(), Signal::CONT).or_else(|_| Ok(()))
+}
+
+/// Sends a signal to a process that `parent` has started, and to no other: an id may be a stranger's by now.
+pub(in super::super) fn send_signal(pid: u32, parent: u32, signal: Signal) -> Result<()> {
+    if parent_of(pid)? != parent {
+        bail!("process {pid} has ended");
+    }
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no process has this id")?;
+    Ok(rustix::process::kill_process(pid, signal)?)
+}
+
+fn parent_of(pid: u32) -> Result<u32> {
+    let stat =
+        std::fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid} has ended"))?;
+    // The name of the program stands in parentheses and may contain anything; the state follows, then the parent.
+    let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
+    parent.context("/proc is not as on Linux")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn only_a_child_of_the_named_parent_gets_a_signal() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        assert!(send_signal(child.id(), 1, Signal::KILL).is_err());
+        assert!(child.try_wait().unwrap().is_none());
+        send_signal(child.id(), std::process::id(), Signal::KILL).unwrap();
+        assert!(!child.wait().unwrap().success());
+        assert!(send_signal(child.id(), std::process::id(), Signal::KILL).is_err());
+    }
+}
