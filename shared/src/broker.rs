@@ -33,7 +33,6 @@ use crate::{
     telemetry, topology,
 };
 
-const HEARTBEAT_S: u16 = 15;
 const CONNECT_TIMEOUT_MS: u64 = 5_000;
 const PERSISTENT: u8 = 2;
 /// A broker that does not answer to the end of a connection is not waited for.
@@ -80,6 +79,7 @@ pub struct Broker {
     retry_delays: Vec<Duration>,
     publish_twice: bool,
     answer_timeout: Duration,
+    heartbeat_s: u16,
 }
 
 impl Broker {
@@ -94,6 +94,7 @@ impl Broker {
             retry_delays: config.rungs(),
             publish_twice: config.amqp.publish_twice,
             answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
+            heartbeat_s: config.amqp.heartbeat_s,
         })
     }
 
@@ -115,7 +116,7 @@ impl Broker {
 
     async fn connect_to(&self, url: &SecretString, purpose: &str) -> Result<Connection, BrokerError> {
         let mut uri: AMQPUri = url.expose_secret().parse().map_err(BrokerError::Url)?;
-        uri.query.heartbeat = Some(HEARTBEAT_S);
+        uri.query.heartbeat = Some(self.heartbeat_s);
         uri.query.connection_timeout = Some(CONNECT_TIMEOUT_MS);
         let properties =
             ConnectionProperties::default().with_connection_name(format!("{} {purpose}", self.name).into());

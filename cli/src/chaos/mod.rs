@@ -7,6 +7,7 @@
 mod fault;
 mod judge;
 mod plan;
+mod proxy;
 mod report;
 mod site;
 mod watch;
@@ -14,7 +15,7 @@ mod weather;
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -145,7 +146,7 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: impl Iterator<Item = P
             }
         };
         eprintln!(
-            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, left {}, stuck {}",
+            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, left {}, stuck {}; stood still for {:.1} s, and for {:.1} s with nothing wrong",
             figures.faults,
             figures.sent,
             figures.failed,
@@ -155,27 +156,26 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: impl Iterator<Item = P
             figures.untold,
             figures.drift,
             figures.left,
-            figures.stuck
+            figures.stuck,
+            figures.longest_stall_seconds,
+            figures.longest_recovery_seconds
         );
         report.add(name, figures);
     }
     report
 }
 
-/// What has struck.
+/// What has struck: of each fault its beginning and its end.
 #[derive(Default)]
-struct Struck(Mutex<(u64, Option<Instant>)>);
+struct Struck(Mutex<Vec<(Instant, Instant)>>);
 
 impl Struck {
-    /// Counts one; `is_over` says that it has passed, and not that it stays.
-    fn add(&self, is_over: bool) {
-        let mut struck = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *struck = (struck.0 + 1, is_over.then(Instant::now).or(struck.1));
+    fn add(&self, begun: Instant) {
+        self.all().push((begun, Instant::now()));
     }
 
-    /// How many there were, and when the last one was over.
-    fn sum(&self) -> (u64, Option<Instant>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn all(&self) -> MutexGuard<'_, Vec<(Instant, Instant)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -207,11 +207,15 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     let (site, in_good_order) = site.stop().await;
     let verdict = judge(&site.pool, &site.sink, run_id, setting.recipients).await?;
     site.drop().await?;
-    let (faults, last) = struck.sum();
+    let struck = struck.all();
     let over_at = seen.over_at.unwrap_or_else(Instant::now);
+    // What was there to the end has no end to recover from.
+    let passed: Vec<_> = struck.iter().filter(|(_, end)| *end < over_at).copied().collect();
+    let last = passed.iter().map(|(_, end)| *end).max();
+    let (after, bound) = (seen.longest_stall_outside(&passed), plan.bound());
     Ok(Figures {
         recipients: setting.recipients.into(),
-        faults,
+        faults: struck.len() as u64,
         lost: verdict.account.lost,
         doubled: verdict.account.doubled,
         sent: verdict.account.sent,
@@ -223,7 +227,10 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
         outdated_dead_letters: remains.outdated_dead_letters,
         stuck: stuck + remains.busy_workers + u64::from(!in_good_order),
         seconds: (over_at - posted_at).as_secs_f64(),
-        longest_stall_seconds: seen.longest_stall.as_secs_f64(),
+        late: u64::from(after > bound),
+        longest_stall_seconds: seen.longest_stall().as_secs_f64(),
+        longest_recovery_seconds: after.as_secs_f64(),
+        recovery_bound_seconds: bound.as_secs_f64(),
         recovery_seconds: last.map_or(0.0, |last| over_at.saturating_duration_since(last).as_secs_f64()),
     })
 }
@@ -267,10 +274,22 @@ async fn carry_out(site: &Site<'_>, strike: Strike, posted_at: Instant, mut stag
             }
         }
     }
-    let name = strike.fault.name();
+    let (name, begun) = (strike.fault.name(), Instant::now());
     eprintln!("  {name} at {:.1} s", posted_at.elapsed().as_secs_f64());
-    match strike.fault.strike(site, &mut StdRng::seed_from_u64(strike.seed)).await {
-        Ok(()) => struck.add(strike.fault.weight() != Weight::Whole),
+    let mut rng = StdRng::seed_from_u64(strike.seed);
+    let struck_by = strike.fault.strike(site, &mut rng, &stages);
+    let done = match strike.fault.weight() {
+        Weight::Whole => {
+            let mut until = stages.clone();
+            tokio::select! {
+                done = struck_by => done,
+                _ = until.wait_for(|stage| stage.over) => Ok(()),
+            }
+        }
+        _ => struck_by.await,
+    };
+    match done {
+        Ok(()) => struck.add(begun),
         Err(error) => eprintln!("  {name} did not happen: {error:#}"),
     }
 }

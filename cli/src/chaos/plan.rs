@@ -90,6 +90,14 @@ impl Plan {
         matches!(self, Self::One(Fault::DuplicateMessages) | Self::Mixed)
     }
 
+    /// For so long its run may stand still at most when no fault is under way.
+    pub(super) fn bound(self) -> Duration {
+        match self {
+            Self::One(fault) => fault.bound(),
+            Self::Mixed => Fault::value_variants().iter().map(|fault| fault.bound()).max().unwrap_or_default(),
+        }
+    }
+
     /// The faults of its run. The same seed gives the same ones.
     pub(super) fn strikes(self, seed: u64) -> Vec<Strike> {
         let mut rng = StdRng::seed_from_u64(seed);
@@ -108,7 +116,7 @@ impl Plan {
                         strike(&mut rng, fault, moment)
                     })
                     .collect();
-                if fault == Fault::KillWeb {
+                if fault.strikes_the_form() {
                     // The form itself must survive it.
                     let moment = after_post(&mut rng);
                     strikes.push(strike(&mut rng, fault, moment));
@@ -119,7 +127,7 @@ impl Plan {
                 let strikes = Fault::value_variants().iter().map(|fault| {
                     let moment = match fault.weight() {
                         Weight::Whole => Moment::AfterPost(Duration::ZERO),
-                        _ if *fault == Fault::KillWeb => after_post(&mut rng),
+                        _ if fault.strikes_the_form() => after_post(&mut rng),
                         _ => Moment::Settled(rng.random_range(0.02..LATEST)),
                     };
                     strike(&mut rng, *fault, moment)

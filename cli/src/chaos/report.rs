@@ -28,10 +28,16 @@ pub(super) struct Figures {
     pub(super) outdated_dead_letters: u64,
     /// Runs that did not end, and workers that did not.
     pub(super) stuck: u64,
+    /// Runs that stood still for longer than they may when no fault is under way.
+    pub(super) late: u64,
     /// From the form to the end.
     pub(super) seconds: f64,
     /// The longest time for which no counter changed.
     pub(super) longest_stall_seconds: f64,
+    /// The longest time for which no counter changed while no fault was under way.
+    pub(super) longest_recovery_seconds: f64,
+    /// So long it may be.
+    pub(super) recovery_bound_seconds: f64,
     /// From the end of the last fault to the end of the run.
     pub(super) recovery_seconds: f64,
 }
@@ -39,7 +45,7 @@ pub(super) struct Figures {
 impl Figures {
     /// Whether a promise was broken.
     pub(super) fn is_bad(&self) -> bool {
-        self.lost + self.doubled + self.untold + self.drift + self.left + self.stuck > 0
+        self.lost + self.doubled + self.untold + self.drift + self.left + self.stuck + self.late > 0
     }
 
     fn and(self, other: &Self) -> Self {
@@ -56,8 +62,11 @@ impl Figures {
             left: self.left + other.left,
             outdated_dead_letters: self.outdated_dead_letters + other.outdated_dead_letters,
             stuck: self.stuck + other.stuck,
+            late: self.late + other.late,
             seconds: self.seconds + other.seconds,
             longest_stall_seconds: self.longest_stall_seconds.max(other.longest_stall_seconds),
+            longest_recovery_seconds: self.longest_recovery_seconds.max(other.longest_recovery_seconds),
+            recovery_bound_seconds: self.recovery_bound_seconds.max(other.recovery_bound_seconds),
             recovery_seconds: self.recovery_seconds.max(other.recovery_seconds),
         }
     }
@@ -97,7 +106,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>8} {:>10}",
+            "{:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>8} {:>8} {:>6} {:>8}",
             "fault",
             "recipients",
             "faults",
@@ -108,13 +117,15 @@ impl fmt::Display for Report {
             "left",
             "stuck",
             "stall",
-            "recovery"
+            "after",
+            "bound",
+            "to end"
         )?;
         let rows = self.order.iter().filter_map(|name| Some((name.as_str(), self.by_fault.get(name)?)));
         for (name, one) in rows.chain([("all together", &self.all)]) {
             writeln!(
                 f,
-                "{name:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>6.1} s {:>8.1} s",
+                "{name:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>6.1} s {:>6.1} s {:>4.0} s {:>6.1} s",
                 one.recipients,
                 one.faults,
                 one.lost,
@@ -122,8 +133,10 @@ impl fmt::Display for Report {
                 one.unknown,
                 one.drift,
                 one.left,
-                one.stuck,
+                one.stuck + one.late,
                 one.longest_stall_seconds,
+                one.longest_recovery_seconds,
+                one.recovery_bound_seconds,
                 one.recovery_seconds
             )?;
         }

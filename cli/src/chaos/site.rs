@@ -16,8 +16,9 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use tokio::time::Instant;
+use url::Url;
 
-use super::{Setting, fault::send_signal, plan::Plan, weather::Weather};
+use super::{Setting, fault::send_signal, plan::Plan, proxy::Proxy, weather::Weather};
 use crate::{
     local::{SENDERS, Services, to_sink},
     sink::{self, Sink},
@@ -27,8 +28,14 @@ use crate::{
 
 /// A worker that has not been heard of for so long is dead.
 pub(super) const DEAD_AFTER: Duration = Duration::from_secs(3);
+/// A run whose counters have not moved for so long is looked at.
+pub(super) const STALLED_AFTER: Duration = Duration::from_secs(3);
 /// The retry schedule.
 pub(super) const RUNGS_MS: [u64; 4] = [300, 600, 1_500, 3_000];
+/// Nobody waits longer than this for an answer of RabbitMQ, of PostgreSQL or of the mail server.
+pub(super) const ANSWER: Duration = Duration::from_secs(5);
+/// Connections to RabbitMQ show so often that they live.
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(4);
 /// Connections of one sender.
 const CONNECTIONS: u32 = 20;
 /// What the mail server takes for each mail; more for a short list, which would be over before anything could happen.
@@ -47,6 +54,12 @@ pub(super) struct Site<'a> {
     pub(super) weather: Arc<Weather>,
     pub(super) pool: PgPool,
     pub(super) visitor: Visitor,
+    /// Our processes reach RabbitMQ through it.
+    pub(super) to_broker: Proxy,
+    /// They reach PostgreSQL through it.
+    pub(super) to_database: Proxy,
+    /// The senders reach the mail server through it.
+    pub(super) to_mail: Proxy,
     name: String,
     services: Services,
 }
@@ -67,12 +80,13 @@ impl<'a> Site<'a> {
         let weather = Arc::new(Weather::default());
         sink.set_rule(weather.rule());
 
-        let mut environment: Vec<(OsString, OsString)> = vec![
-            ("DATABASE_URL".into(), stack.database_url(&name).into()),
-            ("AMQP_URL".into(), stack.amqp_url(&name).into()),
-        ];
+        let (to_database, database_url) = through_proxy(&stack.database_url(&name)).await?;
+        let (to_broker, amqp_url) = through_proxy(&stack.amqp_url(&name)).await?;
+        let to_mail = Proxy::start(sink.address()).await?;
+        let mut environment: Vec<(OsString, OsString)> =
+            vec![("DATABASE_URL".into(), database_url.into()), ("AMQP_URL".into(), amqp_url.into())];
         environment.extend(setting.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
-        environment.extend(to_sink(sink.address()));
+        environment.extend(to_sink(to_mail.address()));
         environment.extend(settings(plan.publishes_twice(), setting.resend));
         let mut config = setting.config.clone();
         // Not the next free port from 8080 on: pages that were killed must find theirs free again.
@@ -84,7 +98,22 @@ impl<'a> Site<'a> {
             .acquire_timeout(Duration::from_secs(2))
             .connect_lazy_with(options.application_name("mailrun chaos"));
         let visitor = Visitor::new(&config, &services.web_url)?;
-        Ok(Self { stack, sink, weather, pool, visitor, name, services })
+        Ok(Self { stack, sink, weather, pool, visitor, to_broker, to_database, to_mail, name, services })
+    }
+
+    /// The name of its database and of its virtual host.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How the bench itself reaches the database.
+    pub(super) fn database(&self) -> PgConnectOptions {
+        PgConnectOptions::clone(&self.pool.connect_options())
+    }
+
+    /// The names of the services.
+    pub(super) fn services(&self) -> Vec<String> {
+        self.services.pids().map(|(name, _)| name.to_owned()).collect()
     }
 
     /// A connection of its own, with a channel.
@@ -120,10 +149,13 @@ impl<'a> Site<'a> {
 
     /// Stops the services; says whether all of them ended in good order.
     pub(super) async fn stop(self) -> (Stopped<'a>, bool) {
-        let Self { stack, sink, pool, name, services, .. } = self;
+        let Self { stack, sink, pool, to_broker, to_database, to_mail, name, services, .. } = self;
         let began = Instant::now();
         services.stop().await;
         let good = began.elapsed() < GOOD_ORDER;
+        for proxy in [to_broker, to_database, to_mail] {
+            proxy.stop().await;
+        }
         sink.stop().await;
         (Stopped { stack, sink, pool, name }, good)
     }
@@ -151,20 +183,33 @@ impl Stopped<'_> {
 
 /// Short times, so that what takes a minute by the default settings takes seconds here. The rules are the same.
 fn settings(publish_twice: bool, resend: bool) -> Vec<(OsString, OsString)> {
+    let answer_ms = ANSWER.as_millis().to_string();
     let rungs = RUNGS_MS.map(|ms| ms.to_string()).join(",");
     let settings = [
         ("RETRY__RUNGS_MS", rungs),
         ("HEARTBEAT__INTERVAL_MS", "300".into()),
         ("HEARTBEAT__DEAD_AFTER_MS", DEAD_AFTER.as_millis().to_string()),
         ("SWEEP__INTERVAL_MS", "500".into()),
-        ("SWEEP__STALLED_AFTER_MS", "3000".into()),
+        ("SWEEP__STALLED_AFTER_MS", STALLED_AFTER.as_millis().to_string()),
         ("SEND__ON_UNKNOWN", if resend { "resend" } else { "hold" }.into()),
         ("MAILER__SMTP__CONNECTIONS", CONNECTIONS.to_string()),
-        ("MAILER__SMTP__COMMAND_TIMEOUT_MS", "5000".into()),
-        ("MAILER__SMTP__MESSAGE_TIMEOUT_MS", "5000".into()),
+        ("MAILER__SMTP__COMMAND_TIMEOUT_MS", answer_ms.clone()),
+        ("MAILER__SMTP__MESSAGE_TIMEOUT_MS", answer_ms.clone()),
+        ("DATABASE__ANSWER_TIMEOUT_MS", answer_ms.clone()),
+        ("AMQP__ANSWER_TIMEOUT_MS", answer_ms),
+        ("AMQP__HEARTBEAT_S", HEARTBEAT.as_secs().to_string()),
         ("AMQP__PUBLISH_TWICE", publish_twice.to_string()),
     ];
     settings.into_iter().map(|(key, value)| (format!("MAILRUN_{key}").into(), value.into())).collect()
+}
+
+/// Starts a proxy in front of the server that `url` names, and returns the address with which it is reached through that.
+async fn through_proxy(url: &str) -> Result<(Proxy, String)> {
+    let mut url: Url = url.parse()?;
+    let port = url.port().context("the address has no port")?;
+    let proxy = Proxy::start((Ipv4Addr::LOCALHOST, port).into()).await?;
+    url.set_port(Some(proxy.address().port())).ok().context("the address can have no port")?;
+    Ok((proxy, url.into()))
 }
 
 /// A loopback address that nobody uses, outside the range that the system gives to outgoing connections.

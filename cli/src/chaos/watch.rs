@@ -24,36 +24,62 @@ pub(super) struct Stage {
 }
 
 /// What was seen of a run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Seen {
     /// When it was over; none: it was not, in the time it had.
     pub(super) over_at: Option<Instant>,
+    /// When a counter changed, and the beginning and the end of it all.
+    pub(super) moments: Vec<Instant>,
+}
+
+impl Seen {
     /// The longest time for which no counter changed.
-    pub(super) longest_stall: Duration,
+    pub(super) fn longest_stall(&self) -> Duration {
+        self.longest_stall_outside(&[])
+    }
+
+    /// The longest time for which no counter changed although none of these faults, each with its beginning and its end,
+    /// was under way.
+    pub(super) fn longest_stall_outside(&self, faults: &[(Instant, Instant)]) -> Duration {
+        let stalls = self.moments.iter().zip(self.moments.iter().skip(1));
+        stalls.map(|(from, to)| longest_outside(*from, *to, faults)).max().unwrap_or_default()
+    }
+}
+
+/// The longest part between `from` and `to` that is outside of all `faults`.
+fn longest_outside(from: Instant, to: Instant, faults: &[(Instant, Instant)]) -> Duration {
+    let within = faults.iter().filter(|(begin, end)| *begin < to && *end > from);
+    let mut within: Vec<(Instant, Instant)> = within.copied().collect();
+    within.sort();
+    let (mut longest, mut free_since) = (Duration::ZERO, from);
+    for (begin, end) in within {
+        longest = longest.max(begin.saturating_duration_since(free_since));
+        free_since = free_since.max(end);
+    }
+    longest.max(to.saturating_duration_since(free_since))
 }
 
 /// Follows a run until it is over, or `limit` has passed; `stage` always says how far it is.
 pub(super) async fn follow(pool: &PgPool, run_id: Uuid, limit: Duration, stage: &watch::Sender<Stage>) -> Seen {
     let end = Instant::now() + limit;
-    let mut moved_at = Instant::now();
-    let mut longest_stall = Duration::ZERO;
+    let mut moments = vec![Instant::now()];
     let mut before = None;
     loop {
         // A database that does not answer is a time without progress like any other.
         if let Ok(Ok(Some(now))) = timeout(ANSWER, counters(pool, run_id)).await {
-            longest_stall = longest_stall.max(moved_at.elapsed());
             if before != Some(now) {
-                moved_at = Instant::now();
+                moments.push(Instant::now());
                 before = Some(now);
             }
             let over = now.finished;
             stage.send_replace(Stage { settled: f64::from(now.settled) / f64::from(now.total.max(1)), over });
             if over {
-                return Seen { over_at: Some(Instant::now()), longest_stall };
+                return Seen { over_at: Some(Instant::now()), moments };
             }
         }
         if Instant::now() > end {
-            return Seen { over_at: None, longest_stall: longest_stall.max(moved_at.elapsed()) };
+            moments.push(Instant::now());
+            return Seen { over_at: None, moments };
         }
         sleep(POLL).await;
     }
@@ -75,4 +101,26 @@ async fn counters(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Counters>>
     .bind(run_id)
     .fetch_optional(pool)
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stall_counts_as_such_while_no_fault_is_under_way() {
+        let begin = Instant::now();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        let seen = Seen { over_at: Some(at(30)), moments: [0, 1, 11, 12, 30].map(at).to_vec() };
+        let outside = |faults: &[(u64, u64)]| {
+            let faults: Vec<_> = faults.iter().map(|(from, to)| (at(*from), at(*to))).collect();
+            seen.longest_stall_outside(&faults).as_secs()
+        };
+        assert_eq!(seen.longest_stall().as_secs(), 18);
+        assert_eq!(outside(&[(13, 20)]), 10, "what is left of the longest one is as long as the other");
+        assert_eq!(outside(&[(13, 25), (2, 4), (3, 8)]), 5);
+        assert_eq!(outside(&[(14, 29), (15, 16), (0, 11)]), 2);
+        assert_eq!(outside(&[(13, 13)]), 17, "it strikes and is over");
+        assert_eq!(outside(&[(0, 30)]), 0);
+    }
 }

@@ -23,6 +23,8 @@ const REFUSED_ONCE_EVERY: u32 = 20;
 const REFUSED_EVERY: u32 = 50;
 /// While messages are dropped, it is every so manieth.
 const DROPPED_EVERY: u32 = 100;
+/// A slow answer comes so late: it is waited for.
+const SLOW: Duration = Duration::from_secs(2);
 
 /// What can be wrong with the mail server for a while.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +33,8 @@ pub(super) enum Trouble {
     Drops,
     /// Everybody is asked to come back later.
     Busy,
+    /// An answer takes its time.
+    Slow,
 }
 
 /// What a mail server does at present.
@@ -39,6 +43,7 @@ pub(super) struct Weather {
     /// How many want it so at the moment.
     drops: AtomicU32,
     busy: AtomicU32,
+    slow: AtomicU32,
     /// Connections that shall still fall silent.
     hangs: AtomicU32,
     messages: AtomicU32,
@@ -57,6 +62,7 @@ impl Weather {
         let level = match trouble {
             Trouble::Drops => &self.drops,
             Trouble::Busy => &self.busy,
+            Trouble::Slow => &self.slow,
         };
         level.fetch_add(1, Ordering::Relaxed);
         sleep(time).await;
@@ -73,6 +79,7 @@ impl Weather {
             Stage::Mail if self.busy.load(Ordering::Relaxed) > 0 => Action::Reply(421, "4.3.2 Come back later".into()),
             Stage::Rcpt(recipient) => self.of_recipient(recipient),
             Stage::Data | Stage::Message if self.hangs() => Action::Hang,
+            Stage::Message if self.slow.load(Ordering::Relaxed) > 0 => Action::Wait(SLOW),
             Stage::Message if self.is_dropped() => Action::AcceptThenDrop,
             _ => Action::GoOn,
         }

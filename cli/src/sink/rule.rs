@@ -1,6 +1,6 @@
 //! What a mail sink may be told to do other than accept: decided at each stage of each conversation.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 /// Where a conversation is when a rule is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub enum Action {
     /// Refuses with this code and text; each line of the text becomes one of the reply. After 421 the connection is closed,
     /// as after any refusal at [`Stage::Connect`].
     Reply(u16, String),
+    /// Goes on after so long.
+    Wait(Duration),
     /// Closes the connection without an answer.
     Drop,
     /// Never answers; ends when the client goes, or the sink stops.

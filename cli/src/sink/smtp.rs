@@ -376,6 +376,10 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
     async fn verdict(&mut self, stage: Stage<'_>) -> Result<Verdict, End> {
         match self.shared.action(stage, &self.session) {
             Action::GoOn => Ok(Verdict::GoOn),
+            Action::Wait(time) => {
+                sleep(time).await;
+                Ok(Verdict::GoOn)
+            }
             Action::Reply(code, text) => {
                 self.wire.reply(code, &text);
                 if code == CLOSING { Err(End::Closed) } else { Ok(Verdict::Refused) }

@@ -18,7 +18,7 @@ use super::{folder::tail, processes::signal, state::ServerStatus};
 /// A server may die this often in a row before its keeper gives up.
 const DEATHS: u32 = 5;
 /// A server that ran this long has recovered from earlier deaths.
-const HEALTHY: Duration = Duration::from_secs(60);
+const HEALTHY: Duration = Duration::from_secs(15);
 /// How often a starting server is asked whether it answers.
 const POLL: Duration = Duration::from_millis(50);
 /// How long a server may take to start, or to stop when it has answered.

@@ -68,6 +68,8 @@ pub struct DatabaseConfig {
     pub max_connections: u32,
     /// How long a request for a connection may wait.
     pub acquire_timeout_ms: u64,
+    /// PostgreSQL must answer a statement within this time. A connection on which it does not is given up.
+    pub answer_timeout_ms: u64,
 }
 
 impl Default for DatabaseConfig {
@@ -76,6 +78,7 @@ impl Default for DatabaseConfig {
             url: "postgres://mailrun@127.0.0.1:5432/mailrun".into(),
             max_connections: 10,
             acquire_timeout_ms: 10_000,
+            answer_timeout_ms: 30_000,
         }
     }
 }
@@ -98,6 +101,8 @@ pub struct AmqpConfig {
     pub publish_twice: bool,
     /// The broker must answer a publish, an ack or a declaration within this time.
     pub answer_timeout_ms: u64,
+    /// How often both ends of a connection show that they live. One that was silent for twice as long is given up.
+    pub heartbeat_s: u16,
 }
 
 impl Default for AmqpConfig {
@@ -109,6 +114,7 @@ impl Default for AmqpConfig {
             declare_topology: true,
             publish_twice: false,
             answer_timeout_ms: 30_000,
+            heartbeat_s: 15,
         }
     }
 }

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use anyhow::Result;
 use lapin::options::{QueueDeleteOptions, QueuePurgeOptions};
+use mailrun_shared::topology;
+use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 
-use super::super::site::Site;
+use super::{super::site::Site, send_signal};
 
 /// Purges for some time, again and again: what is on these queues mostly stays there for a moment only.
 pub(super) async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) -> Result<()> {
@@ -34,4 +36,31 @@ pub(super) async fn memory_alarm(site: &Site<'_>, time: Duration) -> Result<()> 
     site.stack.control_rabbitmq(&["set_vm_memory_high_watermark", "0"]).await?;
     sleep(time).await;
     Ok(site.stack.control_rabbitmq(&["set_vm_memory_high_watermark", "absolute", "1GiB"]).await?)
+}
+
+/// Lets RabbitMQ believe the same of its disk.
+pub(super) async fn disk_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
+    site.stack.control_rabbitmq(&["set_disk_free_limit", "1000000GB"]).await?;
+    sleep(time).await;
+    Ok(site.stack.control_rabbitmq(&["set_disk_free_limit", "200MB"]).await?)
+}
+
+/// Gives a queue room for one message only, for some time: what is published beyond that is refused.
+pub(super) async fn full(site: &Site<'_>, queue: &str, time: Duration) -> Result<()> {
+    let (vhost, pattern) = (site.name(), format!("^{}$", queue.replace('.', "\\.")));
+    let definition = r#"{"max-length":1,"overflow":"reject-publish"}"#;
+    let control = async |args: &[&str]| site.stack.control_rabbitmq(args).await;
+    control(&["set_policy", "-p", vhost, queue, &pattern, definition, "--apply-to", "queues"]).await?;
+    sleep(time).await;
+    Ok(control(&["clear_policy", "-p", vhost, queue]).await?)
+}
+
+/// The same for the results, while nobody counts them.
+pub(super) async fn full_results(site: &Site<'_>, time: Duration) -> Result<()> {
+    let pid = site.pid("progress")?;
+    send_signal(pid, std::process::id(), Signal::STOP)?;
+    let done = full(site, topology::RESULTS, time).await;
+    // It may have been killed meanwhile.
+    let _ = send_signal(pid, std::process::id(), Signal::CONT);
+    done
 }

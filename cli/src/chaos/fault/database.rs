@@ -3,26 +3,94 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use tokio::time::{Instant, sleep};
+use futures::future::{join_all, try_join_all};
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
+use tokio::{
+    sync::watch::Receiver,
+    time::{Instant, sleep, timeout},
+};
 
-use super::super::site::Site;
+use super::super::{site::Site, watch::Stage};
 
 /// Sessions are ended so often while they are.
 const BETWEEN_TERMINATIONS: Duration = Duration::from_millis(250);
+/// So many connect at a time when a crowd does.
+const ABREAST: usize = 20;
+/// A crowd looks so often for connections that have become free.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
+/// So many readers hold old snapshots.
+const READERS: usize = 4;
+/// But none for longer than this, however long the run is.
+const LONGEST_SNAPSHOT: Duration = Duration::from_secs(600);
 
 /// Ends all sessions but the bench's own, again and again for some time.
 pub(super) async fn terminate_backends(site: &Site<'_>, time: Duration) -> Result<()> {
     let end = Instant::now() + time;
     while Instant::now() < end {
-        sqlx::query(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-             WHERE datname = current_database() AND application_name <> current_setting('application_name')",
-        )
-        .execute(&site.pool)
-        .await?;
+        terminate(site).await?;
         sleep(BETWEEN_TERMINATIONS).await;
     }
     Ok(())
+}
+
+async fn terminate(site: &Site<'_>) -> Result<()> {
+    sqlx::query(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+         WHERE datname = current_database() AND application_name <> current_setting('application_name')",
+    )
+    .execute(&site.pool)
+    .await?;
+    Ok(())
+}
+
+/// Takes all connections that are free, then those that our processes had, and keeps them for some time.
+pub(super) async fn crowd(site: &Site<'_>, time: Duration) -> Result<()> {
+    let options =
+        site.database().application_name(site.pool.connect_options().get_application_name().unwrap_or_default());
+    let mut crowd = Vec::new();
+    fill(&options, &mut crowd).await;
+    terminate(site).await?;
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        fill(&options, &mut crowd).await;
+        sleep(BETWEEN_LOOKS).await;
+    }
+    eprintln!("  {} connections taken", crowd.len());
+    join_all(crowd.into_iter().map(PgConnection::close)).await;
+    Ok(())
+}
+
+/// Connects until no connection is left.
+async fn fill(options: &PgConnectOptions, crowd: &mut Vec<PgConnection>) {
+    loop {
+        let new = join_all((0..ABREAST).map(|_| PgConnection::connect_with(options))).await;
+        let before = crowd.len();
+        crowd.extend(new.into_iter().flatten());
+        if crowd.len() < before + ABREAST {
+            return;
+        }
+    }
+}
+
+/// Reads the whole run again and again, each time in a transaction that stays open until up to a third of the run more is
+/// settled. Never ends.
+pub(super) async fn long_readers(site: &Site<'_>, stages: &Receiver<Stage>, rng: &mut StdRng) -> Result<()> {
+    let readers = (0..READERS).map(|_| reader(site, stages.clone(), StdRng::seed_from_u64(rng.random())));
+    try_join_all(readers).await?;
+    Ok(())
+}
+
+async fn reader(site: &Site<'_>, mut stages: Receiver<Stage>, mut rng: StdRng) -> Result<()> {
+    let mut connection = PgConnection::connect_with(&site.database()).await?;
+    loop {
+        let mut tx = connection.begin().await?;
+        sqlx::query("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ").execute(&mut *tx).await?;
+        sqlx::query("SELECT count(*) FROM run_items").execute(&mut *tx).await?;
+        let until = stages.borrow().settled + rng.random_range(0.05..0.33);
+        let _ = timeout(LONGEST_SNAPSHOT, stages.wait_for(|stage| stage.settled >= until)).await;
+        tx.rollback().await?;
+    }
 }
 
 /// Holds an old snapshot for twice this time, and for the second half a lock on the counters.

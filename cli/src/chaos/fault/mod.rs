@@ -4,6 +4,7 @@
 mod broker;
 mod database;
 mod mail;
+mod network;
 mod processes;
 mod servers;
 
@@ -14,13 +15,20 @@ use clap::ValueEnum;
 use mailrun_shared::topology;
 use rand::{RngExt as _, rngs::StdRng};
 use rustix::process::Signal;
+use tokio::sync::watch::Receiver;
 
 pub(super) use self::processes::send_signal;
 use self::{mail::HANGING, processes::a_sender};
 use super::{
-    site::{RUNGS_MS, Site},
+    site::{ANSWER, DEAD_AFTER, HEARTBEAT, RUNGS_MS, STALLED_AFTER, Site},
+    watch::Stage,
     weather::Trouble,
 };
+
+/// The longest wait between two tries to reach a server, or to start a process that has died again and again.
+const LONGEST_RECONNECT: Duration = Duration::from_secs(10);
+/// A server that answers may need so long to be of use.
+const SERVER_RECOVERY: Duration = Duration::from_secs(10);
 
 /// What can go wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -35,14 +43,30 @@ pub(super) enum Fault {
     KillWeb,
     /// SIGTERM to a sender
     TermSend,
+    /// SIGTERM to the fan-out
+    TermFanOut,
+    /// SIGTERM to the process that counts
+    TermProgress,
+    /// SIGTERM to the pages, once while the form is being sent
+    TermWeb,
+    /// SIGTERM to one process after the other, and to each again a moment later
+    TermTwice,
     /// A sender stands still for longer than its heartbeat allows, and goes on
     StopSend,
     /// kill -9 of RabbitMQ
     KillBroker,
     /// kill -9 of PostgreSQL
     KillDatabase,
+    /// kill -9 of PostgreSQL, and again while it recovers from that
+    KillRecovery,
+    /// RabbitMQ is stopped in good order, and started again after some seconds
+    RestartBroker,
+    /// PostgreSQL is stopped in good order, and started again after some seconds
+    RestartDatabase,
     /// All sessions of PostgreSQL are ended, again and again for some seconds
     TerminateBackends,
+    /// Others use up the connections of PostgreSQL for some seconds
+    CrowdDatabase,
     /// All senders are killed, and mailrun.items is purged, again and again for some seconds
     PurgeItems,
     /// The queues of the retry schedule are purged, as long
@@ -61,12 +85,40 @@ pub(super) enum Fault {
     MailRefusesEveryone,
     /// The mail server falls silent on some connections
     MailHangs,
+    /// The mail server takes two seconds for each answer to a message, for some seconds
+    MailSlow,
     /// A transaction holds an old snapshot, and a lock on the counters, for some seconds
     OpenTransaction,
+    /// Readers hold old snapshots, each for up to a third of the run, from the beginning to the end
+    LongReaders,
     /// Every message is published twice
     DuplicateMessages,
     /// RabbitMQ runs out of memory and blocks its publishers for some seconds
     BrokerAlarm,
+    /// RabbitMQ runs out of disk, and blocks them as well
+    DiskAlarm,
+    /// mailrun.items has room for one message only, for some seconds
+    FullItems,
+    /// mailrun.results has room for one message only, and the process that counts stands still, for some seconds
+    FullResults,
+    /// Connections to RabbitMQ are cut, again and again for some seconds
+    CutBroker,
+    /// Those to PostgreSQL
+    CutDatabase,
+    /// Those to the mail server
+    CutMail,
+    /// What goes to RabbitMQ and comes from it takes 200 to 500 ms each way, for some seconds
+    DelayBroker,
+    /// The same for PostgreSQL
+    DelayDatabase,
+    /// The same for the mail server
+    DelayMail,
+    /// What goes to RabbitMQ and comes from it is lost, and nobody is told, for longer than its heartbeat allows
+    HoleBroker,
+    /// The same for PostgreSQL, for longer than its answers may take
+    HoleDatabase,
+    /// The same for the mail server
+    HoleMail,
 }
 
 /// How often a fault can strike within one run.
@@ -89,26 +141,66 @@ impl Fault {
     /// How often it can strike within one run.
     pub(super) fn weight(self) -> Weight {
         match self {
-            Self::KillBroker | Self::KillDatabase => Weight::Heavy,
-            Self::DuplicateMessages => Weight::Whole,
+            Self::KillBroker
+            | Self::KillDatabase
+            | Self::KillRecovery
+            | Self::RestartBroker
+            | Self::RestartDatabase
+            | Self::HoleBroker
+            | Self::HoleDatabase
+            | Self::HoleMail => Weight::Heavy,
+            Self::DuplicateMessages | Self::LongReaders => Weight::Whole,
             _ => Weight::Light,
         }
     }
 
-    /// Makes it happen, and returns when it is over: from then on everything has to recover by itself.
+    /// Whether the form itself must survive it.
+    pub(super) fn strikes_the_form(self) -> bool {
+        matches!(self, Self::KillWeb | Self::TermWeb)
+    }
+
+    /// When it is over, a run moves again within this time. It is the sum of the waits that may come one after the other,
+    /// and as much again for a machine that has other things to do.
+    pub(super) fn bound(self) -> Duration {
+        // A worker is found dead, its run stalled, and the longest wait between two tries to reach a server is over.
+        let usual = DEAD_AFTER + STALLED_AFTER + LONGEST_RECONNECT;
+        2 * match self {
+            // Elections, recovery from the log, and everybody connects anew.
+            Self::KillBroker
+            | Self::KillDatabase
+            | Self::KillRecovery
+            | Self::RestartBroker
+            | Self::RestartDatabase => usual + SERVER_RECOVERY,
+            // Both ends find out that they wait in vain, then those that tried to connect meanwhile.
+            Self::HoleBroker => usual + 3 * HEARTBEAT + ANSWER,
+            Self::HoleDatabase | Self::HoleMail => usual + 3 * ANSWER,
+            _ => usual,
+        }
+    }
+
+    /// Makes it happen, and returns when it is over: from then on everything has to recover by itself. `stages` says how far
+    /// the run is. One that is there from the beginning to the end is dropped when the run is over.
     ///
     /// # Errors
     /// When it could not be made to happen, mostly because another one has just struck.
-    pub(super) async fn strike(self, site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+    pub(super) async fn strike(self, site: &Site<'_>, rng: &mut StdRng, stages: &Receiver<Stage>) -> Result<()> {
         match self {
             Self::KillSend => site.signal(&a_sender(rng), Signal::KILL),
             Self::KillFanOut => site.signal("fan-out", Signal::KILL),
             Self::KillProgress => site.signal("progress", Signal::KILL),
             Self::KillWeb => site.signal("web", Signal::KILL),
             Self::TermSend => site.signal(&a_sender(rng), Signal::TERM),
+            Self::TermFanOut => site.signal("fan-out", Signal::TERM),
+            Self::TermProgress => site.signal("progress", Signal::TERM),
+            Self::TermWeb => site.signal("web", Signal::TERM),
+            Self::TermTwice => processes::term_twice(site, rng).await,
             Self::StopSend => processes::stand_still(site, &a_sender(rng), some_seconds(rng)).await,
             Self::KillBroker => servers::kill(site, servers::RABBITMQ).await,
             Self::KillDatabase => servers::kill(site, servers::POSTGRESQL).await,
+            Self::KillRecovery => servers::kill_in_recovery(site, rng).await,
+            Self::RestartBroker => servers::restart_rabbitmq(site, some_seconds(rng)).await,
+            Self::RestartDatabase => servers::restart_postgres(site, some_seconds(rng)).await,
+            Self::CrowdDatabase => database::crowd(site, some_seconds(rng)).await,
             Self::TerminateBackends => database::terminate_backends(site, some_seconds(rng)).await,
             // What a worker has in hand is not on its queue: it dies first, so that the broker puts that back.
             Self::PurgeItems => {
@@ -137,10 +229,24 @@ impl Fault {
                 site.weather.hang(HANGING);
                 Ok(())
             }
+            Self::MailSlow => mail::trouble(site, Trouble::Slow, some_seconds(rng)).await,
             Self::OpenTransaction => database::open_transaction(site, some_seconds(rng)).await,
+            Self::LongReaders => database::long_readers(site, stages, rng).await,
             // It is a setting of the whole run.
             Self::DuplicateMessages => Ok(()),
             Self::BrokerAlarm => broker::memory_alarm(site, some_seconds(rng)).await,
+            Self::DiskAlarm => broker::disk_alarm(site, some_seconds(rng)).await,
+            Self::FullItems => broker::full(site, topology::ITEMS, some_seconds(rng)).await,
+            Self::FullResults => broker::full_results(site, some_seconds(rng)).await,
+            Self::CutBroker => network::cut(&site.to_broker, some_seconds(rng), rng).await,
+            Self::CutDatabase => network::cut(&site.to_database, some_seconds(rng), rng).await,
+            Self::CutMail => network::cut(&site.to_mail, some_seconds(rng), rng).await,
+            Self::DelayBroker => network::delay(&site.to_broker, some_seconds(rng), rng).await,
+            Self::DelayDatabase => network::delay(&site.to_database, some_seconds(rng), rng).await,
+            Self::DelayMail => network::delay(&site.to_mail, some_seconds(rng), rng).await,
+            Self::HoleBroker => network::hole(&site.to_broker, some_seconds(rng)).await,
+            Self::HoleDatabase => network::hole(&site.to_database, some_seconds(rng)).await,
+            Self::HoleMail => network::hole(&site.to_mail, some_seconds(rng)).await,
         }
     }
 }

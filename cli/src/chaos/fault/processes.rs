@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use rand::{RngExt as _, rngs::StdRng};
+use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
 use rustix::process::{Pid, Signal};
 use tokio::time::sleep;
 
@@ -12,6 +12,20 @@ use super::super::site::{DEAD_AFTER, Site};
 /// The name of one of the senders.
 pub(super) fn a_sender(rng: &mut StdRng) -> String {
     format!("send-{}", rng.random_range(1..=crate::local::SENDERS))
+}
+
+/// Asks each service to end, in any order, and again before it may have done so.
+pub(super) async fn term_twice(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+    let mut services = site.services();
+    services.shuffle(rng);
+    for service in services {
+        let pid = site.pid(&service)?;
+        send_signal(pid, std::process::id(), Signal::TERM)?;
+        sleep(Duration::from_millis(rng.random_range(0..300))).await;
+        // It may have ended by now.
+        let _ = send_signal(pid, std::process::id(), Signal::TERM);
+    }
+    Ok(())
 }
 
 /// Lets a service stand still for longer than its heartbeat allows, by `more`, and go on.
@@ -38,6 +52,17 @@ fn parent_of(pid: u32) -> Result<u32> {
     // The name of the program stands in parentheses and may contain anything; the state follows, then the parent.
     let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
     parent.context("/proc is not as on Linux")
+}
+
+/// The processes that `parent` has started and that run this program.
+pub(super) fn children(parent: u32, program: &str) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let runs = |pid: &u32| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+        name.is_ok_and(|name| name.trim() == program) && parent_of(*pid).is_ok_and(|of| of == parent)
+    };
+    pids.filter(runs).collect()
 }
 
 #[cfg(test)]

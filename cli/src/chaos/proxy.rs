@@ -1,0 +1,222 @@
+//! The network between our processes and one server: a TCP proxy that can cut, delay and swallow.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+    sync::watch,
+    time::sleep,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// Bytes that travel together.
+const CHUNK: usize = 64 * 1024;
+/// After an error of the listening socket, mostly too many open files.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// How the network is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Network {
+    /// How often all connections were cut.
+    cuts: u32,
+    /// How long bytes travel, each way.
+    delay: Duration,
+    /// How many holes there have been.
+    holes: u32,
+    /// How many there are.
+    open_holes: u32,
+}
+
+/// A proxy in front of one server.
+pub(super) struct Proxy {
+    address: SocketAddr,
+    network: watch::Sender<Network>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Proxy {
+    /// Starts one in front of `server`.
+    ///
+    /// # Errors
+    /// When no port is free.
+    pub(super) async fn start(server: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
+        let (network, now) = watch::channel(Network::default());
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        tasks.spawn(stop.clone().run_until_cancelled_owned(accept(listener, server, now, tasks.clone(), stop.clone())));
+        Ok(Self { address, network, tasks, stop })
+    }
+
+    /// Where our processes find the server.
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Cuts all connections: both ends are told, as by a machine that has just restarted.
+    pub(super) fn cut(&self) {
+        self.network.send_modify(|network| network.cuts += 1);
+    }
+
+    /// Bytes that arrive in this time are on their way for `delay`, and what follows waits behind them.
+    pub(super) async fn slow(&self, delay: Duration, time: Duration) {
+        self.network.send_modify(|network| network.delay += delay);
+        sleep(time).await;
+        self.network.send_modify(|network| network.delay -= delay);
+    }
+
+    /// For this time all bytes are lost, and nobody is told. A connection that was there then is dead for ever, and looks
+    /// open from both ends.
+    pub(super) async fn hole(&self, time: Duration) {
+        self.network
+            .send_modify(|network| (network.holes, network.open_holes) = (network.holes + 1, network.open_holes + 1));
+        sleep(time).await;
+        self.network.send_modify(|network| network.open_holes -= 1);
+    }
+
+    /// Ends it, with all connections.
+    pub(super) async fn stop(self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+async fn accept(
+    listener: TcpListener,
+    server: SocketAddr,
+    network: watch::Receiver<Network>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+) {
+    loop {
+        match listener.accept().await {
+            Ok((client, _)) => {
+                tasks.spawn(stop.clone().run_until_cancelled_owned(serve(client, server, network.clone())));
+            }
+            Err(_) => sleep(PAUSE).await,
+        }
+    }
+}
+
+/// Carries one connection until both ends have closed it, or it is cut.
+async fn serve(mut client: TcpStream, server: SocketAddr, mut network: watch::Receiver<Network>) {
+    let born = *network.borrow_and_update();
+    if born.open_holes > 0 {
+        return swallow(&mut client).await;
+    }
+    // Nobody is there: the client is told by the end of its connection.
+    let Ok(mut server) = TcpStream::connect(server).await else { return };
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+    let was_cut = {
+        let ((from_client, to_client), (from_server, to_server)) = (client.split(), server.split());
+        let carried = futures::future::join(
+            carry(from_client, to_server, network.clone(), born),
+            carry(from_server, to_client, network.clone(), born),
+        );
+        tokio::select! {
+            _ = carried => false,
+            cut = network.wait_for(|network| network.cuts != born.cuts) => cut.is_ok(),
+        }
+    };
+    if was_cut {
+        // They get a reset.
+        let _ = (client.set_zero_linger(), server.set_zero_linger());
+    }
+}
+
+/// Carries one direction. The end is passed on as well, but not by a connection that was in a hole.
+async fn carry(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, network: watch::Receiver<Network>, born: Network) {
+    let mut chunk = vec![0; CHUNK];
+    let is_dead = || network.borrow().holes != born.holes;
+    // An error is an end as well.
+    while let Ok(length @ 1..) = from.read(&mut chunk).await {
+        let delay = network.borrow().delay;
+        if delay > Duration::ZERO {
+            sleep(delay).await;
+        }
+        if !is_dead() && to.write_all(&chunk[..length]).await.is_err() {
+            return;
+        }
+    }
+    if !is_dead() {
+        let _ = to.shutdown().await;
+    }
+}
+
+/// Reads for as long as somebody writes.
+async fn swallow(client: &mut TcpStream) {
+    let mut chunk = vec![0; CHUNK];
+    while let Ok(1..) = client.read(&mut chunk).await {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A server that says everything again.
+    async fn echo() -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let (mut from, mut to) = client.split();
+                    tokio::io::copy(&mut from, &mut to).await
+                });
+            }
+        });
+        address
+    }
+
+    async fn answers(client: &mut TcpStream) -> bool {
+        client.write_all(b"hello").await.unwrap();
+        let mut answer = [0; 5];
+        client.read_exact(&mut answer).await.is_ok_and(|_| &answer == b"hello")
+    }
+
+    #[tokio::test]
+    async fn connections_are_carried_until_they_are_cut() {
+        let proxy = Proxy::start(echo().await).await.unwrap();
+        let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+        assert!(answers(&mut client).await);
+        proxy.cut();
+        assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        let mut next = TcpStream::connect(proxy.address()).await.unwrap();
+        assert!(answers(&mut next).await);
+        proxy.stop().await;
+        assert!(!matches!(next.read(&mut [0]).await, Ok(1..)));
+    }
+
+    #[tokio::test]
+    async fn a_hole_swallows_what_was_there_and_what_comes_and_then_lets_others_through() {
+        let proxy = Proxy::start(echo().await).await.unwrap();
+        let mut old = TcpStream::connect(proxy.address()).await.unwrap();
+        assert!(answers(&mut old).await);
+        let mut hole = Box::pin(proxy.hole(Duration::ZERO));
+        // It opens with the first poll, and closes with the next one.
+        assert!(futures::poll!(&mut hole).is_pending());
+        let mut new = TcpStream::connect(proxy.address()).await.unwrap();
+        new.write_all(b"hello").await.unwrap();
+        // Nothing tells that the connection was accepted; it comes before the next one, which is served when the hole is over.
+        tokio::task::yield_now().await;
+        hole.await;
+        let mut later = TcpStream::connect(proxy.address()).await.unwrap();
+        assert!(answers(&mut later).await);
+        old.write_all(b"hello").await.unwrap();
+        old.shutdown().await.unwrap();
+        let mut answer = [0; 1];
+        let silent = tokio::time::timeout(Duration::from_millis(100), old.read(&mut answer)).await;
+        assert!(silent.is_err(), "not even the end gets through");
+        proxy.stop().await;
+    }
+}
