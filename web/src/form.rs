@@ -8,8 +8,8 @@ use axum::{
     response::{IntoResponse, Redirect, Response},
 };
 use mailrun_shared::store::{
-    runs,
-    submit::{InvalidEntry, Refusal, Submission, Submitted, Tally, submit as take_in},
+    in_time, runs,
+    submit::{InvalidEntry, Refusal, SUBMISSION, Submission, Submitted, Tally, submit as take_in},
     test_sends,
 };
 use serde::Deserialize;
@@ -168,7 +168,8 @@ pub(crate) async fn submit(State(app): Shared, request: Request<Body>) -> Result
         sends_per_second,
         max_addresses: app.config.max_addresses,
     };
-    match take_in(&app.pool, submission).await.map_err(|error| ErrorPage::not_taken(&error))? {
+    let taken = in_time(SUBMISSION, take_in(&app.pool, submission)).await;
+    match taken.map_err(|error| ErrorPage::not_taken(&error))? {
         Submitted::Accepted(run_id) => {
             app.outbox.notify_one();
             info!(%run_id, "a run is accepted");

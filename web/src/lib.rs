@@ -22,9 +22,10 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
+    body::Body,
     extract::State,
     http::{HeaderValue, Request, StatusCode, header},
-    middleware,
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{any, get, post},
 };
@@ -44,6 +45,7 @@ use tokio_util::sync::CancellationToken;
 use tower_http::{set_header::SetResponseHeaderLayer, trace::TraceLayer};
 use tracing::{Level, info, info_span, warn};
 
+use self::error::ErrorPage;
 // For pages beside these, which shall look and guard themselves alike.
 pub use guard::{is_local, is_same_origin};
 pub use view::{grouped, rate};
@@ -101,6 +103,8 @@ struct App {
     simulated: bool,
     /// When a worker is taken for dead.
     dead_after: Duration,
+    /// How long the database may take to answer.
+    answer_timeout: Duration,
 }
 
 type Shared = State<Arc<App>>;
@@ -124,11 +128,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     let publisher = Broker::new(&config, "mailrun web").publisher(1);
     // Whoever of the two ends first takes the other along.
     let ending = stop.child_token();
+    let limit = database.answer_timeout();
     let relay = tokio::spawn({
         let (pool, outbox, ending) = (pool.clone(), Arc::clone(&outbox), ending.clone());
         async move {
             let _guard = ending.clone().drop_guard();
-            relay::run(&pool, &publisher, &outbox, &ending).await;
+            relay::run(&pool, limit, &publisher, &outbox, &ending).await;
         }
     });
     let room = body::Room::new(config.web.max_body_bytes);
@@ -141,6 +146,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         signer: OnceCell::new(),
         simulated: config.mailer.kind == MailerKind::Simulated,
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
+        answer_timeout: limit,
     });
     let served = serve(listener, router(app), &ending).await;
     ending.cancel();
@@ -186,6 +192,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/healthz", get(health))
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), in_time))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), guard::check))
         .layer(header(header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
@@ -205,6 +212,16 @@ fn router(app: Arc<App>) -> Router {
 /// A path without what only the recipient of a mail should know.
 fn logged(path: &str) -> &str {
     if path.starts_with("/u/") { "/u/…" } else { path }
+}
+
+/// Answers in time, whatever became of the database: a connection to it that is cut off says nothing. A list may take longer
+/// to arrive and to be taken in, which ends by itself.
+async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Response {
+    if request.uri().path() == "/invites" {
+        return next.run(request).await;
+    }
+    let answer = store::in_time(app.answer_timeout, async { Ok::<_, sqlx::Error>(next.run(request).await) });
+    answer.await.unwrap_or_else(|error| ErrorPage::from_database(&error).into_response())
 }
 
 /// `GET /healthz`: whether the database answers.

@@ -5,7 +5,10 @@ use std::time::Duration;
 use mailrun_shared::{
     broker::{BrokerError, Outgoing, Publisher},
     message::{Message, RunMessage, TestMessage},
-    store::outbox::{self, Waiting},
+    store::{
+        in_time,
+        outbox::{self, Waiting},
+    },
 };
 use sqlx::PgPool;
 use tokio::{sync::Notify, time::sleep};
@@ -27,14 +30,21 @@ enum RelayError {
 }
 
 /// Hands over whatever is in the outbox, until `stop` is cancelled. Several relays may run at once.
-pub(crate) async fn run(pool: &PgPool, publisher: &Publisher, wake: &Notify, stop: &CancellationToken) {
+/// One batch may take `limit`.
+pub(crate) async fn run(
+    pool: &PgPool,
+    limit: Duration,
+    publisher: &Publisher,
+    wake: &Notify,
+    stop: &CancellationToken,
+) {
     let mut down = false;
     loop {
         // What is cut off here was not marked: it is handed over again at the next start, and a doubled message changes
         // nothing.
         let relayed = tokio::select! {
             () = stop.cancelled() => return,
-            relayed = relay(pool, publisher) => relayed,
+            relayed = in_time(limit, relay(pool, publisher)) => relayed,
         };
         let more = match relayed {
             Ok(count) => {

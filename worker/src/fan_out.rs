@@ -13,7 +13,7 @@ use mailrun_shared::{
     message::{Command, ItemMessage, ItemResult, RunMessage, Step, decode},
     run::{Budget, Flow, Wanted, outstanding, room},
     store::{
-        attempts, may_pass,
+        attempts, in_time, may_pass,
         passes::{self, Advance, Item, Pass, PassKind, Situation},
     },
     topology,
@@ -112,7 +112,7 @@ impl FanOut {
             Ok(message) => message,
             Err(error) => return poison::bury(&self.publisher, delivery, &error.to_string()).await,
         };
-        let after = match self.step(&message).await {
+        let after = match in_time(self.config.database.answer_timeout(), self.step(&message)).await {
             Ok(Some(after)) => after,
             Ok(None) => return poison::bury(&self.publisher, delivery, "there is no such run").await,
             Err(error) => {

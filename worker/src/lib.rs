@@ -29,7 +29,8 @@ use mailrun_shared::{
     broker::{Broker, Publisher},
     config::Config,
     retry::Reconnect,
-    store, topology,
+    store::{self, in_time},
+    topology,
 };
 use sqlx::PgPool;
 use tokio::{
@@ -115,7 +116,7 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     let Some(heartbeat) = register(&pool, &names, permits, &config, &stop).await else { return Ok(()) };
     info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
     let links = match roles.contains(&Role::Send) {
-        true => Links::read(&pool, &config.web, &stop).await,
+        true => Links::read(&pool, &config, &stop).await,
         false => Some(Links::default()),
     };
     let Some(links) = links else { return Ok(()) };
@@ -148,7 +149,8 @@ async fn register(
     config: &Config,
     stop: &CancellationToken,
 ) -> Option<Arc<Heartbeat>> {
-    let register = || Heartbeat::register(pool, roles, permits, &config.heartbeat);
+    let limit = config.database.answer_timeout();
+    let register = || in_time(limit, Heartbeat::register(pool, roles, permits, &config.heartbeat));
     until_answered("this worker can't register", stop, register).await.map(Arc::new)
 }
 
@@ -191,7 +193,7 @@ fn start(
                 parts.spawn(pump.run(consume(&[topology::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
                 let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 parts.spawn(sweeper.run(stop.clone()));
-                parts.spawn(prune::run(pool.clone(), config.retention.clone(), stop.clone()));
+                parts.spawn(prune::run(pool.clone(), config.clone(), stop.clone()));
             }
             Role::Send => {
                 let mailer = mailer::mailer(&config.mailer)?;
@@ -204,7 +206,7 @@ fn start(
                 parts.spawn(senders.run(consume(broker.item_queues(), config.send.prefetch), stop.clone()));
             }
             Role::Progress => {
-                let progress = Progress::new(config.progress.clone(), pool.clone(), publisher.clone());
+                let progress = Progress::new(config.clone(), pool.clone(), publisher.clone());
                 let prefetch = u16::try_from(config.progress.batch_messages * 2).unwrap_or(u16::MAX).min(2_000);
                 parts.spawn(progress.run(consume(&[topology::RESULTS.into()], prefetch), stop.clone()));
             }

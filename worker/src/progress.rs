@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use mailrun_shared::{
     broker::Publisher,
-    config::ProgressConfig,
+    config::Config,
     message::{ItemResult, ResultsMessage, decode},
     retry::Reconnect,
     store::{
-        is_about_data,
+        in_time, is_about_data,
         progress::{self, Applied},
     },
 };
@@ -36,13 +36,13 @@ struct Report {
 pub struct Progress {
     pool: PgPool,
     publisher: Publisher,
-    config: ProgressConfig,
+    config: Config,
 }
 
 impl Progress {
     /// The progress consumer of this process.
     #[must_use]
-    pub fn new(config: ProgressConfig, pool: PgPool, publisher: Publisher) -> Self {
+    pub fn new(config: Config, pool: PgPool, publisher: Publisher) -> Self {
         Self { pool, publisher, config }
     }
 
@@ -58,7 +58,7 @@ impl Progress {
                     Ok(message) => reports.push(Report { delivery: next, results: message.results }),
                     Err(error) => poison::bury(&self.publisher, next, &error.to_string()).await,
                 }
-                if reports.len() < self.config.batch_messages {
+                if reports.len() < self.config.progress.batch_messages {
                     delivery = consumer.next_now();
                 }
             }
@@ -94,7 +94,7 @@ impl Progress {
         let results: Vec<&ItemResult> = reports.iter().flat_map(|report| &report.results).collect();
         let mut trouble = Reconnect::default();
         loop {
-            match progress::apply(&self.pool, &results).await {
+            match in_time(self.config.database.answer_timeout(), progress::apply(&self.pool, &results)).await {
                 Err(error) if !is_about_data(&error) => {
                     let wait = trouble.next_wait();
                     warn!(%error, wait_ms = wait.as_millis(), "results can't be counted; trying again");

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use mailrun_shared::{config::RetentionConfig, store::prune};
+use mailrun_shared::{
+    config::Config,
+    store::{in_time, prune},
+};
 use sqlx::PgPool;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -25,20 +28,25 @@ pub struct Pruned {
 }
 
 /// Deletes all runs that were over for `after` (none: none of them), what an earlier prune has left behind, and scraps.
-/// `progress` is called after each step. Any number of processes may do so at once.
+/// Each step may take `limit`, and `progress` is called after it. Any number of processes may do so at once.
 ///
 /// # Errors
 /// The database's.
-pub async fn prune(pool: &PgPool, after: Option<Duration>, mut progress: impl FnMut(Pruned)) -> sqlx::Result<Pruned> {
+pub async fn prune(
+    pool: &PgPool,
+    after: Option<Duration>,
+    limit: Duration,
+    mut progress: impl FnMut(Pruned),
+) -> sqlx::Result<Pruned> {
     let mut pruned = Pruned::default();
     loop {
         let runs = match after {
-            Some(after) => prune::delete_runs(pool, after, RUNS).await?,
+            Some(after) => in_time(limit, prune::delete_runs(pool, after, RUNS)).await?,
             None => 0,
         };
         pruned.runs += runs;
         let mut begun = Instant::now();
-        while let Some(items) = prune::step(pool, ITEMS).await? {
+        while let Some(items) = in_time(limit, prune::step(pool, ITEMS)).await? {
             pruned.items += items;
             progress(pruned);
             // As long a rest as the step took: at least half of the database is for the others.
@@ -49,16 +57,17 @@ pub async fn prune(pool: &PgPool, after: Option<Duration>, mut progress: impl Fn
             break;
         }
     }
-    while prune::scraps(pool, ITEMS).await? > 0 {}
+    while in_time(limit, prune::scraps(pool, ITEMS)).await? > 0 {}
     Ok(pruned)
 }
 
 /// Prunes on schedule until `stop`.
-pub(crate) async fn run(pool: PgPool, config: RetentionConfig, stop: CancellationToken) {
+pub(crate) async fn run(pool: PgPool, config: Config, stop: CancellationToken) {
     let mut wait = FIRST_LOOK;
     while stop.run_until_cancelled(sleep(wait)).await.is_some() {
-        wait = Duration::from_secs(config.interval_s);
-        let Some(pruned) = stop.run_until_cancelled(prune(&pool, config.keep(), |_| {})).await else { return };
+        wait = Duration::from_secs(config.retention.interval_s);
+        let prune = prune(&pool, config.retention.keep(), config.database.answer_timeout(), |_| {});
+        let Some(pruned) = stop.run_until_cancelled(prune).await else { return };
         match pruned {
             Ok(pruned) if pruned == Pruned::default() => {}
             Ok(Pruned { runs, items }) => info!(runs, items, "old runs are deleted"),

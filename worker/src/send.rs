@@ -16,7 +16,10 @@ use mailrun_shared::{
     item::message_id,
     message::{ItemMessage, ItemResult, decode},
     retry::{Reconnect, in_process},
-    store::attempts::{self, Claimed, Found},
+    store::{
+        attempts::{self, Claimed, Found},
+        in_time,
+    },
     topology::retry_queue,
 };
 use sqlx::PgPool;
@@ -87,7 +90,7 @@ impl Senders {
     ) -> Arc<Self> {
         Arc::new(Self {
             links,
-            templates: Templates::new(pool.clone()),
+            templates: Templates::new(pool.clone(), config.database.answer_timeout()),
             pool,
             publisher,
             heartbeat,
@@ -213,8 +216,11 @@ impl Senders {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
-        let mut conn = self.pool.acquire().await?;
-        attempts::claim(&mut conn, self.heartbeat.worker_id(), ids, numbers).await
+        let claim = async {
+            let mut conn = self.pool.acquire().await?;
+            attempts::claim(&mut conn, self.heartbeat.worker_id(), ids, numbers).await
+        };
+        in_time(self.config.database.answer_timeout(), claim).await
     }
 
     /// Carries an attempt out, and decides what follows.
@@ -378,8 +384,11 @@ impl Senders {
     async fn find(&self, asked: &HashMap<Key, Asked>) -> sqlx::Result<HashMap<Key, Found>> {
         let ids: Vec<i64> = asked.keys().map(|key| key.0).collect();
         let numbers: Vec<i32> = asked.keys().map(|key| key.1).collect();
-        let mut conn = self.pool.acquire().await?;
-        let found = attempts::find(&mut conn, self.heartbeat.dead_after(), &ids, &numbers).await?;
+        let find = async {
+            let mut conn = self.pool.acquire().await?;
+            attempts::find(&mut conn, self.heartbeat.dead_after(), &ids, &numbers).await
+        };
+        let found = in_time(self.config.database.answer_timeout(), find).await?;
         Ok(found.into_iter().map(|found| ((found.item_id, found.number), found)).collect())
     }
 
@@ -419,8 +428,9 @@ impl Senders {
             return Ok(0);
         }
         let ids: Vec<i64> = keys.iter().map(|key| key.0).collect();
-        let standings: HashMap<_, _> =
-            attempts::standings(&mut *self.pool.acquire().await?, &ids).await?.into_iter().collect();
+        let look = async { attempts::standings(&mut *self.pool.acquire().await?, &ids).await };
+        let standings = in_time(self.config.database.answer_timeout(), look).await?;
+        let standings: HashMap<_, _> = standings.into_iter().collect();
         let now = Instant::now();
         let repeats: Vec<ItemResult> = {
             let mut claims = self.claims();

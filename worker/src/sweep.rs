@@ -16,7 +16,10 @@ use mailrun_shared::{
     config::Config,
     message::{Command, RunMessage, Step},
     run::Wanted,
-    store::sweep::{self, Stalled},
+    store::{
+        in_time,
+        sweep::{self, Stalled},
+    },
 };
 use sqlx::PgPool;
 use tokio::time::sleep;
@@ -90,11 +93,12 @@ impl Sweeper {
     }
 
     async fn sweep(&mut self) -> Result<(), SweepError> {
-        let mut tx = self.pool.begin().await?;
-        if !sweep::try_lock(&mut tx).await? {
+        let limit = self.config.database.answer_timeout();
+        let mut tx = in_time(limit, self.pool.begin()).await?;
+        if !in_time(limit, sweep::try_lock(&mut tx)).await? {
             return Ok(());
         }
-        let stalled = sweep::stalled_runs(&mut tx, self.stalled_after()).await?;
+        let stalled = in_time(limit, sweep::stalled_runs(&mut tx, self.stalled_after())).await?;
         self.resting.retain(|run_id, _| stalled.iter().any(|run| run.run_id == *run_id));
         let now = Instant::now();
         let due: Vec<Stalled> = stalled
@@ -104,7 +108,8 @@ impl Sweeper {
         if due.is_empty() {
             return Ok(());
         }
-        let taken = self.items_are_taken().await? && !sweep::all_lanes_closed(&mut tx, self.dead_after()).await?;
+        let taken = self.items_are_taken().await?
+            && !in_time(limit, sweep::all_lanes_closed(&mut tx, self.dead_after())).await?;
         for run in due {
             self.drive(&run).await?;
             if !taken {
@@ -115,7 +120,7 @@ impl Sweeper {
                 self.resting.get(&run.run_id).map_or(self.stalled_after(), |rest| (rest.length * 2).min(LONGEST_REST));
             self.resting.insert(run.run_id, Rest { until: Instant::now() + length, length });
         }
-        tx.commit().await?;
+        in_time(limit, tx.commit()).await?;
         Ok(())
     }
 
@@ -142,7 +147,8 @@ impl Sweeper {
         let batch = self.config.sweep.batch_items;
         let mut after = 0;
         loop {
-            let items = sweep::open_items(conn, run_id, self.stalled_after(), dead_after, after, batch).await?;
+            let items = sweep::open_items(conn, run_id, self.stalled_after(), dead_after, after, batch);
+            let items = in_time(self.config.database.answer_timeout(), items).await?;
             let Some(last) = items.last() else { return Ok(()) };
             after = last.position;
             let (mut messages, mut results) = (Vec::new(), Vec::new());

@@ -1,9 +1,9 @@
 //! What the runs under way say: read once for each run, and not with every claim.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use mailrun_shared::{
-    store::runs,
+    store::{in_time, runs},
     template::{Template, TemplateError},
 };
 use moka::future::Cache;
@@ -16,6 +16,7 @@ const KEPT: u64 = 256;
 /// The templates of the runs that this process sends.
 pub struct Templates {
     pool: PgPool,
+    answer_timeout: Duration,
     read: Cache<Uuid, Arc<Template>>,
 }
 
@@ -34,16 +35,17 @@ pub enum TemplatesError {
 pub type Read = Result<Arc<Template>, Arc<TemplatesError>>;
 
 impl Templates {
-    /// None is read yet.
+    /// None is read yet. The ledger may take `answer_timeout` to answer.
     #[must_use]
-    pub fn new(pool: PgPool) -> Self {
-        Self { pool, read: Cache::new(KEPT) }
+    pub fn new(pool: PgPool, answer_timeout: Duration) -> Self {
+        Self { pool, answer_timeout, read: Cache::new(KEPT) }
     }
 
     /// The template of a run, which never changes.
     pub async fn of(&self, run_id: Uuid) -> Read {
         let read = async {
-            let (subject, body) = runs::text(&self.pool, run_id).await.map_err(TemplatesError::Ledger)?;
+            let text = in_time(self.answer_timeout, runs::text(&self.pool, run_id)).await;
+            let (subject, body) = text.map_err(TemplatesError::Ledger)?;
             Ok(Arc::new(Template::new(&subject, &body)?))
         };
         self.read.try_get_with(run_id, read).await

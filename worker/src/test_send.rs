@@ -4,14 +4,17 @@
 //! the right to send it are one statement, so it goes out at most once; a worker that dies with it leaves it to the page to
 //! say that nobody knows.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use mailrun_shared::{
     broker::Publisher,
     config::Config,
     message::{TestMessage, decode},
     retry::Reconnect,
-    store::test_sends::{self, Claimed, TestState},
+    store::{
+        in_time,
+        test_sends::{self, Claimed, TestState},
+    },
     template::Template,
 };
 use sqlx::PgPool;
@@ -40,6 +43,7 @@ pub struct TestSends {
     links: Links,
     /// Behind the @ of a Message-ID.
     domain: String,
+    answer_timeout: Duration,
 }
 
 impl TestSends {
@@ -53,7 +57,8 @@ impl TestSends {
         mailer: Arc<dyn Mailer>,
         links: Links,
     ) -> Self {
-        Self { pool, publisher, worker_id, mailer, links, domain: config.message_id_domain() }
+        let answer_timeout = config.database.answer_timeout();
+        Self { pool, publisher, worker_id, mailer, links, domain: config.message_id_domain(), answer_timeout }
     }
 
     /// Sends until the consumer stops, then finishes what is under way.
@@ -94,11 +99,15 @@ impl TestSends {
     }
 
     async fn claim(&self, test_id: Uuid) -> sqlx::Result<Option<Claimed>> {
-        test_sends::claim(&mut *self.pool.acquire().await?, test_id, self.worker_id).await
+        let claim = async { test_sends::claim(&mut *self.pool.acquire().await?, test_id, self.worker_id).await };
+        in_time(self.answer_timeout, claim).await
     }
 
     async fn finish(&self, test_id: Uuid, state: TestState, reason: Option<&str>) -> sqlx::Result<()> {
-        test_sends::finish(&mut *self.pool.acquire().await?, test_id, self.worker_id, state, reason).await
+        let finish = async {
+            test_sends::finish(&mut *self.pool.acquire().await?, test_id, self.worker_id, state, reason).await
+        };
+        in_time(self.answer_timeout, finish).await
     }
 
     async fn send(&self, test_id: Uuid, test: Claimed) -> Outcome {

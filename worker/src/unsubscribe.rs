@@ -1,9 +1,9 @@
 //! The links with which recipients can say that this is enough: made here, from the ledger's key, for each mail.
 
 use mailrun_shared::{
-    config::WebConfig,
+    config::Config,
     public_url::PublicUrl,
-    store::suppressions,
+    store::{in_time, suppressions},
     unsubscribe::{Signer, TEST_ITEM},
 };
 use sqlx::PgPool;
@@ -17,9 +17,10 @@ pub struct Links(Option<(Signer, PublicUrl)>);
 
 impl Links {
     /// Reads the key, however long PostgreSQL takes to answer. None: told to stop before that.
-    pub async fn read(pool: &PgPool, config: &WebConfig, stop: &CancellationToken) -> Option<Self> {
-        let Some(public_url) = config.public_url.clone() else { return Some(Self(None)) };
-        let key = until_answered("the key of unsubscribe links can't be read", stop, || read_key(pool)).await?;
+    pub async fn read(pool: &PgPool, config: &Config, stop: &CancellationToken) -> Option<Self> {
+        let Some(public_url) = config.web.public_url.clone() else { return Some(Self(None)) };
+        let read = || in_time(config.database.answer_timeout(), read_key(pool));
+        let key = until_answered("the key of unsubscribe links can't be read", stop, read).await?;
         Some(Self(Some((Signer::new(&key), public_url))))
     }
 

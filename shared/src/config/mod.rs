@@ -83,6 +83,14 @@ impl Default for DatabaseConfig {
     }
 }
 
+impl DatabaseConfig {
+    /// How long PostgreSQL may take to answer.
+    #[must_use]
+    pub fn answer_timeout(&self) -> Duration {
+        Duration::from_millis(self.answer_timeout_ms)
+    }
+}
+
 /// `[amqp]`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -502,8 +510,11 @@ impl Config {
         if self.fan_out.sends_per_second.is_some_and(|limit| limit < 1) {
             return wrong("fan_out.sends_per_second", "at least 1; leave it out for no limit");
         }
-        if self.amqp.publish_lanes == 0 {
-            return wrong("amqp.publish_lanes", "at least 1");
+        if self.amqp.publish_lanes == 0 || self.amqp.heartbeat_s == 0 {
+            return wrong("amqp.publish_lanes, amqp.heartbeat_s", "at least 1");
+        }
+        if self.database.answer_timeout_ms == 0 || self.amqp.answer_timeout_ms == 0 {
+            return wrong("database.answer_timeout_ms, amqp.answer_timeout_ms", "at least 1");
         }
         if self.heartbeat.interval_ms == 0 || self.heartbeat.dead_after_ms < 3 * self.heartbeat.interval_ms {
             return wrong(

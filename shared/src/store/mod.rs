@@ -3,6 +3,7 @@
 //! Functions take a connection, so that their callers own the transaction.
 
 pub mod attempts;
+mod connections;
 pub mod outbox;
 pub mod passes;
 pub mod progress;
@@ -14,46 +15,23 @@ pub mod sweep;
 pub mod test_sends;
 pub mod workers;
 
-use std::time::Duration;
+use sqlx::{PgPool, migrate::Migrator};
 
-use secrecy::ExposeSecret;
-use sqlx::{
-    PgPool,
-    migrate::Migrator,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
-
-use crate::config::DatabaseConfig;
+pub use self::connections::{in_time, open};
 
 /// The schema, as a list of steps. One that has landed is never edited.
 static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
-
-/// Opens the pool. It connects when first used, so PostgreSQL may still be starting.
-///
-/// Every statement here looks rows up by an index. PostgreSQL plans such a statement once a session then, and not by what it
-/// believes to know of a table that has just grown by a million rows: so a step never reads the whole run. Nor does it compile
-/// them (`jit`), which takes a tenth of a second where it believes that they are costly.
-///
-/// # Errors
-/// When `database.url` is no PostgreSQL address.
-pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
-    let options: PgConnectOptions = config.url.expose_secret().parse()?;
-    Ok(PgPoolOptions::new()
-        .max_connections(config.max_connections)
-        .acquire_timeout(Duration::from_millis(config.acquire_timeout_ms))
-        // A lost connection is an error like others, and everyone tries again after one: no need to ask before each use.
-        .test_before_acquire(false)
-        .connect_lazy_with(
-            options.application_name(name).options([("plan_cache_mode", "force_generic_plan"), ("jit", "off")]),
-        ))
-}
 
 /// Brings the schema up to date. Safe from several processes at once.
 ///
 /// # Errors
 /// When PostgreSQL can't be reached, or holds another schema.
 pub async fn migrate(pool: &PgPool) -> Result<(), sqlx::migrate::MigrateError> {
-    MIGRATIONS.run(pool).await
+    let mut connection = pool.acquire().await?;
+    // A step may take its time on a large ledger.
+    sqlx::query("SET statement_timeout = 0").execute(&mut *connection).await?;
+    MIGRATIONS.run(&mut *connection).await?;
+    Ok(connection.close().await?)
 }
 
 /// Whether the data itself is refused, so that it will be refused every time: a value that is out of range (class 22), or a

@@ -3,6 +3,8 @@
 //! The list goes through a temporary table, so that a million addresses cost neither memory here nor a statement each.
 //! Statements on that table can't be checked at compile time: it does not exist then.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, error::DatabaseError, types::Json};
 use uuid::Uuid;
@@ -103,6 +105,9 @@ pub struct InvalidEntry {
     pub reason: String,
 }
 
+/// A submission is taken in within this time, or not at all.
+pub const SUBMISSION: Duration = Duration::from_secs(300);
+
 /// Takes a submission in.
 ///
 /// # Errors
@@ -147,6 +152,9 @@ fn is_unique_violation(error: &sqlx::Error) -> bool {
 async fn submit_once(pool: &PgPool, submission: Submission<'_>, insert: Insert) -> sqlx::Result<Submitted> {
     let run_id = submission.run_id();
     let mut tx = pool.begin().await?;
+    // A statement for a million people takes longer than others may.
+    let timeout = format!("SET LOCAL statement_timeout = {}", SUBMISSION.as_millis());
+    sqlx::query(AssertSqlSafe(timeout)).execute(&mut *tx).await?;
     // First of all, so that the second of two simultaneous clicks waits here for the first one's end.
     if !insert_run(&mut tx, run_id, submission).await? {
         return Ok(Submitted::Before(run_id));
