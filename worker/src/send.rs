@@ -350,7 +350,9 @@ impl Senders {
                 }
                 Refused::Mine => {
                     for delivery in deliveries {
-                        match self.claims().meet(key, delivery) {
+                        // Not within the match, which would keep the lock until its end.
+                        let known = self.claims().meet(key, delivery);
+                        match known {
                             Known::UnderWay => {}
                             Known::Done(result, delivery) => {
                                 results.push(result);
