@@ -189,12 +189,15 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     let strikes =
         join_all(strikes.into_iter().map(|strike| carry_out(&site, strike, posted_at, stages.clone(), &struck)));
     let followed = async {
-        let run_id = submit(&site, setting.recipients).await?;
-        let limit = PATIENCE + PATIENCE_EACH * setting.recipients;
-        let seen = follow(&site.pool, run_id, limit, &stage).await;
+        let seen = async {
+            let run_id = submit(&site, setting.recipients).await?;
+            let limit = PATIENCE + PATIENCE_EACH * setting.recipients;
+            anyhow::Ok((run_id, follow(&site.pool, run_id, limit, &stage).await))
+        };
+        let seen = seen.await;
         // Whoever still waits for his moment has missed it.
         stage.send_modify(|stage| stage.over = true);
-        anyhow::Ok((run_id, seen))
+        seen
     };
     let (_, followed) = Box::pin(futures::future::join(strikes, followed)).await;
     let (run_id, seen) = followed?;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use futures::future::{join_all, try_join_all};
+use futures::future::join_all;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
 use tokio::{
@@ -46,8 +46,7 @@ async fn terminate(site: &Site<'_>) -> Result<()> {
 
 /// Takes all connections that are free, then those that our processes had, and keeps them for some time.
 pub(super) async fn crowd(site: &Site<'_>, time: Duration) -> Result<()> {
-    let options =
-        site.database().application_name(site.pool.connect_options().get_application_name().unwrap_or_default());
+    let options = site.database();
     let mut crowd = Vec::new();
     fill(&options, &mut crowd).await;
     terminate(site).await?;
@@ -77,20 +76,30 @@ async fn fill(options: &PgConnectOptions, crowd: &mut Vec<PgConnection>) {
 /// settled. Never ends.
 pub(super) async fn long_readers(site: &Site<'_>, stages: &Receiver<Stage>, rng: &mut StdRng) -> Result<()> {
     let readers = (0..READERS).map(|_| reader(site, stages.clone(), StdRng::seed_from_u64(rng.random())));
-    try_join_all(readers).await?;
+    join_all(readers).await;
     Ok(())
 }
 
-async fn reader(site: &Site<'_>, mut stages: Receiver<Stage>, mut rng: StdRng) -> Result<()> {
-    let mut connection = PgConnection::connect_with(&site.database()).await?;
+async fn reader(site: &Site<'_>, mut stages: Receiver<Stage>, mut rng: StdRng) {
     loop {
-        let mut tx = connection.begin().await?;
-        sqlx::query("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ").execute(&mut *tx).await?;
-        sqlx::query("SELECT count(*) FROM run_items").execute(&mut *tx).await?;
-        let until = stages.borrow().settled + rng.random_range(0.05..0.33);
-        let _ = timeout(LONGEST_SNAPSHOT, stages.wait_for(|stage| stage.settled >= until)).await;
-        tx.rollback().await?;
+        let share = rng.random_range(0.05..0.33);
+        if read(site, &mut stages, share).await.is_err() {
+            // The server has just been killed, or has no connection left.
+            sleep(BETWEEN_TERMINATIONS).await;
+        }
     }
+}
+
+/// Reads the run, and keeps the snapshot until this share more of it is settled.
+async fn read(site: &Site<'_>, stages: &mut Receiver<Stage>, share: f64) -> Result<()> {
+    let mut connection = PgConnection::connect_with(&site.database()).await?;
+    let mut tx = connection.begin().await?;
+    sqlx::query("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ").execute(&mut *tx).await?;
+    sqlx::query("SELECT count(*) FROM run_items").execute(&mut *tx).await?;
+    let until = stages.borrow().settled + share;
+    let _ = timeout(LONGEST_SNAPSHOT, stages.wait_for(|stage| stage.settled >= until)).await;
+    tx.rollback().await?;
+    Ok(connection.close().await?)
 }
 
 /// Holds an old snapshot for twice this time, and for the second half a lock on the counters.

@@ -233,7 +233,7 @@ impl Fault {
             Self::OpenTransaction => database::open_transaction(site, some_seconds(rng)).await,
             Self::LongReaders => database::long_readers(site, stages, rng).await,
             // It is a setting of the whole run.
-            Self::DuplicateMessages => Ok(()),
+            Self::DuplicateMessages => std::future::pending().await,
             Self::BrokerAlarm => broker::memory_alarm(site, some_seconds(rng)).await,
             Self::DiskAlarm => broker::disk_alarm(site, some_seconds(rng)).await,
             Self::FullItems => broker::full(site, topology::ITEMS, some_seconds(rng)).await,
