@@ -20,6 +20,10 @@ struct Arguments {
     /// The settings' file; without it, mailrun.toml in the working directory, if there is one.
     #[arg(long, global = true, env = "MAILRUN_CONFIG")]
     config: Option<PathBuf>,
+    /// Which RabbitMQ to start on this machine, where one is started: the system's, or release 4, which is fetched if the
+    /// system has another one.
+    #[arg(long, global = true, env = "MAILRUN_BROKER", value_enum, default_value_t, hide_possible_values = true)]
+    broker: stack::Release,
     /// What to do; without it, `up`.
     #[command(subcommand)]
     command: Option<Command>,
@@ -137,6 +141,7 @@ struct Replay {
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    arguments.broker.choose();
     match run(arguments).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

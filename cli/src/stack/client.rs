@@ -14,6 +14,7 @@ use super::{
     folder::{Folder, open_log, tail},
     keeper::KEEPER_LOCK,
     lease, processes,
+    release::{Release, VARIABLE},
     state::{Phase, ServerStatus, State, now_ms},
 };
 
@@ -42,6 +43,7 @@ impl KeeperCommand<'_> {
         let mut child = Command::new(&program)
             .args(["stack-keeper", "--linger-seconds", &self.linger.as_secs().to_string(), "--home"])
             .arg(folder.root())
+            .env(VARIABLE, Release::chosen().name())
             .process_group(0)
             .current_dir("/")
             .stdin(Stdio::null())

@@ -19,6 +19,7 @@ use super::{
     management::Management,
     ports::Ports,
     processes, rabbitmq,
+    release::Release,
     server::Wanted,
     servers::Servers,
     state::{Login, Phase, ServerStatus, State},
@@ -153,8 +154,10 @@ async fn serve(
         }
         if state.phase == Phase::Starting && state.all(|status| matches!(status, ServerStatus::Running { .. })) {
             database::create(state.ports.postgres, &login.password, DEFAULT_DATABASE).await?;
-            Management::new(state.ports.management, &login.password).create_vhost(rabbitmq::DEFAULT_VHOST).await?;
-            state.notes.push("PostgreSQL and RabbitMQ answer".to_owned());
+            let management = Management::new(state.ports.management, &login.password);
+            management.create_vhost(rabbitmq::DEFAULT_VHOST).await?;
+            let version = Release::chosen().check(management.version().await?)?;
+            state.notes.push(format!("PostgreSQL and RabbitMQ {version} answer"));
             state.phase = Phase::Ready;
         }
         if *state != before {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use reqwest::{Client, Method, Response};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use url::Url;
 
@@ -28,6 +29,19 @@ impl Management {
     /// Whether the node has started and listens on a port.
     pub(crate) async fn listens(&self, port: u16) -> bool {
         self.send(Method::GET, &["health", "checks", "port-listener", &port.to_string()], None).await.is_ok()
+    }
+
+    /// RabbitMQ's version.
+    pub(crate) async fn version(&self) -> Result<String, StackError> {
+        #[derive(Deserialize)]
+        struct Overview {
+            rabbitmq_version: String,
+        }
+        let overview = async {
+            let response = self.send(Method::GET, &["overview"], None).await?;
+            response.json::<Overview>().await.map_err(|error| error.to_string())
+        };
+        Ok(overview.await.map_err(refused("tell its version".to_owned()))?.rabbitmq_version)
     }
 
     /// Creates a virtual host, with all rights for the stack's user.

@@ -16,9 +16,11 @@ mod ports;
 mod postgres;
 mod processes;
 mod rabbitmq;
+mod release;
 mod server;
 mod servers;
 mod state;
+mod tree;
 mod up_lock;
 
 use std::{
@@ -42,6 +44,7 @@ pub use self::{
     error::StackError,
     keeper::run as keep,
     packages::{CHROMIUM, POSTGRESQL, Package, RABBITMQ, ensure_packages},
+    release::Release,
     up_lock::{Running, UpLock, UpLockRefused, running},
 };
 
@@ -99,7 +102,7 @@ impl Stack {
         linger: Duration,
         report: impl Fn(&str),
     ) -> Result<Self, StackError> {
-        ensure_packages(&[POSTGRESQL, RABBITMQ], &report).await?;
+        ensure_servers(&report).await?;
         let folder = Folder::open(home)?;
         let lease_path = folder.path(LEASE);
         let lease =
@@ -235,9 +238,23 @@ impl Stack {
     }
 }
 
+/// Makes sure that the programs of both servers are there. `report` gets a line for each step.
+pub async fn ensure_servers(report: impl Fn(&str)) -> Result<(), StackError> {
+    ensure_packages(&[POSTGRESQL], &report).await?;
+    Release::chosen().ensure(&report).await
+}
+
 /// The folder of the stack of this checkout: MAILRUN_HOME, else `.mailrun` in the workspace that cargo runs or that
-/// contains the current folder, else in the current folder.
+/// contains the current folder, else in the current folder. Below it for a release that was asked for: no RabbitMQ reads
+/// the data of a later one, nor of one that is much earlier.
 pub fn home() -> PathBuf {
+    match Release::chosen() {
+        Release::System => home_of_checkout(),
+        release => home_of_checkout().join(format!("broker-{}", release.name())),
+    }
+}
+
+fn home_of_checkout() -> PathBuf {
     if let Some(home) = env::var_os("MAILRUN_HOME").filter(|home| !home.is_empty()) {
         return home.into();
     }

@@ -36,7 +36,7 @@ pub const RABBITMQ: Package = Package {
     purpose: "carry the messages between Mailrun's processes",
     apt: &["rabbitmq-server"],
     elsewhere: "RabbitMQ 3.10 or later (macOS: `brew install rabbitmq`; Fedora: `dnf install rabbitmq-server`)",
-    present: || rabbitmq::Programs::find().is_some(),
+    present: || rabbitmq::Programs::of_system().is_some(),
 };
 
 /// The database.
@@ -72,9 +72,10 @@ pub async fn ensure_packages(packages: &[Package], report: impl Fn(&str)) -> Res
     if !Path::new("/usr/bin/apt-get").exists() {
         return Err(StackError::Missing(by_hand(&missing, None)));
     }
-    let Some(mut command) = as_root(&apt).await else {
+    let Some(mut command) = as_root(INSTALL).await else {
         return Err(StackError::Missing(by_hand(&missing, Some(&apt.join(" ")))));
     };
+    command.args(&apt);
     for package in &missing {
         report(&format!("Installing {} ({}) to {}", package.name, package.apt.join(", "), package.purpose));
     }
@@ -102,8 +103,8 @@ pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// The install script as root: directly, through sudo without a password, or through sudo that asks on the terminal.
-async fn as_root(apt: &[&str]) -> Option<Command> {
+/// A shell script as root, without arguments: directly, through sudo without a password, or through sudo that asks on the terminal.
+pub(crate) async fn as_root(script: &str) -> Option<Command> {
     let mut command = if rustix::process::geteuid().is_root() {
         Command::new("/bin/sh")
     } else {
@@ -123,7 +124,7 @@ async fn as_root(apt: &[&str]) -> Option<Command> {
         command.arg("/bin/sh");
         command
     };
-    command.args(["-c", INSTALL, "install"]).args(apt).stdin(Stdio::null());
+    command.args(["-c", script, "mailrun"]).stdin(Stdio::null());
     Some(command)
 }
 

@@ -1,7 +1,9 @@
 //! The private RabbitMQ and its own Erlang port mapper: their programs, configuration, and how they're started.
 
 use std::{
-    env, io,
+    env,
+    ffi::OsStr,
+    io,
     path::{Path, PathBuf},
     process::Stdio,
 };
@@ -19,8 +21,10 @@ use super::{
     management::Management,
     packages::{on_path, versions},
     ports::Ports,
+    release::Release,
     server::Server,
     state::{Login, USER},
+    tree::Tree,
 };
 
 /// The virtual host that exists from the first start on.
@@ -33,11 +37,28 @@ const PLUGINS: &str = "[rabbitmq_management,rabbitmq_prometheus,rabbitmq_shovel,
 pub(crate) struct Programs {
     server: PathBuf,
     epmd: PathBuf,
+    /// Where they are, unless they are the system's.
+    tree: Option<Tree>,
 }
 
 impl Programs {
-    /// Finds them. The wrapper that packages put into /usr/sbin switches users, so what it wraps comes first.
+    /// Finds those of the chosen release: the system's, if they are of it.
     pub(crate) fn find() -> Option<Self> {
+        let system = Self::of_system();
+        match Release::chosen() {
+            Release::System => system,
+            release => system.filter(|programs| release.has(programs.version().as_deref())).or_else(Self::in_tree),
+        }
+    }
+
+    fn in_tree() -> Option<Self> {
+        let tree = Tree::find()?;
+        let (server, epmd) = tree.programs()?;
+        Some(Self { server, epmd, tree: Some(tree) })
+    }
+
+    /// Finds the system's. The wrapper that packages put into /usr/sbin switches users, so what it wraps comes first.
+    pub(crate) fn of_system() -> Option<Self> {
         let packaged = || {
             versions("/usr/lib/rabbitmq/lib", "rabbitmq_server-")
                 .into_iter()
@@ -53,13 +74,39 @@ impl Programs {
         Some(Self {
             server: packaged().or_else(|| on_path("rabbitmq-server"))?,
             epmd: on_path("epmd").or_else(runtime).filter(|epmd| epmd.is_file())?,
+            tree: None,
         })
+    }
+
+    /// The version of the system's, by the name of RabbitMQ's own library beside the script.
+    pub(crate) fn version(&self) -> Option<String> {
+        let plugins = self.server.canonicalize().ok()?.parent()?.with_file_name("plugins");
+        let rabbit = versions(plugins.to_str()?, "rabbit-").pop()?;
+        Some(rabbit.file_name()?.to_str()?.strip_prefix("rabbit-")?.trim_end_matches(".ez").to_owned())
+    }
+
+    /// The command that becomes one of them, which finds `name` as its own.
+    fn command(&self, program: &Path, name: &OsStr) -> Command {
+        match &self.tree {
+            Some(tree) => tree.command(program, name),
+            None => {
+                let mut command = Command::new(program);
+                command.arg0(name);
+                command
+            }
+        }
+    }
+
+    /// `rabbitmqctl`; none: it does not lie beside the server's script.
+    fn control(&self) -> Option<Command> {
+        let script = self.server.with_file_name("rabbitmqctl");
+        (self.tree.is_some() || script.is_file()).then(|| self.command(&script, script.as_os_str()))
     }
 }
 
 /// A RabbitMQ that is ready to be started.
 pub(crate) struct RabbitMq {
-    script: PathBuf,
+    programs: Programs,
     home: PathBuf,
     log: PathBuf,
     ports: Ports,
@@ -91,7 +138,7 @@ impl RabbitMq {
             write_private(&path, content.as_bytes()).map_err(io_error("Writing", &path))?;
         }
         Ok(Self {
-            script: programs.server.clone(),
+            programs: programs.clone(),
             log: folder.log("rabbitmq-start"),
             home,
             ports,
@@ -104,13 +151,9 @@ impl RabbitMq {
 
 /// `rabbitmqctl` for the node of a folder, without arguments; none: it does not lie beside the server's script.
 pub(crate) fn control(folder: &Folder, login: &Login, ports: Ports) -> Option<Command> {
-    let script = Programs::find()?.server.with_file_name("rabbitmqctl");
-    if !script.is_file() {
-        return None;
-    }
+    let mut command = Programs::find()?.control()?;
     let home = folder.path("rabbitmq");
     let config = home.join("config");
-    let mut command = Command::new(script);
     command
         .env_clear()
         .env("PATH", env::var_os("PATH").unwrap_or_default())
@@ -173,7 +216,8 @@ impl Server for RabbitMq {
     fn command(&self) -> io::Result<Command> {
         let log = open_log(&self.log)?;
         let config = self.home.join("config");
-        let mut command = Command::new(&self.script);
+        let script = &self.programs.server;
+        let mut command = self.programs.command(script, script.as_os_str());
         // Nothing of the caller's environment or of /etc/rabbitmq may reach this node.
         command
             .env_clear()
@@ -214,7 +258,7 @@ impl Server for RabbitMq {
 
 /// The Erlang port mapper of this stack: on a port of its own, so that no other node shares it or outlives it.
 pub(crate) struct Epmd {
-    program: PathBuf,
+    programs: Programs,
     port: u16,
     log: PathBuf,
     marker: String,
@@ -223,12 +267,7 @@ pub(crate) struct Epmd {
 impl Epmd {
     /// The port mapper for these ports.
     pub(crate) fn prepare(folder: &Folder, programs: &Programs, ports: Ports) -> Self {
-        Self {
-            program: programs.epmd.clone(),
-            port: ports.epmd,
-            log: folder.log("epmd"),
-            marker: folder.marker("epmd"),
-        }
+        Self { programs: programs.clone(), port: ports.epmd, log: folder.log("epmd"), marker: folder.marker("epmd") }
     }
 }
 
@@ -242,11 +281,11 @@ impl Server for Epmd {
 
     fn command(&self) -> io::Result<Command> {
         let log = open_log(&self.log)?;
-        let mut command = Command::new(&self.program);
+        // It takes no name or label as an option, and must be recognised when its keeper was killed.
+        let mut command = self.programs.command(&self.programs.epmd, OsStr::new(&self.marker));
         command
-            // It takes no name or label as an option, and must be recognised when its keeper was killed.
-            .arg0(&self.marker)
             .env_clear()
+            .env("PATH", env::var_os("PATH").unwrap_or_default())
             .args(["-address", "127.0.0.1", "-port", &self.port.to_string()])
             .current_dir("/")
             .stdin(Stdio::null())

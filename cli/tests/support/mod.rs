@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun::stack::{self, POSTGRESQL, RABBITMQ, Stack, ensure_packages};
+use mailrun::stack::{self, Stack, ensure_servers};
 use reqwest::{Client, header::LOCATION, redirect};
 use serde_json::Value;
 use sqlx::PgPool;
@@ -46,7 +46,7 @@ impl World {
     }
 
     pub async fn on(home: &Path, settings: &[(&str, &str)]) -> Self {
-        ensure_packages(&[POSTGRESQL, RABBITMQ], say).await.unwrap();
+        ensure_servers(say).await.unwrap();
         let stack = Stack::start(home, Path::new(MAILRUN), LINGER, |step| eprintln!("{step}")).await.unwrap();
         let name = format!("test-{}", Uuid::new_v4().simple());
         stack.create_database(&name).await.unwrap();

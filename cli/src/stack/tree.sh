@@ -1,0 +1,29 @@
+# Makes a Debian 13 with RabbitMQ in the folder named as the argument, unless it's there. Run by root.
+set -eu
+export LC_ALL=C
+exec 2>&1
+tree=$1
+
+# What is started from here holds the lock, too: who comes next waits until the last of it has ended.
+exec 9> "$tree.lock"
+flock 9
+if [ -d "$tree" ]; then exit 0; fi
+new=$tree.new
+trap 'rm -rf --one-file-system "$new"' EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# The mirror that this machine's own packages come from is near, if it has this release.
+mirrors=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | grep '^http' | sort -u || true)
+for mirror in $mirrors http://deb.debian.org/debian; do
+    rm -rf --one-file-system "$new"
+    # In a mount namespace, so that nothing stays mounted below the folder, however this ends.
+    if unshare --mount debootstrap --force-check-gpg --keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
+        --variant=minbase --include=rabbitmq-server trixie "$new" "$mirror"; then
+        rm -rf "$new"/var/cache/apt/* "$new"/var/lib/apt/lists/*
+        mv "$new" "$tree"
+        exit 0
+    fi
+done
+exit 1
