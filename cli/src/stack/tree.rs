@@ -90,7 +90,7 @@ impl Tree {
                  `debootstrap --variant=minbase --include=rabbitmq-server trixie {place}`, and start Mailrun again."
             )));
         };
-        report(&format!("Fetching RabbitMQ 4, with the Debian 13 it runs on, into {place}: 300 MB, once"));
+        report(&format!("Fetching RabbitMQ 4, with the Debian 13 it runs on, into {place}: 240 MB, once"));
         let failed = || io_error("Starting debootstrap for", &root);
         let mut child = command.arg(&root).stdout(Stdio::piped()).spawn().map_err(failed())?;
         let mut lines = Vec::new();

@@ -14,9 +14,11 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# The mirror that this machine's own packages come from is near, if it has this release.
-mirrors=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' | grep '^http' | sort -u || true)
-for mirror in $mirrors http://deb.debian.org/debian; do
+# The mirror that this machine's own packages come from is near; it may lack this release.
+everybodys=http://deb.debian.org/debian
+near=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' |
+    sed 's,/*$,,' | grep '^http' | grep -vxF "$everybodys" | sort -u || true)
+for mirror in $near "$everybodys"; do
     rm -rf --one-file-system "$new"
     # In a mount namespace, so that nothing stays mounted below the folder, however this ends.
     if unshare --mount debootstrap --force-check-gpg --keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
