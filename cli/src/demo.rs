@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     local::{Local, Mailing, Servers},
-    stack,
+    stack::{self, Nodes},
     visitor::{Progress, Visitor},
 };
 
@@ -31,6 +31,9 @@ pub struct Options {
     /// Print one JSON object with the figures on standard output, and nothing else.
     #[arg(long)]
     json: bool,
+    /// How many nodes the private RabbitMQ has.
+    #[arg(long, value_enum, default_value_t)]
+    nodes: Nodes,
     #[command(flatten)]
     smtp: smtp::Options,
 }
@@ -74,14 +77,14 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
         if let Some(url) = stack::running(&home).and_then(|running| running.web_url) {
             eprintln!("Using the Mailrun that runs here: {url}");
             options.smtp.refuse_a_running_mailrun()?;
-            let servers = Servers::start(&config, &home, |step| eprintln!("{step} …")).await?;
+            let servers = Servers::start(&config, &home, Nodes::One, |step| eprintln!("{step} …")).await?;
             let result = invite(&config, &servers, &url, options, None).await;
             servers.stop().await?;
             return result;
         }
         let server = options.smtp.start().await?;
         let mailing = server.as_ref().map_or(Mailing::AsConfigured, |server| Mailing::With(server.settings()));
-        let local = Local::start(&config, file, &home, mailing, |step| eprintln!("{step} …")).await?;
+        let local = Local::start(&config, file, &home, options.nodes, mailing, |step| eprintln!("{step} …")).await?;
         let invited = invite(&config, local.servers(), &local.services.web_url, options, server.as_ref());
         let watched = stop.run_until_cancelled(invited).await;
         eprintln!("Stopping …");

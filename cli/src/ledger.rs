@@ -6,7 +6,7 @@ use sqlx::PgPool;
 
 use crate::{
     local::Servers,
-    stack::{self, running},
+    stack::{self, Nodes, running},
 };
 
 /// The ledger, and the private servers if it lives there.
@@ -25,7 +25,7 @@ impl Ledger {
         if !config.named.database && running(&home).is_none() {
             bail!("Mailrun does not run here: start it with `mailrun up`, or set DATABASE_URL and AMQP_URL");
         }
-        let servers = Servers::start(config, &home, |step| eprintln!("{step} …")).await?;
+        let servers = Servers::start(config, &home, Nodes::One, |step| eprintln!("{step} …")).await?;
         Ok(Self { pool: servers.open_ledger(config, "mailrun operator")?, _servers: servers })
     }
 }

@@ -18,7 +18,7 @@ use sqlx::PgPool;
 use tokio::process::Command;
 
 use crate::{
-    stack::{self, Console, Stack, StackError},
+    stack::{self, Console, Nodes, Stack, StackError},
     supervise::{Notice, Service, Supervisor},
 };
 
@@ -46,26 +46,26 @@ pub struct Servers {
     stack: Option<Stack>,
     /// PostgreSQL.
     pub database_url: SecretString,
-    /// RabbitMQ.
+    /// RabbitMQ; with commas between several nodes.
     pub amqp_url: SecretString,
 }
 
 impl Servers {
-    /// Finds or starts them. Those that the settings name win over the private ones.
+    /// Finds or starts them, with so many nodes of RabbitMQ. Those that the settings name win over the private ones.
     ///
     /// # Errors
     /// When one can't be installed or started.
-    pub async fn start(config: &Config, home: &Path, report: impl Fn(&str)) -> Result<Self> {
+    pub async fn start(config: &Config, home: &Path, nodes: Nodes, report: impl Fn(&str)) -> Result<Self> {
         let named = config.named;
         if named.database && named.broker {
             return Ok(Self { stack: None, database_url: config.database.url.clone(), amqp_url: joined(config) });
         }
         let program = std::env::current_exe().context("the path of this program is unknown")?;
-        let stack = Stack::start(home, &program, Duration::ZERO, report).await?;
+        let stack = Stack::start_nodes(home, &program, Duration::ZERO, nodes, report).await?;
         stack.create_database(NAME).await?;
         stack.create_vhost(NAME).await?;
         let database_url = if named.database { config.database.url.clone() } else { stack.database_url(NAME).into() };
-        let amqp_url = if named.broker { joined(config) } else { stack.amqp_url(NAME).into() };
+        let amqp_url = if named.broker { joined(config) } else { stack.amqp_urls(NAME).into() };
         Ok(Self { stack: Some(stack), database_url, amqp_url })
     }
 
@@ -124,10 +124,11 @@ impl Local {
         config: &Config,
         file: Option<&Path>,
         home: &Path,
+        nodes: Nodes,
         mailing: Mailing,
         report: impl Fn(&str),
     ) -> Result<Self> {
-        let servers = Servers::start(config, home, &report).await?;
+        let servers = Servers::start(config, home, nodes, &report).await?;
         let mut environment = servers.environment();
         environment.extend(file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         let log = home.join("logs").join("services.log");

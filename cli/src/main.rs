@@ -95,6 +95,9 @@ enum Command {
         /// How long to stay when nobody uses the stack any more.
         #[arg(long, default_value_t = 0)]
         linger_seconds: u64,
+        /// How many nodes RabbitMQ has.
+        #[arg(long, value_enum, default_value_t)]
+        nodes: stack::Nodes,
     },
 }
 
@@ -212,8 +215,8 @@ async fn run(arguments: Arguments) -> Result<()> {
             Ok(())
         }
         Command::WithDatabase { command } => with_database(&command).await,
-        Command::StackKeeper { home, linger_seconds } => {
-            Ok(stack::keep(&home, Duration::from_secs(linger_seconds)).await?)
+        Command::StackKeeper { home, linger_seconds, nodes } => {
+            Ok(stack::keep(&home, Duration::from_secs(linger_seconds), nodes).await?)
         }
     }
 }

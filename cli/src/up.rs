@@ -8,7 +8,7 @@ use mailrun_shared::{config::Config, shutdown};
 
 use crate::{
     local::{Local, Mailing},
-    stack::{self, Running, UpLock, UpLockRefused},
+    stack::{self, Nodes, Running, UpLock, UpLockRefused},
 };
 
 /// What `up` can be asked for.
@@ -17,6 +17,9 @@ pub struct Options {
     /// Send to a mail server on this machine, which delivers nothing and shows what arrived.
     #[arg(long)]
     mail: bool,
+    /// How many nodes the private RabbitMQ has.
+    #[arg(long, value_enum, default_value_t)]
+    nodes: Nodes,
 }
 
 /// Starts everything with the settings in `file`, says where it is, and stops all of it at the first signal. A second `up`
@@ -42,6 +45,7 @@ pub async fn run(config: Config, file: Option<&Path>, options: Options) -> Resul
         &config,
         file,
         &home,
+        options.nodes,
         if options.mail { Mailing::ToSink } else { Mailing::AsConfigured },
         |step| println!("{step} …"),
     );

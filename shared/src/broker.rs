@@ -7,7 +7,10 @@
 use std::{
     borrow::Cow,
     collections::HashSet,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -73,6 +76,8 @@ pub enum BrokerError {
 #[derive(Debug)]
 pub struct Broker {
     urls: Vec<SecretString>,
+    /// Which node the next connection is tried at first.
+    turn: AtomicUsize,
     name: String,
     declare: bool,
     item_queues: Arc<[Cow<'static, str>]>,
@@ -88,6 +93,8 @@ impl Broker {
     pub fn new(config: &Config, name: impl Into<String>) -> Arc<Self> {
         Arc::new(Self {
             urls: config.amqp.urls.clone(),
+            // By chance, so that processes that start together don't all begin with the same node.
+            turn: AtomicUsize::new(rand::random_range(0..config.amqp.urls.len().max(1))),
             name: name.into(),
             declare: config.amqp.declare_topology,
             item_queues: topology::item_queues(config.amqp.item_queues).into(),
@@ -98,13 +105,14 @@ impl Broker {
         })
     }
 
-    /// Connects to the first node that answers, and declares the topology.
+    /// Connects to the next node in turn, or to the first one after it that answers, and declares the topology. So the
+    /// connections of a process are spread over the nodes, and what a dead node held goes to all of the others.
     ///
     /// # Errors
     /// The last node's.
     pub async fn connect(&self, purpose: &str) -> Result<Connection, BrokerError> {
         let mut last = BrokerError::Timeout;
-        for url in &self.urls {
+        for url in in_turn(&self.urls, self.turn.fetch_add(1, Ordering::Relaxed)) {
             match timeout(self.answer_timeout, self.connect_to(url, purpose)).await {
                 Ok(Ok(connection)) => return Ok(connection),
                 Ok(Err(error)) => last = error,
@@ -253,6 +261,12 @@ impl Broker {
             reconnect.reset();
         }
     }
+}
+
+/// All of `nodes`, from one of them on.
+fn in_turn<T>(nodes: &[T], turn: usize) -> impl Iterator<Item = &T> {
+    let (before, from) = nodes.split_at(turn % nodes.len().max(1));
+    from.iter().chain(before)
 }
 
 /// Waits for a batch, then takes what else is there, up to a burst. False: the publisher is gone, and all is published.
@@ -520,6 +534,13 @@ pub async fn depth(channel: &Channel, queue: &str) -> lapin::Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_connection_begins_with_the_next_node_and_leaves_none_out() {
+        let turns: Vec<Vec<_>> = (4..7).map(|turn| in_turn(&["a", "b", "c"], turn).copied().collect()).collect();
+        assert_eq!(turns, [["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]);
+        assert_eq!(in_turn::<&str>(&[], 7).count(), 0);
+    }
 
     #[test]
     fn many_messages_are_spread_evenly_over_the_lanes() {

@@ -38,7 +38,10 @@ use self::{
     site::Site,
     watch::{Stage, follow},
 };
-use crate::{people::people, stack::Stack};
+use crate::{
+    people::people,
+    stack::{Nodes, Stack},
+};
 
 /// A run that is not over after this time, and a little more for each recipient, is stuck.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -87,20 +90,28 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
     let seed = options.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
     // Not the stack of the checkout: its servers are not to be killed.
     let home = std::env::temp_dir().join(format!("mailrun-chaos-{}", Uuid::new_v4().simple()));
-    let stack = match Stack::start(&home, &program, Duration::ZERO, |step| eprintln!("{step} …")).await {
-        Ok(stack) => stack,
-        Err(error) => {
-            eprintln!("The logs are in {}", home.join("logs").display());
-            clear(&home, Some(&home.join("logs")));
-            return Err(error.into());
-        }
-    };
     let Options { recipients, resend, .. } = *options;
     let setting = Setting { config: &config, file, logs: home.join("logs"), recipients, resend };
     let plans = options.fault.iter().flat_map(|choice| choice.plans());
-    let judged = stop.run_until_cancelled(Box::pin(all(&stack, &setting, plans, seed))).await;
-    stack.stop().await?;
-    let report = judged.context("the fault bench was stopped before its end")?;
+    let (on_three, on_one): (Vec<Plan>, Vec<Plan>) = plans.partition(|plan| plan.needs_cluster());
+    let mut report = Report::new(seed);
+    for (nodes, plans) in [(Nodes::One, on_one), (Nodes::Three, on_three)] {
+        if plans.is_empty() {
+            continue;
+        }
+        let tell = |step: &str| eprintln!("{step} …");
+        let stack = match Stack::start_nodes(&home, &program, Duration::ZERO, nodes, tell).await {
+            Ok(stack) => stack,
+            Err(error) => {
+                eprintln!("The logs are in {}", setting.logs.display());
+                clear(&home, Some(&setting.logs));
+                return Err(error.into());
+            }
+        };
+        let judged = stop.run_until_cancelled(Box::pin(all(&stack, &setting, plans, seed, &mut report))).await;
+        stack.stop().await?;
+        judged.context("the fault bench was stopped before its end")?;
+    }
     let good = !report.is_bad();
     if !good {
         eprintln!("The logs are in {}", setting.logs.display());
@@ -132,8 +143,7 @@ fn clear(home: &Path, keep: Option<&PathBuf>) {
     }
 }
 
-async fn all(stack: &Stack, setting: &Setting<'_>, plans: impl Iterator<Item = Plan>, seed: u64) -> Report {
-    let mut report = Report::new(seed);
+async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, report: &mut Report) {
     for plan in plans {
         let name = plan.name();
         eprintln!("{name}: inviting {} people", setting.recipients);
@@ -162,7 +172,6 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: impl Iterator<Item = P
         );
         report.add(name, figures);
     }
-    report
 }
 
 /// What has struck: of each fault its beginning and its end.
@@ -186,8 +195,17 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     let (stage, stages) = channel(Stage::default());
     let posted_at = Instant::now();
     let strikes = plan.strikes(seed);
-    let strikes =
-        join_all(strikes.into_iter().map(|strike| carry_out(&site, strike, posted_at, stages.clone(), &struck)));
+    let strikes = async {
+        let strikes = strikes.into_iter().map(|strike| carry_out(&site, strike, posted_at, stages.clone(), &struck));
+        if plan.needs_cluster() {
+            // In turn: a node is back before the next one dies, or else two are down and the queues have no majority.
+            for strike in strikes {
+                strike.await;
+            }
+        } else {
+            join_all(strikes).await;
+        }
+    };
     let followed = async {
         let seen = async {
             let run_id = submit(&site, setting.recipients).await?;

@@ -17,7 +17,7 @@ const SUBMISSION_MS: u64 = 300;
 pub(super) enum Plan {
     /// One fault, several times.
     One(Fault),
-    /// All of them, in any order, some at the same moment.
+    /// All that need no cluster, in any order, some at the same moment.
     Mixed,
 }
 
@@ -42,7 +42,7 @@ impl ValueEnum for Choice {
     fn to_possible_value(&self) -> Option<PossibleValue> {
         match self {
             Self::All => Some(PossibleValue::new("all").help("Each fault in a run of its own, then `mixed`")),
-            Self::Plan(Plan::Mixed) => Some(PossibleValue::new("mixed").help("All faults in one run")),
+            Self::Plan(Plan::Mixed) => Some(PossibleValue::new("mixed").help("All faults of a single node in one run")),
             Self::Plan(Plan::One(fault)) => fault.to_possible_value(),
         }
     }
@@ -98,6 +98,11 @@ impl Plan {
         }
     }
 
+    /// Whether its run takes a cluster of RabbitMQ.
+    pub(super) fn needs_cluster(self) -> bool {
+        matches!(self, Self::One(fault) if fault.needs_cluster())
+    }
+
     /// The faults of its run. The same seed gives the same ones.
     pub(super) fn strikes(self, seed: u64) -> Vec<Strike> {
         let mut rng = StdRng::seed_from_u64(seed);
@@ -124,7 +129,8 @@ impl Plan {
                 strikes
             }
             Self::Mixed => {
-                let strikes = Fault::value_variants().iter().map(|fault| {
+                let faults = Fault::value_variants().iter().filter(|fault| !fault.needs_cluster());
+                let strikes = faults.map(|fault| {
                     let moment = match fault.weight() {
                         Weight::Whole => Moment::AfterPost(Duration::ZERO),
                         _ if fault.strikes_the_form() => after_post(&mut rng),

@@ -42,6 +42,9 @@ const CONNECTIONS: u32 = 20;
 const LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=400;
 /// A short list is made to last so long.
 const SHORTEST_MS: u32 = 8_000;
+/// The nodes of a cluster die one after the other, and each takes some seconds to be back.
+const CLUSTER_LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=2_000;
+const CLUSTER_SHORTEST_MS: u32 = 45_000;
 /// Who ends in good order does so within this time; the rest is killed after a little more.
 const GOOD_ORDER: Duration = Duration::from_secs(30);
 /// Where the pages listen: nobody else is given one of these by chance.
@@ -60,7 +63,8 @@ pub(super) struct Site<'a> {
     pub(super) to_database: Proxy,
     /// The senders reach the mail server through it.
     pub(super) to_mail: Proxy,
-    name: String,
+    /// Of its database and its virtual host.
+    pub(super) name: String,
     services: Services,
 }
 
@@ -74,17 +78,22 @@ impl<'a> Site<'a> {
         let log = setting.logs.join(format!("services-{}.log", plan.name()));
         stack.create_database(&name).await?;
         stack.create_vhost(&name).await?;
-        let latency_ms = SHORTEST_MS * CONNECTIONS * SENDERS as u32 / setting.recipients.max(1);
-        let latency = Duration::from_millis(latency_ms.clamp(*LATENCY_MS.start(), *LATENCY_MS.end()).into());
+        let (shortest_ms, latencies_ms) =
+            if plan.needs_cluster() { (CLUSTER_SHORTEST_MS, CLUSTER_LATENCY_MS) } else { (SHORTEST_MS, LATENCY_MS) };
+        let latency_ms = shortest_ms * CONNECTIONS * SENDERS as u32 / setting.recipients.max(1);
+        let latency = Duration::from_millis(latency_ms.clamp(*latencies_ms.start(), *latencies_ms.end()).into());
         let sink = Sink::start(sink::Options { latency, keep: 0, ..sink::Options::default() }).await?;
         let weather = Arc::new(Weather::default());
         sink.set_rule(weather.rule());
 
         let (to_database, database_url) = through_proxy(&stack.database_url(&name)).await?;
-        let (to_broker, amqp_url) = through_proxy(&stack.amqp_url(&name)).await?;
+        let (to_broker, first_node) = through_proxy(&stack.amqp_url(&name)).await?;
+        // No fault of the network strikes a cluster, so its other nodes are reached directly.
+        let all_nodes = stack.amqp_urls(&name);
+        let amqp_urls: Vec<&str> = [first_node.as_str()].into_iter().chain(all_nodes.split(',').skip(1)).collect();
         let to_mail = Proxy::start(sink.address()).await?;
         let mut environment: Vec<(OsString, OsString)> =
-            vec![("DATABASE_URL".into(), database_url.into()), ("AMQP_URL".into(), amqp_url.into())];
+            vec![("DATABASE_URL".into(), database_url.into()), ("AMQP_URL".into(), amqp_urls.join(",").into())];
         environment.extend(setting.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         environment.extend(to_sink(to_mail.address()));
         environment.extend(settings(plan.publishes_twice(), setting.resend));

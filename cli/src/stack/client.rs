@@ -10,6 +10,7 @@ use std::{
 use tokio::{process::Command, task::JoinHandle};
 
 use super::{
+    cluster::Nodes,
     error::{StackError, io_error},
     folder::{Folder, open_log, tail},
     keeper::KEEPER_LOCK,
@@ -31,6 +32,8 @@ pub(crate) struct KeeperCommand<'a> {
     pub(crate) program: &'a Path,
     /// How long it stays after the last client.
     pub(crate) linger: Duration,
+    /// How many nodes RabbitMQ is to have.
+    pub(crate) nodes: Nodes,
 }
 
 impl KeeperCommand<'_> {
@@ -43,6 +46,7 @@ impl KeeperCommand<'_> {
         let mut child = Command::new(&program)
             .args(["stack-keeper", "--linger-seconds", &self.linger.as_secs().to_string(), "--home"])
             .arg(folder.root())
+            .args(["--nodes", self.nodes.name()])
             .env(VARIABLE, Release::chosen().name())
             .process_group(0)
             .current_dir("/")
@@ -78,6 +82,11 @@ pub(crate) async fn join(
                 let settled =
                     |status: &ServerStatus| matches!(status, ServerStatus::Running { .. } | ServerStatus::Stopped);
                 if state.phase == Phase::Ready && state.all(settled) {
+                    // Whoever asks for one takes a cluster as well.
+                    if keeper.nodes == Nodes::Three && state.ports.peers.is_none() {
+                        let why = "It runs already, with one node of RabbitMQ; stop what uses it first.";
+                        return Err(StackError::NotStarted(why.to_owned()));
+                    }
                     return Ok(state);
                 }
             }

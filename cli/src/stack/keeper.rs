@@ -12,6 +12,7 @@ use tokio::{
 };
 
 use super::{
+    cluster::{self, Nodes},
     database,
     error::{StackError, io_error},
     folder::Folder,
@@ -46,7 +47,7 @@ const PORT_TRIES: u32 = 4;
 /// Runs the stack of a folder until its lease was free for `linger`, or until SIGTERM. Returns at once if another keeper runs.
 ///
 /// For a process of its own: the folder stays locked until that process ends.
-pub async fn run(home: &Path, linger: Duration) -> Result<(), StackError> {
+pub async fn run(home: &Path, linger: Duration, nodes: Nodes) -> Result<(), StackError> {
     let folder = Folder::open(home)?;
     let lock_path = folder.path(KEEPER_LOCK);
     // Patience, as a client takes the lock for an instant to see whether a keeper runs.
@@ -60,7 +61,7 @@ pub async fn run(home: &Path, linger: Duration) -> Result<(), StackError> {
     for name in ["state.json", RABBITMQ_STOPPED, POSTGRES_STOPPED, END_REQUEST] {
         remove(&folder.path(name))?;
     }
-    let result = keep(&folder, linger).await;
+    let result = keep(&folder, linger, nodes).await;
     match &result {
         Ok(()) => remove(&folder.path("state.json"))?,
         Err(error) => {
@@ -73,7 +74,7 @@ pub async fn run(home: &Path, linger: Duration) -> Result<(), StackError> {
     result
 }
 
-async fn keep(folder: &Folder, linger: Duration) -> Result<(), StackError> {
+async fn keep(folder: &Folder, linger: Duration, nodes: Nodes) -> Result<(), StackError> {
     let lease_path = folder.path(LEASE);
     let lease = lease::open(&lease_path).map_err(io_error("Opening", &lease_path))?;
     let login = Login::load(folder)?;
@@ -87,7 +88,8 @@ async fn keep(folder: &Folder, linger: Duration) -> Result<(), StackError> {
     let mut watch = Watch { lease, linger, unused_since: None };
     for attempt in 1.. {
         let ports_path = folder.path("ports.json");
-        let (ports, _reserved) = Ports::choose(&ports_path).map_err(io_error("Choosing ports for", &ports_path))?;
+        let (ports, _reserved) =
+            Ports::choose(&ports_path, nodes).map_err(io_error("Choosing ports for", &ports_path))?;
         let mut state = State::new(ports);
         state.notes.push(format!("Starting PostgreSQL on port {} and RabbitMQ on port {}", ports.postgres, ports.amqp));
         state.write(folder)?;
@@ -152,7 +154,10 @@ async fn serve(
                 StackError::NotStarted(why).into()
             });
         }
-        if state.phase == Phase::Starting && state.all(|status| matches!(status, ServerStatus::Running { .. })) {
+        if state.phase == Phase::Starting
+            && state.all(|status| matches!(status, ServerStatus::Running { .. }))
+            && cluster::is_whole(login, state.ports).await
+        {
             database::create(state.ports.postgres, &login.password, DEFAULT_DATABASE).await?;
             let management = Management::new(state.ports.management, &login.password);
             management.create_vhost(rabbitmq::DEFAULT_VHOST).await?;
@@ -163,7 +168,9 @@ async fn serve(
         if *state != before {
             state.write(folder)?;
         }
-        servers.rabbitmq.want(wanted(&folder.path(RABBITMQ_STOPPED)));
+        for node in &servers.rabbitmq {
+            node.want(wanted(&folder.path(RABBITMQ_STOPPED)));
+        }
         servers.postgres.want(wanted(&folder.path(POSTGRES_STOPPED)));
         if watch.time_to_end(&folder.path(END_REQUEST))? {
             return Ok(());
@@ -172,7 +179,7 @@ async fn serve(
 }
 
 fn failure(state: &State) -> Option<String> {
-    [&state.postgres, &state.epmd, &state.rabbitmq].into_iter().find_map(|status| match status {
+    [&state.postgres, &state.epmd].into_iter().chain(state.nodes()).find_map(|status| match status {
         ServerStatus::Failed { why } => Some(why.clone()),
         _ => None,
     })

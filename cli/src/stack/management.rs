@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use reqwest::{Client, Method, Response};
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use url::Url;
 
@@ -60,6 +60,17 @@ impl Management {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether one of the node's health checks without arguments passes.
+    pub(crate) async fn holds(&self, check: &str) -> bool {
+        self.send(Method::GET, &["health", "checks", check], None).await.is_ok()
+    }
+
+    /// What lies there.
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &[&str]) -> Result<T, String> {
+        let response = self.send(Method::GET, path, None).await?;
+        response.json().await.map_err(|error| error.to_string())
     }
 
     async fn send(&self, method: Method, path: &[&str], body: Option<Value>) -> Result<Response, String> {

@@ -5,6 +5,7 @@
 //! nothing behind. Nothing of this touches a server that the system runs.
 
 mod client;
+mod cluster;
 mod database;
 mod error;
 mod folder;
@@ -32,6 +33,7 @@ use std::{
 pub(crate) use self::folder::open_log;
 use self::{
     client::KeeperCommand,
+    cluster::{Node, PEERS},
     error::io_error,
     folder::Folder,
     keeper::{END_REQUEST, LEASE, POSTGRES_STOPPED, RABBITMQ_STOPPED},
@@ -41,6 +43,7 @@ use self::{
     state::{Login, ServerStatus, State, USER},
 };
 pub use self::{
+    cluster::{Member, Nodes, Queue},
     error::StackError,
     keeper::run as keep,
     packages::{CHROMIUM, POSTGRESQL, Package, RABBITMQ, ensure_packages},
@@ -75,8 +78,10 @@ pub struct Pids {
     pub keeper: u32,
     /// PostgreSQL, unless it's stopped or restarting.
     pub postgres: Option<u32>,
-    /// RabbitMQ, unless it's stopped or restarting.
+    /// RabbitMQ, or its first node, unless it's stopped or restarting.
     pub rabbitmq: Option<u32>,
+    /// The cluster's other nodes, where there is a cluster.
+    pub peers: [Option<u32>; PEERS],
     /// RabbitMQ's port mapper.
     pub epmd: Option<u32>,
 }
@@ -102,13 +107,24 @@ impl Stack {
         linger: Duration,
         report: impl Fn(&str),
     ) -> Result<Self, StackError> {
+        Self::start_nodes(home, keeper_exe, linger, Nodes::One, report).await
+    }
+
+    /// As [`Stack::start`], with so many nodes of RabbitMQ.
+    pub async fn start_nodes(
+        home: &Path,
+        keeper_exe: &Path,
+        linger: Duration,
+        nodes: Nodes,
+        report: impl Fn(&str),
+    ) -> Result<Self, StackError> {
         ensure_servers(&report).await?;
         let folder = Folder::open(home)?;
         let lease_path = folder.path(LEASE);
         let lease =
             lease::shared_within(&lease_path, client::PATIENCE).await.map_err(io_error("Locking", &lease_path))?;
         let lease = lease.ok_or_else(|| client::Deadline::new("Stopping the stack that ran before").passed(&folder))?;
-        let state = client::join(&folder, &KeeperCommand { program: keeper_exe, linger }, &report).await?;
+        let state = client::join(&folder, &KeeperCommand { program: keeper_exe, linger, nodes }, &report).await?;
         let login = Login::load(&folder)?;
         let ports = state.ports;
         let console = Console {
@@ -125,9 +141,16 @@ impl Stack {
         self.address("postgres", self.ports.postgres, database)
     }
 
-    /// The address of a virtual host.
+    /// The address of a virtual host, at the first node.
     pub fn amqp_url(&self, vhost: &str) -> String {
         self.address("amqp", self.ports.amqp, vhost)
+    }
+
+    /// The addresses of a virtual host, one for each node, with commas between them, as `AMQP_URL` takes them.
+    pub fn amqp_urls(&self, vhost: &str) -> String {
+        let urls: Vec<String> =
+            self.ports.of_nodes().iter().map(|node| self.address("amqp", node.amqp, vhost)).collect();
+        urls.join(",")
     }
 
     fn address(&self, scheme: &str, port: u16, path: &str) -> String {
@@ -152,6 +175,7 @@ impl Stack {
             keeper: state.keeper_pid,
             postgres: pid(&state.postgres),
             rabbitmq: pid(&state.rabbitmq),
+            peers: std::array::from_fn(|peer| state.peers.get(peer).and_then(&pid)),
             epmd: pid(&state.epmd),
         })
     }
@@ -179,15 +203,17 @@ impl Stack {
     /// Stops RabbitMQ until [`Stack::start_rabbitmq`], for all users of the stack.
     pub async fn stop_rabbitmq(&self) -> Result<(), StackError> {
         self.set_stopped(RABBITMQ_STOPPED, true).await?;
-        client::wait_for(&self.folder, "Stopping RabbitMQ", |state| state.rabbitmq == ServerStatus::Stopped)
-            .await
-            .map(drop)
+        client::wait_for(&self.folder, "Stopping RabbitMQ", |state| {
+            state.nodes().all(|node| *node == ServerStatus::Stopped)
+        })
+        .await
+        .map(drop)
     }
 
     /// Starts RabbitMQ again and waits until it answers.
     pub async fn start_rabbitmq(&self) -> Result<(), StackError> {
         self.set_stopped(RABBITMQ_STOPPED, false).await?;
-        let runs = |state: &State| matches!(state.rabbitmq, ServerStatus::Running { .. });
+        let runs = |state: &State| state.nodes().all(|node| matches!(node, ServerStatus::Running { .. }));
         client::wait_for(&self.folder, "Starting RabbitMQ", runs).await.map(drop)
     }
 
@@ -210,7 +236,9 @@ impl Stack {
     pub async fn control_rabbitmq(&self, args: &[&str]) -> Result<(), StackError> {
         let what = || format!("{} by rabbitmqctl", args.join(" "));
         let failed = |answer: String| StackError::Management { what: what(), answer };
-        let mut command = rabbitmq::control(&self.folder, &self.login, self.ports)
+        let mut command = Node::all(&self.login, self.ports)
+            .first()
+            .and_then(|node| rabbitmq::control(&self.folder, node))
             .ok_or_else(|| failed("there is no rabbitmqctl".to_owned()))?;
         let output = command.args(args).output().await.map_err(|error| failed(error.to_string()))?;
         if output.status.success() {

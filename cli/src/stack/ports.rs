@@ -10,7 +10,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{folder::write_private, lease};
+use super::{
+    cluster::{Nodes, PEERS},
+    folder::write_private,
+    lease,
+};
 
 /// How many ports from the preferred one on are looked at before any free one is taken.
 const SPAN: u16 = 40;
@@ -31,12 +35,25 @@ pub(crate) struct Ports {
     pub(crate) distribution: u16,
     /// The Erlang port mapper of this stack alone.
     pub(crate) epmd: u16,
+    /// The cluster's other nodes, where there is a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) peers: Option<[NodePorts; PEERS]>,
+}
+
+/// The ports of one more node of RabbitMQ, as those of the first.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct NodePorts {
+    amqp: u16,
+    management: u16,
+    prometheus: u16,
+    distribution: u16,
 }
 
 impl Ports {
     /// The ports to use now: what `file` remembers, with others for those taken meanwhile. Writes the file.
     /// They stay reserved against other stacks for as long as the second value lives.
-    pub(crate) fn choose(file: &Path) -> io::Result<(Self, Reserved)> {
+    pub(crate) fn choose(file: &Path, nodes: Nodes) -> io::Result<(Self, Reserved)> {
         // An unreadable file is no loss: the ports are chosen anew.
         let remembered: Self =
             fs::read(file).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
@@ -49,6 +66,21 @@ impl Ports {
             prometheus: next(remembered.prometheus, 15733)?,
             distribution: next(remembered.distribution, 25673)?,
             epmd: next(remembered.epmd, 4370)?,
+            peers: match nodes {
+                Nodes::One => None,
+                Nodes::Three => {
+                    let mut peers = remembered.peers.unwrap_or_default();
+                    for peer in &mut peers {
+                        *peer = NodePorts {
+                            amqp: next(peer.amqp, 5673)?,
+                            management: next(peer.management, 15673)?,
+                            prometheus: next(peer.prometheus, 15733)?,
+                            distribution: next(peer.distribution, 25673)?,
+                        };
+                    }
+                    Some(peers)
+                }
+            },
         };
         write_private(file, &serde_json::to_vec_pretty(&ports)?)?;
         Ok((ports, reserved))
@@ -57,6 +89,15 @@ impl Ports {
     /// The ports RabbitMQ itself listens on.
     pub(crate) fn rabbitmq(&self) -> [u16; 4] {
         [self.amqp, self.management, self.prometheus, self.distribution]
+    }
+
+    /// The same for each node: what is another one's stands in the place of the first one's.
+    pub(crate) fn of_nodes(&self) -> Vec<Self> {
+        let mut nodes = vec![*self];
+        for NodePorts { amqp, management, prometheus, distribution } in self.peers.into_iter().flatten() {
+            nodes.push(Self { amqp, management, prometheus, distribution, ..*self });
+        }
+        nodes
     }
 }
 
@@ -113,14 +154,14 @@ mod tests {
     fn taken_ports_are_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("ports.json");
-        let (first, reserved) = Ports::choose(&file).unwrap();
-        let (other, _reserved) = Ports::choose(&dir.path().join("other.json")).unwrap();
+        let (first, reserved) = Ports::choose(&file, Nodes::One).unwrap();
+        let (other, _reserved) = Ports::choose(&dir.path().join("other.json"), Nodes::One).unwrap();
         assert_ne!(other.postgres, first.postgres, "a reserved port is not chosen again");
         drop(reserved);
         let stranger = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let taken = stranger.local_addr().unwrap().port();
         write_private(&file, &serde_json::to_vec(&Ports { amqp: taken, ..first }).unwrap()).unwrap();
-        let (second, _reserved) = Ports::choose(&file).unwrap();
+        let (second, _reserved) = Ports::choose(&file, Nodes::One).unwrap();
         assert_ne!(second.amqp, taken);
     }
 

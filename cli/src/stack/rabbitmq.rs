@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::{
+    cluster::Node,
     error::{StackError, io_error},
     folder::{Folder, open_log, private_dir, write_private},
     management::Management,
@@ -117,18 +118,13 @@ pub(crate) struct RabbitMq {
 
 impl RabbitMq {
     /// Writes the configuration.
-    pub(crate) fn prepare(
-        folder: &Folder,
-        programs: &Programs,
-        login: &Login,
-        ports: Ports,
-    ) -> Result<Self, StackError> {
-        let home = folder.path("rabbitmq");
+    pub(crate) fn prepare(folder: &Folder, programs: &Programs, login: &Login, node: Node) -> Result<Self, StackError> {
+        let home = folder.path(&node.folder);
         for name in ["", "data", "config", "config/none"] {
             private_dir(&home.join(name))?;
         }
         for (name, content) in [
-            ("config/rabbitmq.conf", configuration(login, ports)),
+            ("config/rabbitmq.conf", configuration(login, &node)),
             ("config/advanced.config", "[].\n".to_owned()),
             ("config/rabbitmq-env.conf", String::new()),
             ("config/enabled_plugins", PLUGINS.to_owned()),
@@ -139,20 +135,20 @@ impl RabbitMq {
         }
         Ok(Self {
             programs: programs.clone(),
-            log: folder.log("rabbitmq-start"),
+            log: folder.log(&format!("{}-start", node.folder)),
             home,
-            ports,
-            node_name: login.node_name.clone(),
-            marker: folder.marker("rabbitmq"),
-            management: Management::new(ports.management, &login.password),
+            ports: node.ports,
+            node_name: node.name,
+            marker: folder.marker(&node.folder),
+            management: Management::new(node.ports.management, &login.password),
         })
     }
 }
 
-/// `rabbitmqctl` for the node of a folder, without arguments; none: it does not lie beside the server's script.
-pub(crate) fn control(folder: &Folder, login: &Login, ports: Ports) -> Option<Command> {
+/// `rabbitmqctl` for a node of a folder, without arguments; none: it does not lie beside the server's script.
+pub(crate) fn control(folder: &Folder, node: &Node) -> Option<Command> {
     let mut command = Programs::find()?.control()?;
-    let home = folder.path("rabbitmq");
+    let home = folder.path(&node.folder);
     let config = home.join("config");
     command
         .env_clear()
@@ -160,11 +156,11 @@ pub(crate) fn control(folder: &Folder, login: &Login, ports: Ports) -> Option<Co
         .env("LANG", "C.UTF-8")
         // The cookie lies there.
         .env("HOME", &home)
-        .env("ERL_EPMD_PORT", ports.epmd.to_string())
+        .env("ERL_EPMD_PORT", node.ports.epmd.to_string())
         .env("ERL_EPMD_ADDRESS", "127.0.0.1")
         .env("ERL_FLAGS", "-start_epmd false")
         .env("ERL_CRASH_DUMP_SECONDS", "0")
-        .env("RABBITMQ_NODENAME", &login.node_name)
+        .env("RABBITMQ_NODENAME", &node.name)
         .env("RABBITMQ_CONF_ENV_FILE", config.join("rabbitmq-env.conf"))
         .current_dir(&home)
         .stdin(Stdio::null())
@@ -172,8 +168,9 @@ pub(crate) fn control(folder: &Folder, login: &Login, ports: Ports) -> Option<Co
     Some(command)
 }
 
-fn configuration(login: &Login, ports: Ports) -> String {
-    let Ports { amqp, management, prometheus, .. } = ports;
+fn configuration(login: &Login, node: &Node) -> String {
+    let Ports { amqp, management, prometheus, .. } = node.ports;
+    let (name, cluster) = (&node.folder, node.cluster_configuration());
     let password = &login.password;
     format!(
         "# Written at each start; changes here are lost.
@@ -197,11 +194,11 @@ disk_free_limit.absolute = 200MB
 raft.wal_max_size_bytes = 67108864
 
 log.console = false
-log.file = rabbitmq.log
+log.file = {name}.log
 log.file.level = warning
 log.file.rotation.size = 5242880
 log.file.rotation.count = 1
-"
+{cluster}"
     )
 }
 
@@ -313,7 +310,8 @@ mod tests {
     fn everything_listens_on_loopback_only() {
         let login =
             Login { password: "secret".to_owned(), node_name: "n@localhost".to_owned(), cookie: "c".to_owned() };
-        let text = configuration(&login, Ports { amqp: 1, management: 2, prometheus: 3, ..Ports::default() });
+        let ports = Ports { amqp: 1, management: 2, prometheus: 3, ..Ports::default() };
+        let text = configuration(&login, &Node::all(&login, ports)[0]);
         assert!(text.contains("listeners.tcp.local = 127.0.0.1:1\n"));
         assert_eq!(text.matches("tcp.ip = 127.0.0.1").count(), 2);
     }

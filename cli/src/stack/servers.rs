@@ -1,8 +1,10 @@
-//! The three processes of one stack, started and ended together.
+//! The processes of one stack, started and ended together.
 
+use futures::future::join_all;
 use tokio::{sync::watch, task::JoinHandle};
 
 use super::{
+    cluster::Node,
     error::StackError,
     folder::Folder,
     ports::{Ports, is_free},
@@ -47,8 +49,8 @@ impl Kept {
 pub(crate) struct Servers {
     /// The database.
     pub(crate) postgres: Kept,
-    /// The broker.
-    pub(crate) rabbitmq: Kept,
+    /// The broker's nodes.
+    pub(crate) rabbitmq: Vec<Kept>,
     epmd: Kept,
 }
 
@@ -57,11 +59,13 @@ impl Servers {
     pub(crate) async fn start(folder: &Folder, login: &Login, ports: Ports) -> Result<Self, StackError> {
         let programs =
             Programs::find().ok_or_else(|| StackError::NotStarted("RabbitMQ's programs were not found.".to_owned()))?;
-        let rabbitmq = RabbitMq::prepare(folder, &programs, login, ports)?;
+        let rabbitmq =
+            Node::all(login, ports).into_iter().map(|node| RabbitMq::prepare(folder, &programs, login, node));
+        let rabbitmq = rabbitmq.collect::<Result<Vec<_>, _>>()?;
         let mut epmd = Kept::start(Epmd::prepare(folder, &programs, ports));
         // RabbitMQ's node would start a port mapper itself, one that nobody stops, if it found none.
         let _ = epmd.status.wait_for(|status| *status != ServerStatus::Starting).await;
-        let rabbitmq = Kept::start(rabbitmq);
+        let rabbitmq: Vec<Kept> = rabbitmq.into_iter().map(Kept::start).collect();
         // The first time this takes seconds, in which RabbitMQ starts already.
         let (own_folder, own_login) = (folder.clone(), login.clone());
         let prepared =
@@ -73,7 +77,7 @@ impl Servers {
             Ok(Err(error)) => error,
             Err(error) => StackError::NotStarted(format!("Preparing PostgreSQL ended badly: {error}")),
         };
-        rabbitmq.end().await;
+        end(rabbitmq).await;
         epmd.end().await;
         Err(error)
     }
@@ -81,7 +85,9 @@ impl Servers {
     /// Writes how they are into the state.
     pub(crate) fn report(&self, state: &mut State) {
         state.postgres = self.postgres.status.borrow().clone();
-        state.rabbitmq = self.rabbitmq.status.borrow().clone();
+        let mut nodes = self.rabbitmq.iter().map(|node| node.status.borrow().clone());
+        state.rabbitmq = nodes.next().unwrap_or_default();
+        state.peers = nodes.collect();
         state.epmd = self.epmd.status.borrow().clone();
     }
 
@@ -90,13 +96,19 @@ impl Servers {
         let failed = |status: &ServerStatus| matches!(status, ServerStatus::Failed { .. });
         (failed(&state.postgres) && !is_free(state.ports.postgres))
             || (failed(&state.epmd) && !is_free(state.ports.epmd))
-            || (failed(&state.rabbitmq) && state.ports.rabbitmq().into_iter().any(|port| !is_free(port)))
+            || (state.nodes().zip(state.ports.of_nodes()))
+                .any(|(node, ports)| failed(node) && ports.rabbitmq().into_iter().any(|port| !is_free(port)))
     }
 
     /// Stops all of them, the broker first: what it delivers ends in the database.
     pub(crate) async fn end(self) {
-        self.rabbitmq.end().await;
+        end(self.rabbitmq).await;
         self.epmd.end().await;
         self.postgres.end().await;
     }
+}
+
+/// Stops all nodes at once: the last one of a cluster would otherwise wait for the others in vain when it starts first.
+async fn end(nodes: Vec<Kept>) {
+    join_all(nodes.into_iter().map(Kept::end)).await;
 }

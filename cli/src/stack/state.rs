@@ -69,8 +69,11 @@ pub(crate) struct State {
     pub(crate) ports: Ports,
     /// PostgreSQL.
     pub(crate) postgres: ServerStatus,
-    /// RabbitMQ.
+    /// RabbitMQ, or its first node.
     pub(crate) rabbitmq: ServerStatus,
+    /// The cluster's other nodes, where there is a cluster.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) peers: Vec<ServerStatus>,
     /// The Erlang port mapper.
     pub(crate) epmd: ServerStatus,
 }
@@ -86,13 +89,19 @@ impl State {
             ports,
             postgres: ServerStatus::Starting,
             rabbitmq: ServerStatus::Starting,
+            peers: ports.peers.map_or_else(Vec::new, |peers| vec![ServerStatus::Starting; peers.len()]),
             epmd: ServerStatus::Starting,
         }
     }
 
     /// Whether something holds for all servers.
     pub(crate) fn all(&self, holds: impl Fn(&ServerStatus) -> bool) -> bool {
-        [&self.postgres, &self.rabbitmq, &self.epmd].into_iter().all(holds)
+        [&self.postgres, &self.epmd].into_iter().chain(self.nodes()).all(holds)
+    }
+
+    /// The nodes of RabbitMQ.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = &ServerStatus> {
+        std::iter::once(&self.rabbitmq).chain(&self.peers)
     }
 
     /// Reads the file; `None` if there's none.

@@ -2,6 +2,7 @@
 //! itself, is told by subject in the files beside this one.
 
 mod broker;
+mod cluster;
 mod database;
 mod mail;
 mod network;
@@ -119,6 +120,12 @@ pub(super) enum Fault {
     HoleDatabase,
     /// The same for the mail server
     HoleMail,
+    /// kill -9 of one of three nodes of RabbitMQ, and of another one when it is back
+    KillNode,
+    /// kill -9 of the node that leads mailrun.items, and of the one that leads it then
+    KillLeader,
+    /// kill -9 of two of three nodes at the same moment: the queues stand still until one of them is back
+    KillMajority,
 }
 
 /// How often a fault can strike within one run.
@@ -149,9 +156,15 @@ impl Fault {
             | Self::HoleBroker
             | Self::HoleDatabase
             | Self::HoleMail => Weight::Heavy,
+            _ if self.needs_cluster() => Weight::Heavy,
             Self::DuplicateMessages | Self::LongReaders => Weight::Whole,
             _ => Weight::Light,
         }
+    }
+
+    /// Whether it takes a cluster of RabbitMQ.
+    pub(super) fn needs_cluster(self) -> bool {
+        matches!(self, Self::KillNode | Self::KillLeader | Self::KillMajority)
     }
 
     /// Whether the form itself must survive it.
@@ -170,7 +183,10 @@ impl Fault {
             | Self::KillDatabase
             | Self::KillRecovery
             | Self::RestartBroker
-            | Self::RestartDatabase => usual + SERVER_RECOVERY,
+            | Self::RestartDatabase
+            | Self::KillNode
+            | Self::KillLeader
+            | Self::KillMajority => usual + SERVER_RECOVERY,
             // Both ends find out that they wait in vain, then those that tried to connect meanwhile.
             Self::HoleBroker => usual + 3 * HEARTBEAT + ANSWER,
             Self::HoleDatabase | Self::HoleMail => usual + 3 * ANSWER,
@@ -247,6 +263,9 @@ impl Fault {
             Self::HoleBroker => network::hole(&site.to_broker, some_seconds(rng)).await,
             Self::HoleDatabase => network::hole(&site.to_database, some_seconds(rng)).await,
             Self::HoleMail => network::hole(&site.to_mail, some_seconds(rng)).await,
+            Self::KillNode => cluster::kill_node(site, rng).await,
+            Self::KillLeader => cluster::kill_leader(site).await,
+            Self::KillMajority => cluster::kill_majority(site, rng).await,
         }
     }
 }

@@ -11,7 +11,7 @@ use super::{super::site::Site, processes::children, send_signal};
 use crate::stack::Pids;
 
 /// A server that was killed is up again within this time.
-const RESTART: Duration = Duration::from_secs(120);
+pub(super) const RESTART: Duration = Duration::from_secs(120);
 
 /// One of the private servers.
 #[derive(Clone, Copy)]
