@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 use lapin::options::{QueueDeleteOptions, QueuePurgeOptions};
-use mailrun_shared::topology;
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 
 use super::{super::site::Site, send_signal};
 
@@ -45,22 +45,26 @@ pub(super) async fn disk_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
     Ok(site.stack.control_rabbitmq(&["set_disk_free_limit", "200MB"]).await?)
 }
 
-/// Gives a queue room for one message only, for some time: what is published beyond that is refused.
-pub(super) async fn full(site: &Site<'_>, queue: &str, time: Duration) -> Result<()> {
+/// Gives a queue room for one message only, and lets those who read it stand still for some time: what is published beyond
+/// that is refused.
+pub(super) async fn full(site: &Site<'_>, queue: &str, readers: &[String], time: Duration) -> Result<()> {
     let (vhost, pattern) = (site.name(), format!("^{}$", queue.replace('.', "\\.")));
+    let policy = format!("{queue} {}", Uuid::new_v4());
     let definition = r#"{"max-length":1,"overflow":"reject-publish"}"#;
     let control = async |args: &[&str]| site.stack.control_rabbitmq(args).await;
-    control(&["set_policy", "-p", vhost, queue, &pattern, definition, "--apply-to", "queues"]).await?;
+    control(&["set_policy", "-p", vhost, &policy, &pattern, definition, "--apply-to", "queues"]).await?;
+    let mut stopped = Vec::new();
+    for reader in readers {
+        // One may have been killed meanwhile, here and below.
+        if let Ok(pid) = site.pid(reader)
+            && send_signal(pid, std::process::id(), Signal::STOP).is_ok()
+        {
+            stopped.push(pid);
+        }
+    }
     sleep(time).await;
-    Ok(control(&["clear_policy", "-p", vhost, queue]).await?)
-}
-
-/// The same for the results, while nobody counts them.
-pub(super) async fn full_results(site: &Site<'_>, time: Duration) -> Result<()> {
-    let pid = site.pid("progress")?;
-    send_signal(pid, std::process::id(), Signal::STOP)?;
-    let done = full(site, topology::RESULTS, time).await;
-    // It may have been killed meanwhile.
-    let _ = send_signal(pid, std::process::id(), Signal::CONT);
-    done
+    for pid in stopped {
+        let _ = send_signal(pid, std::process::id(), Signal::CONT);
+    }
+    Ok(control(&["clear_policy", "-p", vhost, &policy]).await?)
 }

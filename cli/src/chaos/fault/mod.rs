@@ -19,13 +19,18 @@ use rustix::process::Signal;
 use tokio::sync::watch::Receiver;
 
 pub(super) use self::processes::send_signal;
-use self::{mail::HANGING, processes::a_sender};
+use self::{
+    mail::HANGING,
+    processes::{a_sender, senders},
+};
 use super::{
     site::{ANSWER, DEAD_AFTER, HEARTBEAT, RUNGS_MS, STALLED_AFTER, Site},
     watch::Stage,
     weather::Trouble,
 };
 
+/// Whose queue is full stands still for so long, which is shorter than what makes it dead.
+const FULL: Duration = Duration::from_secs(2);
 /// The longest wait between two tries to reach a server, or to start a process that has died again and again.
 const LONGEST_RECONNECT: Duration = Duration::from_secs(10);
 /// A server that answers may need so long to be of use.
@@ -98,9 +103,9 @@ pub(super) enum Fault {
     BrokerAlarm,
     /// RabbitMQ runs out of disk, and blocks them as well
     DiskAlarm,
-    /// mailrun.items has room for one message only, for some seconds
+    /// mailrun.items has room for one message only, while all senders stand still for two seconds
     FullItems,
-    /// mailrun.results has room for one message only, and the process that counts stands still, for some seconds
+    /// mailrun.results has room for one message only, while the process that counts stands still as long
     FullResults,
     /// Connections to RabbitMQ are cut, again and again for some seconds
     CutBroker,
@@ -220,8 +225,8 @@ impl Fault {
             Self::TerminateBackends => database::terminate_backends(site, some_seconds(rng)).await,
             // What a worker has in hand is not on its queue: it dies first, so that the broker puts that back.
             Self::PurgeItems => {
-                for number in 1..=crate::local::SENDERS {
-                    site.signal(&format!("send-{number}"), Signal::KILL)?;
+                for sender in senders() {
+                    site.signal(&sender, Signal::KILL)?;
                 }
                 broker::purge(site, vec![topology::ITEMS.to_owned()], some_seconds(rng)).await
             }
@@ -252,8 +257,8 @@ impl Fault {
             Self::DuplicateMessages => std::future::pending().await,
             Self::BrokerAlarm => broker::memory_alarm(site, some_seconds(rng)).await,
             Self::DiskAlarm => broker::disk_alarm(site, some_seconds(rng)).await,
-            Self::FullItems => broker::full(site, topology::ITEMS, some_seconds(rng)).await,
-            Self::FullResults => broker::full_results(site, some_seconds(rng)).await,
+            Self::FullItems => broker::full(site, topology::ITEMS, &senders().collect::<Vec<_>>(), FULL).await,
+            Self::FullResults => broker::full(site, topology::RESULTS, &["progress".to_owned()], FULL).await,
             Self::CutBroker => network::cut(&site.to_broker, some_seconds(rng), rng).await,
             Self::CutDatabase => network::cut(&site.to_database, some_seconds(rng), rng).await,
             Self::CutMail => network::cut(&site.to_mail, some_seconds(rng), rng).await,

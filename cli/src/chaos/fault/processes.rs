@@ -14,6 +14,11 @@ pub(super) fn a_sender(rng: &mut StdRng) -> String {
     format!("send-{}", rng.random_range(1..=crate::local::SENDERS))
 }
 
+/// The names of all of them.
+pub(super) fn senders() -> impl Iterator<Item = String> {
+    (1..=crate::local::SENDERS).map(|number| format!("send-{number}"))
+}
+
 /// Asks each service to end, in any order, and again before it may have done so.
 pub(super) async fn term_twice(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let mut services = site.services();
