@@ -128,7 +128,8 @@ pub(crate) async fn show(State(app): Shared, Query(wish): Query<Wish>) -> Result
 }
 
 async fn recent(app: &App) -> sqlx::Result<Vec<Row>> {
-    Ok(runs::list(&app.pool, None, RECENT).await?.iter().map(Row::of).collect())
+    let newest = in_time(app.answer_timeout, runs::list(&app.pool, None, RECENT)).await?;
+    Ok(newest.iter().map(Row::of).collect())
 }
 
 /// `GET /invites`: a page with an error stands under this address, and may be loaded again.

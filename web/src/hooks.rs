@@ -8,7 +8,7 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use mailrun_shared::store::suppressions;
+use mailrun_shared::store::{in_time, suppressions};
 use secrecy::ExposeSecret as _;
 use sqlx::PgPool;
 use tokio::time::timeout;
@@ -52,7 +52,7 @@ pub(crate) async fn bounces(State(app): Shared, request: Request<Body>) -> Respo
     };
     let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     match report::read(content_type, &body) {
-        Ok(Report::Suppress(verdicts)) => match suppress(&app.pool, &verdicts).await {
+        Ok(Report::Suppress(verdicts)) => match in_time(app.answer_timeout, suppress(&app.pool, &verdicts)).await {
             Ok(new) => {
                 info!(reported = verdicts.len(), new, "a bounce report is taken");
                 (StatusCode::OK, format!("Taken. Not written to any more: {}, new: {new}.\n", verdicts.len()))

@@ -10,6 +10,7 @@ use axum::{
 use mailrun_shared::{
     address::{Address, Invalid},
     store::{
+        in_time,
         suppressions::Reason,
         test_sends::{self, Asked, NewTest, TestSend, TestState},
     },
@@ -54,7 +55,7 @@ pub(crate) async fn ask(State(app): Shared, request: Request<Body>) -> Result<Re
         to => return Ok(refused(&app, &typed, Problems { text, test: to.err(), ..Problems::default() }).await),
     };
     let test = NewTest { email: &to, subject: &typed.subject, body: &typed.body };
-    match test_sends::ask(&app.pool, test).await? {
+    match in_time(app.answer_timeout, test_sends::ask(&app.pool, test)).await? {
         Asked::Accepted(test_id) => {
             app.outbox.notify_one();
             info!(%test_id, "a test is accepted");
