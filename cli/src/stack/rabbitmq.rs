@@ -304,7 +304,22 @@ impl Server for Epmd {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+
+    #[test]
+    fn the_version_is_told_by_what_lies_beside_the_script() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = dir.path().join("sbin/rabbitmq-server");
+        for library in ["rabbit-4.0.5", "rabbit_common-4.0.5", "rabbitmq_shovel-4.0.5"] {
+            fs::create_dir_all(dir.path().join("plugins").join(library)).unwrap();
+        }
+        fs::create_dir(dir.path().join("sbin")).unwrap();
+        fs::write(&server, "").unwrap();
+        let programs = Programs { server, epmd: PathBuf::new(), tree: None };
+        assert_eq!(programs.version().as_deref(), Some("4.0.5"));
+    }
 
     #[test]
     fn everything_listens_on_loopback_only() {

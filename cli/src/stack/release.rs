@@ -83,3 +83,23 @@ impl Release {
 fn named() -> Option<Result<Release, String>> {
     Some(Release::from_str(&env::var(VARIABLE).ok()?, false))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_release_has_its_own_versions() {
+        assert!(Release::Four.has(Some("4.0.5")));
+        for other in [Some("3.13.7"), Some("40.1"), None] {
+            assert!(!Release::Four.has(other), "{other:?}");
+        }
+        assert!(Release::System.has(None));
+    }
+
+    #[test]
+    fn a_release_that_is_asked_for_and_does_not_run_is_told() {
+        let refused = Release::Four.check("3.10.8".to_owned()).unwrap_err().to_string();
+        assert!(refused.contains("RabbitMQ 4 was asked for, and 3.10.8 runs"), "{refused}");
+    }
+}
