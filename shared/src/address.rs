@@ -38,10 +38,23 @@ pub struct Invalid {
     pub reason: &'static str,
 }
 
-/// Reads all entries of `text`, in their order. Blank lines, empty entries and a byte order mark are nothing.
+/// Nobody sees these, and they come along when text is copied: byte order marks, hyphens and spaces without width, marks of
+/// direction.
+fn is_invisible(character: char) -> bool {
+    matches!(
+        character,
+        '\u{ad}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
+    )
+}
+
+/// What a person sees of `text`.
+fn trim(text: &str) -> &str {
+    text.trim_matches(|character: char| character.is_whitespace() || is_invisible(character))
+}
+
+/// Reads all entries of `text`, in their order. Blank lines, empty entries and what is invisible around them are nothing.
 pub fn parse(text: &str) -> impl Iterator<Item = Entry> + '_ {
-    text.trim_start_matches('\u{feff}')
-        .lines()
+    text.lines()
         // A lone carriage return ends a line too: old spreadsheets write it.
         .flat_map(|line| line.split('\r'))
         .zip(1u32..)
@@ -75,7 +88,7 @@ fn entries(line: &str) -> impl Iterator<Item = &str> {
             None => (text, None),
         };
         rest = after;
-        Some(entry.trim())
+        Some(trim(entry))
     })
     .flat_map(words)
     .filter(|entry| !entry.is_empty())
@@ -92,11 +105,13 @@ fn words(entry: &str) -> impl Iterator<Item = &str> {
 
 fn parse_entry(entry: &str) -> Result<Address, Invalid> {
     let (name, address) = match entry.rsplit_once('<') {
-        Some((name, address)) => (clean_name(name), address.strip_suffix('>').unwrap_or(address).trim()),
-        None => (None, entry),
+        Some((name, address)) => (clean_name(name), trim(address.strip_suffix('>').unwrap_or(address))),
+        None => (None, trim(entry)),
     };
-    match check(address) {
-        Ok(()) => Ok(Address { email: address.to_lowercase(), name }),
+    // What is kept is what is checked: a letter may have another form in lower case than the address allows.
+    let email = address.to_lowercase();
+    match check(&email) {
+        Ok(()) => Ok(Address { email, name }),
         Err(reason) => Err(Invalid { text: shorten(entry), reason }),
     }
 }
@@ -108,7 +123,10 @@ fn check(address: &str) -> Result<(), &'static str> {
     if address.contains(char::is_whitespace) {
         return Err("has a space in it");
     }
-    if address.len() > MAX_ADDRESS_BYTES || address.to_lowercase().len() > MAX_ADDRESS_BYTES {
+    if address.contains(is_invisible) {
+        return Err("has an invisible character in it");
+    }
+    if address.len() > MAX_ADDRESS_BYTES {
         return Err("is longer than 254 characters");
     }
     let options = Options::default().with_required_tld().without_display_text().without_domain_literal();
@@ -169,7 +187,7 @@ impl FromStr for Address {
 
     /// Reads a single entry, `ann@example.org` or `Ann <ann@example.org>`.
     fn from_str(text: &str) -> Result<Self, Invalid> {
-        parse_entry(text.trim())
+        parse_entry(trim(text))
     }
 }
 
@@ -227,6 +245,15 @@ mod tests {
         assert_eq!(entries[1].parsed.as_ref().unwrap().email, "b@x.org");
     }
 
+    #[test]
+    fn what_nobody_sees_makes_no_other_person() {
+        let text = "\u{feff}a@x.org\n\u{feff}b@x.org\u{200b}, \u{200e}<\u{200b}c@x.org\u{ad}>\n\u{feff}\n";
+        assert_eq!(emails(text), ["a@x.org", "b@x.org", "c@x.org"]);
+        assert_eq!(reason("a\u{200b}b@x.org"), "has an invisible character in it");
+        // In lower case this is an i with a second dot, which is no letter of an address.
+        assert_eq!(reason("İ@x.org"), "is not an email address");
+    }
+
     fn valid() -> impl Strategy<Value = String> {
         "[a-z0-9]{1,12}(\\.[a-z0-9]{1,6})?@[a-z]{1,10}\\.(org|example|co\\.uk)"
     }
@@ -243,6 +270,45 @@ mod tests {
                     Err(invalid) => prop_assert!(!invalid.text.chars().any(char::is_control)),
                 }
             }
+        }
+
+        #[test]
+        fn an_accepted_address_is_one_wherever_it_is_read_again(
+            text in "([a-cA-C@.,;<>\"\\\\ \t\r\n\u{feff}\u{200b}\u{85}éİß()\\[\\]:\\-]|@x\\.org|\"a b\"){0,24}"
+        ) {
+            for Address { email, name } in parse(&text).filter_map(|entry| entry.parsed.ok()) {
+                // On the wire: RCPT TO:<…>, and a header.
+                prop_assert!(!email.contains(|c: char| c.is_control() || c.is_whitespace() || is_invisible(c)), "{email:?}");
+                prop_assert!(!email.contains('<') && (!email.contains('>') || email.starts_with('"')), "{email:?}");
+                prop_assert!(email.len() <= MAX_ADDRESS_BYTES);
+                prop_assert!(name.iter().all(|name| !name.contains(char::is_control) && name.chars().count() <= MAX_NAME_CHARS));
+                let again: Vec<_> = parse(&email).map(|entry| entry.parsed).collect();
+                prop_assert_eq!(again, [Ok(Address { email, name: None })]);
+            }
+        }
+
+        #[test]
+        fn a_list_is_the_same_however_a_file_is_written(
+            list in prop::collection::vec((valid(), prop::option::of("[A-Z][a-z]{0,8}( [A-Z][a-z;,]{0,8})?"), 0usize..3), 0..20),
+            bom: bool, quoted: bool, end in prop::sample::select(&["\n", "\r\n", "\r"][..]), last: bool,
+        ) {
+            let mut expected = Vec::new();
+            let mut lines = Vec::new();
+            for (email, name, blank) in &list {
+                lines.extend(std::iter::repeat_n(String::new(), *blank));
+                lines.push(match name {
+                    Some(name) if quoted || name.contains([',', ';']) => format!("\"{name}\" <{email}>"),
+                    Some(name) => format!("{name} <{email}>"),
+                    None => email.clone(),
+                });
+                let parsed = Ok(Address { email: email.clone(), name: name.clone() });
+                expected.push(Entry { line: u32::try_from(lines.len()).unwrap(), parsed });
+                lines.push("nobody".into());
+                let parsed = Err(Invalid { text: "nobody".into(), reason: "has no @ sign" });
+                expected.push(Entry { line: u32::try_from(lines.len()).unwrap(), parsed });
+            }
+            let text = format!("{}{}{}", if bom { "\u{feff}" } else { "" }, lines.join(end), if last { end } else { "" });
+            prop_assert_eq!(parse(&text).collect::<Vec<_>>(), expected);
         }
 
         #[test]

@@ -46,6 +46,11 @@ const BURST: usize = 1_536;
 const POLLED_TOGETHER: usize = 64;
 /// How long those wait for a confirm who hold a transaction open meanwhile.
 const CONFIRMED_SOON: Duration = Duration::from_secs(10);
+/// Headers go in one frame, of 128 KB at most: a message whose headers are larger can never be published. So much of others'
+/// headers is kept.
+const MAX_HEADERS_BYTES: usize = 64 * 1024;
+/// So much of an error is kept in the header of a dead letter.
+const MAX_ERROR_CHARS: usize = 1_000;
 /// Batches that may wait for a lane before `publish` makes its callers wait.
 const WAITING_BATCHES: usize = 64;
 
@@ -447,7 +452,9 @@ impl Outgoing {
     #[must_use]
     pub fn dead(self, reason: DeadReason, error: &str) -> Self {
         let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-        let mut this = self.to(topology::DEAD).header(REASON_HEADER, reason.as_str()).header(ERROR_HEADER, error);
+        // An error may quote what it is about, which may be a megabyte.
+        let error: String = error.chars().take(MAX_ERROR_CHARS).collect();
+        let mut this = self.to(topology::DEAD).header(REASON_HEADER, reason.as_str()).header(ERROR_HEADER, &error);
         let now_ms = i64::try_from(now_ms).unwrap_or(i64::MAX);
         this.headers.insert(DIED_AT_HEADER.into(), AMQPValue::LongLongInt(now_ms));
         this
@@ -460,17 +467,24 @@ impl Outgoing {
         self
     }
 
-    /// Carries over headers of a delivery, but not those with which the broker counts its rounds: a message that still
-    /// has them can be dropped as a cycle.
+    /// Carries over headers of a delivery, as far as they do no harm: not those with which the broker counts its rounds,
+    /// since a message that still has them can be dropped as a cycle; not those that name further queues, since the message
+    /// would go round for ever; and no more than fit into a frame with ours.
     #[must_use]
     pub fn with_headers_of(mut self, properties: &BasicProperties) -> Self {
-        const BROKERS_OWN: [&str; 5] =
-            ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
-        if let Some(headers) = properties.headers() {
-            for (key, value) in headers.inner() {
-                if !BROKERS_OWN.iter().any(|prefix| key.as_str().starts_with(prefix)) {
-                    self.headers.insert(key.clone(), value.clone());
-                }
+        const BROKERS_OWN: [&str; 7] =
+            ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "CC", "BCC"];
+        const OURS: [&str; 3] = [REASON_HEADER, ERROR_HEADER, DIED_AT_HEADER];
+        let mut room = MAX_HEADERS_BYTES;
+        let headers = properties.headers().iter().flat_map(FieldTable::inner);
+        let (ours, others): (Vec<_>, Vec<_>) = headers.partition(|(key, _)| OURS.contains(&key.as_str()));
+        for (key, value) in ours.into_iter().chain(others) {
+            if BROKERS_OWN.iter().any(|prefix| key.as_str().starts_with(prefix)) {
+                continue;
+            }
+            if let Some(left) = room.checked_sub(key.as_str().len() + bytes_of(value)) {
+                room = left;
+                self.headers.insert(key.clone(), value.clone());
             }
         }
         self
@@ -506,6 +520,20 @@ impl Outgoing {
             .with_message_id(ShortString::from(self.id.to_string()))
             .with_type(ShortString::from(self.kind.as_ref()))
             .with_headers(self.headers.clone())
+    }
+}
+
+/// How much of a frame a header's value takes, or a little less.
+fn bytes_of(value: &AMQPValue) -> usize {
+    8 + match value {
+        AMQPValue::ShortString(text) => text.as_str().len(),
+        AMQPValue::LongString(text) => text.as_bytes().len(),
+        AMQPValue::ByteArray(bytes) => bytes.as_slice().len(),
+        AMQPValue::FieldArray(list) => list.as_slice().iter().map(bytes_of).sum(),
+        AMQPValue::FieldTable(table) => {
+            table.inner().iter().map(|(key, value)| key.as_str().len() + bytes_of(value)).sum()
+        }
+        _ => 0,
     }
 }
 

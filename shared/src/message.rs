@@ -136,6 +136,7 @@ impl Message for RunMessage {
             {
                 Err("only failed and unknown items can be replayed")
             }
+            Command::Replay(replay) => no_nul(replay.error.as_deref()),
             _ => Ok(()),
         }
     }
@@ -240,11 +241,13 @@ impl Message for ResultsMessage {
     const QUEUE: &'static str = topology::RESULTS;
 
     fn check(&self) -> Result<(), &'static str> {
-        if self.results.iter().any(|result| !(1..=1_000_000).contains(&result.attempt)) {
-            return Err("attempt is a number from 1 to 1000000");
-        }
-        Ok(())
+        self.results.iter().try_for_each(ItemResult::check)
     }
+}
+
+/// PostgreSQL keeps no text with it, so it would be refused on every try.
+fn no_nul(text: Option<&str>) -> Result<(), &'static str> {
+    if text.is_some_and(|text| text.contains('\0')) { Err("error has a NUL character in it") } else { Ok(()) }
 }
 
 /// What became of one attempt.
@@ -270,6 +273,25 @@ pub struct ItemResult {
     /// failed: the mail server says that there is no such address. Nobody writes to it again.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub bad_address: bool,
+}
+
+impl ItemResult {
+    /// What follows from it must be a message that is understood: see [`ItemMessage`].
+    fn check(&self) -> Result<(), &'static str> {
+        if !(1..=1_000_000).contains(&self.attempt) {
+            return Err("attempt is a number from 1 to 1000000");
+        }
+        if self.tries < 1 {
+            return Err("tries is a number from 1");
+        }
+        if self.replays < 0 {
+            return Err("replays is a number from 0");
+        }
+        if self.due_in_ms.is_some_and(|due_in_ms| due_in_ms < 0) {
+            return Err("due_in_ms is a number from 0");
+        }
+        no_nul(self.error.as_deref())
+    }
 }
 
 /// Asks for one mail that somebody sends to look at an invitation. Nobody counts as invited by it.
@@ -310,6 +332,11 @@ impl DeadReason {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Debug;
+
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
     use super::*;
 
     #[test]
@@ -358,5 +385,175 @@ mod tests {
         let replay_sent =
             format!(r#"{{"run_id":"{run_id}","command":{{"replay":{{"command_id":"{run_id}","states":["sent"]}}}}}}"#);
         assert!(decode::<RunMessage>(None, replay_sent.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn what_can_not_be_kept_or_go_on_is_refused() {
+        let run_id = Uuid::from_u128(7);
+        let item = ItemMessage { run_id, item_id: 1, attempt: 1, tries: 1, replays: 0 };
+        let good = item.result(ItemState::Retrying, Some("busy".into()));
+        let refused = |result: ItemResult| {
+            let body = encode(&ResultsMessage { results: vec![good.clone(), result] });
+            decode::<ResultsMessage>(None, &body).unwrap_err().to_string()
+        };
+        assert!(refused(ItemResult { tries: 0, ..good.clone() }).contains("tries"));
+        assert!(refused(ItemResult { replays: -1, ..good.clone() }).contains("replays"));
+        assert!(refused(ItemResult { due_in_ms: Some(-1), ..good.clone() }).contains("due_in_ms"));
+        assert!(refused(ItemResult { error: Some("a\0b".into()), ..good.clone() }).contains("NUL"));
+        let replay = Replay { command_id: run_id, states: vec![ItemState::Failed], error: Some("\0".into()) };
+        let body = encode(&RunMessage { run_id, command: Command::Replay(replay) });
+        assert!(decode::<RunMessage>(None, &body).unwrap_err().to_string().contains("NUL"));
+    }
+
+    #[test]
+    fn a_body_without_bottom_is_an_error() {
+        for depth in [1_000, 200_000] {
+            let body = format!("{{\"results\":{}", "[".repeat(depth));
+            assert!(decode::<ResultsMessage>(None, body.as_bytes()).is_err());
+            let body = "{\"run_id\":".repeat(depth);
+            assert!(decode::<RunMessage>(None, body.as_bytes()).is_err());
+        }
+    }
+
+    fn any_state() -> impl Strategy<Value = ItemState> {
+        prop::sample::select(&ItemState::ALL[..])
+    }
+
+    fn any_item() -> impl Strategy<Value = ItemMessage> {
+        (any::<u128>(), any::<i64>(), 1..1_000_000, 1..=i16::MAX, 0..=i16::MAX).prop_map(
+            |(run_id, item_id, attempt, tries, replays)| ItemMessage {
+                run_id: Uuid::from_u128(run_id),
+                item_id,
+                attempt,
+                tries,
+                replays,
+            },
+        )
+    }
+
+    fn any_result() -> impl Strategy<Value = ItemResult> {
+        (any_item(), any_state(), prop::option::of("[^\0]{0,20}"), prop::option::of(0..i64::MAX), any::<bool>())
+            .prop_map(|(item, state, error, due_in_ms, bad_address)| ItemResult {
+                due_in_ms,
+                bad_address,
+                ..item.result(state, error)
+            })
+    }
+
+    fn any_command() -> impl Strategy<Value = Command> {
+        let dead = prop::sample::select(&[ItemState::Failed, ItemState::Unknown][..]);
+        prop_oneof![
+            (any::<Option<i32>>(), any::<Option<i32>>()).prop_map(|(pass, step)| Command::Release(Step { pass, step })),
+            any::<u128>().prop_map(|id| Command::Cancel { command_id: Uuid::from_u128(id) }),
+            (any::<u128>(), prop::collection::vec(dead, 1..3), prop::option::of("[^\0]{0,20}")).prop_map(
+                |(id, states, error)| Command::Replay(Replay { command_id: Uuid::from_u128(id), states, error })
+            ),
+        ]
+    }
+
+    /// Any JSON at all, with the words and numbers that mean something here.
+    fn any_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<u64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            any::<u128>().prop_map(|id| json!(Uuid::from_u128(id))),
+            prop::sample::select(&["release", "replay", "cancel", "failed", "sent", "retrying", "", "1", "\0"][..])
+                .prop_map(Value::from),
+            "\\PC{0,12}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 12, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::hash_map("release|replay|cancel|states|error|attempt|[a-z]{1,3}", inner, 0..3)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    /// Puts `with` in one place of `json`, takes that away, or adds it under a name of its own.
+    fn mutate(json: &mut Value, place: usize, with: Option<Value>) {
+        let deeper = match json {
+            Value::Object(map) if !map.is_empty() => {
+                let key = map.keys().nth(place % map.len()).cloned().unwrap();
+                match with {
+                    None => drop(map.remove(&key)),
+                    Some(with) if place % 7 == 0 => drop(map.insert("also".into(), with)),
+                    with => return mutate(map.get_mut(&key).unwrap(), place / 7, with),
+                }
+                return;
+            }
+            Value::Array(list) if !list.is_empty() => {
+                let index = place % list.len();
+                &mut list[index]
+            }
+            leaf => {
+                *leaf = with.unwrap_or_default();
+                return;
+            }
+        };
+        mutate(deeper, place / 3, with);
+    }
+
+    /// Understood, and then the same after another trip; or refused with a reason.
+    fn understood_or_refused<M: Message + PartialEq + Debug>(
+        kind: Option<&str>,
+        body: &[u8],
+    ) -> Result<(), TestCaseError> {
+        match decode::<M>(kind, body) {
+            Ok(message) => prop_assert_eq!(decode::<M>(Some(M::TYPE), &encode(&message)).unwrap(), message),
+            Err(reason) => prop_assert!(!reason.to_string().is_empty()),
+        }
+        Ok(())
+    }
+
+    fn all_kinds(kind: Option<&str>, body: &[u8]) -> Result<(), TestCaseError> {
+        understood_or_refused::<RunMessage>(kind, body)?;
+        understood_or_refused::<ItemMessage>(kind, body)?;
+        understood_or_refused::<ResultsMessage>(kind, body)?;
+        understood_or_refused::<TestMessage>(kind, body)
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_understood_or_refused(
+            kind in prop::option::of("\\PC{0,30}|mailrun\\.(run|item|results|test)\\.v[0-9]"),
+            body in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            all_kinds(kind.as_deref(), &body)?;
+        }
+
+        #[test]
+        fn any_json_is_understood_or_refused(json in any_json()) {
+            all_kinds(None, json.to_string().as_bytes())?;
+        }
+
+        #[test]
+        fn a_message_survives_the_wire_and_what_is_like_one_is_understood_or_refused(
+            run_id: u128, command in any_command(), item in any_item(), results in prop::collection::vec(any_result(), 0..4),
+            place: usize, with in prop::option::of(any_json()),
+        ) {
+            let run = RunMessage { run_id: Uuid::from_u128(run_id), command };
+            let results = ResultsMessage { results };
+            prop_assert_eq!(&decode::<RunMessage>(None, &encode(&run)).unwrap(), &run);
+            prop_assert_eq!(decode::<ItemMessage>(None, &encode(&item)).unwrap(), item);
+            prop_assert_eq!(&decode::<ResultsMessage>(None, &encode(&results)).unwrap(), &results);
+            for mut json in [json!(run), json!(item), json!(results)] {
+                mutate(&mut json, place, with.clone());
+                all_kinds(None, json.to_string().as_bytes())?;
+            }
+        }
+
+        #[test]
+        fn what_follows_an_attempt_is_understood(item in any_item(), state in any_state()) {
+            let results = ResultsMessage { results: vec![item.result(state, None)] };
+            prop_assert!(decode::<ResultsMessage>(None, &encode(&results)).is_ok());
+            prop_assume!(item.attempt < 999_999);
+            for next in [item.next_try(), item.again(), item.replayed(), item.awaited(state)] {
+                prop_assert_eq!(decode::<ItemMessage>(None, &encode(&next)).unwrap(), next);
+            }
+        }
     }
 }

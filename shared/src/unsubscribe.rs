@@ -108,4 +108,11 @@ mod tests {
             prop_assert!(changed == token || signer.verify(&changed).is_none());
         }
     }
+
+    proptest! {
+        #[test]
+        fn nobody_makes_a_token_up(token in "\\PC{0,60}|[A-Za-z0-9_-]{32}|AAAAAAAA[A-Za-z0-9_-]{24}") {
+            prop_assert_eq!(Signer::new(b"key").verify(&token), None);
+        }
+    }
 }

@@ -5,7 +5,7 @@
 mod relay;
 mod smtp;
 
-use std::{collections::HashMap, net::SocketAddr, path::Path, time::Duration};
+use std::{collections::HashMap, ffi::OsString, net::SocketAddr, path::Path, time::Duration};
 
 use config::{Environment, File, FileFormat};
 use secrecy::{ExposeSecret, SecretString};
@@ -408,7 +408,9 @@ impl Config {
     /// # Errors
     /// The first thing wrong, with its key.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
-        Self::read(file, std::env::vars().collect())
+        // Somebody else's variable need not be UTF-8.
+        let text = |text: OsString| text.to_string_lossy().into_owned();
+        Self::read(file, std::env::vars_os().map(|(key, value)| (text(key), text(value))).collect())
     }
 
     fn read(file: Option<&Path>, environment: HashMap<String, String>) -> Result<Self, ConfigError> {
@@ -516,7 +518,9 @@ impl Config {
         if self.database.answer_timeout_ms == 0 || self.amqp.answer_timeout_ms == 0 {
             return wrong("database.answer_timeout_ms, amqp.answer_timeout_ms", "at least 1");
         }
-        if self.heartbeat.interval_ms == 0 || self.heartbeat.dead_after_ms < 3 * self.heartbeat.interval_ms {
+        if self.heartbeat.interval_ms == 0
+            || self.heartbeat.dead_after_ms < self.heartbeat.interval_ms.saturating_mul(3)
+        {
             return wrong(
                 "heartbeat.dead_after_ms",
                 "at least three times interval_ms, so that one lost heartbeat kills nobody",
@@ -541,6 +545,8 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn read(environment: &[(&str, &str)]) -> Result<Config, ConfigError> {
@@ -661,5 +667,36 @@ mod tests {
         ])
         .unwrap();
         assert!(!format!("{config:?}").contains("hunter2"));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        #[test]
+        fn any_settings_are_usable_or_refused(
+            settings in prop::collection::vec((prop::sample::select(&[
+                "DATABASE_URL", "AMQP_URL", "MAILRUN_WEB__LISTEN", "MAILRUN_WEB__PUBLIC_URL", "MAILRUN_WEB__PASSWORD", "MAILRUN_WEB__MAX_BODY_BYTES",
+                "MAILRUN_SEND__PERMITS", "MAILRUN_SEND__PREFETCH", "MAILRUN_RETRY__RUNGS_MS", "MAILRUN_HEARTBEAT__INTERVAL_MS",
+                "MAILRUN_HEARTBEAT__DEAD_AFTER_MS", "MAILRUN_FAN_OUT__SENDS_PER_SECOND", "MAILRUN_AMQP__ITEM_QUEUES", "MAILRUN_MAILER__KIND",
+                "MAILRUN_MAILER__SMTP__RELAYS", "MAILRUN_MAILER__SMTP__FROM", "MAILRUN_MAILER__SMTP__CONNECTIONS", "MAILRUN_NONE__SUCH",
+            ][..]), prop_oneof![
+                any::<i64>().prop_map(|number| number.to_string()), any::<u64>().prop_map(|number| number.to_string()),
+                Just("smtp".to_owned()), Just("smtp://a@b:1?tls=none".to_owned()), Just("Ann <ann@example.org>".to_owned()), "\\PC{0,30}",
+            ]), 0..6),
+            toml in "(\\[[a-z_.]{1,12}\\]\n|[a-z_]{1,12} = ([0-9]{1,22}|\"\\PC{0,9}\"|\\[\\]|true)\n|\\PC{0,9}\n){0,4}",
+        ) {
+            let environment: HashMap<_, _> = settings.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+            let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+            std::fs::write(&file, toml).unwrap();
+            for file in [None, Some(file.path())] {
+                match Config::read(file, environment.clone()) {
+                    Ok(config) => {
+                        prop_assert!(config.permits() >= 1);
+                        let _ = (config.rungs(), config.message_id_domain(), format!("{config:?}"));
+                    }
+                    Err(reason) => prop_assert!(!reason.to_string().is_empty()),
+                }
+            }
+        }
     }
 }

@@ -14,6 +14,10 @@ const PLACEHOLDERS: [&str; 3] = ["name", "email", "unsubscribe_url"];
 const STATEMENTS: [&str; 4] = ["if", "elif", "else", "endif"];
 /// Steps that a rendering may take; a text with a hundred placeholders takes about a thousand.
 const FUEL: u64 = 1_000_000;
+/// The engine reads what stands in a tag by recursion, so a long one could use up the stack.
+const MAX_TAG_BYTES: usize = 500;
+/// Each is one level deeper for the engine, and it sets no limit of its own.
+const MAX_ELIFS: usize = 50;
 /// The longest subject, rendered. Readers show less than a hundred, and a header line ends at 998 bytes.
 const MAX_SUBJECT_CHARS: usize = 250;
 
@@ -92,6 +96,7 @@ impl Template {
             Ok(())
         });
         for (part, source) in [(SUBJECT, subject), (TEXT, body), (HTML, body)] {
+            only_short_tags(part, source)?;
             only_conditions(part, source)?;
             let source = if part == HTML { veil::without_veils(source) } else { source.to_owned() };
             compiled.add_template_owned(part, source.clone()).map_err(|error| explain(part, &error))?;
@@ -159,7 +164,55 @@ fn place(part: &str, line: usize) -> String {
     if part == SUBJECT { "the subject".into() } else { format!("line {line} of the text") }
 }
 
+/// What one line of text could do to the process that reads it: a tag without an end to its depth, or one that multiplies a
+/// word by a billion. Tags begin and end here where the engine says so.
+fn only_short_tags(part: &str, source: &str) -> Result<(), TemplateError> {
+    let mut at = 0;
+    while let Some(found) = source[at..].find('{') {
+        at += found;
+        let (begin, end) = match source.get(at..at + 2) {
+            Some("{{") => ("{{", "}}"),
+            Some("{%") => ("{%", "%}"),
+            Some("{#") => {
+                at = source[at..].find("#}").map_or(source.len(), |end| at + end + 2);
+                continue;
+            }
+            _ => {
+                at += 1;
+                continue;
+            }
+        };
+        let place = || place(part, source[..at].matches('\n').count() + 1);
+        let tag = &source[at + 2..];
+        let (mut quote, mut escaped) = (None, false);
+        let mut length = tag.len();
+        for (index, character) in tag.char_indices() {
+            match quote {
+                _ if std::mem::take(&mut escaped) => {}
+                Some(_) if character == '\\' => escaped = true,
+                Some(open) if character == open => quote = None,
+                Some(_) => {}
+                None if tag[index..].starts_with(end) => {
+                    length = index;
+                    break;
+                }
+                None if matches!(character, '\'' | '"') => quote = Some(character),
+                None if matches!(character, '*' | '{') => {
+                    return Err(TemplateError(format!("{} has {character} after {begin}", place())));
+                }
+                None => {}
+            }
+        }
+        if length > MAX_TAG_BYTES {
+            return Err(TemplateError(format!("{} has more than {MAX_TAG_BYTES} characters after {begin}", place())));
+        }
+        at += 2 + length;
+    }
+    Ok(())
+}
+
 fn only_conditions(part: &str, source: &str) -> Result<(), TemplateError> {
+    let mut elifs = 0;
     for (number, line) in (1..).zip(source.lines()) {
         for statement in line.split("{%").skip(1) {
             let statement = statement.trim_start_matches(['-', '+']).trim_start();
@@ -168,6 +221,13 @@ fn only_conditions(part: &str, source: &str) -> Result<(), TemplateError> {
                 let place = place(part, number);
                 return Err(TemplateError(format!(
                     "{place} has {{% {word} %}}; only if, elif, else and endif are known"
+                )));
+            }
+            elifs += usize::from(word == "elif");
+            if elifs > MAX_ELIFS {
+                return Err(TemplateError(format!(
+                    "{} has more than {MAX_ELIFS} times {{% elif %}}",
+                    place(part, number)
                 )));
             }
         }

@@ -144,7 +144,65 @@ fn the_way_out_is_used_or_added() {
     assert_eq!(Template::new("Hello", "{{ unsubscribe_url }}").unwrap().render(&ann(None)).unwrap().text, "");
 }
 
+#[test]
+fn a_text_can_not_exhaust_the_process_that_reads_it() {
+    for (repeated, after) in
+        [("-", "name"), ("not ", "name"), ("(", "name"), ("[", ""), ("name or ", "name"), ("name|default(", "name")]
+    {
+        let error = refused("Hello", &format!("a\n{{{{ {}{after} }}}}", repeated.repeat(90_000 / repeated.len())));
+        assert_eq!(error, "line 2 of the text has more than 500 characters after {{");
+    }
+    for tail in [".a", "[0]", " or name", "|default('')", " ~ name", " == name", " if name else name"] {
+        assert!(refused("Hello", &format!("{{{{ name{} }}}}", tail.repeat(9_000))).contains("more than 500"));
+    }
+    // What the engine does not take for an end of the tag is none here.
+    for hidden in ["'}}'", "'\\'}}'", "\"%}'}}\""] {
+        assert!(refused("Hello", &format!("{{{{ {hidden}{} }}}}", " or name".repeat(9_000))).contains("more than 500"));
+    }
+    assert_eq!(refused("Hello", "a\n{{ 'x' * 1000000000 }}"), "line 2 of the text has * after {{");
+    assert_eq!(refused("Hello", "{% if 2 ** 999 %}{% endif %}"), "line 1 of the text has * after {%");
+    assert_eq!(refused("Hello", "{{ {'a': {}} }}"), "line 1 of the text has { after {{");
+    let elifs = |count: usize| format!("{{% if name %}}{}{{% endif %}}", "{% elif email %}".repeat(count));
+    assert!(Template::new("Hello", &elifs(50)).is_ok());
+    assert_eq!(refused("Hello", &elifs(51)), "line 1 of the text has more than 50 times {% elif %}");
+    let ifs = |count: usize| format!("{}{}", "{% if name %}".repeat(count), "{% endif %}".repeat(count));
+    assert!(Template::new("Hello", &ifs(50)).is_ok());
+    assert!(refused("Hello", &ifs(3_000)).contains("recursion"));
+    // As deep as it may get.
+    for tag in [format!("{}name", "-".repeat(490)), format!("name{}", ".a".repeat(240)), "not ".repeat(120) + "name"] {
+        let text = "{% if name %}".repeat(70) + &elifs(50).replacen("name", &tag, 1) + &"{% endif %}".repeat(70);
+        let _ = Template::new("Hello", &text);
+    }
+}
+
+#[test]
+fn what_stands_beside_tags_is_not_limited() {
+    for text in ["*a* {b} { {", "{# {{ ** #} ** *", "{{ name }}{# x #}{{ '*}}{' }} * {"] {
+        let text = format!("{text}{}", " * long".repeat(200));
+        assert!(Template::new("Hello", &text).is_ok(), "{text}");
+    }
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn a_text_of_any_structure_takes_bounded_room(
+        pieces in prop::collection::vec((prop::sample::select(&[
+            "{{", "}}", "{%", "%}", "{#", "#}", " name ", " email", "{{ name }}", "{{ name ~ name ~ name ~ name }}", "{% if name %}",
+            "{% elif name %}", "{% else %}", "{% endif %}", " or ", "-", "not ", "(", ")", "[", "]", "{", "'", "\"", "\\", "|default(", ".a", " * 999",
+            ">", "> ", "* ", "- ", "1. ", "`", "```\n", "_", "**", "~~", "![", "](", "<", "<a@", "https://", "|", "|-", "&", "\n", "\n\n", "    ", "# ",
+        ][..]), prop::sample::select(&[1usize, 1, 1, 2, 9, 400][..])), 1..14)
+    ) {
+        let text: String = pieces.iter().map(|(piece, count)| piece.repeat(*count)).collect();
+        let long = "N".repeat(200);
+        let rendered = Template::new("Hello", &text).and_then(|template| template.render(&ann(Some(&long))));
+        if let Ok(rendered) = rendered {
+            prop_assert!(rendered.text.len() <= 200 * text.len() + 200);
+            prop_assert!(rendered.html.len() <= 2_000 * text.len() + 4_000, "{} from {}", rendered.html.len(), text.len());
+        }
+    }
+
     #[test]
     fn no_name_changes_what_the_page_is(name in "(\\PC|[\\s\\S]){0,60}|[<>&\"'*_`#\\[\\]()!~|\\\\\r\n -]{0,30}") {
         let template = Template::new("For {{ name or 'you' }}", "# Hi {{ name }}\n\n- {{ name }}\n\n**{{ name }}** {{ name }}").unwrap();
