@@ -206,6 +206,8 @@ fn unescape(text: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn decode(body: &str) -> Fields {
@@ -249,6 +251,61 @@ mod tests {
         for request in [form(None), form(Some("22"))] {
             let refused = room.read(request).await.err().map(|page| page.status());
             assert_eq!(refused, Some(StatusCode::PAYLOAD_TOO_LARGE));
+        }
+    }
+
+    /// As browsers write it.
+    fn escape(text: &str) -> String {
+        let escape = |byte: u8| match byte {
+            b' ' => "+".to_owned(),
+            byte if byte.is_ascii_alphanumeric() => char::from(byte).to_string(),
+            byte => format!("%{byte:02X}"),
+        };
+        text.bytes().map(escape).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_fields_or_refused(
+            body in prop_oneof![prop::collection::vec(any::<u8>(), 0..200), "([a-z&=+%]|%[0-9A-F]{2}|é){0,60}".prop_map(String::into_bytes)]
+        ) {
+            match Fields::decode(&body) {
+                Ok(fields) => prop_assert!(fields.0.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() <= body.len()),
+                Err(page) => prop_assert_eq!(page.status(), StatusCode::BAD_REQUEST),
+            }
+        }
+
+        #[test]
+        fn a_form_arrives_as_it_was_filled_in(fields in prop::collection::vec(("[\\s\\S]{1,9}", "[\\s\\S]{0,40}"), 0..5)) {
+            let pairs: Vec<_> = fields.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value))).collect();
+            prop_assert_eq!(decode(&pairs.join("&")).0, fields);
+        }
+
+        #[test]
+        fn any_request_is_read_or_answered(
+            kind in prop::option::of(prop_oneof![
+                Just("application/x-www-form-urlencoded".to_owned()), Just("Application/X-WWW-Form-Urlencoded; charset=x".to_owned()),
+                Just("multipart/form-data; boundary=x".to_owned()), "[ -~]{0,30}",
+            ]),
+            length in prop::option::of("[0-9]{1,22}|-1|[ -~]{0,9}"),
+            pieces in prop::collection::vec(prop_oneof![
+                4 => prop::collection::vec(any::<u8>(), 0..40).prop_map(Ok), 1 => Just(Err(std::io::ErrorKind::ConnectionReset)),
+            ], 0..6),
+        ) {
+            let mut request = Request::post("/");
+            for (name, value) in [("content-type", &kind), ("content-length", &length)] {
+                if let Some(value) = value {
+                    request = request.header(name, value);
+                }
+            }
+            let sent: usize = pieces.iter().flatten().map(Vec::len).sum();
+            let complete = pieces.iter().all(Result::is_ok);
+            let body = Body::from_stream(futures::stream::iter(pieces.into_iter().map(|piece| piece.map_err(std::io::Error::from))));
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            match runtime.block_on(Room::new(64).read(request.body(body).unwrap())) {
+                Ok(_) => prop_assert!(complete && sent <= 64),
+                Err(page) => prop_assert!(page.status().is_client_error(), "{page:?}"),
+            }
         }
     }
 }

@@ -293,4 +293,13 @@ mod tests {
         assert_eq!(invalid.title, "There is no valid address in the list.");
         assert_eq!(invalid.more_invalid.as_deref(), Some("3"));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_rate_is_a_limit_or_refused(text in "\\PC{0,12}|[+-]?[0-9]{0,25}") {
+            if let Ok(Some(limit)) = parse_rate(&text) {
+                proptest::prop_assert!((1..=MAX_PER_SECOND).contains(&limit));
+            }
+        }
+    }
 }

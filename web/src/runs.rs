@@ -1,11 +1,13 @@
 //! `GET /runs`: all runs, newest first.
 
+use std::ops::RangeInclusive;
+
 use askama::Template;
 use axum::{
     extract::{Query, State},
     response::Response,
 };
-use chrono::{DateTime, SecondsFormat, Utc};
+use chrono::{DateTime, Datelike as _, SecondsFormat, Utc};
 use mailrun_shared::store::runs::{self, Progress};
 use serde::Deserialize;
 use uuid::Uuid;
@@ -18,6 +20,9 @@ use crate::{
 
 /// Runs on one page.
 const PAGE: usize = 25;
+
+/// PostgreSQL's calendar is shorter than ours.
+const KNOWN_YEARS: RangeInclusive<i32> = 1..=9999;
 
 /// A run in a list.
 pub(crate) struct Row {
@@ -60,6 +65,7 @@ pub(crate) struct Paging {
 pub(crate) async fn show(State(app): Shared, Query(paging): Query<Paging>) -> Result<Response, ErrorPage> {
     // An address that was tampered with shows the newest.
     let before: Option<DateTime<Utc>> = paging.before.and_then(|before| before.parse().ok());
+    let before = before.filter(|before| KNOWN_YEARS.contains(&before.year()));
     // One more than is shown tells whether there is another page.
     let mut list = runs::list(&app.pool, before, PAGE as i64 + 1).await?;
     let more = list.len() > PAGE;

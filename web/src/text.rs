@@ -50,6 +50,10 @@ fn check_body(body: &str) -> Option<String> {
     if body.trim().is_empty() {
         return Some("Write a message.".to_owned());
     }
+    // PostgreSQL keeps no text with it.
+    if body.contains('\0') {
+        return Some("The message has a character in it that is no text (NUL).".to_owned());
+    }
     if body.len() > MAX_BODY_BYTES {
         return Some("The message is too long: at most 100 kB.".to_owned());
     }
@@ -74,6 +78,7 @@ mod tests {
         let both = check(" ", "\n");
         assert!(both.subject.is_some() && both.body.is_some());
         assert!(check("a\nb", "Come!").subject.is_some_and(|problem| problem.contains("one line")));
+        assert!(check("Hello", "a\0b").body.is_some_and(|problem| problem.contains("NUL")));
         assert_eq!(check(&"ä".repeat(200), "Come!"), TextProblems::default());
         assert!(check(&"ä".repeat(201), "Come!").subject.is_some_and(|problem| problem.contains("200")));
         assert_eq!(check("Hello", &"x".repeat(100_000)), TextProblems::default());
@@ -100,5 +105,17 @@ mod tests {
     #[test]
     fn lines_end_in_one_way() {
         assert_eq!(with_plain_line_ends("a\r\nb\rc\n"), "a\nb\nc\n");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_taken_or_explained(subject in "[\\s\\S]{0,30}", body in "([\\s\\S]|\\{\\{|\\}\\}|\\{% if |%\\}|name){0,30}") {
+            let TextProblems { subject: about_subject, body: about_body } = check(&subject, &with_plain_line_ends(&body));
+            proptest::prop_assert!(about_subject.is_some() || !subject.contains(char::is_control));
+            proptest::prop_assert!(about_body.is_some() || !body.contains('\0'));
+            for problem in [about_subject, about_body].into_iter().flatten() {
+                proptest::prop_assert!(problem.ends_with('.') && problem.len() > 2, "{}", problem);
+            }
+        }
     }
 }

@@ -5,7 +5,15 @@ use mailrun_shared::store::suppressions::Reason;
 
 use super::{NotUnderstood, Verdict};
 
+/// A mail may hold a mail, which may hold a mail: each level has a Content-Type, and is let go of by recursion. A bounce, with the mail
+/// that it is about, has a handful.
+const MAX_PARTS: usize = 200;
+
 pub(super) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Vec<Verdict>, NotUnderstood> {
+    const FIELD: &[u8] = b"content-type";
+    if body.windows(FIELD.len()).filter(|bytes| bytes.eq_ignore_ascii_case(FIELD)).nth(MAX_PARTS).is_some() {
+        return Err(NotUnderstood("it has more than 200 parts"));
+    }
     let status =
         status_of(content_type, body).ok_or(NotUnderstood("it is neither JSON nor a delivery status notification"))?;
     Ok(recipients(&status).filter_map(|fields| verdict(&fields)).collect())
@@ -194,6 +202,34 @@ mod tests {
         #[test]
         fn whatever_comes_nothing_panics(content_type in "\\PC{0,40}", body in prop::collection::vec(any::<u8>(), 0..400)) {
             let _ = report::read(Some(&content_type), &body);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_mail_that_is_cut_or_garbled_suppresses_nobody_else(
+            from in 0usize..POSTFIX.len(), to in 0usize..POSTFIX.len(), with in prop::collection::vec(any::<u8>(), 0..20), end: bool,
+        ) {
+            let (from, to) = (from.min(to), if end { POSTFIX.len() } else { from.max(to) });
+            let mut mail = POSTFIX.as_bytes().to_vec();
+            mail.splice(from..to, with);
+            if let Ok(Report::Suppress(verdicts)) = report::read(Some("message/rfc822"), &mail) {
+                prop_assert!(verdicts.len() <= 2);
+                for verdict in verdicts {
+                    prop_assert!(!verdict.detail.unwrap_or_default().contains(char::is_control));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_mail_within_a_mail_within_a_mail_ends() {
+        let parts =
+            ["Content-Type: message/rfc822\r\n\r\n", "Content-Type: multipart/mixed; boundary=a\r\n\r\n--a\r\n"];
+        for part in parts {
+            assert!(report::read(None, part.repeat(MAX_PARTS).as_bytes()).is_err());
+            let refused = report::read(None, part.repeat(50_000).as_bytes()).unwrap_err();
+            assert_eq!(refused.to_string(), "it has more than 200 parts");
         }
     }
 }

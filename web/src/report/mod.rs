@@ -57,7 +57,8 @@ impl Verdict {
 }
 
 fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(MAX_DETAIL_CHARS).collect()
+    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
+    words.collect::<Vec<_>>().join(" ").chars().take(MAX_DETAIL_CHARS).collect()
 }
 
 /// Reads a report by what it says; its content type only helps with a mail whose header stayed behind.
@@ -87,6 +88,8 @@ fn text<'a>(json: &'a Value, path: &[&str]) -> Option<&'a str> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -120,5 +123,47 @@ mod tests {
         let detail = verdict.detail.unwrap();
         assert!(detail.starts_with("a b a b") && detail.len() == MAX_DETAIL_CHARS, "{detail}");
         assert_eq!(Verdict::new("nobody", Reason::Bounced, None), None);
+    }
+
+    #[test]
+    fn a_detail_has_no_character_that_can_not_be_kept() {
+        let verdict = Verdict::new("a@x.org", Reason::Bounced, Some("550\0no\u{7}such user")).unwrap();
+        assert_eq!(verdict.detail.as_deref(), Some("550 no such user"));
+    }
+
+    proptest! {
+        #[test]
+        fn a_report_of_any_json_is_understood_or_refused(
+            which in 0usize..3, places in prop::collection::vec((any::<prop::sample::Index>(), prop::sample::select(&[
+                "{", "}", "[", "]", ":", ",", "\"", "\\", "\\u0000", "null", "5", "\"\"", "\"x\"", "Permanent", "true", "-1e999", "é",
+            ][..]), 0usize..30), 0..4),
+        ) {
+            let fixture = [
+                include_str!("fixtures/sns_bounce.json"), include_str!("fixtures/ses_complaint.json"), include_str!("fixtures/postmark_bounce.json"),
+            ][which];
+            let mut body = fixture.as_bytes().to_vec();
+            for (place, with, taken) in places {
+                let at = place.index(body.len());
+                body.splice(at..(at + taken).min(body.len()), with.bytes());
+            }
+            match read(Some("application/json"), &body) {
+                Ok(Report::Suppress(verdicts)) => for Verdict { email, detail, .. } in verdicts {
+                    prop_assert_eq!(email.parse::<Address>().unwrap().email, email);
+                    prop_assert!(!detail.unwrap_or_default().contains(char::is_control));
+                },
+                Ok(Report::Confirm(_)) => {}
+                Err(reason) => prop_assert!(!reason.to_string().is_empty()),
+            }
+        }
+    }
+
+    #[test]
+    fn json_without_bottom_is_refused() {
+        for body in [
+            "{\"a\":".repeat(200_000),
+            format!("{{\"Type\":\"Notification\",\"Message\":\"{}\"}}", "[".repeat(200_000)),
+        ] {
+            assert!(read(None, body.as_bytes()).is_err());
+        }
     }
 }
