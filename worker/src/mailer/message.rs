@@ -336,4 +336,23 @@ mod tests {
         // A header that was not there when it was signed would break the signature.
         assert!(!signature.contains("content-type"), "{signature}");
     }
+
+    proptest::proptest! {
+        #[test]
+        fn whoever_is_accepted_gets_a_mail_that_says_what_it_should(
+            entry in "([a-cA-C@.,;>\"\\\\ \t\r\n\u{85}éß():-]|[a-z]{1,5}@[a-zé]{1,5}\\.org|Bcc: |\r\n){0,12}( <\"?[a-z.,:é]{1,6}\"?@[a-zé]{1,6}\\.org>)?",
+        ) {
+            let Ok(mailrun_shared::address::Address { email, name }) = entry.parse() else { return Ok(()) };
+            let Ok(letter) = Composer::new(&config()).unwrap().compose(&mail(&email, name.as_deref())) else { return Ok(()) };
+            proptest::prop_assert!(!letter.to.contains(|c: char| c.is_control() || c == ' ' || c == '<'), "{}", letter.to);
+            let bytes = String::from_utf8_lossy(&letter.bytes);
+            let (header, _) = bytes.split_once("\r\n\r\n").unwrap();
+            for line in header.split("\r\n") {
+                proptest::prop_assert!(line.len() <= 998 && !line.contains(['\r', '\n']), "{}", line);
+            }
+            let parsed = parsed(&letter);
+            proptest::prop_assert_eq!(parsed.to().unwrap().iter().count(), 1, "{}", header);
+            proptest::prop_assert!(parsed.bcc().is_none() && parsed.cc().is_none(), "{}", header);
+        }
+    }
 }

@@ -182,4 +182,21 @@ mod tests {
         assert_eq!(stuffed(b".\r\n..a\r\nb.\r\n"), b"..\r\n...a\r\nb.\r\n.\r\n");
         assert_eq!(stuffed(b"a"), b"a\r\n.\r\n");
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_an_answer_or_trouble(said in "([245][0-9]{2}[ -]?[a-z ]{0,9}\r?\n|[\\s\\S]{0,5}){0,8}", cut in 0usize..60) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            let said = said.as_bytes();
+            if let Ok(reply) = runtime.block_on(answer(&said[..cut.min(said.len())])) {
+                proptest::prop_assert!((200..600).contains(&reply.code) && !reply.lines.is_empty());
+            }
+        }
+
+        #[test]
+        fn no_message_ends_before_its_end(message in "([a\\.]|\r\n){0,40}") {
+            let sent = String::from_utf8(stuffed(message.as_bytes())).unwrap();
+            proptest::prop_assert_eq!(sent.find("\r\n.\r\n").unwrap_or(0) + 5, sent.len().max(5));
+        }
+    }
 }

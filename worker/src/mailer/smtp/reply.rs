@@ -143,4 +143,20 @@ mod tests {
         let long = reason(&"é".repeat(1_000));
         assert_eq!(long.chars().count(), MAX_REASON_CHARS + 1);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_a_server_says_is_kept_as_one_short_line(
+            lines in proptest::collection::vec("[245][0-9]{2}[ -]?[0-9.]{0,9} ?\\PC{0,20}|[\\s\\S]{0,30}|[a-z<>@.]{0,20}ann@x\\.org>?", 0..5),
+        ) {
+            let read: Vec<_> = lines.iter().filter_map(|line| Reply::line(line)).collect();
+            let code = read.first().map_or(550, |line| line.0);
+            let reply = Reply { code, lines: read.iter().map(|line| line.2.to_owned()).collect() };
+            for text in [reply.to_string(), lines.concat()] {
+                let kept = reason(&text, &["ann@x.org", ""]);
+                proptest::prop_assert!(!kept.contains(char::is_control) && kept.chars().count() <= MAX_REASON_CHARS + 1);
+                proptest::prop_assert!(!kept.to_ascii_lowercase().contains("ann@x.org"), "{}", kept);
+            }
+        }
+    }
 }
