@@ -31,7 +31,7 @@ use uuid::Uuid;
 
 use crate::{
     config::Config,
-    message::{DeadReason, ItemResult, Message, ResultsMessage, encode},
+    message::{DeadReason, ItemResult, Message, ResultsMessage, RunMessage, TestMessage, encode},
     retry::Reconnect,
     telemetry, topology,
 };
@@ -399,6 +399,17 @@ impl Publisher {
     }
 }
 
+/// Why a message in the outbox can't be published by this program.
+#[derive(Debug, thiserror::Error)]
+pub enum NotUnderstood {
+    /// A later version's, or nobody's.
+    #[error("its type is not known")]
+    Kind,
+    /// Not of the form that its type says.
+    #[error(transparent)]
+    Body(#[from] serde_json::Error),
+}
+
 /// A message to publish: persistent, mandatory, with an id.
 #[derive(Clone, Debug)]
 pub struct Outgoing {
@@ -415,6 +426,21 @@ impl Outgoing {
     #[must_use]
     pub fn new<M: Message>(message: &M) -> Self {
         Self { spread_by: message.spread_by(), ..Self::raw(M::QUEUE, M::TYPE, encode(message)) }
+    }
+
+    /// Reads a message out of the outbox, so that nothing is published that no worker could read.
+    ///
+    /// # Errors
+    /// Why no worker could.
+    pub fn read(kind: &str, message: serde_json::Value) -> Result<Self, NotUnderstood> {
+        match kind {
+            RunMessage::TYPE => {
+                let message: RunMessage = serde_json::from_value(message)?;
+                Ok(Self::new(&message).of_run(message.run_id))
+            }
+            TestMessage::TYPE => Ok(Self::new(&serde_json::from_value::<TestMessage>(message)?)),
+            _ => Err(NotUnderstood::Kind),
+        }
     }
 
     /// A body that is not understood, as it came.
@@ -576,5 +602,16 @@ mod tests {
         assert_eq!(part(2_501, 2), 1_251);
         assert_eq!(part(2_501, 1), 1_251);
         assert_eq!(part(10_000, 3), 1_112);
+    }
+
+    #[test]
+    fn a_message_is_published_as_what_it_is() {
+        let id = "00000000-0000-0000-0000-000000000007";
+        let run = Outgoing::read("mailrun.run.v1", serde_json::json!({ "run_id": id })).unwrap();
+        assert_eq!(run.properties().kind().as_ref().unwrap().as_str(), "mailrun.run.v1");
+        let test = Outgoing::read("mailrun.test.v1", serde_json::json!({ "test_id": id })).unwrap();
+        assert_eq!(test.properties().kind().as_ref().unwrap().as_str(), "mailrun.test.v1");
+        assert!(Outgoing::read("mailrun.test.v1", serde_json::json!({ "run_id": id })).is_err());
+        assert!(Outgoing::read("mailrun.run.v9", serde_json::json!({ "run_id": id })).is_err());
     }
 }

@@ -8,7 +8,7 @@ use std::{borrow::Cow, iter, time::Duration};
 use lapin::{
     Channel, ExchangeKind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
-    types::{AMQPValue, FieldTable, ShortString},
+    types::{AMQPValue, FieldTable},
 };
 
 /// The direct exchange that every message is published to; its routing keys are the queues' names.
@@ -51,6 +51,108 @@ pub fn item_queues(count: u16) -> Vec<Cow<'static, str>> {
     iter::once(Cow::Borrowed(ITEMS)).chain(others).collect()
 }
 
+/// A queue as it has to be.
+#[derive(Clone, Debug)]
+pub struct Queue {
+    /// Its name, which is its routing key as well.
+    pub name: Cow<'static, str>,
+    arguments: FieldTable,
+    /// Exchanges, and the routing keys there.
+    bindings: Vec<(&'static str, Cow<'static, str>)>,
+}
+
+impl Queue {
+    fn new(name: impl Into<Cow<'static, str>>, arguments: FieldTable) -> Self {
+        let name = name.into();
+        let bindings = vec![(EXCHANGE, name.clone())];
+        Self { name, arguments, bindings }
+    }
+
+    /// A queue without consumers, whose messages move on to `target` after `ttl`.
+    fn waiting_room(name: impl Into<Cow<'static, str>>, ttl: Duration, target: &str) -> Self {
+        let mut arguments = quorum(DEAD_DELIVERY_LIMIT);
+        dead_letter_to(&mut arguments, EXCHANGE, Some(target));
+        let ttl = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX);
+        arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(ttl));
+        Self::new(name, arguments)
+    }
+
+    /// Declares it: creates it, or says that it exists in this form.
+    ///
+    /// # Errors
+    /// The broker's, and then the channel is of no use any more: 406 if it exists with other arguments, 403 if the user may
+    /// not configure.
+    pub async fn declare(&self, channel: &Channel) -> lapin::Result<lapin::Queue> {
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(self.name.as_ref().into(), options, self.arguments.clone()).await
+    }
+
+    /// Looks at it as it is, whatever its arguments.
+    ///
+    /// # Errors
+    /// The broker's, and then the channel is of no use any more: 404 if it does not exist.
+    pub async fn look(&self, channel: &Channel) -> lapin::Result<lapin::Queue> {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(self.name.as_ref().into(), options, FieldTable::default()).await
+    }
+
+    /// Binds it to its exchanges.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn bind(&self, channel: &Channel) -> lapin::Result<()> {
+        for (exchange, key) in &self.bindings {
+            let (queue, exchange, key) = (self.name.as_ref().into(), (*exchange).into(), key.as_ref().into());
+            channel.queue_bind(queue, exchange, key, QueueBindOptions::default(), FieldTable::default()).await?;
+        }
+        Ok(())
+    }
+}
+
+/// All queues, in the order in which they are declared.
+#[must_use]
+pub fn queues(item_queues: &[Cow<'static, str>], retry_delays: &[Duration]) -> Vec<Queue> {
+    let mut arguments = quorum(DEAD_DELIVERY_LIMIT);
+    set(&mut arguments, "x-overflow", "reject-publish");
+    let mut dead = Queue::new(DEAD, arguments);
+    dead.bindings.push((DEAD_EXCHANGE, "".into()));
+    let worked_on = [RUNS, RESULTS, TESTS].map(Cow::Borrowed).into_iter().chain(item_queues.iter().cloned());
+    let worked_on = worked_on.map(|name| {
+        let mut arguments = quorum(DELIVERY_LIMIT);
+        dead_letter_to(&mut arguments, DEAD_EXCHANGE, None);
+        Queue::new(name, arguments)
+    });
+    let rungs = retry_delays.iter().map(|delay| Queue::waiting_room(retry_queue(*delay), *delay, ITEMS));
+    iter::once(dead).chain(worked_on).chain([Queue::waiting_room(RUNS_WAIT, WAIT, RUNS)]).chain(rungs).collect()
+}
+
+/// The exchanges. The dead letters' is a fanout: one arrives whatever routing key it had.
+const EXCHANGES: [(&str, ExchangeKind); 2] = [(EXCHANGE, ExchangeKind::Direct), (DEAD_EXCHANGE, ExchangeKind::Fanout)];
+
+/// Declares the exchanges.
+///
+/// # Errors
+/// The broker's, as for a [`Queue`].
+pub async fn declare_exchanges(channel: &Channel) -> lapin::Result<()> {
+    for (name, kind) in EXCHANGES {
+        let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        channel.exchange_declare(name.into(), kind, options, FieldTable::default()).await?;
+    }
+    Ok(())
+}
+
+/// Looks at the exchanges as they are.
+///
+/// # Errors
+/// The broker's: 404 if one does not exist.
+pub async fn look_at_exchanges(channel: &Channel) -> lapin::Result<()> {
+    for (name, kind) in EXCHANGES {
+        let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        channel.exchange_declare(name.into(), kind, options, FieldTable::default()).await?;
+    }
+    Ok(())
+}
+
 /// Declares everything. Repeating it changes nothing.
 ///
 /// # Errors
@@ -60,37 +162,12 @@ pub async fn declare(
     item_queues: &[Cow<'static, str>],
     retry_delays: &[Duration],
 ) -> lapin::Result<()> {
-    exchange(channel, EXCHANGE, ExchangeKind::Direct).await?;
-    // Fanout: a dead letter arrives whatever routing key it had.
-    exchange(channel, DEAD_EXCHANGE, ExchangeKind::Fanout).await?;
-
-    let mut dead = quorum(DEAD_DELIVERY_LIMIT);
-    set(&mut dead, "x-overflow", "reject-publish");
-    queue(channel, DEAD, dead).await?;
-    bind(channel, DEAD, DEAD_EXCHANGE, "").await?;
-    bind(channel, DEAD, EXCHANGE, DEAD).await?;
-
-    for name in [RUNS, RESULTS, TESTS].into_iter().chain(item_queues.iter().map(AsRef::as_ref)) {
-        let mut arguments = quorum(DELIVERY_LIMIT);
-        dead_letter_to(&mut arguments, DEAD_EXCHANGE, None);
-        queue(channel, name, arguments).await?;
-        bind(channel, name, EXCHANGE, name).await?;
-    }
-    waiting_room(channel, RUNS_WAIT, WAIT, RUNS).await?;
-    for delay in retry_delays {
-        waiting_room(channel, &retry_queue(*delay), *delay, ITEMS).await?;
+    declare_exchanges(channel).await?;
+    for queue in queues(item_queues, retry_delays) {
+        queue.declare(channel).await?;
+        queue.bind(channel).await?;
     }
     Ok(())
-}
-
-/// A queue without consumers, whose messages move on to `target` after `ttl`.
-async fn waiting_room(channel: &Channel, name: &str, ttl: Duration, target: &str) -> lapin::Result<()> {
-    let mut arguments = quorum(DEAD_DELIVERY_LIMIT);
-    dead_letter_to(&mut arguments, EXCHANGE, Some(target));
-    let ttl = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX);
-    arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(ttl));
-    queue(channel, name, arguments).await?;
-    bind(channel, name, EXCHANGE, name).await
 }
 
 fn quorum(delivery_limit: i64) -> FieldTable {
@@ -112,23 +189,6 @@ fn dead_letter_to(arguments: &mut FieldTable, exchange: &str, routing_key: Optio
 
 fn set(arguments: &mut FieldTable, key: &'static str, value: &str) {
     arguments.insert(key.into(), AMQPValue::LongString(value.into()));
-}
-
-async fn exchange(channel: &Channel, name: &'static str, kind: ExchangeKind) -> lapin::Result<()> {
-    let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-    channel.exchange_declare(name.into(), kind, options, FieldTable::default()).await
-}
-
-async fn queue(channel: &Channel, name: &str, arguments: FieldTable) -> lapin::Result<()> {
-    let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-    channel.queue_declare(ShortString::from(name), options, arguments).await?;
-    Ok(())
-}
-
-async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) -> lapin::Result<()> {
-    channel
-        .queue_bind(queue.into(), exchange.into(), key.into(), QueueBindOptions::default(), FieldTable::default())
-        .await
 }
 
 #[cfg(test)]

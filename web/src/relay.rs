@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use mailrun_shared::{
     broker::{BrokerError, Outgoing, Publisher},
-    message::{Message, RunMessage, TestMessage},
     store::{
         in_time,
         outbox::{self, Waiting},
@@ -83,7 +82,7 @@ async fn relay(pool: &PgPool, publisher: &Publisher) -> Result<usize, RelayError
     let count = waiting.len();
     let (mut messages, mut published, mut postponed) = (Vec::new(), Vec::new(), Vec::new());
     for Waiting { id, kind, message } in waiting {
-        match outgoing(&kind, message) {
+        match Outgoing::read(&kind, message) {
             Ok(message) => {
                 messages.push(message);
                 published.push(id);
@@ -100,42 +99,4 @@ async fn relay(pool: &PgPool, publisher: &Publisher) -> Result<usize, RelayError
     outbox::postpone(&mut tx, &postponed).await?;
     tx.commit().await?;
     Ok(count)
-}
-
-/// Why a message can't be published by this program.
-#[derive(Debug, thiserror::Error)]
-enum NotUnderstood {
-    #[error("its type is not known")]
-    Kind,
-    #[error(transparent)]
-    Body(#[from] serde_json::Error),
-}
-
-/// Reads a message, so that nothing is published that no worker could read.
-fn outgoing(kind: &str, message: serde_json::Value) -> Result<Outgoing, NotUnderstood> {
-    match kind {
-        RunMessage::TYPE => {
-            let message: RunMessage = serde_json::from_value(message)?;
-            Ok(Outgoing::new(&message).of_run(message.run_id))
-        }
-        TestMessage::TYPE => Ok(Outgoing::new(&serde_json::from_value::<TestMessage>(message)?)),
-        _ => Err(NotUnderstood::Kind),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn a_message_is_published_as_what_it_is() {
-        let id = "00000000-0000-0000-0000-000000000007";
-        let run = outgoing("mailrun.run.v1", json!({ "run_id": id })).unwrap();
-        assert_eq!(run.properties().kind().as_ref().unwrap().as_str(), "mailrun.run.v1");
-        let test = outgoing("mailrun.test.v1", json!({ "test_id": id })).unwrap();
-        assert_eq!(test.properties().kind().as_ref().unwrap().as_str(), "mailrun.test.v1");
-        assert!(outgoing("mailrun.test.v1", json!({ "run_id": id })).is_err());
-        assert!(outgoing("mailrun.run.v9", json!({ "run_id": id })).is_err());
-    }
 }

@@ -12,13 +12,13 @@ mod heartbeat;
 pub mod mailer;
 #[cfg(test)]
 mod model;
-mod outcome;
+pub mod outcome;
 mod poison;
 mod progress;
 pub mod prune;
-mod replay;
+pub mod replay;
 mod send;
-mod sweep;
+pub mod sweep;
 mod templates;
 pub mod test_send;
 mod unsubscribe;

@@ -35,10 +35,29 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// # Errors
 /// The broker's; the letters not reached yet stay where they are.
 pub async fn tidy_dead_letters(broker: &Broker, publisher: &Publisher, pass: &Pass) -> Result<(), BrokerError> {
-    timeout(LONGEST_WALK, walk(broker, publisher, pass)).await.map_err(|_| BrokerError::Timeout)?
+    let (taken, left) = take_off(broker, publisher, |letter| was_replayed(letter, pass)).await?;
+    info!(run_id = %pass.run_id, pass = pass.number, taken, left, "replayed dead letters are off the queue");
+    Ok(())
 }
 
-async fn walk(broker: &Broker, publisher: &Publisher, pass: &Pass) -> Result<(), BrokerError> {
+/// Walks once over the dead letters and takes off those of which `goes` says so. Returns how many these were, and how many
+/// letters it has not reached.
+///
+/// # Errors
+/// The broker's; the letters not reached yet stay where they are.
+pub async fn take_off(
+    broker: &Broker,
+    publisher: &Publisher,
+    goes: impl Fn(&Delivery) -> bool,
+) -> Result<(usize, u32), BrokerError> {
+    timeout(LONGEST_WALK, walk(broker, publisher, goes)).await.map_err(|_| BrokerError::Timeout)?
+}
+
+async fn walk(
+    broker: &Broker,
+    publisher: &Publisher,
+    goes: impl Fn(&Delivery) -> bool,
+) -> Result<(usize, u32), BrokerError> {
     let connection = broker.connect("tidy mailrun.dead").await?;
     let channel = connection.create_channel().await?;
     let total = depth(&channel, topology::DEAD).await?;
@@ -56,15 +75,14 @@ async fn walk(broker: &Broker, publisher: &Publisher, pass: &Pass) -> Result<(),
             batch.push(letter?);
         }
         let Some(last) = batch.last().map(|letter| letter.delivery_tag) else { break };
-        let (replayed, others): (Vec<_>, Vec<_>) = batch.into_iter().partition(|letter| was_replayed(letter, pass));
-        taken += replayed.len();
-        seen += u32::try_from(replayed.len() + others.len()).unwrap_or(u32::MAX);
+        let (gone, others): (Vec<_>, Vec<_>) = batch.into_iter().partition(&goes);
+        taken += gone.len();
+        seen += u32::try_from(gone.len() + others.len()).unwrap_or(u32::MAX);
         publisher.publish(others.iter().map(to_the_tail).collect()).await?;
         channel.basic_ack(last, BasicAckOptions { multiple: true }).await?;
     }
-    info!(run_id = %pass.run_id, pass = pass.number, taken, left = total.saturating_sub(seen), "replayed dead letters are off the queue");
     hang_up(&connection).await;
-    Ok(())
+    Ok((taken, total.saturating_sub(seen)))
 }
 
 fn to_the_tail(letter: &Delivery) -> Outgoing {
@@ -77,7 +95,7 @@ fn to_the_tail(letter: &Delivery) -> Outgoing {
 fn was_replayed(letter: &Delivery, pass: &Pass) -> bool {
     let kind = letter.properties.kind().as_ref().map(lapin::types::ShortString::as_str);
     let Ok(item) = decode::<ItemMessage>(kind, &letter.data) else { return false };
-    let state = match text(letter, REASON_HEADER).as_deref() {
+    let state = match header_text(letter, REASON_HEADER).as_deref() {
         Some("failed") => ItemState::Failed,
         Some("unknown") => ItemState::Unknown,
         _ => return false,
@@ -88,10 +106,12 @@ fn was_replayed(letter: &Delivery, pass: &Pass) -> bool {
     item.run_id == pass.run_id
         && died_before
         && pass.states.contains(&state)
-        && pass.error.as_ref().is_none_or(|error| text(letter, ERROR_HEADER).as_ref() == Some(error))
+        && pass.error.as_ref().is_none_or(|error| header_text(letter, ERROR_HEADER).as_ref() == Some(error))
 }
 
-fn text(letter: &Delivery, header: &str) -> Option<String> {
+/// A header of a letter, if it holds text.
+#[must_use]
+pub fn header_text(letter: &Delivery, header: &str) -> Option<String> {
     match letter.properties.headers().as_ref()?.inner().get(header)? {
         AMQPValue::LongString(text) => Some(String::from_utf8_lossy(text.as_bytes()).into_owned()),
         _ => None,

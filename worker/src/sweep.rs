@@ -13,12 +13,12 @@ use std::{
 
 use mailrun_shared::{
     broker::{Broker, BrokerError, Outgoing, Publisher},
-    config::Config,
-    message::{Command, RunMessage, Step},
+    config::{Config, OnUnknown},
+    message::{Command, ItemResult, RunMessage, Step},
     run::Wanted,
     store::{
         in_time,
-        sweep::{self, Stalled},
+        sweep::{self, OpenItem, Stalled},
     },
 };
 use sqlx::PgPool;
@@ -131,12 +131,7 @@ impl Sweeper {
 
     /// Puts the message back that drives the run's present pass, if none was seen lately.
     async fn drive(&self, run: &Stalled) -> Result<(), SweepError> {
-        let run_id = run.run_id;
-        let command = match run.wanted {
-            Wanted::Cancelled if !run.cancel_begun => Command::Cancel { command_id: Uuid::new_v4() },
-            _ if run.driven => return Ok(()),
-            _ => Command::Release(Step::default()),
-        };
+        let (run_id, Some(command)) = (run.run_id, missing_command(run)) else { return Ok(()) };
         info!(%run_id, ?command, "nothing drives this run any more: its message is put back");
         self.publisher.publish_soon(vec![Outgoing::new(&RunMessage { run_id, command }).of_run(run_id)]).await?;
         Ok(())
@@ -151,32 +146,70 @@ impl Sweeper {
             let items = in_time(self.config.database.answer_timeout(), items).await?;
             let Some(last) = items.last() else { return Ok(()) };
             after = last.position;
-            let (mut messages, mut results) = (Vec::new(), Vec::new());
-            let (mut put_back, mut buried, mut told_again) = (0, 0, 0);
-            for item in items {
-                match repair(item.owner) {
-                    Repair::Leave => {}
-                    Repair::PutBack => {
-                        put_back += 1;
-                        messages.push(Outgoing::new(&item.next).of_run(run_id));
-                    }
-                    Repair::Withhold(why) => {
-                        told_again += 1;
-                        results.push(withheld(item.next, why));
-                    }
-                    Repair::Bury => {
-                        buried += 1;
-                        let next = after_death(item.next, self.config.send.on_unknown);
-                        messages.extend(next.follow_up.map(Outgoing::from));
-                        results.push(next.result);
-                    }
-                }
+            let mut repairs = Repairs::default();
+            for item in &items {
+                repairs.add(item, self.config.send.on_unknown);
             }
+            let Repairs { put_back, buried, told_again, messages, results } = repairs;
             if put_back + buried + told_again > 0 {
                 info!(%run_id, put_back, buried, told_again, "items were missing from the conveyor");
             }
             self.publisher.publish_soon(messages).await?;
             self.publisher.publish_soon(Outgoing::results(&results, self.config.send.result_batch)).await?;
         }
+    }
+}
+
+/// The command whose message no longer drives a stalled run. None: one does, or none is needed.
+#[must_use]
+pub fn missing_command(run: &Stalled) -> Option<Command> {
+    match run.wanted {
+        Wanted::Cancelled if !run.cancel_begun => Some(Command::Cancel { command_id: Uuid::new_v4() }),
+        _ if run.driven => None,
+        _ => Some(Command::Release(Step::default())),
+    }
+}
+
+/// What puts open items right that are overdue.
+#[derive(Debug, Default)]
+pub struct Repairs {
+    /// Items whose message was missing.
+    pub put_back: usize,
+    /// Items whose worker died with them.
+    pub buried: usize,
+    /// Items that will never be sent.
+    pub told_again: usize,
+    /// To be published first, and confirmed.
+    pub messages: Vec<Outgoing>,
+    /// To be applied after that.
+    pub results: Vec<ItemResult>,
+}
+
+impl Repairs {
+    /// Adds what this item needs, if anything.
+    pub fn add(&mut self, item: &OpenItem, policy: OnUnknown) {
+        match repair(item.owner) {
+            Repair::Leave => {}
+            Repair::PutBack => {
+                self.put_back += 1;
+                self.messages.push(Outgoing::new(&item.next).of_run(item.next.run_id));
+            }
+            Repair::Withhold(why) => {
+                self.told_again += 1;
+                self.results.push(withheld(item.next, why));
+            }
+            Repair::Bury => {
+                self.buried += 1;
+                let next = after_death(item.next, policy);
+                self.messages.extend(next.follow_up.map(Outgoing::from));
+                self.results.push(next.result);
+            }
+        }
+    }
+
+    /// Whether nothing is to be done.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.put_back + self.buried + self.told_again == 0
     }
 }

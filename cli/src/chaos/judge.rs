@@ -9,6 +9,7 @@ use mailrun_shared::{
     config::SmtpConfig,
     item::{ItemState, message_id},
     message::ItemMessage,
+    store::audit,
     topology::{DEAD, ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue},
 };
 use sqlx::PgPool;
@@ -83,34 +84,15 @@ pub(super) async fn judge(pool: &PgPool, sink: &Sink, run_id: Uuid, recipients: 
     let times = |id: i64, email: &str| sink.mailbox().times(email, &message_id(id, run_id, &domain));
     let items: Vec<(ItemState, u32)> = rows.iter().map(|(id, email, state)| (*state, times(*id, email))).collect();
     let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);
-    Ok(Verdict { account, drift: u64::try_from(drift(pool).await?)? })
+    Ok(Verdict { account, drift: drift(pool).await? })
 }
 
-async fn drift(pool: &PgPool) -> sqlx::Result<i64> {
-    let columns: i64 = sqlx::query_scalar(
-        "SELECT coalesce(sum((p.total <> c.total)::int + (p.pending <> c.pending)::int + (p.retrying <> c.retrying)::int
-                    + (p.cancelled <> c.cancelled)::int + (p.skipped <> c.skipped)::int + (p.unknown <> c.unknown)::int
-                    + (p.failed <> c.failed)::int + (p.sent <> c.sent)::int), 0)
-         FROM run_progress p
-         JOIN LATERAL (SELECT count(*) AS total,
-                              count(*) FILTER (WHERE state = 'pending') AS pending,
-                              count(*) FILTER (WHERE state = 'retrying') AS retrying,
-                              count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
-                              count(*) FILTER (WHERE state = 'skipped') AS skipped,
-                              count(*) FILTER (WHERE state = 'unknown') AS unknown,
-                              count(*) FILTER (WHERE state = 'failed') AS failed,
-                              count(*) FILTER (WHERE state = 'sent') AS sent
-                       FROM run_items i WHERE i.run_id = p.run_id) c ON true",
-    )
-    .fetch_one(pool)
-    .await?;
-    let flags: i64 = sqlx::query_scalar(
-        "SELECT count(*) FROM users u JOIN run_items i ON i.user_id = u.id
-         WHERE (u.emailed_at IS NOT NULL) <> (i.state = 'sent')",
-    )
-    .fetch_one(pool)
-    .await?;
-    Ok(columns + flags)
+async fn drift(pool: &PgPool) -> sqlx::Result<u64> {
+    let mut conn = pool.acquire().await?;
+    let runs = audit::drift(&mut conn).await?;
+    let counters: usize = runs.iter().map(|run| run.wrong().len() + usize::from(run.ended_wrongly())).sum();
+    let flags = audit::flags(&mut conn).await?;
+    Ok(counters as u64 + (flags.missing + flags.wrong).unsigned_abs())
 }
 
 /// What a run has left behind, which still ran when it was looked at.

@@ -3,36 +3,24 @@
 //! Functions take a connection, so that their callers own the transaction.
 
 pub mod attempts;
+pub mod audit;
 mod connections;
 pub mod outbox;
 pub mod passes;
 pub mod progress;
 pub mod prune;
 pub mod runs;
+pub mod schema;
 pub mod submit;
 pub mod suppressions;
 pub mod sweep;
 pub mod test_sends;
 pub mod workers;
 
-use sqlx::{PgPool, migrate::Migrator};
-
-pub use self::connections::{in_time, open};
-
-/// The schema, as a list of steps. One that has landed is never edited.
-static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
-
-/// Brings the schema up to date. Safe from several processes at once.
-///
-/// # Errors
-/// When PostgreSQL can't be reached, or holds another schema.
-pub async fn migrate(pool: &PgPool) -> Result<(), sqlx::migrate::MigrateError> {
-    let mut connection = pool.acquire().await?;
-    // A step may take its time on a large ledger.
-    sqlx::query("SET statement_timeout = 0").execute(&mut *connection).await?;
-    MIGRATIONS.run(&mut *connection).await?;
-    Ok(connection.close().await?)
-}
+pub use self::{
+    connections::{in_time, open},
+    schema::migrate,
+};
 
 /// Whether the data itself is refused, so that it will be refused every time: a value that is out of range (class 22), or a
 /// constraint that is violated (class 23). Everything else is the server's state, which somebody will mend.

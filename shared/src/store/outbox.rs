@@ -1,5 +1,7 @@
 //! The outbox: messages that became true with a transaction, and wait for RabbitMQ.
 
+use std::time::Duration;
+
 use sqlx::{PgConnection, types::Json};
 
 use crate::message::Message;
@@ -64,4 +66,31 @@ pub async fn postpone(conn: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> 
             .await?;
     }
     Ok(())
+}
+
+/// The oldest messages that were put in so long ago and are still not published.
+///
+/// # Errors
+/// The database's.
+pub async fn overdue(conn: &mut PgConnection, after: Duration, limit: i64) -> sqlx::Result<Vec<Waiting>> {
+    sqlx::query_as!(
+        Waiting,
+        "SELECT id, kind, message FROM outbox
+         WHERE published_at IS NULL AND created_at < clock_timestamp() - make_interval(secs => $1)
+         ORDER BY id LIMIT $2",
+        after.as_secs_f64(),
+        limit
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// Locks messages as [`take`] does, and returns those that nobody has published or locked meanwhile.
+///
+/// # Errors
+/// The database's.
+pub async fn lock(conn: &mut PgConnection, ids: &[i64]) -> sqlx::Result<Vec<i64>> {
+    sqlx::query_scalar!("SELECT id FROM outbox WHERE id = ANY($1) AND published_at IS NULL FOR UPDATE SKIP LOCKED", ids)
+        .fetch_all(conn)
+        .await
 }

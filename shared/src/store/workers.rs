@@ -60,3 +60,38 @@ pub async fn stop(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sq
     .await?;
     Ok(())
 }
+
+/// A worker process, as its row tells.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Worker {
+    /// Its id.
+    pub id: i64,
+    /// Its roles, with commas between them.
+    pub roles: String,
+    /// The machine it is on.
+    pub host: String,
+    /// Its process there.
+    pub pid: i32,
+    /// Whether it has ended in good order.
+    pub stopped: bool,
+    /// Seconds since its last sign of life.
+    pub silent_s: f64,
+    /// Why it sends nothing at present; none: it may.
+    pub closed: Option<String>,
+}
+
+/// All of them, past and present, oldest first.
+///
+/// # Errors
+/// The database's.
+pub async fn all(conn: &mut PgConnection) -> sqlx::Result<Vec<Worker>> {
+    sqlx::query_as!(
+        Worker,
+        r#"SELECT id, roles, host, pid, stopped_at IS NOT NULL AS "stopped!",
+                  extract(epoch FROM clock_timestamp() - heartbeat_at)::float8 AS "silent_s!",
+                  CASE WHEN lane_until > clock_timestamp() THEN coalesce(lane_reason, '') END AS closed
+           FROM workers ORDER BY id"#
+    )
+    .fetch_all(conn)
+    .await
+}
