@@ -12,7 +12,7 @@ use crate::{
 /// The ledger, and the private servers if it lives there.
 pub struct Ledger {
     pub(crate) pool: PgPool,
-    _servers: Servers,
+    servers: Servers,
 }
 
 impl Ledger {
@@ -26,6 +26,17 @@ impl Ledger {
             bail!("Mailrun does not run here: start it with `mailrun up`, or set DATABASE_URL and AMQP_URL");
         }
         let servers = Servers::start(config, &home, Nodes::One, |step| eprintln!("{step} …")).await?;
-        Ok(Self { pool: servers.open_ledger(config, "mailrun operator")?, _servers: servers })
+        Ok(Self { pool: servers.open_ledger(config, "mailrun operator")?, servers })
+    }
+
+    /// The settings, with the addresses of the servers that were reached.
+    #[must_use]
+    pub fn settings(&self, config: &Config) -> Config {
+        let mut config = config.clone();
+        config.database.url = self.servers.database_url.clone();
+        if !config.named.broker {
+            config.amqp.urls = vec![self.servers.amqp_url.clone()];
+        }
+        config
     }
 }

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chaos;
 pub mod dead_letters;
 pub mod demo;
+pub mod doctor;
 pub mod ledger;
 pub mod local;
 pub mod mail_sink;

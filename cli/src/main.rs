@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use mailrun::{
-    bench, chaos, dead_letters, demo, ledger::Ledger, local::with_database, mail_sink, prune, setup, stack, supervise,
-    suppressions, test_send, up,
+    bench, chaos, dead_letters, demo, doctor, ledger::Ledger, local::with_database, mail_sink, prune, setup, stack,
+    supervise, suppressions, test_send, up,
 };
 use mailrun_shared::{config::Config, shutdown, telemetry};
 use mailrun_worker::Role;
@@ -51,6 +51,8 @@ enum Command {
     MailSink(mail_sink::Options),
     /// Brings the database up to date and declares the queues, with users who may do both.
     Setup,
+    /// Compares ledger, counters, claims, workers and queues, says what is wrong, and repairs it with --fix.
+    Doctor(doctor::Options),
     /// Shows what could not be sent, or sends it again.
     DeadLetters {
         /// Shows, without a command.
@@ -183,6 +185,7 @@ async fn run(arguments: Arguments) -> Result<()> {
             telemetry::init(&config.log);
             setup::run(&config).await
         }
+        Command::Doctor(options) => Box::pin(doctor::run(&config()?, &options)).await,
         Command::DeadLetters { command } => {
             let ledger = Ledger::reach(&config()?).await?;
             match command {

@@ -103,6 +103,16 @@ impl World {
         self.spawn(args).wait().unwrap().success()
     }
 
+    /// Runs a command to its end, with settings that win over the others; returns whether the exit code was 0, and what it
+    /// printed.
+    pub fn output(&self, args: &[&str], settings: &[(&str, &str)]) -> (bool, String) {
+        let environment = self.environment.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+        let mut command = Command::new(MAILRUN);
+        command.args(args).envs(environment.chain(settings.iter().copied())).stdin(Stdio::null());
+        let output = command.stderr(Stdio::inherit()).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    }
+
     /// Starts a process, which is killed at the end of the test, and returns its place among them.
     pub fn start(&mut self, args: &[&str]) -> usize {
         let child = self.spawn(args);

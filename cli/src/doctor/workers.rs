@@ -1,0 +1,245 @@
+//! The workers: whether somebody is there for what has to be done, reads the queues, and gets rid of the mail.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use mailrun_shared::{
+    run::Wanted,
+    store::{
+        audit::Unfinished,
+        workers::{self, Worker},
+    },
+    topology::{RESULTS, RUNS, TESTS},
+};
+use mailrun_worker::Role;
+use tokio::time::sleep;
+
+use super::{
+    Patient, are,
+    queues::{Conveyor, Depth},
+    report::{Finding, Report},
+    unfinished,
+};
+
+pub(super) const CHECK: &str = "workers";
+const ROLES: [Role; 3] = [Role::FanOut, Role::Send, Role::Progress];
+/// A worker that has lost its connection is back by then, or something is wrong.
+const LOOKS: usize = 3;
+const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
+
+/// What is wrong with the workers, apart from the queues that they read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// There is work for this role, and nobody does it.
+    Nobody(Role),
+    /// No sender gets rid of its mail, for the reason that one of them gives.
+    AllLanesClosed(String),
+}
+
+/// Looks at them.
+///
+/// # Errors
+/// The database's.
+pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, report: &mut Report) -> Result<()> {
+    let workers = workers::all(&mut *patient.pool.acquire().await?).await?;
+    let runs = unfinished(patient).await?;
+    let alive: Vec<&Worker> = workers.iter().filter(|worker| is_alive(worker, patient.dead_after())).collect();
+    let waits = |role| conveyor.is_some_and(|conveyor| conveyor.messages(queues(conveyor, role)) > 0);
+    for trouble in troubles(&alive, &runs, waits) {
+        report.add(finding(&trouble));
+    }
+    if let Some(conveyor) = conveyor {
+        look_for_consumers(conveyor, Some(&alive), report).await;
+    }
+    if !report.has_found(CHECK) {
+        report.fine(CHECK, present(&alive));
+    }
+    for remark in remarks(&workers, &alive, &runs, patient.dead_after()) {
+        report.remark(CHECK, remark);
+    }
+    Ok(())
+}
+
+fn is_alive(worker: &Worker, dead_after: Duration) -> bool {
+    !worker.stopped && worker.silent_s < dead_after.as_secs_f64()
+}
+
+fn plays(worker: &Worker, role: Role) -> bool {
+    worker.roles.split(',').any(|one| one == role.to_string())
+}
+
+/// The queues that a role reads.
+fn queues(conveyor: &Conveyor, role: Role) -> Vec<&str> {
+    match role {
+        Role::FanOut => vec![RUNS],
+        Role::Send => conveyor.broker.item_queues().iter().map(AsRef::as_ref).chain([TESTS]).collect(),
+        Role::Progress => vec![RESULTS],
+    }
+}
+
+/// What is wrong. A run that a person has paused needs nobody. `waits`: whether messages wait for a role.
+fn troubles(alive: &[&Worker], runs: &[Unfinished], waits: impl Fn(Role) -> bool) -> Vec<Trouble> {
+    let moving = runs.iter().any(|run| run.wanted != Wanted::Paused);
+    let played = |role| alive.iter().any(|worker| plays(worker, role));
+    let mut troubles: Vec<Trouble> =
+        ROLES.into_iter().filter(|role| !played(*role) && (moving || waits(*role))).map(Trouble::Nobody).collect();
+    let mut lanes = alive.iter().filter(|worker| plays(worker, Role::Send)).map(|worker| worker.closed.as_deref());
+    if moving
+        && let Some(Some(reason)) = lanes.next()
+        && lanes.all(|closed| closed.is_some())
+    {
+        troubles.push(Trouble::AllLanesClosed(reason.to_owned()));
+    }
+    troubles
+}
+
+fn finding(trouble: &Trouble) -> Finding {
+    match trouble {
+        Trouble::Nobody(role) => {
+            let what = match role {
+                Role::FanOut => "Runs are not begun, go no further, and are not swept",
+                Role::Send => "Nothing is sent",
+                Role::Progress => "What is sent is not counted: the bars stand still",
+            };
+            Finding::new(
+                CHECK,
+                format!("no worker for {role} lives"),
+                format!("{what}. All of it waits, and nothing is lost or doubled by that"),
+                format!("Start one: mailrun worker --roles {role}. mailrun up starts one of each by itself"),
+            )
+        }
+        Trouble::AllLanesClosed(reason) => Finding::new(
+            CHECK,
+            "the mail server takes nothing",
+            format!(
+                "No sender can get rid of its mail: {}. Invitations wait, and no try is used up; sending goes on by itself \
+                 when the mail server is back",
+                if reason.is_empty() { "no reason is given" } else { reason.trim_end_matches('.') }
+            ),
+            "Look after the mail server, or after mailer.smtp; mailrun test-send ADDRESS tries it",
+        ),
+    }
+}
+
+/// Finds queues with messages that nobody reads, and workers that live and don't read their queue. `alive`: None: nobody
+/// knows who lives.
+pub(super) async fn look_for_consumers(conveyor: &Conveyor, alive: Option<&[&Worker]>, report: &mut Report) {
+    for role in ROLES {
+        let played = alive.map(|alive| alive.iter().any(|worker| plays(worker, role)));
+        // That nobody is there for the role is told already, or no fault.
+        if played == Some(false) {
+            continue;
+        }
+        for queue in queues(conveyor, role) {
+            let unread = |depth: Depth| depth.consumers == 0 && (played == Some(true) || depth.messages > 0);
+            let mut depth = conveyor.depth(queue);
+            for _ in 0..LOOKS {
+                if !unread(depth) {
+                    break;
+                }
+                sleep(BETWEEN_LOOKS).await;
+                depth = conveyor.depth_now(queue).await.unwrap_or(depth);
+            }
+            if unread(depth) {
+                report.add(Finding::new(
+                    CHECK,
+                    format!("nobody reads {queue}"),
+                    format!(
+                        "{} on it. Workers for {role} {}, but none has it open",
+                        are(depth.messages as usize, "message", "messages"),
+                        if played == Some(true) { "live" } else { "may live" }
+                    ),
+                    format!(
+                        "Look into the workers' logs: they may use another RabbitMQ or virtual host, or have no right to read. \
+                         If there is none, start one: mailrun worker --roles {role}"
+                    ),
+                ));
+            }
+        }
+    }
+}
+
+fn present(alive: &[&Worker]) -> String {
+    let counts = ROLES.map(|role| format!("{role} {}", alive.iter().filter(|worker| plays(worker, role)).count()));
+    format!("alive: {}", counts.join(", "))
+}
+
+/// What is no fault.
+fn remarks(workers: &[Worker], alive: &[&Worker], runs: &[Unfinished], dead_after: Duration) -> Vec<String> {
+    let mut remarks = Vec::new();
+    let paused = runs.iter().filter(|run| run.wanted == Wanted::Paused).count();
+    if paused > 0 {
+        remarks.push(format!("{} paused by a person, and waits to be resumed", are(paused, "run", "runs")));
+    }
+    if runs.is_empty() && alive.is_empty() {
+        remarks.push("no worker lives; there is nothing to do at the moment".to_owned());
+    }
+    let dead: Vec<String> = workers
+        .iter()
+        .filter(|worker| !worker.stopped && !is_alive(worker, dead_after))
+        .map(|worker| format!("{} ({}, process {} on {})", worker.id, worker.roles, worker.pid, worker.host))
+        .collect();
+    if !dead.is_empty() {
+        let (newest, rest) = dead.split_at(dead.len().saturating_sub(3));
+        let others = if newest.is_empty() { String::new() } else { format!(", and {} before", newest.len()) };
+        remarks.push(format!("died lately without an end in good order: {}{others}", rest.join(", ")));
+    }
+    let closed: Vec<&str> = alive.iter().filter_map(|worker| worker.closed.as_deref()).collect();
+    if let Some(reason) = closed.first() {
+        remarks.push(format!("{} waiting for the mail server: {reason}", are(closed.len(), "sender", "senders")));
+    }
+    remarks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+
+    fn worker(roles: &str, closed: Option<&str>) -> Worker {
+        Worker {
+            id: 1,
+            roles: roles.into(),
+            host: "here".into(),
+            pid: 7,
+            stopped: false,
+            silent_s: 0.5,
+            closed: closed.map(Into::into),
+        }
+    }
+
+    fn run(wanted: Wanted) -> Unfinished {
+        Unfinished { run_id: Uuid::nil(), wanted }
+    }
+
+    #[test]
+    fn a_role_is_missed_when_there_is_work_for_it() {
+        let (all, pump) = (worker("fan-out,send,progress", None), worker("fan-out", None));
+        let (running, paused) = ([run(Wanted::Running)], [run(Wanted::Paused)]);
+        assert_eq!(troubles(&[&all], &running, |_| true), []);
+        assert_eq!(troubles(&[], &[], |_| false), []);
+        assert_eq!(troubles(&[], &paused, |_| false), [], "a paused run needs nobody");
+        let missed = [Trouble::Nobody(Role::Send), Trouble::Nobody(Role::Progress)];
+        assert_eq!(troubles(&[&pump], &running, |_| false), missed);
+        assert_eq!(troubles(&[&pump], &paused, |role| role == Role::Progress), missed[1..]);
+    }
+
+    #[test]
+    fn a_mail_server_is_away_when_every_lane_is_closed() {
+        let (closed, open) = (worker("send", Some("refused")), worker("send", None));
+        let others = worker("fan-out,progress", None);
+        let running = [run(Wanted::Running)];
+        let away = [Trouble::AllLanesClosed("refused".into())];
+        assert_eq!(troubles(&[&others, &closed, &closed], &running, |_| false), away);
+        assert_eq!(troubles(&[&others, &closed, &open], &running, |_| false), []);
+        assert_eq!(troubles(&[&others, &closed], &[], |_| false), [], "nothing waits for it");
+    }
+
+    #[test]
+    fn the_newest_dead_are_named() {
+        let dead = |id| Worker { id, silent_s: 60.0, ..worker("send", None) };
+        let workers: Vec<Worker> = (1..=5).map(dead).chain([Worker { stopped: true, ..dead(6) }]).collect();
+        let remarks = remarks(&workers, &[], &[], Duration::from_secs(8));
+        assert!(remarks[1].ends_with("5 (send, process 7 on here), and 2 before"), "{remarks:?}");
+    }
+}
