@@ -34,9 +34,7 @@ impl Ledger {
     pub fn settings(&self, config: &Config) -> Config {
         let mut config = config.clone();
         config.database.url = self.servers.database_url.clone();
-        if !config.named.broker {
-            config.amqp.urls = vec![self.servers.amqp_url.clone()];
-        }
+        config.amqp.urls = self.servers.amqp_urls.clone();
         config
     }
 }

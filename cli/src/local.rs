@@ -46,8 +46,8 @@ pub struct Servers {
     stack: Option<Stack>,
     /// PostgreSQL.
     pub database_url: SecretString,
-    /// RabbitMQ; with commas between several nodes.
-    pub amqp_url: SecretString,
+    /// RabbitMQ's nodes.
+    pub amqp_urls: Vec<SecretString>,
 }
 
 impl Servers {
@@ -58,15 +58,17 @@ impl Servers {
     pub async fn start(config: &Config, home: &Path, nodes: Nodes, report: impl Fn(&str)) -> Result<Self> {
         let named = config.named;
         if named.database && named.broker {
-            return Ok(Self { stack: None, database_url: config.database.url.clone(), amqp_url: joined(config) });
+            let (database_url, amqp_urls) = (config.database.url.clone(), config.amqp.urls.clone());
+            return Ok(Self { stack: None, database_url, amqp_urls });
         }
         let program = std::env::current_exe().context("the path of this program is unknown")?;
         let stack = Stack::start_nodes(home, &program, Duration::ZERO, nodes, report).await?;
         stack.create_database(NAME).await?;
         stack.create_vhost(NAME).await?;
         let database_url = if named.database { config.database.url.clone() } else { stack.database_url(NAME).into() };
-        let amqp_url = if named.broker { joined(config) } else { stack.amqp_urls(NAME).into() };
-        Ok(Self { stack: Some(stack), database_url, amqp_url })
+        let private = || stack.amqp_urls(NAME).into_iter().map(SecretString::from).collect();
+        let amqp_urls = if named.broker { config.amqp.urls.clone() } else { private() };
+        Ok(Self { stack: Some(stack), database_url, amqp_urls })
     }
 
     /// The management console of the private RabbitMQ.
@@ -78,9 +80,10 @@ impl Servers {
     /// What a child needs in its environment to find them.
     #[must_use]
     pub fn environment(&self) -> Vec<(OsString, OsString)> {
+        let amqp_urls: Vec<&str> = self.amqp_urls.iter().map(ExposeSecret::expose_secret).collect();
         vec![
             ("DATABASE_URL".into(), self.database_url.expose_secret().into()),
-            ("AMQP_URL".into(), self.amqp_url.expose_secret().into()),
+            ("AMQP_URL".into(), amqp_urls.join(",").into()),
         ]
     }
 
@@ -102,10 +105,6 @@ impl Servers {
             None => Ok(()),
         }
     }
-}
-
-fn joined(config: &Config) -> SecretString {
-    config.amqp.urls.iter().map(ExposeSecret::expose_secret).collect::<Vec<_>>().join(",").into()
 }
 
 /// The whole of Mailrun, running.

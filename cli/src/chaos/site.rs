@@ -44,7 +44,7 @@ const LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=400;
 const SHORTEST_MS: u32 = 8_000;
 /// The nodes of a cluster die one after the other, and each takes some seconds to be back.
 const CLUSTER_LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=2_000;
-const CLUSTER_SHORTEST_MS: u32 = 45_000;
+const CLUSTER_SHORTEST_MS: u32 = 60_000;
 /// Who ends in good order does so within this time; the rest is killed after a little more.
 const GOOD_ORDER: Duration = Duration::from_secs(30);
 /// Where the pages listen: nobody else is given one of these by chance.
@@ -89,8 +89,8 @@ impl<'a> Site<'a> {
         let (to_database, database_url) = through_proxy(&stack.database_url(&name)).await?;
         let (to_broker, first_node) = through_proxy(&stack.amqp_url(&name)).await?;
         // No fault of the network strikes a cluster, so its other nodes are reached directly.
-        let all_nodes = stack.amqp_urls(&name);
-        let amqp_urls: Vec<&str> = [first_node.as_str()].into_iter().chain(all_nodes.split(',').skip(1)).collect();
+        let other_nodes = stack.amqp_urls(&name).into_iter().skip(1);
+        let amqp_urls: Vec<String> = [first_node].into_iter().chain(other_nodes).collect();
         let to_mail = Proxy::start(sink.address()).await?;
         let mut environment: Vec<(OsString, OsString)> =
             vec![("DATABASE_URL".into(), database_url.into()), ("AMQP_URL".into(), amqp_urls.join(",").into())];

@@ -146,11 +146,9 @@ impl Stack {
         self.address("amqp", self.ports.amqp, vhost)
     }
 
-    /// The addresses of a virtual host, one for each node, with commas between them, as `AMQP_URL` takes them.
-    pub fn amqp_urls(&self, vhost: &str) -> String {
-        let urls: Vec<String> =
-            self.ports.of_nodes().iter().map(|node| self.address("amqp", node.amqp, vhost)).collect();
-        urls.join(",")
+    /// The addresses of a virtual host, one for each node.
+    pub fn amqp_urls(&self, vhost: &str) -> Vec<String> {
+        self.ports.of_nodes().iter().map(|node| self.address("amqp", node.amqp, vhost)).collect()
     }
 
     fn address(&self, scheme: &str, port: u16, path: &str) -> String {

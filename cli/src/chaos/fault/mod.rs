@@ -131,6 +131,8 @@ pub(super) enum Fault {
     KillLeader,
     /// kill -9 of two of three nodes at the same moment: the queues stand still until one of them is back
     KillMajority,
+    /// The node that leads mailrun.items stands still for some seconds, and goes on when another one leads
+    StopLeader,
 }
 
 /// How often a fault can strike within one run.
@@ -169,7 +171,7 @@ impl Fault {
 
     /// Whether it takes a cluster of RabbitMQ.
     pub(super) fn needs_cluster(self) -> bool {
-        matches!(self, Self::KillNode | Self::KillLeader | Self::KillMajority)
+        matches!(self, Self::KillNode | Self::KillLeader | Self::KillMajority | Self::StopLeader)
     }
 
     /// Whether the form itself must survive it.
@@ -191,7 +193,8 @@ impl Fault {
             | Self::RestartDatabase
             | Self::KillNode
             | Self::KillLeader
-            | Self::KillMajority => usual + SERVER_RECOVERY,
+            | Self::KillMajority
+            | Self::StopLeader => usual + SERVER_RECOVERY,
             // Both ends find out that they wait in vain, then those that tried to connect meanwhile.
             Self::HoleBroker => usual + 3 * HEARTBEAT + ANSWER,
             Self::HoleDatabase | Self::HoleMail => usual + 3 * ANSWER,
@@ -271,6 +274,7 @@ impl Fault {
             Self::KillNode => cluster::kill_node(site, rng).await,
             Self::KillLeader => cluster::kill_leader(site).await,
             Self::KillMajority => cluster::kill_majority(site, rng).await,
+            Self::StopLeader => cluster::stop_leader(site, rng).await,
         }
     }
 }
