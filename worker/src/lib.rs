@@ -5,6 +5,9 @@
 //! `sweep` and `prune` belong to the fan-out's role. `consumer` is the only file that acknowledges; `outcome` and `claims` hold
 //! the protocol's decisions and memory.
 
+// A lock that is taken for a match is kept until its end, in which somebody may want it again.
+#![warn(clippy::significant_drop_in_scrutinee)]
+
 mod claims;
 mod consumer;
 mod fan_out;

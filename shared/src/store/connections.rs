@@ -75,7 +75,7 @@ pub async fn in_time<T, E: From<sqlx::Error>>(
     limit: Duration,
     work: impl Future<Output = Result<T, E>>,
 ) -> Result<T, E> {
-    timeout(limit, work).await.unwrap_or_else(|_| Err(no_answer(limit).into()))
+    timeout(limit, Box::pin(work)).await.unwrap_or_else(|_| Err(no_answer(limit).into()))
 }
 
 fn no_answer(limit: Duration) -> sqlx::Error {
