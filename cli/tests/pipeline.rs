@@ -5,6 +5,7 @@ mod support;
 
 use std::time::Duration;
 
+use mailrun_shared::store::sweep::Repairs;
 use serde_json::Value;
 use support::{World, people, until};
 
@@ -290,6 +291,64 @@ async fn purged_queues_only_delay_a_run_and_cancelling_settles_it() {
     world.client.post(format!("{run}/cancel")).send().await.unwrap();
     let end = tokio::time::timeout(Duration::from_secs(100), world.until_over(&run)).await.unwrap();
     assert!(count(&end, "cancelled") > 0, "{end}");
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+#[tokio::test]
+async fn exactly_what_was_purged_is_put_back_and_nothing_of_a_sound_run() {
+    let mut world = World::new(&[
+        // Little in hand and much on the queue, as with a slow mail server.
+        ("MAILRUN_SEND__PREFETCH", "10"),
+        ("MAILRUN_SEND__PERMITS", "5"),
+        ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"),
+        // However busy this machine is, a sound run does not stand still for so long.
+        ("MAILRUN_SWEEP__STALLED_AFTER_MS", "8000"),
+    ])
+    .await;
+    world.workers();
+    let sound = world.invite(&people(1000)).await;
+    assert_eq!(count(&world.until_over(&sound).await, "sent"), 990);
+    assert_eq!(world.repairs(&sound).await, Repairs::default());
+
+    let next: String = (0..1000).map(|number| format!("later-{number}@example.org\n")).collect();
+    let run = world.invite(&next).await;
+    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 200).await;
+    let channel = world.channel().await;
+    let purged = channel.queue_purge("mailrun.items".into(), Default::default()).await.unwrap();
+    assert!(purged > 0, "nothing was on the queue");
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (990, 10, 0));
+    assert_eq!(world.repairs(&run).await, Repairs { put_back: purged.into(), ..Repairs::default() });
+    let page = world.client.get(&run).send().await.unwrap().text().await.unwrap();
+    assert!(page.contains("The sweeper put back"), "{page}");
+    world.nobody_got_two();
+}
+
+#[tokio::test]
+async fn every_queue_may_be_deleted_and_the_dead_letters_are_not_needed_for_a_retry() {
+    let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
+    world.workers();
+    let run = world.invite(&people(2000)).await;
+    let channel = world.channel().await;
+    let queues = [
+        "mailrun.runs",
+        "mailrun.runs.wait",
+        "mailrun.items",
+        "mailrun.results",
+        "mailrun.retry.100ms",
+        "mailrun.retry.200ms",
+        "mailrun.dead",
+    ];
+    for (number, queue) in (1..).zip(queues) {
+        world.until_progress(&run, "a little further", |progress| count(progress, "sent") >= number * 100).await;
+        channel.queue_delete(queue.into(), Default::default()).await.unwrap();
+    }
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (1980, 20, 0));
+    channel.queue_purge("mailrun.dead".into(), Default::default()).await.unwrap();
+    world.retry(&run, "failed").await;
+    world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 2000).await;
     world.counters_equal_counts().await;
     world.nobody_got_two();
 }

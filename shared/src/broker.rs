@@ -75,6 +75,9 @@ pub enum BrokerError {
     /// The process is ending.
     #[error("the publisher is closed")]
     Closed,
+    /// The connection lives, and is of no use.
+    #[error("{0}")]
+    Useless(&'static str),
 }
 
 /// How to reach RabbitMQ.

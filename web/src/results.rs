@@ -8,7 +8,10 @@ use axum::{
 use mailrun_shared::{
     item::ItemState,
     run::Phase,
-    store::runs::{self, Progress, Summary, Trouble},
+    store::{
+        runs::{self, Progress, Summary, Trouble},
+        sweep::{self, Repairs},
+    },
 };
 use serde::Deserialize;
 use uuid::Uuid;
@@ -50,6 +53,7 @@ struct ResultsPage {
     confirming: bool,
     actions: Actions,
     troubles: Troubles,
+    repaired: Option<String>,
 }
 
 /// A line below the bar.
@@ -151,6 +155,21 @@ fn legend(now: &Snapshot) -> [Legend; 7] {
     ]
 }
 
+/// What the sweeper did for the run, in a sentence; none: nothing had to be done.
+fn repaired(repairs: Repairs) -> Option<String> {
+    let counted = |count, one, many| view::counted(i32::try_from(count).unwrap_or(i32::MAX), one, many);
+    let Repairs { driven, put_back, buried, told_again } = repairs;
+    let deeds = [
+        (driven + put_back, "put back", "missing message", "missing messages"),
+        (buried, "gave up", "attempt of a dead worker", "attempts of dead workers"),
+        (told_again, "settled", "invitation that nobody was to send", "invitations that nobody was to send"),
+    ];
+    let deeds = deeds.into_iter().filter(|deed| deed.0 > 0);
+    let deeds: Vec<String> =
+        deeds.map(|(count, did, one, many)| format!("{did} {}", counted(count, one, many))).collect();
+    (!deeds.is_empty()).then(|| format!("The sweeper {}.", deeds.join(", ")))
+}
+
 /// `GET /runs/{id}`
 pub(crate) async fn show(
     State(app): Shared,
@@ -172,6 +191,7 @@ pub(crate) async fn show(
         confirming: actions.confirming,
         actions,
         troubles,
+        repaired: repaired(sweep::repairs(&app.pool, progress.run_id).await?),
         now,
     }))
 }
@@ -194,4 +214,17 @@ pub(crate) async fn troubles(
 ) -> Result<Response, ErrorPage> {
     let (_, now) = load_snapshot(&app, &id, wish.asked.as_deref()).await?;
     Ok(html(&Troubles::load(&app, &now, wish.after()).await?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_sweeper_did_is_a_sentence() {
+        assert_eq!(repaired(Repairs::default()), None);
+        let repairs = Repairs { driven: 1, put_back: 1_200, buried: 1, told_again: 0 };
+        let sentence = "The sweeper put back 1,201 missing messages, gave up 1 attempt of a dead worker.";
+        assert_eq!(repaired(repairs).as_deref(), Some(sentence));
+    }
 }

@@ -3,7 +3,13 @@
 //! A consumer has a connection of its own and rebuilds it after any trouble; what was delivered on the lost one comes
 //! again. A [`Delivery`] is acknowledged by consuming it. Dropping it unacknowledged gives it back when the channel ends.
 
-use std::{borrow::Cow, collections::BTreeSet, mem, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::BTreeSet,
+    iter, mem,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use futures::{StreamExt, future::try_join_all};
 use lapin::{
@@ -21,6 +27,8 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
+
+use crate::watchdog::{Tally, Watchdog};
 
 const CONSUMER_TAG: &str = "mailrun";
 /// Acknowledgements are gathered for so long, or until a quarter of the prefetch waits for one: sends end in any order, and
@@ -45,6 +53,11 @@ impl Delivery {
         let _ = self.acks.send(self.tag);
     }
 
+    /// Whether the connection that it came over is gone, so that it comes again.
+    fn is_outdated(&self) -> bool {
+        self.acks.is_closed()
+    }
+
     /// The AMQP `type`, if it has one.
     pub fn kind(&self) -> Option<&str> {
         self.properties.kind().as_ref().map(lapin::types::ShortString::as_str)
@@ -62,24 +75,31 @@ impl Consumer {
         broker: &Arc<Broker>,
         queues: &[Cow<'static, str>],
         prefetch: u16,
+        watchdog: &Arc<Watchdog>,
         stop: &CancellationToken,
         tasks: &TaskTracker,
     ) -> Self {
         let (sender, receiver) = mpsc::channel(usize::from(prefetch) * queues.len());
         for queue in queues {
-            tasks.spawn(supervise(Arc::clone(broker), queue.clone(), prefetch, sender.clone(), stop.clone()));
+            let (broker, watchdog) = (Arc::clone(broker), Arc::clone(watchdog));
+            tasks.spawn(supervise(broker, queue.clone(), prefetch, sender.clone(), watchdog, stop.clone()));
         }
         Self(receiver)
     }
 
     /// The next delivery; none: the consumer has stopped.
     pub async fn next(&mut self) -> Option<Delivery> {
-        self.0.recv().await
+        loop {
+            let delivery = self.0.recv().await?;
+            if !delivery.is_outdated() {
+                return Some(delivery);
+            }
+        }
     }
 
     /// Another delivery, if one is here already.
     pub fn next_now(&mut self) -> Option<Delivery> {
-        self.0.try_recv().ok()
+        iter::from_fn(|| self.0.try_recv().ok()).find(|delivery| !delivery.is_outdated())
     }
 }
 
@@ -88,15 +108,23 @@ async fn supervise(
     queue: Cow<'static, str>,
     prefetch: u16,
     deliveries: mpsc::Sender<Delivery>,
+    watchdog: Arc<Watchdog>,
     stop: CancellationToken,
 ) {
     let mut reconnect = Reconnect::default();
+    let mut watch = watchdog.begin();
     while !stop.is_cancelled() {
         let ended = async {
             let (connection, channel, consumer) = open(&broker, &queue, prefetch).await?;
             info!(%queue, "consuming");
             reconnect.reset();
-            let ended = serve(&channel, prefetch, consumer, &deliveries, &stop, broker.answer_timeout()).await;
+            let tally = Tally::default();
+            let useless = watchdog.watch(&mut watch, &queue, prefetch, &tally, || deliveries.capacity());
+            let ended = tokio::select! {
+                ended = serve(&channel, prefetch, consumer, &deliveries, &tally, &stop, broker.answer_timeout()) => ended,
+                // Whoever stops wants nothing more.
+                Some(why) = stop.run_until_cancelled(useless) => Err(BrokerError::Useless(why)),
+            };
             hang_up(&connection).await;
             ended
         };
@@ -135,6 +163,7 @@ async fn serve(
     prefetch: u16,
     mut consumer: lapin::Consumer,
     deliveries: &mpsc::Sender<Delivery>,
+    tally: &Tally,
     stop: &CancellationToken,
     patience: Duration,
 ) -> Result<(), BrokerError> {
@@ -151,16 +180,20 @@ async fn serve(
                     flush_at = Instant::now() + GATHER_ACKS;
                 }
                 finished.push(tag);
+                tally.finished.fetch_add(1, Ordering::Relaxed);
                 if finished.len() > few {
                     acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
+                    tally.acknowledged.store(watermark.acknowledged(), Ordering::Relaxed);
                 }
             }
             () = sleep_until(flush_at), if !finished.is_empty() => {
                 acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
+                tally.acknowledged.store(watermark.acknowledged(), Ordering::Relaxed);
             }
             delivery = consumer.next() => {
                 // The stream ends silently when the broker cancels the consumer, for instance because the queue is gone.
                 let delivery = delivery.ok_or(BrokerError::Closed)??;
+                tally.delivered.fetch_add(1, Ordering::Relaxed);
                 let delivery = Delivery {
                     tag: delivery.delivery_tag,
                     properties: delivery.properties,
@@ -235,6 +268,11 @@ impl Watermark {
         }
         let singles = if self.waiting.len() > self.patience { self.rest() } else { Vec::new() };
         many.into_iter().chain(singles).collect()
+    }
+
+    /// How many are acknowledged.
+    fn acknowledged(&self) -> u64 {
+        self.level + self.beyond.len() as u64
     }
 
     /// Those that wait need not wait any longer.

@@ -33,6 +33,7 @@ pub struct Heartbeat {
     /// When the newest heartbeat that arrived was begun.
     last: Mutex<Duration>,
     in_flight: AtomicI32,
+    rebuilds: AtomicI32,
     /// What it sends through, if it does.
     mailer: OnceLock<Arc<dyn Mailer>>,
 }
@@ -61,6 +62,7 @@ impl Heartbeat {
             dead_after: Duration::from_millis(config.dead_after_ms),
             last: Mutex::new(last),
             in_flight: AtomicI32::new(0),
+            rebuilds: AtomicI32::new(0),
             mailer: OnceLock::new(),
         })
     }
@@ -85,6 +87,11 @@ impl Heartbeat {
     /// Counts claims that are not reported yet, for the operator to see.
     pub fn add_in_flight(&self, change: i32) {
         self.in_flight.fetch_add(change, Ordering::Relaxed);
+    }
+
+    /// Counts a consumer whose connection is built anew because it was of no use, for the operator to see.
+    pub fn add_rebuild(&self) {
+        self.rebuilds.fetch_add(1, Ordering::Relaxed);
     }
 
     /// From now on the heartbeat says whether this mailer's lane is closed, and why.
@@ -128,7 +135,8 @@ impl Heartbeat {
             Some(Lane::Closed { reason, until }) => Some((reason, until.saturating_duration_since(Instant::now()))),
             _ => None,
         };
-        workers::heartbeat(&mut conn, self.worker_id, self.in_flight.load(Ordering::Relaxed), closed).await
+        let (in_flight, rebuilds) = (self.in_flight.load(Ordering::Relaxed), self.rebuilds.load(Ordering::Relaxed));
+        workers::heartbeat(&mut conn, self.worker_id, in_flight, rebuilds, closed).await
     }
 
     /// Says that the process has ended, leaving nothing unreported.

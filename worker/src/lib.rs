@@ -2,7 +2,7 @@
 //!
 //! `fan_out` releases a run's items, `send` carries them out through a `mailer`, `progress` counts the results. `test_send`
 //! sends single mails to whoever wants to look at an invitation. `replay`,
-//! `sweep` and `prune` belong to the fan-out's role. `consumer` is the only file that acknowledges; `outcome` and `claims` hold
+//! `sweep` and `prune` belong to the fan-out's role. `consumer` is the only file that acknowledges, and `watchdog` watches over it; `outcome` and `claims` hold
 //! the protocol's decisions and memory.
 
 // A lock that is taken for a match is kept until its end, in which somebody may want it again.
@@ -25,6 +25,7 @@ pub mod sweep;
 mod templates;
 pub mod test_send;
 mod unsubscribe;
+mod watchdog;
 
 use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
 
@@ -45,7 +46,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, progress::Progress, send::Senders, sweep::Sweeper,
-    test_send::TestSends, unsubscribe::Links,
+    test_send::TestSends, unsubscribe::Links, watchdog::Watchdog,
 };
 
 /// Run messages handed out ahead to one pump.
@@ -132,9 +133,11 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     });
 
     let consumers = TaskTracker::new();
-    let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, &links, &consumers, &stop)?;
+    let watchdog = Watchdog::new(&config, Arc::clone(&broker), pool.clone(), Arc::clone(&heartbeat));
+    let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, &links, &watchdog, &consumers, &stop)?;
     drop(publisher);
     let ended = supervise(parts, &consumers, &stop, Duration::from_millis(config.send.shutdown_deadline_ms)).await;
+    watchdog.close().await;
     beating.cancel();
     let _ = beat.await;
     if ended.is_ok() {
@@ -184,11 +187,13 @@ fn start(
     publisher: &Publisher,
     heartbeat: &Arc<Heartbeat>,
     links: &Links,
+    watchdog: &Arc<Watchdog>,
     consumers: &TaskTracker,
     stop: &CancellationToken,
 ) -> Result<JoinSet<()>, WorkerError> {
     let mut parts = JoinSet::new();
-    let consume = |queues: &[Cow<'static, str>], prefetch| Consumer::start(broker, queues, prefetch, stop, consumers);
+    let consume =
+        |queues: &[Cow<'static, str>], prefetch| Consumer::start(broker, queues, prefetch, watchdog, stop, consumers);
     for role in roles {
         match role {
             Role::FanOut => {

@@ -18,7 +18,7 @@ use mailrun_shared::{
     run::Wanted,
     store::{
         in_time,
-        sweep::{self, OpenItem, Stalled},
+        sweep::{self, OpenItem, Repairs, Stalled},
     },
 };
 use sqlx::PgPool;
@@ -111,11 +111,14 @@ impl Sweeper {
         let taken = self.items_are_taken().await?
             && !in_time(limit, sweep::all_lanes_closed(&mut tx, self.dead_after())).await?;
         for run in due {
-            self.drive(&run).await?;
+            let mut repairs = Repairs { driven: self.drive(&run).await?, ..Repairs::default() };
+            if taken {
+                self.repair_items(&mut tx, run.run_id, &mut repairs).await?;
+            }
+            sweep::record(&mut tx, run.run_id, repairs).await?;
             if !taken {
                 continue;
             }
-            self.repair_items(&mut tx, run.run_id).await?;
             let length =
                 self.resting.get(&run.run_id).map_or(self.stalled_after(), |rest| (rest.length * 2).min(LONGEST_REST));
             self.resting.insert(run.run_id, Rest { until: Instant::now() + length, length });
@@ -129,15 +132,20 @@ impl Sweeper {
         Ok(self.broker.waiting_items().await? == 0)
     }
 
-    /// Puts the message back that drives the run's present pass, if none was seen lately.
-    async fn drive(&self, run: &Stalled) -> Result<(), SweepError> {
-        let (run_id, Some(command)) = (run.run_id, missing_command(run)) else { return Ok(()) };
+    /// Puts the message back that drives the run's present pass, if none was seen lately; returns how many it put back.
+    async fn drive(&self, run: &Stalled) -> Result<i64, SweepError> {
+        let (run_id, Some(command)) = (run.run_id, missing_command(run)) else { return Ok(0) };
         info!(%run_id, ?command, "nothing drives this run any more: its message is put back");
         self.publisher.publish_soon(vec![Outgoing::new(&RunMessage { run_id, command }).of_run(run_id)]).await?;
-        Ok(())
+        Ok(1)
     }
 
-    async fn repair_items(&self, conn: &mut sqlx::PgConnection, run_id: Uuid) -> Result<(), SweepError> {
+    async fn repair_items(
+        &self,
+        conn: &mut sqlx::PgConnection,
+        run_id: Uuid,
+        all: &mut Repairs,
+    ) -> Result<(), SweepError> {
         let dead_after = self.dead_after();
         let batch = self.config.sweep.batch_items;
         let mut after = 0;
@@ -146,14 +154,16 @@ impl Sweeper {
             let items = in_time(self.config.database.answer_timeout(), items).await?;
             let Some(last) = items.last() else { return Ok(()) };
             after = last.position;
-            let mut repairs = Repairs::default();
+            let mut mending = Mending::default();
             for item in &items {
-                repairs.add(item, self.config.send.on_unknown);
+                mending.add(item, self.config.send.on_unknown);
             }
-            let Repairs { put_back, buried, told_again, messages, results } = repairs;
-            if put_back + buried + told_again > 0 {
+            let Mending { repairs, messages, results } = mending;
+            if repairs != Repairs::default() {
+                let Repairs { put_back, buried, told_again, .. } = repairs;
                 info!(%run_id, put_back, buried, told_again, "items were missing from the conveyor");
             }
+            *all += repairs;
             self.publisher.publish_soon(messages).await?;
             self.publisher.publish_soon(Outgoing::results(&results, self.config.send.result_batch)).await?;
         }
@@ -172,34 +182,30 @@ pub fn missing_command(run: &Stalled) -> Option<Command> {
 
 /// What puts open items right that are overdue.
 #[derive(Debug, Default)]
-pub struct Repairs {
-    /// Items whose message was missing.
-    pub put_back: usize,
-    /// Items whose worker died with them.
-    pub buried: usize,
-    /// Items that will never be sent.
-    pub told_again: usize,
+pub struct Mending {
+    /// How many of them need what.
+    pub repairs: Repairs,
     /// To be published first, and confirmed.
     pub messages: Vec<Outgoing>,
     /// To be applied after that.
     pub results: Vec<ItemResult>,
 }
 
-impl Repairs {
+impl Mending {
     /// Adds what this item needs, if anything.
     pub fn add(&mut self, item: &OpenItem, policy: OnUnknown) {
         match repair(item.owner) {
             Repair::Leave => {}
             Repair::PutBack => {
-                self.put_back += 1;
+                self.repairs.put_back += 1;
                 self.messages.push(Outgoing::new(&item.next).of_run(item.next.run_id));
             }
             Repair::Withhold(why) => {
-                self.told_again += 1;
+                self.repairs.told_again += 1;
                 self.results.push(withheld(item.next, why));
             }
             Repair::Bury => {
-                self.buried += 1;
+                self.repairs.buried += 1;
                 let next = after_death(item.next, policy);
                 self.messages.extend(next.follow_up.map(Outgoing::from));
                 self.results.push(next.result);
@@ -210,6 +216,6 @@ impl Repairs {
     /// Whether nothing is to be done.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.put_back + self.buried + self.told_again == 0
+        self.repairs == Repairs::default()
     }
 }

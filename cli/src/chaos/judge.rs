@@ -9,7 +9,7 @@ use mailrun_shared::{
     config::SmtpConfig,
     item::{ItemState, message_id},
     message::ItemMessage,
-    store::audit,
+    store::{audit, sweep},
     topology::{DEAD, ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue},
 };
 use sqlx::PgPool;
@@ -65,6 +65,18 @@ pub(super) struct Verdict {
     pub(super) account: Account,
     /// Counters that differ from the number of items that they count, and people whose flag differs from their item.
     pub(super) drift: u64,
+    pub(super) repairs: Repairs,
+}
+
+/// What Mailrun did about it by itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Repairs {
+    /// Messages that the sweeper put back.
+    pub(super) put_back: u64,
+    /// Claims of dead workers that it gave up.
+    pub(super) buried: u64,
+    /// Consumers' connections that a watchdog built anew.
+    pub(super) rebuilds: u64,
 }
 
 /// Judges a run when its services have ended.
@@ -84,7 +96,17 @@ pub(super) async fn judge(pool: &PgPool, sink: &Sink, run_id: Uuid, recipients: 
     let times = |id: i64, email: &str| sink.mailbox().times(email, &message_id(id, run_id, &domain));
     let items: Vec<(ItemState, u32)> = rows.iter().map(|(id, email, state)| (*state, times(*id, email))).collect();
     let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);
-    Ok(Verdict { account, drift: drift(pool).await? })
+    Ok(Verdict { account, drift: drift(pool).await?, repairs: repairs(pool, run_id).await? })
+}
+
+async fn repairs(pool: &PgPool, run_id: Uuid) -> Result<Repairs> {
+    let swept = sweep::repairs(pool, run_id).await?;
+    let rebuilds: i64 = sqlx::query_scalar("SELECT coalesce(sum(rebuilds), 0) FROM workers").fetch_one(pool).await?;
+    Ok(Repairs {
+        put_back: u64::try_from(swept.driven + swept.put_back)?,
+        buried: swept.buried.try_into()?,
+        rebuilds: rebuilds.try_into()?,
+    })
 }
 
 async fn drift(pool: &PgPool) -> sqlx::Result<u64> {

@@ -156,7 +156,7 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, 
             }
         };
         eprintln!(
-            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, left {}, stuck {}; stood still for {:.1} s, and for {:.1} s with nothing wrong",
+            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, left {}, stuck {}; put back {}, buried {}, rebuilt {}; stood still for {:.1} s, and for {:.1} s with nothing wrong",
             figures.faults,
             figures.sent,
             figures.failed,
@@ -167,6 +167,9 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, 
             figures.drift,
             figures.left,
             figures.stuck,
+            figures.put_back,
+            figures.buried,
+            figures.rebuilds,
             figures.longest_stall_seconds,
             figures.longest_recovery_seconds
         );
@@ -246,6 +249,9 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
         drift: verdict.drift,
         left: remains.messages,
         outdated_dead_letters: remains.outdated_dead_letters,
+        put_back: verdict.repairs.put_back,
+        buried: verdict.repairs.buried,
+        rebuilds: verdict.repairs.rebuilds,
         stuck: stuck + remains.busy_workers + u64::from(!in_good_order),
         seconds: (over_at - posted_at).as_secs_f64(),
         late: u64::from(after > bound),

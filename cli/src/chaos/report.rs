@@ -26,6 +26,12 @@ pub(super) struct Figures {
     pub(super) left: u64,
     /// Dead letters of items that were sent after all; they do nothing.
     pub(super) outdated_dead_letters: u64,
+    /// Messages that the sweeper put back.
+    pub(super) put_back: u64,
+    /// Claims of dead workers that it gave up.
+    pub(super) buried: u64,
+    /// Consumers' connections that a watchdog built anew.
+    pub(super) rebuilds: u64,
     /// Runs that did not end, and workers that did not.
     pub(super) stuck: u64,
     /// Runs that stood still for longer than they may when no fault is under way.
@@ -61,6 +67,9 @@ impl Figures {
             drift: self.drift + other.drift,
             left: self.left + other.left,
             outdated_dead_letters: self.outdated_dead_letters + other.outdated_dead_letters,
+            put_back: self.put_back + other.put_back,
+            buried: self.buried + other.buried,
+            rebuilds: self.rebuilds + other.rebuilds,
             stuck: self.stuck + other.stuck,
             late: self.late + other.late,
             seconds: self.seconds + other.seconds,
@@ -106,7 +115,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>8} {:>8} {:>6} {:>8}",
+            "{:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>8} {:>8} {:>8} {:>6} {:>8}",
             "fault",
             "recipients",
             "faults",
@@ -116,6 +125,7 @@ impl fmt::Display for Report {
             "drift",
             "left",
             "stuck",
+            "put back",
             "stall",
             "after",
             "bound",
@@ -125,7 +135,7 @@ impl fmt::Display for Report {
         for (name, one) in rows.chain([("all together", &self.all)]) {
             writeln!(
                 f,
-                "{name:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>6.1} s {:>6.1} s {:>4.0} s {:>6.1} s",
+                "{name:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>8} {:>6.1} s {:>6.1} s {:>4.0} s {:>6.1} s",
                 one.recipients,
                 one.faults,
                 one.lost,
@@ -134,6 +144,7 @@ impl fmt::Display for Report {
                 one.drift,
                 one.left,
                 one.stuck + one.late,
+                one.put_back,
                 one.longest_stall_seconds,
                 one.longest_recovery_seconds,
                 one.recovery_bound_seconds,

@@ -10,14 +10,14 @@ use mailrun_shared::{
     store::{
         attempts::Owner,
         progress,
-        sweep::{self, OpenItem, Stalled},
+        sweep::{self, OpenItem, Repairs, Stalled},
         workers,
     },
     topology::{RESULTS, RUNS, RUNS_WAIT},
 };
 use mailrun_worker::{
     outcome::{Repair, repair},
-    sweep::{Repairs, missing_command},
+    sweep::{Mending, missing_command},
 };
 use sqlx::PgConnection;
 use tokio::time::sleep;
@@ -83,7 +83,7 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
         if found.is_empty() {
             continue;
         }
-        let finding = open(run.run_id, &found);
+        let finding = open(run.run_id, found.repairs);
         let repaired = async {
             // Together with the sweeper each would be buried twice, and have two dead letters.
             let mut tx = patient.pool.begin().await?;
@@ -123,7 +123,7 @@ async fn apply(patient: &Patient, results: &[ItemResult]) -> sqlx::Result<()> {
 }
 
 /// What puts a run's open items right.
-async fn gather(patient: &Patient, conn: &mut PgConnection, run_id: Uuid, conveyed: Conveyed) -> sqlx::Result<Repairs> {
+async fn gather(patient: &Patient, conn: &mut PgConnection, run_id: Uuid, conveyed: Conveyed) -> sqlx::Result<Mending> {
     let silent_s: HashMap<i64, f64> =
         workers::all(&mut *conn).await?.into_iter().map(|worker| (worker.id, worker.silent_s)).collect();
     // Whoever has not heard of a worker takes it for dead: its row is pruned.
@@ -133,7 +133,7 @@ async fn gather(patient: &Patient, conn: &mut PgConnection, run_id: Uuid, convey
         }
         _ => false,
     };
-    let mut repairs = Repairs::default();
+    let mut mending = Mending::default();
     // A claim of a dead worker is told at once; what is missing, when it would have come if it were only slow.
     for (overdue, of_dead) in [(Duration::ZERO, true), (patient.stalled_after(), false)] {
         let mut after = 0;
@@ -146,12 +146,12 @@ async fn gather(patient: &Patient, conn: &mut PgConnection, run_id: Uuid, convey
             for item in &items {
                 let what = repair(item.owner);
                 if (what == Repair::Bury) == of_dead && is_due(what, silent(item.owner), conveyed) {
-                    repairs.add(item, patient.config.send.on_unknown);
+                    mending.add(item, patient.config.send.on_unknown);
                 }
             }
         }
     }
-    Ok(repairs)
+    Ok(mending)
 }
 
 /// Whether an open item's repair is due. `silent`: its worker has not been heard of for long enough to be dead, even if it
@@ -174,31 +174,32 @@ fn not_driven(run: &Stalled) -> Finding {
     )
 }
 
-fn open(run_id: Uuid, found: &Repairs) -> Finding {
-    let Repairs { put_back, buried, told_again, .. } = found;
-    let check = if *buried > 0 { CHECK } else { RUNS_CHECK };
+fn open(run_id: Uuid, found: Repairs) -> Finding {
+    let counts = [found.put_back, found.buried, found.told_again];
+    let [put_back, buried, told_again] = counts.map(|count| usize::try_from(count).unwrap_or_default());
+    let check = if buried > 0 { CHECK } else { RUNS_CHECK };
     let (mut what, mut repair) = (Vec::new(), Vec::new());
-    if *buried > 0 {
+    if buried > 0 {
         what.push(format!(
             "{} claimed by a worker that died: nobody can know whether the mail went out",
-            are(*buried, "invitation", "invitations")
+            are(buried, "invitation", "invitations")
         ));
         repair.push(
             "--fix notes what a worker that meets their messages, or the sweeper, would: unknown, with a dead letter, for \
              a person to decide (or the next attempt, with send.on_unknown = \"resend\")",
         );
     }
-    if *put_back > 0 {
+    if put_back > 0 {
         what.push(format!(
             "{} released and on no queue: purged, or lost with the broker. They certainly got nothing since",
-            are(*put_back, "invitation", "invitations")
+            are(put_back, "invitation", "invitations")
         ));
         repair.push("--fix puts their messages back, as the sweeper does");
     }
-    if *told_again > 0 {
+    if told_again > 0 {
         what.push(format!(
             "{} not to be sent, and still counted as open",
-            are(*told_again, "invitation", "invitations")
+            are(told_again, "invitation", "invitations")
         ));
         repair.push("--fix settles them");
     }
@@ -239,11 +240,11 @@ mod tests {
     #[test]
     fn each_kind_is_told_with_its_repair() {
         let found = Repairs { buried: 1, put_back: 2000, ..Repairs::default() };
-        let finding = open(Uuid::nil(), &found);
+        let finding = open(Uuid::nil(), found);
         assert!(finding.subject.ends_with("waits in vain for 2,001"), "{}", finding.subject);
         assert!(finding.what.starts_with("1 invitation is claimed by a worker that died"), "{}", finding.what);
         assert!(finding.what.contains("2,000 invitations are released and on no queue"), "{}", finding.what);
         assert_eq!(finding.check, CHECK);
-        assert_eq!(open(Uuid::nil(), &Repairs { put_back: 1, ..Repairs::default() }).check, RUNS_CHECK);
+        assert_eq!(open(Uuid::nil(), Repairs { put_back: 1, ..Repairs::default() }).check, RUNS_CHECK);
     }
 }

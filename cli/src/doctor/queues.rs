@@ -329,7 +329,7 @@ mod tests {
     use lapin::protocol::{AMQPError, AMQPSoftError};
 
     fn error(soft: AMQPSoftError) -> lapin::Error {
-        AMQPError::new(soft.into(), "in its words".into()).into()
+        lapin::ErrorKind::ProtocolError(AMQPError::new(soft.into(), "in its words".into())).into()
     }
 
     #[test]

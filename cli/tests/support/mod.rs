@@ -12,6 +12,7 @@ use std::{
 };
 
 use mailrun::stack::{self, Stack, ensure_servers};
+use mailrun_shared::store::sweep::{self, Repairs};
 use reqwest::{Client, header::LOCATION, redirect};
 use serde_json::Value;
 use sqlx::PgPool;
@@ -75,6 +76,11 @@ impl World {
         let health = format!("{}/healthz", world.web);
         until("the pages answer", async || world.client.get(&health).send().await.is_ok()).await;
         world
+    }
+
+    /// Sets something for the processes that are started from now on.
+    pub fn set(&mut self, key: &str, value: String) {
+        self.environment.push((key.to_owned(), value));
     }
 
     fn spawn(&self, args: &[&str]) -> Child {
@@ -219,6 +225,11 @@ impl World {
         .await
         .unwrap();
         assert_eq!(drifted, 0, "counters have drifted");
+    }
+
+    /// What the sweeper has repaired in a run.
+    pub async fn repairs(&self, run: &str) -> Repairs {
+        sweep::repairs(&self.pool, run.rsplit('/').next().unwrap().parse().unwrap()).await.unwrap()
     }
 
     /// A channel on the test's own virtual host, as the management console would use it.

@@ -36,6 +36,8 @@ pub struct Config {
     pub progress: ProgressConfig,
     /// The repair of what went missing.
     pub sweep: SweepConfig,
+    /// The repair of consumers that get nothing.
+    pub watchdog: WatchdogConfig,
     /// How long runs are kept.
     pub retention: RetentionConfig,
     /// How workers tell that another one is dead.
@@ -290,6 +292,22 @@ impl Default for SweepConfig {
     }
 }
 
+/// `[watchdog]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WatchdogConfig {
+    /// A consumer that has got nothing for so long, although there is something for it, gets a new connection.
+    pub idle_after_ms: u64,
+    /// So does one that has messages in hand and has finished none for so long: longer than any send can take.
+    pub stuck_after_ms: u64,
+}
+
+impl Default for WatchdogConfig {
+    fn default() -> Self {
+        Self { idle_after_ms: 10_000, stuck_after_ms: 900_000 }
+    }
+}
+
 /// A day, as retention counts it.
 pub const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -528,6 +546,9 @@ impl Config {
         }
         if self.sweep.interval_ms == 0 || self.retention.interval_s == 0 {
             return wrong("sweep.interval_ms, retention.interval_s", "at least 1");
+        }
+        if self.watchdog.idle_after_ms < 100 || self.watchdog.stuck_after_ms < self.watchdog.idle_after_ms {
+            return wrong("watchdog", "idle_after_ms is at least 100, and stuck_after_ms no less than that");
         }
         let rungs = self.rungs();
         if !(1..=20).contains(&rungs.len()) || rungs.contains(&Duration::ZERO) {

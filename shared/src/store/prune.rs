@@ -34,6 +34,7 @@ pub async fn delete_runs(pool: &PgPool, after: Duration, limit: i64) -> sqlx::Re
     sqlx::query!("INSERT INTO pruned_runs (run_id) SELECT unnest($1::uuid[])", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM run_samples WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM run_passes WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM sweeps WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM run_progress WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM runs WHERE id = ANY($1)", &old).execute(&mut *tx).await?;
     tx.commit().await?;

@@ -1,8 +1,8 @@
 //! What may be missing from the conveyor: runs that have not moved for long, and the items they wait for.
 
-use std::time::Duration;
+use std::{ops::AddAssign, time::Duration};
 
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use crate::{item::ItemState, message::ItemMessage, run::Wanted, store::attempts::Owner};
@@ -51,6 +51,81 @@ pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> s
         stalled_after.as_secs_f64(),
     )
     .fetch_all(conn)
+    .await
+}
+
+/// Whether there is a run that nobody has paused, that is not over, and whose counters have not moved for so long.
+///
+/// # Errors
+/// The database's.
+pub async fn is_standstill(conn: &mut PgConnection, still_for: Duration) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT FROM run_progress p JOIN runs r ON r.id = p.run_id
+                          WHERE p.finished_at IS NULL AND r.wanted <> 'paused'
+                            AND p.updated_at < clock_timestamp() - make_interval(secs => $1)) AS "still!""#,
+        still_for.as_secs_f64(),
+    )
+    .fetch_one(conn)
+    .await
+}
+
+/// What a sweep has repaired in a run, or all sweeps together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Repairs {
+    /// Run messages that were put back.
+    pub driven: i64,
+    /// Item messages that were put back.
+    pub put_back: i64,
+    /// Claims of dead workers whose items became unknown.
+    pub buried: i64,
+    /// Items that nobody will send, for which that was told once more.
+    pub told_again: i64,
+}
+
+impl AddAssign for Repairs {
+    fn add_assign(&mut self, other: Self) {
+        self.driven += other.driven;
+        self.put_back += other.put_back;
+        self.buried += other.buried;
+        self.told_again += other.told_again;
+    }
+}
+
+/// Writes down what a sweep has repaired; nothing is not worth a line.
+///
+/// # Errors
+/// The database's.
+pub async fn record(conn: &mut PgConnection, run_id: Uuid, repairs: Repairs) -> sqlx::Result<()> {
+    if repairs == Repairs::default() {
+        return Ok(());
+    }
+    let Repairs { driven, put_back, buried, told_again } = repairs;
+    sqlx::query!(
+        "INSERT INTO sweeps (run_id, driven, put_back, buried, told_again) VALUES ($1, $2, $3, $4, $5)",
+        run_id,
+        driven,
+        put_back,
+        buried,
+        told_again,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// What all sweeps have repaired in a run.
+///
+/// # Errors
+/// The database's.
+pub async fn repairs(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Repairs> {
+    sqlx::query_as!(
+        Repairs,
+        r#"SELECT coalesce(sum(driven)::bigint, 0) AS "driven!", coalesce(sum(put_back)::bigint, 0) AS "put_back!",
+                  coalesce(sum(buried)::bigint, 0) AS "buried!", coalesce(sum(told_again)::bigint, 0) AS "told_again!"
+           FROM sweeps WHERE run_id = $1"#,
+        run_id,
+    )
+    .fetch_one(pool)
     .await
 }
 

@@ -21,7 +21,8 @@ pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32
     .await
 }
 
-/// Says that the worker lives, and why and for how long it sends nothing, if so.
+/// Says that the worker lives, how often it has built a consumer's connection anew, and why and for how long it sends nothing,
+/// if so.
 ///
 /// # Errors
 /// The database's; `RowNotFound` if the worker was silent for so long that its row is pruned.
@@ -29,15 +30,17 @@ pub async fn heartbeat(
     conn: &mut PgConnection,
     worker_id: i64,
     in_flight: i32,
+    rebuilds: i32,
     closed: Option<(String, Duration)>,
 ) -> sqlx::Result<()> {
     let (reason, seconds) = closed.map(|(reason, time)| (reason, time.as_secs_f64())).unzip();
     let written = sqlx::query!(
-        "UPDATE workers SET heartbeat_at = now(), in_flight = $2, lane_reason = $3,
-                    lane_until = now() + make_interval(secs => $4)
+        "UPDATE workers SET heartbeat_at = now(), in_flight = $2, rebuilds = $3, lane_reason = $4,
+                    lane_until = now() + make_interval(secs => $5)
              WHERE id = $1",
         worker_id,
         in_flight,
+        rebuilds,
         reason,
         seconds,
     )

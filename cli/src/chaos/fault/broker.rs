@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use lapin::options::{QueueDeleteOptions, QueuePurgeOptions};
+use lapin::options::QueuePurgeOptions;
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -21,13 +21,6 @@ pub(super) async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) 
         }
     }
     eprintln!("  {purged} messages purged from {}", queues.join(", "));
-    Ok(connection.close(200, "done".into()).await?)
-}
-
-/// Deletes a queue with all that is on it.
-pub(super) async fn delete_queue(site: &Site<'_>, queue: &str) -> Result<()> {
-    let (connection, channel) = site.channel().await?;
-    channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await?;
     Ok(connection.close(200, "done".into()).await?)
 }
 

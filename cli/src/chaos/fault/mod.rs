@@ -3,6 +3,7 @@
 
 mod broker;
 mod cluster;
+mod conveyor;
 mod database;
 mod mail;
 mod network;
@@ -81,8 +82,14 @@ pub(super) enum Fault {
     PurgeResults,
     /// mailrun.runs and mailrun.runs.wait are purged, as long
     PurgeRuns,
-    /// mailrun.items is deleted
+    /// mailrun.dead is purged, as long
+    PurgeDead,
+    /// Every queue is deleted, one after another
     DeleteQueue,
+    /// RabbitMQ closes each channel on which a delivery is not acknowledged within a second (406), for some seconds
+    ConsumerTimeout,
+    /// Messages of all queues change places, for some seconds
+    ReorderMessages,
     /// The mail server is down for some seconds
     MailDown,
     /// The mail server takes in 1 % of the messages and drops the connection before it says so
@@ -245,7 +252,10 @@ impl Fault {
                 let queues = vec![topology::RUNS.to_owned(), topology::RUNS_WAIT.to_owned()];
                 broker::purge(site, queues, some_seconds(rng)).await
             }
-            Self::DeleteQueue => broker::delete_queue(site, topology::ITEMS).await,
+            Self::PurgeDead => broker::purge(site, vec![topology::DEAD.to_owned()], some_seconds(rng)).await,
+            Self::DeleteQueue => conveyor::delete_queues(site, rng).await,
+            Self::ConsumerTimeout => conveyor::time_out(site, some_seconds(rng), HANGING).await,
+            Self::ReorderMessages => conveyor::reorder(site, some_seconds(rng), rng).await,
             Self::MailDown => mail::down(site, some_seconds(rng)).await,
             Self::MailDrops => mail::trouble(site, Trouble::Drops, some_seconds(rng)).await,
             Self::MailRefusesEveryone => mail::trouble(site, Trouble::Busy, some_seconds(rng)).await,

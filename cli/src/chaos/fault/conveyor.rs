@@ -1,0 +1,109 @@
+//! Faults of the conveyor itself: messages in another order, queues that are gone, channels that the broker closes.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use futures::{StreamExt as _, future::try_join_all, stream::select_all};
+use lapin::{
+    Channel, Confirmation,
+    message::Delivery,
+    options::{
+        BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+        QueueDeleteOptions,
+    },
+    types::FieldTable,
+};
+use mailrun_shared::topology::{DEAD, ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue};
+use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::super::site::{RUNGS_MS, Site};
+
+/// So many messages of each queue are taken out of the order at a time, …
+const TAKEN: u16 = 200;
+/// … and kept for so long.
+const KEPT: Duration = Duration::from_millis(300);
+/// Between two deletions.
+const BETWEEN_MS: std::ops::Range<u64> = 0..300;
+/// What a delivery may take, while it may take less than a mail server that hangs.
+const SHORT_TIMEOUT: &str = "application:set_env(rabbit, consumer_timeout, 1000), \
+                             application:set_env(rabbit, channel_tick_interval, 200)";
+/// What RabbitMQ comes with.
+const USUAL_TIMEOUT: &str = "application:set_env(rabbit, consumer_timeout, 1800000), \
+                             application:set_env(rabbit, channel_tick_interval, 60000)";
+/// A channel keeps the time-out that held when it was opened.
+const NEW_CHANNELS: &str =
+    "[rabbit_networking:close_connection(Pid, \"mailrun chaos\") || Pid <- rabbit_networking:connections()]";
+
+/// The queues that messages of a run pass through.
+fn queues() -> Vec<String> {
+    let rungs = RUNGS_MS.map(|ms| retry_queue(Duration::from_millis(ms)));
+    [RUNS, RUNS_WAIT, ITEMS, RESULTS].map(str::to_owned).into_iter().chain(rungs).collect()
+}
+
+/// Takes messages off every queue, beside those who should get them, and publishes them again in another order. They stay as they
+/// are, headers and all.
+pub(super) async fn reorder(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
+    let (connection, channel) = site.channel().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    channel.basic_qos(TAKEN, BasicQosOptions::default()).await?;
+    let mut consumers = Vec::new();
+    for queue in queues() {
+        let name = queue.as_str();
+        let consumer = channel
+            .basic_consume(name.into(), name.into(), BasicConsumeOptions::default(), FieldTable::default())
+            .await?;
+        consumers.push(consumer.map(move |delivery| delivery.map(|delivery| (queue.clone(), delivery))));
+    }
+    let mut deliveries = select_all(consumers);
+    let end = Instant::now() + time;
+    let mut reordered = 0;
+    while Instant::now() < end {
+        let mut taken = Vec::new();
+        let until = Instant::now() + KEPT;
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => break,
+                Some(delivery) = deliveries.next() => taken.push(delivery?),
+            }
+        }
+        taken.shuffle(rng);
+        try_join_all(taken.iter().map(|(queue, delivery)| put_back(&channel, queue, delivery))).await?;
+        reordered += taken.len();
+    }
+    eprintln!("  {reordered} messages reordered");
+    // What has come since goes back by itself.
+    Ok(connection.close(200, "done".into()).await?)
+}
+
+/// Publishes a message as it was, and acknowledges it once the broker has it again.
+async fn put_back(channel: &Channel, queue: &str, delivery: &Delivery) -> Result<()> {
+    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+    let properties = delivery.properties.clone();
+    let confirm = channel.basic_publish("".into(), queue.into(), options, &delivery.data, properties).await?;
+    if let Confirmation::Ack(None) = confirm.await? {
+        delivery.ack(BasicAckOptions::default()).await?;
+    }
+    Ok(())
+}
+
+/// Deletes every queue, one after another.
+pub(super) async fn delete_queues(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+    let (connection, channel) = site.channel().await?;
+    let mut queues = queues();
+    queues.push(DEAD.to_owned());
+    queues.shuffle(rng);
+    for queue in queues {
+        channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
+        sleep(Duration::from_millis(rng.random_range(BETWEEN_MS))).await;
+    }
+    Ok(connection.close(200, "done".into()).await?)
+}
+
+/// For some time the broker closes each channel on which a delivery is not acknowledged soon (406), and some mails take longer.
+pub(super) async fn time_out(site: &Site<'_>, time: Duration, hanging: u32) -> Result<()> {
+    site.stack.control_rabbitmq(&["eval", &format!("{SHORT_TIMEOUT}, {NEW_CHANNELS}.")]).await?;
+    site.weather.hang(hanging);
+    sleep(time).await;
+    Ok(site.stack.control_rabbitmq(&["eval", &format!("{USUAL_TIMEOUT}, {NEW_CHANNELS}.")]).await?)
+}
