@@ -326,10 +326,13 @@ async fn takes_messages(conveyor: &Conveyor) -> lapin::Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lapin::protocol::{AMQPError, AMQPSoftError};
+    use lapin::{
+        ErrorKind,
+        protocol::{AMQPError, AMQPSoftError},
+    };
 
     fn error(soft: AMQPSoftError) -> lapin::Error {
-        lapin::ErrorKind::ProtocolError(AMQPError::new(soft.into(), "in its words".into())).into()
+        ErrorKind::ProtocolError(AMQPError::new(soft.into(), "in its words".into())).into()
     }
 
     #[test]
