@@ -2,13 +2,17 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
+use futures::future::join_all;
 use lapin::options::QueuePurgeOptions;
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::{super::site::Site, send_signal};
+
+/// A service that has ended is started again within this time.
+const NEXT_START: Duration = Duration::from_secs(20);
 
 /// Purges for some time, again and again: what is on these queues mostly stays there for a moment only.
 pub(super) async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) -> Result<()> {
@@ -38,26 +42,33 @@ pub(super) async fn disk_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
     Ok(site.stack.control_rabbitmq(&["set_disk_free_limit", "200MB"]).await?)
 }
 
-/// Gives a queue room for one message only, and lets those who read it stand still for some time: what is published beyond
-/// that is refused.
+/// Gives a queue room for one message only: what is published beyond that is refused. What its readers have in hand does not
+/// count, so they are started anew, and stand still for some time before they have taken anything.
 pub(super) async fn full(site: &Site<'_>, queue: &str, readers: &[String], time: Duration) -> Result<()> {
     let (vhost, pattern) = (site.name(), format!("^{}$", queue.replace('.', "\\.")));
     let policy = format!("{queue} {}", Uuid::new_v4());
     let definition = r#"{"max-length":1,"overflow":"reject-publish"}"#;
     let control = async |args: &[&str]| site.stack.control_rabbitmq(args).await;
     control(&["set_policy", "-p", vhost, &policy, &pattern, definition, "--apply-to", "queues"]).await?;
-    let mut stopped = Vec::new();
-    for reader in readers {
-        // One may have been killed meanwhile, here and below.
-        if let Ok(pid) = site.pid(reader)
-            && send_signal(pid, std::process::id(), Signal::STOP).is_ok()
-        {
-            stopped.push(pid);
-        }
-    }
+    let stopped = join_all(readers.iter().map(|reader| stop_at_start(site, reader))).await;
     sleep(time).await;
-    for pid in stopped {
+    for pid in stopped.into_iter().flatten() {
+        // It may have been killed meanwhile.
         let _ = send_signal(pid, std::process::id(), Signal::CONT);
     }
     Ok(control(&["clear_policy", "-p", vhost, &policy]).await?)
+}
+
+/// Asks a service to end, and stops the process that is started in its place.
+async fn stop_at_start(site: &Site<'_>, service: &str) -> Result<u32> {
+    let old = site.pid(service)?;
+    send_signal(old, std::process::id(), Signal::TERM)?;
+    let end = Instant::now() + NEXT_START;
+    loop {
+        match site.pid(service)? {
+            pid if pid != old => return send_signal(pid, std::process::id(), Signal::STOP).map(|()| pid),
+            _ if Instant::now() > end => bail!("{service} is not started again"),
+            _ => sleep(Duration::from_millis(1)).await,
+        }
+    }
 }

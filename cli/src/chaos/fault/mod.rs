@@ -110,9 +110,9 @@ pub(super) enum Fault {
     BrokerAlarm,
     /// RabbitMQ runs out of disk, and blocks them as well
     DiskAlarm,
-    /// mailrun.items has room for one message only, while all senders stand still for two seconds
+    /// mailrun.items has room for one message only, while all senders start anew and stand still for two seconds
     FullItems,
-    /// mailrun.results has room for one message only, while the process that counts stands still as long
+    /// mailrun.results has room for one message only, while the process that counts does so
     FullResults,
     /// Connections to RabbitMQ are cut, again and again for some seconds
     CutBroker,
