@@ -326,10 +326,7 @@ async fn takes_messages(conveyor: &Conveyor) -> lapin::Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lapin::{
-        ErrorKind,
-        protocol::{AMQPError, AMQPSoftError},
-    };
+    use lapin::protocol::{AMQPError, AMQPSoftError};
 
     fn error(soft: AMQPSoftError) -> lapin::Error {
         ErrorKind::ProtocolError(AMQPError::new(soft.into(), "in its words".into())).into()
