@@ -138,28 +138,6 @@ async fn the_same_form_twice_is_one_run_and_bad_input_is_explained() {
 }
 
 #[tokio::test]
-async fn poison_goes_to_the_dead_letters_and_work_goes_on() {
-    let mut world = World::new(&[]).await;
-    world.workers();
-    let nobody = format!(r#"{{"run_id":"{}","item_id":999999,"attempt":1}}"#, uuid::Uuid::new_v4());
-    for (queue, body) in [
-        ("mailrun.items", "hello"),
-        ("mailrun.items", nobody.as_str()),
-        ("mailrun.runs", "{}"),
-        ("mailrun.results", r#"{"results":[{"item_id":"x"}]}"#),
-    ] {
-        world.publish(queue, body.as_bytes()).await;
-    }
-    let run = world.invite(&people(50)).await;
-    assert_eq!(count(&world.until_over(&run).await, "sent"), 50);
-    let channel = world.channel().await;
-    until("four letters are dead", async || {
-        mailrun_shared::broker::depth(&channel, "mailrun.dead").await.unwrap() == 4
-    })
-    .await;
-}
-
-#[tokio::test]
 async fn a_dead_letter_moved_by_hand_and_a_run_message_written_by_hand_do_what_they_say() {
     let mut world = World::new(&[]).await;
     world.workers();

@@ -480,7 +480,7 @@ mod tests {
                 let key = map.keys().nth(place % map.len()).cloned().unwrap();
                 match with {
                     None => drop(map.remove(&key)),
-                    Some(with) if place % 7 == 0 => drop(map.insert("also".into(), with)),
+                    Some(with) if place.is_multiple_of(7) => drop(map.insert("also".into(), with)),
                     with => return mutate(map.get_mut(&key).unwrap(), place / 7, with),
                 }
                 return;

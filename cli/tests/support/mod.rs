@@ -137,6 +137,11 @@ impl World {
         self.worker("progress");
     }
 
+    /// Whether it has not ended by itself.
+    pub fn is_running(&mut self, child: usize) -> bool {
+        self.children[child].try_wait().unwrap().is_none()
+    }
+
     pub fn kill(&mut self, child: usize) {
         self.children[child].kill().unwrap();
         self.children[child].wait().unwrap();
