@@ -203,7 +203,7 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
         if plan.needs_cluster() {
             // In turn: a node is back before the next one dies, or else two are down and the queues have no majority.
             for strike in strikes {
-                strike.await;
+                Box::pin(strike).await;
             }
         } else {
             join_all(strikes).await;

@@ -138,7 +138,7 @@ pub(super) enum Fault {
     KillLeader,
     /// kill -9 of two of three nodes at the same moment: the queues stand still until one of them is back
     KillMajority,
-    /// The node that leads mailrun.items stands still for some seconds, and goes on when another one leads
+    /// The node that leads mailrun.items stands still for some seconds, with all its connections open, and goes on
     StopLeader,
 }
 
