@@ -114,7 +114,7 @@ async fn rebuilds(world: &World) -> i64 {
     sqlx::query_scalar("SELECT sum(rebuilds)::bigint FROM workers").fetch_one(&world.pool).await.unwrap()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn whoever_is_connected_and_gets_nothing_connects_anew() {
     let (mut world, proxy) = world(&[("MAILRUN_WATCHDOG__IDLE_AFTER_MS", "1000")]).await;
     proxy.deafen();
@@ -128,7 +128,7 @@ async fn whoever_is_connected_and_gets_nothing_connects_anew() {
     assert!(world.terminate(0) && world.terminate(1), "the pages and a worker end in good order");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn whoever_is_cut_off_from_a_full_queue_connects_anew() {
     let settings = [
         ("MAILRUN_WATCHDOG__IDLE_AFTER_MS", "1000"),

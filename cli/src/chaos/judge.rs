@@ -131,9 +131,9 @@ pub(super) struct Remains {
 /// Waits until the queues of a run that is over are empty, and says what stays.
 ///
 /// # Errors
-/// When a server does not answer, or a queue is missing.
+/// When a server does not answer.
 pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
-    let (connection, channel) = site.channel().await?;
+    let (connection, mut channel) = site.channel().await?;
     let rungs = RUNGS_MS.map(|ms| retry_queue(Duration::from_millis(ms)));
     let queues: Vec<&str> =
         [ITEMS, RESULTS, RUNS, RUNS_WAIT].into_iter().chain(rungs.iter().map(String::as_str)).collect();
@@ -142,7 +142,11 @@ pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
     loop {
         remains.messages = 0;
         for queue in &queues {
-            remains.messages += u64::from(depth(&channel, queue).await?);
+            match depth(&channel, queue).await {
+                Ok(messages) => remains.messages += u64::from(messages),
+                // A queue that was deleted comes back when somebody needs it; the question has cost the channel.
+                Err(_) => channel = connection.create_channel().await?,
+            }
         }
         let busy: i64 = sqlx::query_scalar(
             "SELECT count(*) FROM workers WHERE stopped_at IS NULL AND in_flight > 0
@@ -162,6 +166,9 @@ pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
         .await?
         .into_iter()
         .collect();
+    if depth(&channel, DEAD).await.is_err() {
+        return Ok(remains);
+    }
     // Nothing is acknowledged, so all of it is back when the connection ends.
     while let Some(letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
         let item = serde_json::from_slice::<ItemMessage>(&letter.delivery.data).ok();
