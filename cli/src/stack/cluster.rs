@@ -96,9 +96,8 @@ pub(crate) async fn is_whole(login: &Login, ports: Ports) -> bool {
     for node in &nodes {
         let management = Management::new(node.management, &login.password);
         let members: Result<Vec<Member>, _> = management.get(&["nodes"]).await;
-        if members.is_err()
-            || members.is_ok_and(|members| members.iter().filter(|node| node.running).count() < nodes.len())
-        {
+        let running = |members: Vec<Member>| members.iter().filter(|member| member.running).count();
+        if !members.is_ok_and(|members| running(members) == nodes.len()) {
             return false;
         }
     }
