@@ -181,7 +181,8 @@ async fn what_a_purge_took_is_put_back() {
     until("all is released", async || waiting(&world, "mailrun.items").await == 50).await;
     world.kill(pump);
     purge(&world, "mailrun.items").await;
-    until("the doctor misses them", async || found(&doctor(&world, &[], &[]).1, "runs", "waits in vain for 50")).await;
+    until("the doctor misses them", async || found(&doctor(&world, &[], &[]).1, "runs", "50 invitations wait in vain"))
+        .await;
     doctor(&world, &["--fix"], &[]);
     assert_eq!(waiting(&world, "mailrun.items").await, 50);
     world.workers();

@@ -104,7 +104,9 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
         report.fine(CHECK, "no invitation waits for a worker that is dead");
     }
     if !report.has_found(RUNS_CHECK) {
-        report.fine(RUNS_CHECK, format!("{} not over, and none misses anything", are(runs.len(), "run", "runs")));
+        let text =
+            format!("{} not over; each is driven, and none of its messages is missing", are(runs.len(), "run", "runs"));
+        report.fine(RUNS_CHECK, text);
     }
     Ok(())
 }
@@ -204,7 +206,8 @@ fn open(run_id: Uuid, found: Repairs) -> Finding {
         repair.push("--fix settles them");
     }
     let total = put_back + buried + told_again;
-    let subject = format!("run {run_id} waits in vain for {}", super::grouped(total));
+    let wait = if total == 1 { "invitation waits" } else { "invitations wait" };
+    let subject = format!("run {run_id}: {} {wait} in vain", super::grouped(total));
     Finding::new(check, subject, what.join(". "), repair.join("; "))
 }
 
@@ -241,7 +244,7 @@ mod tests {
     fn each_kind_is_told_with_its_repair() {
         let found = Repairs { buried: 1, put_back: 2000, ..Repairs::default() };
         let finding = open(Uuid::nil(), found);
-        assert!(finding.subject.ends_with("waits in vain for 2,001"), "{}", finding.subject);
+        assert!(finding.subject.ends_with(": 2,001 invitations wait in vain"), "{}", finding.subject);
         assert!(finding.what.starts_with("1 invitation is claimed by a worker that died"), "{}", finding.what);
         assert!(finding.what.contains("2,000 invitations are released and on no queue"), "{}", finding.what);
         assert_eq!(finding.check, CHECK);

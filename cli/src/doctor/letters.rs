@@ -1,17 +1,21 @@
 //! The dead letters: whether those on the queue still mean something. The ledger is the truth, and the queue its view for the
 //! management console: a letter that is missing is no loss, since a replay works from the ledger.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use lapin::{message::Delivery, options::BasicGetOptions};
 use mailrun_shared::{
     broker::{REASON_HEADER, depth},
     message::{DeadReason, ItemMessage, decode},
-    store::audit::{self, Subject},
+    store::audit::{self, Subject, Troubled},
     topology::DEAD,
 };
 use mailrun_worker::replay::{header_text, take_off};
+use tokio::time::timeout;
 
 use super::{
     Patient, are, grouped,
@@ -23,6 +27,8 @@ use super::{
 pub(super) const CHECK: &str = "dead letters";
 /// Letters looked at; on a queue with more, the first ones.
 const MOST: u32 = 20_000;
+/// RabbitMQ hands them out within this time.
+const LONGEST_LOOK: Duration = Duration::from_secs(120);
 /// Items looked up together.
 const BATCH: usize = 1_000;
 
@@ -45,24 +51,30 @@ struct Sorted {
 /// # Errors
 /// A server's.
 pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, report: &mut Report) -> Result<()> {
-    let troubled = audit::troubled(&mut *patient.pool.acquire().await?).await?;
-    let troubled = usize::try_from(troubled).unwrap_or_default();
-    let Some(conveyor) = conveyor else {
+    let Troubled { failed, unknown } = audit::troubled(&mut *patient.pool.acquire().await?).await?;
+    let in_ledger =
+        format!("in the ledger, {} failed and {} unknown", mailrun_web::grouped(failed), mailrun_web::grouped(unknown));
+    let troubled = usize::try_from(failed + unknown).unwrap_or_default();
+    if unknown > 0 {
         report.remark(
             CHECK,
-            format!("{} failed or unknown in the ledger; Retry sends them", are(troubled, "invitation", "invitations")),
+            format!(
+                "{} unknown: nobody can know whether the mail went out. A person decides: Send again on the run's page sends \
+                 it, perhaps a second time",
+                are(usize::try_from(unknown).unwrap_or_default(), "invitation", "invitations")
+            ),
         );
+    }
+    let Some(conveyor) = conveyor else {
+        report.remark(CHECK, format!("the queue can't be looked at; {in_ledger}"));
         return Ok(());
     };
-    let Letters { all, poison, readable } = read(conveyor).await?;
+    let letters = timeout(LONGEST_LOOK, read(conveyor)).await.context("RabbitMQ did not hand them out in time")??;
+    let Letters { all, poison, readable } = letters;
     let subjects = subjects(patient, &readable).await?;
     let sorted = sort(&readable, &subjects);
     if sorted.outdated.is_empty() {
-        let text = format!(
-            "{all} on the queue; {} failed or unknown in the ledger",
-            are(troubled, "invitation", "invitations")
-        );
-        report.fine(CHECK, text);
+        report.fine(CHECK, format!("{} on the queue; {in_ledger}", grouped(all as usize)));
     } else {
         let finding = outdated(sorted.outdated.len());
         report.add(patient.mend(finding, remove(conveyor, &sorted.outdated)).await);

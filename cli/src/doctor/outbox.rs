@@ -86,8 +86,8 @@ fn not_understood(unreadable: &[Overdue]) -> Finding {
              was to begin is begun by the sweeper all the same; a wish to retry or to cancel has to be uttered again",
             ids.join(", ")
         ),
-        "If a newer Mailrun wrote them, use that one; if not, --fix moves them to mailrun.dead, as poison, where they can be \
-         looked at",
+        "--fix moves them to mailrun.dead, as poison, where they can be looked at. If a newer Mailrun wrote them, use that one \
+         instead, and they go out by themselves",
     )
 }
 

@@ -8,7 +8,7 @@ use lapin::{
     protocol::AMQPErrorKind,
 };
 use mailrun_shared::{
-    broker::{Broker, BrokerError, Publisher},
+    broker::{Broker, BrokerError, Publisher, hang_up},
     config::{AmqpConfig, Config},
     topology::{self, DEAD, EXCHANGE, ITEMS, Queue, RESULTS, RUNS, RUNS_WAIT, TESTS},
 };
@@ -23,6 +23,8 @@ const CHECK: &str = "RabbitMQ";
 pub(super) const QUEUES: &str = "queues";
 /// A broker that has confirmed nothing by then takes no messages.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// It answers questions within this time, however many there are.
+const LONGEST_LOOK: Duration = Duration::from_secs(60);
 /// Nothing is bound to it: the broker takes such a message, confirms it and drops it.
 const NOWHERE: &str = "mailrun.doctor";
 
@@ -113,10 +115,16 @@ async fn look(patient: &Patient, report: &mut Report) -> Result<Conveyor, Broker
     let broker = Broker::new(&Config { amqp, ..patient.config.clone() }, "mailrun doctor");
     let connection = broker.connect("look").await?;
     let mut conveyor = Conveyor { broker, publisher: None, connection, depths: HashMap::new() };
-    examine_topology(patient, &mut conveyor, report).await?;
-    match takes_messages(&conveyor).await? {
-        None => conveyor.publisher = Some(conveyor.broker.publisher(1)),
-        Some(why) => report.add(Finding::new(
+    let examined = timeout(LONGEST_LOOK, examine_topology(patient, &mut conveyor, report)).await;
+    examined.map_err(|_| BrokerError::Timeout)??;
+    // On a connection of its own: one that is blocked by an alarm does not even let go of what it has.
+    let connection = conveyor.broker.connect("try").await?;
+    let taken = timeout(LONGEST_LOOK, takes_messages(&connection)).await;
+    hang_up(&connection).await;
+    match taken.map_err(|_| BrokerError::Timeout)?? {
+        Taken::Yes => conveyor.publisher = Some(conveyor.broker.publisher(1)),
+        Taken::NoExchange => {}
+        Taken::No(why) => report.add(Finding::new(
             CHECK,
             "RabbitMQ takes no messages",
             format!(
@@ -302,10 +310,20 @@ fn exchange_different(words: &str) -> Finding {
     )
 }
 
-/// Whether a message is taken; if not, why, as far as can be told. A broker in an alarm says so to nobody who does not
+/// Whether messages are taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Taken {
+    Yes,
+    /// There is none to publish to, which is a finding already.
+    NoExchange,
+    /// Why not, as far as can be told.
+    No(String),
+}
+
+/// Publishes a message that leads nowhere. A broker in an alarm says so to nobody who does not
 /// publish.
-async fn takes_messages(conveyor: &Conveyor) -> lapin::Result<Option<String>> {
-    let channel = conveyor.channel().await?;
+async fn takes_messages(connection: &Connection) -> lapin::Result<Taken> {
+    let channel = connection.create_channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await?;
     let properties = BasicProperties::default();
     let publish = async {
@@ -313,13 +331,12 @@ async fn takes_messages(conveyor: &Conveyor) -> lapin::Result<Option<String>> {
         channel.basic_publish(EXCHANGE.into(), NOWHERE.into(), options, b"", properties).await?.await
     };
     Ok(match timeout(PATIENCE, publish).await {
-        Ok(Ok(Confirmation::Ack(_))) => None,
-        Ok(Ok(_)) => Some("It refused one".to_owned()),
-        // The exchange is missing, which is told already, or the user may not publish, which is worth telling.
-        Ok(Err(error)) if code(&error) == Some(NOT_FOUND) => Some("There is no exchange to publish to".to_owned()),
-        Ok(Err(error)) => Some(words(&error)),
-        Err(_) if conveyor.connection.status().blocked() => Some("An alarm blocks whoever publishes".to_owned()),
-        Err(_) => Some(format!("It has not confirmed one within {} s", PATIENCE.as_secs())),
+        Ok(Ok(Confirmation::Ack(_))) => Taken::Yes,
+        Ok(Ok(_)) => Taken::No("It refused one".to_owned()),
+        Ok(Err(error)) if code(&error) == Some(NOT_FOUND) => Taken::NoExchange,
+        Ok(Err(error)) => Taken::No(words(&error)),
+        Err(_) if connection.status().blocked() => Taken::No("An alarm blocks whoever publishes".to_owned()),
+        Err(_) => Taken::No(format!("It has not confirmed one within {} s", PATIENCE.as_secs())),
     })
 }
 

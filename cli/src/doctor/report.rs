@@ -134,7 +134,7 @@ impl Display for Report {
         }
         for finding in &self.findings {
             let Finding { check, subject, what, repair, repaired } = finding;
-            let done = if *repaired { "Done" } else { "To do" };
+            let done = if *repaired { "Repaired" } else { "To do" };
             writeln!(out, "\n{check}: {subject}\n  {what}.\n  {done}: {repair}.")?;
         }
         writeln!(out)?;

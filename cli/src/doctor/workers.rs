@@ -12,7 +12,7 @@ use mailrun_shared::{
     topology::{RESULTS, RUNS, TESTS},
 };
 use mailrun_worker::Role;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::{
     Patient, are,
@@ -105,7 +105,10 @@ fn finding(trouble: &Trouble) -> Finding {
                 CHECK,
                 format!("no worker for {role} lives"),
                 format!("{what}. All of it waits, and nothing is lost or doubled by that"),
-                format!("Start one: mailrun worker --roles {role}. mailrun up starts one of each by itself"),
+                format!(
+                    "Start one: mailrun worker --roles {role}. If there is a process already, it hangs or is cut off from \
+                     PostgreSQL: its log says why, and mailrun up starts another one when it is ended"
+                ),
             )
         }
         Trouble::AllLanesClosed(reason) => Finding::new(
@@ -138,7 +141,9 @@ pub(super) async fn look_for_consumers(conveyor: &Conveyor, alive: Option<&[&Wor
                     break;
                 }
                 sleep(BETWEEN_LOOKS).await;
-                depth = conveyor.depth_now(queue).await.unwrap_or(depth);
+                if let Ok(Ok(now)) = timeout(BETWEEN_LOOKS, conveyor.depth_now(queue)).await {
+                    depth = now;
+                }
             }
             if unread(depth) {
                 report.add(Finding::new(

@@ -236,12 +236,27 @@ pub async fn unfinished(conn: &mut PgConnection) -> sqlx::Result<Vec<Unfinished>
     .await
 }
 
-/// Failed and unknown items: each should have a dead letter, for those who look at the queue.
+/// Items that a person has to look at: each should have a dead letter, for those who look at the queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Troubled {
+    /// They were not sent.
+    pub failed: i64,
+    /// Nobody can know whether they were.
+    pub unknown: i64,
+}
+
+/// Counts them.
 ///
 /// # Errors
 /// The database's.
-pub async fn troubled(conn: &mut PgConnection) -> sqlx::Result<i64> {
-    sqlx::query_scalar!(r#"SELECT count(*) AS "count!" FROM run_items WHERE troubled"#).fetch_one(conn).await
+pub async fn troubled(conn: &mut PgConnection) -> sqlx::Result<Troubled> {
+    sqlx::query_as!(
+        Troubled,
+        r#"SELECT count(*) FILTER (WHERE state = 'failed') AS "failed!", count(*) FILTER (WHERE state = 'unknown') AS "unknown!"
+           FROM run_items WHERE troubled"#
+    )
+    .fetch_one(conn)
+    .await
 }
 
 /// An item, for a dead letter that speaks of it.
