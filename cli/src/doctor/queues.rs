@@ -320,15 +320,18 @@ enum Taken {
     No(String),
 }
 
-/// Publishes a message that leads nowhere. A broker in an alarm says so to nobody who does not
-/// publish.
+/// Publishes messages that lead nowhere. A broker in an alarm tells nobody who does not publish: it still takes the first
+/// message of a connection, and reads nothing more from it then.
 async fn takes_messages(connection: &Connection) -> lapin::Result<Taken> {
     let channel = connection.create_channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await?;
-    let properties = BasicProperties::default();
-    let publish = async {
-        let options = BasicPublishOptions::default();
+    let publish = async || {
+        let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());
         channel.basic_publish(EXCHANGE.into(), NOWHERE.into(), options, b"", properties).await?.await
+    };
+    let publish = async {
+        publish().await?;
+        publish().await
     };
     Ok(match timeout(PATIENCE, publish).await {
         Ok(Ok(Confirmation::Ack(_))) => Taken::Yes,
