@@ -96,7 +96,7 @@ impl Ask {
             Some(site) => site != b"same-origin" && site != b"none",
             None => self.header("Origin").is_some_and(|origin| origin != b"http://localhost"),
         };
-        let named_otherwise = !self.header("Host").is_some_and(|host| host == b"localhost");
+        let named_otherwise = self.header("Host").is_none_or(|host| host != b"localhost");
         !self.is_for_everybody()
             && ((!reads && from_elsewhere) || (named_otherwise && !self.path.starts_with("/static/")))
     }

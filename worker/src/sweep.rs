@@ -115,7 +115,7 @@ impl Sweeper {
             if taken {
                 self.repair_items(&mut tx, run.run_id, &mut repairs).await?;
             }
-            sweep::record(&mut tx, run.run_id, repairs).await?;
+            in_time(limit, sweep::record(&mut tx, run.run_id, repairs)).await?;
             if !taken {
                 continue;
             }

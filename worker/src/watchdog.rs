@@ -16,7 +16,7 @@ use lapin::{Channel, Connection};
 use mailrun_shared::{
     broker::{Broker, depth, hang_up},
     config::Config,
-    store::sweep,
+    store::{in_time, sweep},
 };
 use sqlx::PgPool;
 use tokio::{
@@ -148,6 +148,7 @@ pub struct Watchdog {
     heartbeat: Arc<Heartbeat>,
     idle_after: Duration,
     stuck_after: Duration,
+    database_timeout: Duration,
     /// Where the queues are looked at: not over a connection that is itself in doubt.
     outlook: Mutex<Option<(Connection, Channel)>>,
 }
@@ -162,6 +163,7 @@ impl Watchdog {
             heartbeat,
             idle_after: Duration::from_millis(config.watchdog.idle_after_ms),
             stuck_after: Duration::from_millis(config.watchdog.stuck_after_ms),
+            database_timeout: config.database.answer_timeout(),
             outlook: Mutex::default(),
         })
     }
@@ -242,12 +244,13 @@ impl Watchdog {
                     && !sweep::all_lanes_closed(&mut conn, self.heartbeat.dead_after()).await?,
             )
         };
-        ask.await.unwrap_or(false)
+        in_time(self.database_timeout, ask).await.unwrap_or(false)
     }
 
     /// Closes what it has opened.
     pub async fn close(&self) {
-        if let Some((connection, _)) = self.outlook.lock().await.take() {
+        let outlook = self.outlook.lock().await.take();
+        if let Some((connection, _)) = outlook {
             hang_up(&connection).await;
         }
     }
