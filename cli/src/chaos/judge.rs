@@ -1,17 +1,21 @@
 //! The judgement: what the ledger says of a run, beside what the mail server has seen and what is left on the queues.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
-use lapin::options::BasicGetOptions;
+use lapin::{message::Delivery, options::BasicGetOptions, types::ShortString};
 use mailrun_shared::{
-    broker::depth,
+    broker::{REASON_HEADER, depth},
     config::SmtpConfig,
     item::{ItemState, message_id},
     message::ItemMessage,
     store::{audit, sweep},
     topology::{DEAD, ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue},
 };
+use mailrun_worker::replay::header_text;
 use sqlx::PgPool;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -170,16 +174,29 @@ pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
         return Ok(remains);
     }
     // Nothing is acknowledged, so all of it is back when the connection ends.
+    let mut strange: BTreeMap<String, u64> = BTreeMap::new();
     while let Some(letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
         let item = serde_json::from_slice::<ItemMessage>(&letter.delivery.data).ok();
         match item.and_then(|item| states.get(&item.item_id)) {
             Some(ItemState::Failed | ItemState::Unknown) => {}
             Some(ItemState::Sent) => remains.outdated_dead_letters += 1,
-            _ => remains.messages += 1,
+            _ => *strange.entry(described(&letter.delivery)).or_default() += 1,
         }
     }
+    for (what, count) in &strange {
+        eprintln!("  {count} dead letters of nobody: {what}");
+    }
+    remains.messages += strange.values().sum::<u64>();
     connection.close(200, "done".into()).await?;
     Ok(remains)
+}
+
+/// The type of a dead letter, and why it is one.
+fn described(letter: &Delivery) -> String {
+    let kind = letter.properties.kind().as_ref().map_or("of no type", ShortString::as_str);
+    // The broker's own word, where it was not a worker that put it there.
+    let why = [REASON_HEADER, "x-first-death-reason"].into_iter().find_map(|header| header_text(letter, header));
+    format!("{kind}, {}", why.as_deref().unwrap_or("for no reason"))
 }
 
 #[cfg(test)]
