@@ -10,8 +10,8 @@ use lapin::{message::Delivery, options::BasicGetOptions, types::ShortString};
 use mailrun_shared::{
     broker::{REASON_HEADER, depth},
     config::SmtpConfig,
-    item::{ItemState, message_id},
-    message::ItemMessage,
+    item::{ItemState, Standing, merge, message_id},
+    message::{ItemMessage, ResultsMessage, decode},
     store::{audit, sweep},
     topology::{DEAD, ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue},
 };
@@ -165,22 +165,20 @@ pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
         }
         sleep(Duration::from_millis(200)).await;
     }
-    let states: HashMap<i64, ItemState> = sqlx::query_as("SELECT id, state FROM run_items WHERE state <> 'pending'")
-        .fetch_all(&site.pool)
-        .await?
-        .into_iter()
-        .collect();
+    let standings: Vec<(i64, i32, ItemState)> =
+        sqlx::query_as("SELECT id, attempt, state FROM run_items").fetch_all(&site.pool).await?;
+    let standings =
+        standings.into_iter().map(|(id, attempt, state)| (id, Standing { attempt, state })).collect::<HashMap<_, _>>();
     if depth(&channel, DEAD).await.is_err() {
         return Ok(remains);
     }
     // Nothing is acknowledged, so all of it is back when the connection ends.
     let mut strange: BTreeMap<String, u64> = BTreeMap::new();
     while let Some(letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
-        let item = serde_json::from_slice::<ItemMessage>(&letter.delivery.data).ok();
-        match item.and_then(|item| states.get(&item.item_id)) {
-            Some(ItemState::Failed | ItemState::Unknown) => {}
-            Some(ItemState::Sent) => remains.outdated_dead_letters += 1,
-            _ => *strange.entry(described(&letter.delivery)).or_default() += 1,
+        match Letter::of(&letter.delivery, &standings) {
+            Letter::Waits => {}
+            Letter::Outdated => remains.outdated_dead_letters += 1,
+            Letter::Strange => *strange.entry(described(&letter.delivery)).or_default() += 1,
         }
     }
     for (what, count) in &strange {
@@ -189,6 +187,37 @@ pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
     remains.messages += strange.values().sum::<u64>();
     connection.close(200, "done".into()).await?;
     Ok(remains)
+}
+
+/// What a dead letter is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Letter {
+    /// It is the next attempt of somebody who failed or is unknown.
+    Waits,
+    /// Moving it does nothing: its item was sent after all, or the ledger knows all its results. The broker puts here what
+    /// it had to deliver too often, and others do its work.
+    Outdated,
+    /// Nobody knows what it is for.
+    Strange,
+}
+
+impl Letter {
+    fn of(letter: &Delivery, standings: &HashMap<i64, Standing>) -> Self {
+        let kind = letter.properties.kind().as_ref().map(ShortString::as_str);
+        if let Ok(message) = decode::<ResultsMessage>(kind, &letter.data) {
+            let known = message.results.iter().all(|result| {
+                let news = Standing { attempt: result.attempt, state: result.state };
+                standings.get(&result.item_id).is_some_and(|standing| merge(*standing, news).0 == *standing)
+            });
+            return if known { Self::Outdated } else { Self::Strange };
+        }
+        let item = decode::<ItemMessage>(kind, &letter.data).ok();
+        match item.and_then(|item| standings.get(&item.item_id)).map(|standing| standing.state) {
+            Some(ItemState::Failed | ItemState::Unknown) => Self::Waits,
+            Some(ItemState::Sent) => Self::Outdated,
+            _ => Self::Strange,
+        }
+    }
 }
 
 /// The type of a dead letter, and why it is one.
