@@ -15,8 +15,10 @@ use tokio::{
 
 use super::{folder::tail, processes::signal, state::ServerStatus};
 
-/// A server may die this often in a row before its keeper gives up.
-const DEATHS: u32 = 5;
+/// A server may die this often in a row without having answered before its keeper gives up.
+const IN_VAIN: u32 = 5;
+/// The pause before a start doubles this often.
+const DOUBLINGS: u32 = 5;
 /// A server that ran this long has recovered from earlier deaths.
 const HEALTHY: Duration = Duration::from_secs(15);
 /// How often a starting server is asked whether it answers.
@@ -59,7 +61,7 @@ pub(crate) async fn keep<S: Server>(
     mut wanted: watch::Receiver<Wanted>,
     status: watch::Sender<ServerStatus>,
 ) {
-    let mut deaths = 0;
+    let (mut deaths, mut in_vain) = (0, 0);
     let mut ever_ran = false;
     loop {
         let now = *wanted.borrow_and_update();
@@ -72,7 +74,9 @@ pub(crate) async fn keep<S: Server>(
         }
         status.send_replace(ServerStatus::Starting);
         let started = Instant::now();
-        let end = run_once(&server, &mut wanted, &status, &mut ever_ran).await;
+        let mut answered = false;
+        let end = run_once(&server, &mut wanted, &status, &mut answered).await;
+        ever_ran |= answered;
         let why = match end {
             End::Unwanted => continue,
             End::Silent => format!("{} didn't answer within {} s", S::NAME, PATIENCE.as_secs()),
@@ -80,13 +84,15 @@ pub(crate) async fn keep<S: Server>(
             End::Died(status) => format!("{} ended unexpectedly ({status})", S::NAME),
         };
         deaths = if started.elapsed() > HEALTHY { 1 } else { deaths + 1 };
+        // Whoever kills it again and again is not its fault.
+        in_vain = if answered { 0 } else { in_vain + 1 };
         // The first start is not tried again: whoever waits for it should read why now.
-        if !ever_ran || deaths > DEATHS {
+        if !ever_ran || in_vain > IN_VAIN {
             let why = format!("{why}. The end of {}:\n{}", server.log().display(), tail(server.log(), 15));
             status.send_replace(ServerStatus::Failed { why });
             return;
         }
-        let pause = Duration::from_millis(100) * 2_u32.pow(deaths);
+        let pause = Duration::from_millis(100) * 2_u32.pow(deaths.min(DOUBLINGS));
         eprintln!("{why}; starting it again in {pause:?}");
         status.send_replace(ServerStatus::Starting);
         tokio::select! {
@@ -108,7 +114,7 @@ async fn run_once<S: Server>(
     server: &S,
     wanted: &mut watch::Receiver<Wanted>,
     status: &watch::Sender<ServerStatus>,
-    ever_ran: &mut bool,
+    answered: &mut bool,
 ) -> End {
     let mut child = match server.command().and_then(|mut command| command.spawn()) {
         Ok(child) => child,
@@ -117,12 +123,12 @@ async fn run_once<S: Server>(
     let ready = tokio::select! {
         exit = child.wait() => return died(exit),
         () = no_longer_running(wanted) => None,
-        answered = answers_in_time(server) => Some(answered),
+        ready = answers_in_time(server) => Some(ready),
     };
     if ready == Some(true)
         && let Some(pid) = child.id()
     {
-        *ever_ran = true;
+        *answered = true;
         status.send_replace(ServerStatus::Running { pid });
         tokio::select! {
             exit = child.wait() => return died(exit),
