@@ -501,14 +501,16 @@ impl Outgoing {
     /// would go round for ever; and no more than fit into a frame with ours.
     #[must_use]
     pub fn with_headers_of(mut self, properties: &BasicProperties) -> Self {
-        const BROKERS_OWN: [&str; 7] =
-            ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "CC", "BCC"];
+        const BROKERS_OWN: [&str; 5] =
+            ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
+        const FURTHER_QUEUES: [&str; 2] = ["CC", "BCC"];
         const OURS: [&str; 3] = [REASON_HEADER, ERROR_HEADER, DIED_AT_HEADER];
         let mut room = MAX_HEADERS_BYTES;
         let headers = properties.headers().iter().flat_map(FieldTable::inner);
         let (ours, others): (Vec<_>, Vec<_>) = headers.partition(|(key, _)| OURS.contains(&key.as_str()));
         for (key, value) in ours.into_iter().chain(others) {
-            if BROKERS_OWN.iter().any(|prefix| key.as_str().starts_with(prefix)) {
+            let key_is_brokers = BROKERS_OWN.iter().any(|prefix| key.as_str().starts_with(prefix));
+            if key_is_brokers || FURTHER_QUEUES.contains(&key.as_str()) {
                 continue;
             }
             if let Some(left) = room.checked_sub(key.as_str().len() + bytes_of(value)) {

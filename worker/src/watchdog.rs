@@ -30,8 +30,7 @@ use crate::heartbeat::Heartbeat;
 /// So many looks in a row make `idle_after_ms`. Looks are counted and not the time, since a process that was stopped meanwhile
 /// has not looked.
 const LOOKS: u32 = 4;
-/// A standstill that a new connection did not end calls for another one after twice as many looks, up to so many times
-/// `idle_after_ms`.
+/// Trouble that new connections do not end calls for another one after at most so many times as long as at first.
 const LONGEST: u32 = 60;
 
 /// What a consumer has done with its present connection, in its own words.
@@ -85,30 +84,59 @@ const OWED: &str = "messages wait on the queue, and none is delivered";
 const SILENT: &str = "a run stands still, and nothing is delivered";
 const STUCK: &str = "of the messages in hand none is finished";
 
+/// Looks in a row at the same trouble, and how many are too many. A new connection that did not end it calls for another one
+/// after twice as many: each gives back what is in hand, and the broker counts how often a message comes back.
+#[derive(Clone, Copy, Debug)]
+struct Trouble {
+    looks: u32,
+    limit: u32,
+    first_limit: u32,
+}
+
+impl Trouble {
+    fn after(looks: u32) -> Self {
+        Self { looks: 0, limit: looks, first_limit: looks }
+    }
+
+    /// Whether this look at it is one too many.
+    fn is_too_much(&mut self, there: bool) -> bool {
+        self.looks = if there { self.looks + 1 } else { 0 };
+        if self.looks <= self.limit {
+            return false;
+        }
+        self.limit = self.limit.saturating_mul(2).min(self.first_limit.saturating_mul(LONGEST));
+        true
+    }
+
+    fn is_over(&mut self) {
+        self.limit = self.first_limit;
+    }
+}
+
 /// The judgement over one consumer, through all of its connections.
 #[derive(Debug)]
 pub struct Watch {
     last: Look,
-    /// For so many looks in a row, …
-    /// … messages waited, and there was room, and nothing came.
-    owed: u32,
-    /// … a run stood still, and nothing came or was in hand.
-    silent: u32,
-    /// … nothing of what was in hand was finished, and nothing came.
-    stuck: u32,
-    /// Of these, so many are too many.
-    silent_for: u32,
-    stuck_for: u32,
+    /// Messages waited, and there was room, and nothing came.
+    owed: Trouble,
+    /// A run stood still, and nothing came or was in hand.
+    silent: Trouble,
+    /// Nothing of what was in hand was finished, and nothing came.
+    stuck: Trouble,
 }
 
 impl Watch {
     fn new(stuck_for: u32) -> Self {
-        Self { last: Look::default(), owed: 0, silent: 0, stuck: 0, silent_for: LOOKS, stuck_for }
+        let soon = Trouble::after(LOOKS);
+        Self { last: Look::default(), owed: soon, silent: soon, stuck: Trouble::after(stuck_for) }
     }
 
     /// The tally begins anew.
     fn reconnected(&mut self) {
-        *self = Self { silent_for: self.silent_for, ..Self::new(self.stuck_for) };
+        self.last = Look::default();
+        for trouble in [&mut self.owed, &mut self.silent, &mut self.stuck] {
+            trouble.looks = 0;
+        }
     }
 
     /// Judges by what is seen now and was seen before.
@@ -117,26 +145,24 @@ impl Watch {
         let went = look.finished > self.last.finished;
         let in_hand = look.in_hand() > 0;
         self.last = look;
-        let more = |looks: u32, trouble: bool| if trouble { looks + 1 } else { 0 };
-        self.owed = more(self.owed, !came && look.has_room && look.ready > 0);
+        if came {
+            self.owed.is_over();
+            self.silent.is_over();
+        }
+        if went {
+            self.stuck.is_over();
+        }
+        let owed = self.owed.is_too_much(!came && look.has_room && look.ready > 0);
         // With nothing in hand, a new connection costs nobody anything. It is the way to get back what the broker takes for
         // delivered, and what has never arrived.
-        self.silent = more(self.silent, !came && !in_hand && look.standstill);
-        self.stuck = more(self.stuck, !came && !went && in_hand);
-        if came {
-            self.silent_for = LOOKS;
+        let silent = self.silent.is_too_much(!came && !in_hand && look.standstill);
+        let stuck = self.stuck.is_too_much(!came && !went && in_hand);
+        match (owed, silent, stuck) {
+            (true, ..) => Verdict::Rebuild(OWED),
+            (_, true, _) => Verdict::Rebuild(SILENT),
+            (.., true) => Verdict::Rebuild(STUCK),
+            _ => Verdict::Leave,
         }
-        if self.owed > LOOKS {
-            return Verdict::Rebuild(OWED);
-        }
-        if self.silent > self.silent_for {
-            self.silent_for = (self.silent_for * 2).min(LOOKS * LONGEST);
-            return Verdict::Rebuild(SILENT);
-        }
-        if self.stuck > self.stuck_for {
-            return Verdict::Rebuild(STUCK);
-        }
-        Verdict::Leave
     }
 }
 
@@ -293,7 +319,11 @@ mod tests {
     fn whoever_has_no_room_is_owed_nothing_until_it_is_stuck() {
         let full = Look { delivered: 400, ready: 9_000, standstill: true, ..Look::default() };
         assert_eq!(given_up(&mut fresh(), |number| Look { finished: number / 30, ..full }), None);
-        assert_eq!(given_up(&mut fresh(), |_| full), Some((u64::from(STUCK_FOR) + 2, STUCK)));
+        let mut watch = fresh();
+        for looks in [u64::from(STUCK_FOR) + 2, 2 * u64::from(STUCK_FOR) + 2] {
+            assert_eq!(given_up(&mut watch, |_| full), Some((looks, STUCK)), "each time after twice as long");
+            watch.reconnected();
+        }
     }
 
     #[test]

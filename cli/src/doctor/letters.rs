@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use lapin::{message::Delivery, options::BasicGetOptions};
 use mailrun_shared::{
     broker::{REASON_HEADER, depth},
@@ -83,8 +83,8 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
         report.remark(
             CHECK,
             format!(
-                "{} no invitation of anybody's; x-mailrun-error or x-death in the management console says why it is there, \
-                 and there it can be taken off",
+                "{} no invitation of anybody's: nobody understands it, or RabbitMQ had to deliver it too often, and what it \
+                 says was said again. x-mailrun-error or x-death in the management console tells, and there it can be taken off",
                 are(poison, "message", "messages")
             ),
         );
@@ -171,7 +171,8 @@ fn outdated(count: usize) -> Finding {
 async fn remove(conveyor: &Conveyor, outdated: &HashSet<Key>) -> Result<()> {
     let publisher = conveyor.publisher.as_ref().context("RabbitMQ takes no messages")?;
     let goes = |letter: &Delivery| key(letter).is_some_and(|key| outdated.contains(&key));
-    take_off(&conveyor.broker, publisher, goes).await?;
+    let (taken, left) = take_off(&conveyor.broker, publisher, goes).await?;
+    ensure!(left == 0, "{taken} are off the queue, and {left} letters were not reached: run it again");
     Ok(())
 }
 

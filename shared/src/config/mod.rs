@@ -533,8 +533,9 @@ impl Config {
         if self.amqp.publish_lanes == 0 || self.amqp.heartbeat_s == 0 {
             return wrong("amqp.publish_lanes, amqp.heartbeat_s", "at least 1");
         }
-        if self.database.answer_timeout_ms == 0 || self.amqp.answer_timeout_ms == 0 {
-            return wrong("database.answer_timeout_ms, amqp.answer_timeout_ms", "at least 1");
+        let answers = [self.database.answer_timeout_ms, self.amqp.answer_timeout_ms];
+        if answers.iter().any(|answer_ms| *answer_ms == 0 || u128::from(*answer_ms) > DAY.as_millis()) {
+            return wrong("database.answer_timeout_ms, amqp.answer_timeout_ms", "from 1 to 86400000, which is a day");
         }
         if self.heartbeat.interval_ms == 0
             || self.heartbeat.dead_after_ms < self.heartbeat.interval_ms.saturating_mul(3)

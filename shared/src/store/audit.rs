@@ -19,7 +19,13 @@ use crate::{
 /// # Errors
 /// The database's.
 pub async fn snapshot(pool: &PgPool) -> sqlx::Result<Transaction<'static, Postgres>> {
-    pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await
+    patient(pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await?).await
+}
+
+/// Whoever goes over the whole ledger may take longer than others.
+async fn patient(mut tx: Transaction<'static, Postgres>) -> sqlx::Result<Transaction<'static, Postgres>> {
+    sqlx::query("SET LOCAL statement_timeout = 0").execute(&mut *tx).await?;
+    Ok(tx)
 }
 
 /// A run whose counters are not what they have to be.
@@ -135,7 +141,7 @@ pub async fn drift(conn: &mut PgConnection) -> sqlx::Result<Vec<Drift>> {
 /// # Errors
 /// The database's; nothing is changed then.
 pub async fn recount(pool: &PgPool, run_id: Uuid) -> sqlx::Result<()> {
-    let mut tx = pool.begin().await?;
+    let mut tx = patient(pool.begin().await?).await?;
     sqlx::query!("SELECT run_id FROM run_progress WHERE run_id = $1 FOR UPDATE", run_id)
         .fetch_optional(&mut *tx)
         .await?;
@@ -190,7 +196,7 @@ pub async fn flags(conn: &mut PgConnection) -> sqlx::Result<Flags> {
 /// # Errors
 /// The database's; nothing is changed then.
 pub async fn correct_flags(pool: &PgPool) -> sqlx::Result<()> {
-    let mut tx = pool.begin().await?;
+    let mut tx = patient(pool.begin().await?).await?;
     // Sent is final, so nobody can have changed it meanwhile.
     sqlx::query!(
         "UPDATE users u SET emailed_at = coalesce(i.finished_at, now())

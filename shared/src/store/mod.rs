@@ -41,8 +41,9 @@ pub fn may_pass(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => true,
         sqlx::Error::Database(error) => error.code().is_some_and(|code| {
-            // 08 connection, 40 rollback (deadlock, serialization), 53 resources, 57 operator intervention
-            ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class))
+            // 08 connection, 25P03 a transaction that was idle for too long, 40 rollback (deadlock, serialization),
+            // 53 resources, 57 operator intervention
+            ["08", "25P03", "40", "53", "57"].iter().any(|class| code.starts_with(class))
         }),
         _ => false,
     }

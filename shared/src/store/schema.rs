@@ -16,8 +16,10 @@ pub async fn migrate(pool: &PgPool) -> Result<(), sqlx::migrate::MigrateError> {
     let mut connection = pool.acquire().await?;
     // A step may take its time on a large ledger.
     sqlx::query("SET statement_timeout = 0").execute(&mut *connection).await?;
-    MIGRATIONS.run(&mut *connection).await?;
-    Ok(connection.close().await?)
+    let done = MIGRATIONS.run(&mut *connection).await;
+    // It is not as the others any more.
+    connection.close().await?;
+    done
 }
 
 /// What is between the schema of the database and that of this program. All empty: nothing.
