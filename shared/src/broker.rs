@@ -17,7 +17,7 @@ use std::{
 use futures::future::try_join_all;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
-    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    options::{BasicPublishOptions, ConfirmSelectOptions},
     types::{AMQPValue, FieldTable, ShortString},
     uri::AMQPUri,
 };
@@ -586,8 +586,7 @@ pub async fn hang_up(connection: &Connection) {
 /// # Errors
 /// The broker's; the channel is of no use after that.
 pub async fn depth(channel: &Channel, queue: &str) -> lapin::Result<u32> {
-    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    Ok(channel.queue_declare(queue.into(), options, FieldTable::default()).await?.message_count())
+    Ok(topology::look(channel, queue).await?.message_count())
 }
 
 #[cfg(test)]

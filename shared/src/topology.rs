@@ -92,8 +92,7 @@ impl Queue {
     /// # Errors
     /// The broker's, and then the channel is of no use any more: 404 if it does not exist.
     pub async fn look(&self, channel: &Channel) -> lapin::Result<lapin::Queue> {
-        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(self.name.as_ref().into(), options, FieldTable::default()).await
+        look(channel, &self.name).await
     }
 
     /// Binds it to its exchanges.
@@ -107,6 +106,15 @@ impl Queue {
         }
         Ok(())
     }
+}
+
+/// Looks at the queue of this name as it is, as [`Queue::look`] does.
+///
+/// # Errors
+/// The broker's, and then the channel is of no use any more: 404 if it does not exist.
+pub async fn look(channel: &Channel, queue: &str) -> lapin::Result<lapin::Queue> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(queue.into(), options, FieldTable::default()).await
 }
 
 /// All queues, in the order in which they are declared.

@@ -31,6 +31,7 @@ use tracing::{info, warn};
 use crate::watchdog::{Tally, Watchdog};
 
 const CONSUMER_TAG: &str = "mailrun";
+const CANCELLED: &str = "RabbitMQ has ended the consumer, for instance because its queue is gone";
 /// Acknowledgements are gathered for so long, or until a quarter of the prefetch waits for one: sends end in any order, and
 /// the gaps between them close meanwhile. Each frame costs a quorum queue an entry in its log.
 const GATHER_ACKS: Duration = Duration::from_millis(5);
@@ -191,8 +192,8 @@ async fn serve(
                 tally.acknowledged.store(watermark.acknowledged(), Ordering::Relaxed);
             }
             delivery = consumer.next() => {
-                // The stream ends silently when the broker cancels the consumer, for instance because the queue is gone.
-                let delivery = delivery.ok_or(BrokerError::Closed)??;
+                // The stream ends silently when the broker cancels the consumer.
+                let delivery = delivery.ok_or(BrokerError::Useless(CANCELLED))??;
                 tally.delivered.fetch_add(1, Ordering::Relaxed);
                 let delivery = Delivery {
                     tag: delivery.delivery_tag,

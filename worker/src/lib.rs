@@ -1,9 +1,9 @@
 //! The workers: one file for each stage of the pipeline, in the order of the data.
 //!
 //! `fan_out` releases a run's items, `send` carries them out through a `mailer`, `progress` counts the results. `test_send`
-//! sends single mails to whoever wants to look at an invitation. `replay`,
-//! `sweep` and `prune` belong to the fan-out's role. `consumer` is the only file that acknowledges, and `watchdog` watches over it; `outcome` and `claims` hold
-//! the protocol's decisions and memory.
+//! sends single mails to whoever wants to look at an invitation. `replay`, `sweep` and `prune` belong to the fan-out's role.
+//! `consumer` is the only file that acknowledges, and `watchdog` watches over it; `outcome` and `claims` hold the protocol's
+//! decisions and memory.
 
 // A lock that is taken for a match is kept until its end, in which somebody may want it again.
 #![warn(clippy::significant_drop_in_scrutinee)]

@@ -13,14 +13,14 @@ use mailrun_shared::{
     item::{ItemState, Standing, merge, message_id},
     message::{ItemMessage, ResultsMessage, decode},
     store::{audit, sweep},
-    topology::{DEAD, ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue},
+    topology::DEAD,
 };
 use mailrun_worker::replay::header_text;
 use sqlx::PgPool;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::site::{DEAD_AFTER, RUNGS_MS, Site};
+use super::site::{DEAD_AFTER, Site, queues};
 use crate::sink::Sink;
 
 /// After its end, a run's queues are empty within this time.
@@ -138,9 +138,7 @@ pub(super) struct Remains {
 /// When a server does not answer.
 pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
     let (connection, mut channel) = site.channel().await?;
-    let rungs = RUNGS_MS.map(|ms| retry_queue(Duration::from_millis(ms)));
-    let queues: Vec<&str> =
-        [ITEMS, RESULTS, RUNS, RUNS_WAIT].into_iter().chain(rungs.iter().map(String::as_str)).collect();
+    let queues = queues();
     let end = Instant::now() + QUIET;
     let mut remains = Remains::default();
     loop {

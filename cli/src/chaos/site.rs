@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use lapin::{Channel, Connection, ConnectionProperties};
+use mailrun_shared::topology::{ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue};
 use rand::RngExt as _;
 use rustix::process::Signal;
 use sqlx::{
@@ -31,7 +32,7 @@ pub(super) const DEAD_AFTER: Duration = Duration::from_secs(3);
 /// A run whose counters have not moved for so long is looked at.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(3);
 /// The retry schedule.
-pub(super) const RUNGS_MS: [u64; 4] = [300, 600, 1_500, 3_000];
+const RUNGS_MS: [u64; 4] = [300, 600, 1_500, 3_000];
 /// Nobody waits longer than this for an answer of RabbitMQ, of PostgreSQL or of the mail server.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 /// Connections to RabbitMQ show so often that they live.
@@ -63,8 +64,7 @@ pub(super) struct Site<'a> {
     pub(super) to_database: Proxy,
     /// The senders reach the mail server through it.
     pub(super) to_mail: Proxy,
-    /// Of its database and its virtual host.
-    pub(super) name: String,
+    name: String,
     services: Services,
 }
 
@@ -188,6 +188,16 @@ impl Stopped<'_> {
         self.stack.drop_vhost(&self.name).await?;
         Ok(self.stack.drop_database(&self.name).await?)
     }
+}
+
+/// The queues of the retry schedule.
+pub(super) fn rungs() -> Vec<String> {
+    RUNGS_MS.map(|ms| retry_queue(Duration::from_millis(ms))).to_vec()
+}
+
+/// The queues that messages of a run pass through.
+pub(super) fn queues() -> Vec<String> {
+    [RUNS, RUNS_WAIT, ITEMS, RESULTS].map(str::to_owned).into_iter().chain(rungs()).collect()
 }
 
 /// Short times, so that what takes a minute by the default settings takes seconds here. The rules are the same.

@@ -39,6 +39,12 @@ pub(super) struct Depth {
     pub(super) consumers: u32,
 }
 
+impl Depth {
+    fn of(queue: &lapin::Queue) -> Self {
+        Self { messages: queue.message_count(), consumers: queue.consumer_count() }
+    }
+}
+
 /// RabbitMQ, when it answers.
 pub(super) struct Conveyor {
     pub(super) broker: Arc<Broker>,
@@ -67,11 +73,10 @@ impl Conveyor {
     /// # Errors
     /// The broker's.
     pub(super) async fn depth_now(&self, queue: &str) -> lapin::Result<Depth> {
-        let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
         let channel = self.channel().await?;
-        let found = channel.queue_declare(queue.into(), options, lapin::types::FieldTable::default()).await?;
+        let found = topology::look(&channel, queue).await?;
         let _ = channel.close(200, "looked".into()).await;
-        Ok(Depth { messages: found.message_count(), consumers: found.consumer_count() })
+        Ok(Depth::of(&found))
     }
 
     /// Messages that wait on these queues together.
@@ -188,7 +193,7 @@ async fn find(conveyor: &Conveyor, queue: &Queue) -> lapin::Result<Found> {
         Err(error) if code(&error) == Some(NOT_ALLOWED) => {}
         Err(error) => return refused(error),
     }
-    Ok(Found::Right(Depth { messages: found.message_count(), consumers: found.consumer_count() }))
+    Ok(Found::Right(Depth::of(&found)))
 }
 
 async fn find_exchanges(conveyor: &Conveyor) -> lapin::Result<Found> {

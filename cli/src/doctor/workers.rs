@@ -185,9 +185,9 @@ fn remarks(workers: &[Worker], alive: &[&Worker], runs: &[Unfinished], dead_afte
         .map(|worker| format!("{} ({}, process {} on {})", worker.id, worker.roles, worker.pid, worker.host))
         .collect();
     if !dead.is_empty() {
-        let (newest, rest) = dead.split_at(dead.len().saturating_sub(3));
-        let others = if newest.is_empty() { String::new() } else { format!(", and {} before", newest.len()) };
-        remarks.push(format!("died lately without an end in good order: {}{others}", rest.join(", ")));
+        let (before, newest) = dead.split_at(dead.len().saturating_sub(3));
+        let others = if before.is_empty() { String::new() } else { format!(", and {} before", before.len()) };
+        remarks.push(format!("died lately without an end in good order: {}{others}", newest.join(", ")));
     }
     let closed: Vec<&str> = alive.iter().filter_map(|worker| worker.closed.as_deref()).collect();
     if let Some(reason) = closed.first() {

@@ -37,11 +37,8 @@ impl Management {
         struct Overview {
             rabbitmq_version: String,
         }
-        let overview = async {
-            let response = self.send(Method::GET, &["overview"], None).await?;
-            response.json::<Overview>().await.map_err(|error| error.to_string())
-        };
-        Ok(overview.await.map_err(refused("tell its version".to_owned()))?.rabbitmq_version)
+        let overview: Result<Overview, _> = self.get(&["overview"]).await;
+        Ok(overview.map_err(refused("tell its version".to_owned()))?.rabbitmq_version)
     }
 
     /// Creates a virtual host, with all rights for the stack's user.

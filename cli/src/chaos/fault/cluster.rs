@@ -104,7 +104,7 @@ async fn replicated(site: &Site<'_>) -> Result<Vec<Queue>> {
     let nodes = site.stack.nodes().len();
     let end = Instant::now() + TOLD;
     loop {
-        let queues = site.stack.queues(&site.name).await;
+        let queues = site.stack.queues(site.name()).await;
         match queues {
             Ok(queues) if !queues.is_empty() && queues.iter().all(|queue| queue.members.len() == nodes) => {
                 return Ok(queues);

@@ -13,11 +13,11 @@ use lapin::{
     },
     types::FieldTable,
 };
-use mailrun_shared::topology::{DEAD, ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue};
+use mailrun_shared::topology::DEAD;
 use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::super::site::{RUNGS_MS, Site};
+use super::super::site::{Site, queues};
 
 /// So many messages of each queue are taken out of the order at a time, …
 const TAKEN: u16 = 200;
@@ -34,12 +34,6 @@ const USUAL_TIMEOUT: &str = "application:set_env(rabbit, consumer_timeout, 18000
 /// A channel keeps the time-out that held when it was opened.
 const NEW_CHANNELS: &str =
     "[rabbit_networking:close_connection(Pid, \"mailrun chaos\") || Pid <- rabbit_networking:connections()]";
-
-/// The queues that messages of a run pass through.
-fn queues() -> Vec<String> {
-    let rungs = RUNGS_MS.map(|ms| retry_queue(Duration::from_millis(ms)));
-    [RUNS, RUNS_WAIT, ITEMS, RESULTS].map(str::to_owned).into_iter().chain(rungs).collect()
-}
 
 /// Takes messages off every queue, beside those who should get them, and publishes them again in another order. They stay as they
 /// are, headers and all.

@@ -25,7 +25,7 @@ use self::{
     processes::{a_sender, senders},
 };
 use super::{
-    site::{ANSWER, DEAD_AFTER, HEARTBEAT, RUNGS_MS, STALLED_AFTER, Site},
+    site::{ANSWER, DEAD_AFTER, HEARTBEAT, STALLED_AFTER, Site, rungs},
     watch::Stage,
     weather::Trouble,
 };
@@ -240,10 +240,7 @@ impl Fault {
                 }
                 broker::purge(site, vec![topology::ITEMS.to_owned()], some_seconds(rng)).await
             }
-            Self::PurgeRetry => {
-                let rungs = RUNGS_MS.map(|ms| topology::retry_queue(Duration::from_millis(ms)));
-                broker::purge(site, rungs.to_vec(), some_seconds(rng)).await
-            }
+            Self::PurgeRetry => broker::purge(site, rungs(), some_seconds(rng)).await,
             Self::PurgeResults => {
                 site.signal("progress", Signal::KILL)?;
                 broker::purge(site, vec![topology::RESULTS.to_owned()], some_seconds(rng)).await
