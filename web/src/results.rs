@@ -162,7 +162,12 @@ fn repaired(repairs: Repairs) -> Option<String> {
     let deeds = [
         (driven + put_back, "put back", "missing message", "missing messages"),
         (buried, "gave up", "attempt of a dead worker", "attempts of dead workers"),
-        (told_again, "settled", "invitation that nobody was to send", "invitations that nobody was to send"),
+        (
+            told_again,
+            "settled",
+            "invitation of which nobody had told the end",
+            "invitations of which nobody had told the end",
+        ),
     ];
     let deeds = deeds.into_iter().filter(|deed| deed.0 > 0);
     let deeds: Vec<String> =

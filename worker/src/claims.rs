@@ -4,11 +4,12 @@
 //! purged queue for instance, cost nothing while the worker lives.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
+    mem,
     time::{Duration, Instant},
 };
 
-use mailrun_shared::{item::Standing, message::ItemResult};
+use mailrun_shared::{item::Standing, message::ItemResult, store::receipts::Receipt};
 
 use crate::consumer::Delivery;
 
@@ -23,7 +24,14 @@ const FIRST_REPEAT: Duration = Duration::from_secs(5);
 const LAST_REPEAT: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
-enum Claim {
+struct Claim {
+    stage: Stage,
+    /// The number of its receipt, which is needed until the outcome is seen applied.
+    receipt: Option<i64>,
+}
+
+#[derive(Debug)]
+enum Stage {
     /// Under way. Every delivery of its message waits for the outcome to be published; those of a lost channel are
     /// acknowledged in vain.
     UnderWay(Vec<Delivery>),
@@ -37,6 +45,10 @@ pub struct Claims {
     known: HashMap<Key, Claim>,
     /// Perhaps claimed: the database was asked, and its answer got lost. If they are ours, nobody has begun to send them.
     in_vain: HashSet<Key>,
+    /// How many outcomes need each receipt.
+    receipts: BTreeMap<i64, usize>,
+    /// The last receipt's number.
+    last_receipt: i64,
 }
 
 /// What this worker knows of a claim that a message asks for again.
@@ -55,7 +67,7 @@ pub enum Known {
 impl Claims {
     /// An attempt begins.
     pub fn begin(&mut self, key: Key, deliveries: Vec<Delivery>) {
-        self.known.insert(key, Claim::UnderWay(deliveries));
+        self.known.insert(key, Claim { stage: Stage::UnderWay(deliveries), receipt: None });
     }
 
     /// Claims are asked for, again perhaps: whoever meets one of them meanwhile looks again later.
@@ -71,12 +83,12 @@ impl Claims {
 
     /// A message asks for an attempt that this worker has claimed before.
     pub fn meet(&mut self, key: Key, delivery: Delivery) -> Known {
-        match self.known.get_mut(&key) {
-            Some(Claim::UnderWay(deliveries)) => {
+        match self.known.get_mut(&key).map(|claim| &mut claim.stage) {
+            Some(Stage::UnderWay(deliveries)) => {
                 deliveries.push(delivery);
                 Known::UnderWay
             }
-            Some(Claim::Done { result, .. }) => Known::Done(result.clone(), delivery),
+            Some(Stage::Done { result, .. }) => Known::Done(result.clone(), delivery),
             None if self.in_vain.remove(&key) => Known::InVain(delivery),
             None => Known::Forgotten(delivery),
         }
@@ -84,23 +96,55 @@ impl Claims {
 
     /// An attempt's result is published: returns the deliveries to acknowledge.
     pub fn done(&mut self, key: Key, result: ItemResult, now: Instant) -> Vec<Delivery> {
-        let done = Claim::Done {
+        let done = Stage::Done {
             result,
             look_at: now + FIRST_LOOK,
             repeat_at: now + FIRST_REPEAT,
             repeat_after: FIRST_REPEAT,
         };
-        match self.known.insert(key, done) {
-            Some(Claim::UnderWay(deliveries)) => deliveries,
-            Some(Claim::Done { .. }) | None => Vec::new(),
+        let claim = self.known.entry(key).or_insert(Claim { stage: Stage::UnderWay(Vec::new()), receipt: None });
+        match mem::replace(&mut claim.stage, done) {
+            Stage::UnderWay(deliveries) => deliveries,
+            Stage::Done { .. } => Vec::new(),
         }
+    }
+
+    /// A receipt for these, to be written now.
+    pub fn receipt(&mut self, keys: &[Key]) -> Receipt {
+        if keys.is_empty() {
+            return Receipt::default();
+        }
+        self.last_receipt += 1;
+        self.receipts.insert(self.last_receipt, keys.len());
+        let (item_ids, attempts) = keys.iter().copied().unzip();
+        Receipt { number: self.last_receipt, item_ids, attempts }
+    }
+
+    /// It is written.
+    pub fn receipt_written(&mut self, number: i64, keys: &[Key]) {
+        for key in keys {
+            match self.known.get_mut(key) {
+                Some(claim) => claim.receipt = Some(number),
+                None => self.forget(Some(number)),
+            }
+        }
+    }
+
+    /// Nobody knows whether it is written: another one will be.
+    pub fn receipt_lost(&mut self, number: i64) {
+        self.receipts.remove(&number);
+    }
+
+    /// Receipts before this one are of no use any more.
+    pub fn first_needed_receipt(&self) -> i64 {
+        self.receipts.keys().next().map_or(self.last_receipt + 1, |number| *number)
     }
 
     /// Up to `limit` outcomes that it is time to look up in the ledger.
     pub fn to_look_up(&self, now: Instant, limit: usize) -> Vec<Key> {
         self.known
             .iter()
-            .filter(|(_, claim)| matches!(claim, Claim::Done { look_at, .. } if *look_at <= now))
+            .filter(|(_, claim)| matches!(claim.stage, Stage::Done { look_at, .. } if look_at <= now))
             .map(|(key, _)| *key)
             .take(limit)
             .collect()
@@ -108,13 +152,14 @@ impl Claims {
 
     /// The ledger's word on an outcome: forgets it if it is applied. Otherwise returns it when it is time to repeat it.
     pub fn looked_up(&mut self, key: Key, standing: Option<Standing>, now: Instant) -> Option<ItemResult> {
-        let Some(Claim::Done { result, look_at, repeat_at, repeat_after }) = self.known.get_mut(&key) else {
-            return None;
-        };
+        let claim = self.known.get_mut(&key)?;
+        let Stage::Done { result, look_at, repeat_at, repeat_after } = &mut claim.stage else { return None };
         let reported = Standing { attempt: result.attempt, state: result.state };
         // An item that no longer exists can't be told anything.
         if standing.is_none_or(|standing| standing.covers(reported)) {
+            let receipt = claim.receipt;
             self.known.remove(&key);
+            self.forget(receipt);
             return None;
         }
         *look_at = now + FIRST_LOOK;
@@ -124,6 +169,18 @@ impl Claims {
         *repeat_after = (*repeat_after * 2).min(LAST_REPEAT);
         *repeat_at = now + *repeat_after;
         Some(result.clone())
+    }
+
+    /// One outcome less needs this receipt.
+    fn forget(&mut self, receipt: Option<i64>) {
+        if let Some(number) = receipt
+            && let Some(needed) = self.receipts.get_mut(&number)
+        {
+            *needed -= 1;
+            if *needed == 0 {
+                self.receipts.remove(&number);
+            }
+        }
     }
 }
 
@@ -135,6 +192,30 @@ mod tests {
     fn sent() -> ItemResult {
         let item = ItemMessage { run_id: uuid::Uuid::from_u128(1), item_id: 5, attempt: 1, tries: 1, replays: 0 };
         item.result(ItemState::Sent, None)
+    }
+
+    #[test]
+    fn a_receipt_is_needed_until_the_last_of_its_outcomes_is_applied() {
+        let (mut claims, now) = (Claims::default(), Instant::now());
+        let applied = Some(Standing { attempt: 1, state: ItemState::Sent });
+        let keys = [(5, 1), (6, 1), (7, 1)];
+        keys.iter().for_each(|key| claims.begin(*key, Vec::new()));
+        let first = claims.receipt(&keys[..2]);
+        assert_eq!(first, Receipt { number: 1, item_ids: vec![5, 6], attempts: vec![1, 1] });
+        assert_eq!(claims.first_needed_receipt(), 1, "it may be on disk already");
+        claims.receipt_written(1, &keys[..2]);
+        let lost = claims.receipt(&keys[2..]).number;
+        claims.receipt_lost(lost);
+        let third = claims.receipt(&keys[2..]).number;
+        claims.receipt_written(third, &keys[2..]);
+        for key in keys {
+            claims.done(key, sent(), now);
+        }
+        for (key, needed) in [(keys[0], 1), (keys[1], third), (keys[2], third + 1)] {
+            claims.looked_up(key, applied, now);
+            assert_eq!(claims.first_needed_receipt(), needed);
+        }
+        assert_eq!(claims.receipt(&[]), Receipt::default(), "nothing is written for nothing");
     }
 
     #[test]

@@ -84,9 +84,9 @@ impl Heartbeat {
         since_boot().saturating_sub(last) + self.interval / 2 < self.dead_after
     }
 
-    /// Counts claims that are not reported yet, for the operator to see.
-    pub fn add_in_flight(&self, change: i32) {
-        self.in_flight.fetch_add(change, Ordering::Relaxed);
+    /// How many permits are in use, for the operator to see.
+    pub fn set_in_flight(&self, permits: usize) {
+        self.in_flight.store(i32::try_from(permits).unwrap_or(i32::MAX), Ordering::Relaxed);
     }
 
     /// Counts a consumer whose connection is built anew because it was of no use, for the operator to see.

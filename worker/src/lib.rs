@@ -16,6 +16,7 @@ pub mod mailer;
 #[cfg(test)]
 mod model;
 pub mod outcome;
+mod permits;
 mod poison;
 mod progress;
 pub mod prune;

@@ -8,7 +8,7 @@ use mailrun_shared::{
     item::ItemState,
     message::{DeadReason, ItemMessage, ItemResult},
     retry::rung,
-    store::attempts::{Found, Owner, Withheld},
+    store::attempts::{Fate, Found, Owner, Withheld},
     topology::retry_queue,
 };
 
@@ -161,6 +161,8 @@ pub enum Refused {
     InOtherHands,
     /// The attempt will never be made.
     Withheld(Withheld),
+    /// Its worker died after the mail server had accepted the mail.
+    Accepted,
     /// Its worker died with it.
     Orphaned,
 }
@@ -175,8 +177,9 @@ pub fn refused(found: Option<&Found>, me: i64) -> Refused {
     match found.owner {
         Some(Owner::Nobody(why)) => Refused::Withheld(why),
         Some(Owner::Worker { id, .. }) if id == me => Refused::Mine,
-        Some(Owner::Worker { alive: true, .. }) => Refused::InOtherHands,
-        Some(Owner::Worker { alive: false, .. }) => Refused::Orphaned,
+        Some(Owner::Worker { fate: Fate::Alive, .. }) => Refused::InOtherHands,
+        Some(Owner::Worker { fate: Fate::Accepted, .. }) => Refused::Accepted,
+        Some(Owner::Worker { fate: Fate::Dead, .. }) => Refused::Orphaned,
         // The holder's transaction ended in between: the next claim will tell.
         None => Refused::InOtherHands,
     }
@@ -191,6 +194,8 @@ pub enum Repair {
     Leave,
     /// It will never be sent: say so again.
     Withhold(Withheld),
+    /// It was sent, and its worker died: say so for it.
+    Confirm,
     /// Its worker died with it.
     Bury,
 }
@@ -201,8 +206,9 @@ pub fn repair(owner: Option<Owner>) -> Repair {
     match owner {
         None => Repair::PutBack,
         Some(Owner::Nobody(why)) => Repair::Withhold(why),
-        Some(Owner::Worker { alive: true, .. }) => Repair::Leave,
-        Some(Owner::Worker { alive: false, .. }) => Repair::Bury,
+        Some(Owner::Worker { fate: Fate::Alive, .. }) => Repair::Leave,
+        Some(Owner::Worker { fate: Fate::Accepted, .. }) => Repair::Confirm,
+        Some(Owner::Worker { fate: Fate::Dead, .. }) => Repair::Bury,
     }
 }
 
@@ -261,14 +267,15 @@ mod tests {
     fn a_refused_claim_is_looked_into() {
         let found =
             |state, attempt, owner| Found { item_id: 5, number: 2, standing: Standing { attempt, state }, owner };
-        let worker = |id, alive| Some(Owner::Worker { id, alive });
+        let worker = |id, fate| Some(Owner::Worker { id, fate });
         let why = |state, attempt, owner| refused(Some(&found(state, attempt, owner)), 7);
         assert_eq!(refused(None, 7), Refused::NoSuchItem);
-        assert_eq!(why(ItemState::Sent, 1, worker(7, true)), Refused::Outdated);
-        assert_eq!(why(ItemState::Failed, 2, worker(8, false)), Refused::Outdated);
-        assert_eq!(why(ItemState::Pending, 2, worker(7, true)), Refused::Mine);
-        assert_eq!(why(ItemState::Retrying, 1, worker(8, true)), Refused::InOtherHands);
-        assert_eq!(why(ItemState::Retrying, 1, worker(8, false)), Refused::Orphaned);
+        assert_eq!(why(ItemState::Sent, 1, worker(7, Fate::Alive)), Refused::Outdated);
+        assert_eq!(why(ItemState::Failed, 2, worker(8, Fate::Dead)), Refused::Outdated);
+        assert_eq!(why(ItemState::Pending, 2, worker(7, Fate::Alive)), Refused::Mine);
+        assert_eq!(why(ItemState::Retrying, 1, worker(8, Fate::Alive)), Refused::InOtherHands);
+        assert_eq!(why(ItemState::Pending, 2, worker(8, Fate::Accepted)), Refused::Accepted);
+        assert_eq!(why(ItemState::Retrying, 1, worker(8, Fate::Dead)), Refused::Orphaned);
         let nobody = |why| Some(Owner::Nobody(why));
         for withheld in [Withheld::Cancelled, Withheld::Suppressed] {
             assert_eq!(why(ItemState::Pending, 2, nobody(withheld)), Refused::Withheld(withheld));
@@ -278,10 +285,14 @@ mod tests {
 
     #[test]
     fn the_sweeper_buries_only_what_a_dead_worker_held() {
-        let worker = |alive| Some(Owner::Worker { id: 1, alive });
+        let worker = |fate| Some(Owner::Worker { id: 1, fate });
         assert_eq!(
-            [None, worker(true), worker(false), Some(Owner::Nobody(Withheld::Suppressed))].map(repair),
-            [Repair::PutBack, Repair::Leave, Repair::Bury, Repair::Withhold(Withheld::Suppressed)]
+            [Fate::Alive, Fate::Accepted, Fate::Dead].map(|fate| repair(worker(fate))),
+            [Repair::Leave, Repair::Confirm, Repair::Bury]
+        );
+        assert_eq!(
+            [None, Some(Owner::Nobody(Withheld::Suppressed))].map(repair),
+            [Repair::PutBack, Repair::Withhold(Withheld::Suppressed)]
         );
     }
 }

@@ -1,8 +1,9 @@
 //! The senders: permit → claim → send → outcome → publish → acknowledge.
 //!
-//! A permit comes before a claim and is given back when the result is confirmed, so a worker that is killed leaves at most
-//! as many attempts unknown as it has permits. Claims, follow-ups and results travel in batches that form by themselves:
-//! each takes what has gathered while the one before was under way.
+//! A permit comes before a claim and is given back when the outcome is on disk, so a worker that is killed leaves at most
+//! as many attempts unknown as it has permits. What was sent is on disk with the next claim already, which takes a receipt
+//! along: so a slow mail server never waits for RabbitMQ. Claims, follow-ups and results travel in batches that form by
+//! themselves: each takes what has gathered while the one before was under way.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -13,19 +14,18 @@ use std::{
 use mailrun_shared::{
     broker::{Outgoing, Publisher},
     config::Config,
-    item::message_id,
+    item::{ItemState, message_id},
     message::{ItemMessage, ItemResult, decode},
     retry::{Reconnect, in_process},
     store::{
         attempts::{self, Claimed, Found},
-        in_time,
+        in_time, receipts,
     },
     topology::retry_queue,
 };
 use sqlx::PgPool;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    task::yield_now,
+    sync::mpsc,
     time::{sleep, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
@@ -37,13 +37,16 @@ use crate::{
     heartbeat::Heartbeat,
     mailer::{Lane, Mail, Mailer, Outcome},
     outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
+    permits::Permits,
     templates::{Read, Templates, TemplatesError},
     unsubscribe::Links,
 };
 
 /// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
 /// one of few. With a slow mail server the permits are used up, and nobody waits here.
-const GATHER: Duration = Duration::from_millis(8);
+const GATHER: Duration = Duration::from_millis(20);
+/// How long outcomes are gathered for a report. Hardly anybody waits for it: permits come back with the next claim.
+const GATHER_OUTCOMES: Duration = Duration::from_millis(5);
 /// How often remembered outcomes are compared with the ledger, and how many at a time.
 const REMEMBER_INTERVAL: Duration = Duration::from_millis(500);
 const REMEMBER_BATCH: usize = 2_000;
@@ -59,16 +62,15 @@ pub struct Senders {
     templates: Templates,
     links: Links,
     claims: Mutex<Claims>,
-    permits: Arc<Semaphore>,
+    permits: Permits,
     rules: Rules,
     config: Config,
 }
 
-/// An attempt that has come to an end, with the permit that it holds until that is confirmed.
+/// An attempt that has come to an end.
 struct Finished {
     key: Key,
     next: Next,
-    permit: OwnedSemaphorePermit,
 }
 
 /// A message with all the deliveries that ask for the same attempt.
@@ -97,7 +99,7 @@ impl Senders {
             mailer,
             domain: config.message_id_domain(),
             claims: Mutex::default(),
-            permits: Arc::new(Semaphore::new(config.permits())),
+            permits: Permits::new(config.permits()),
             rules: Rules { rungs: config.rungs(), on_unknown: config.send.on_unknown },
             config,
         })
@@ -131,24 +133,22 @@ impl Senders {
         }
     }
 
-    /// Waits for a permit and a delivery, then takes as many more of both as come within a moment.
-    async fn gather(&self, consumer: &mut Consumer) -> Option<Vec<(Delivery, OwnedSemaphorePermit)>> {
-        let permit = Arc::clone(&self.permits).acquire_owned().await.ok()?;
-        let mut batch = vec![(consumer.next().await?, permit)];
+    /// Waits for room and a delivery, then takes as many more of both as come within a moment.
+    async fn gather(&self, consumer: &mut Consumer) -> Option<Vec<Delivery>> {
+        self.permits.some().await;
+        let mut batch = vec![consumer.next().await?];
         let until = Instant::now() + GATHER;
         let most = if self.mailer.lane() == Lane::Trying { 1 } else { self.config.send.claim_batch };
-        while batch.len() < most
-            && let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned()
+        while batch.len() < most.min(self.permits.room())
             && let Ok(Some(delivery)) = timeout_at(until.into(), consumer.next()).await
         {
-            batch.push((delivery, permit));
+            batch.push(delivery);
         }
         Some(batch)
     }
 
     /// Claims a batch, starts what was granted and settles what was refused.
-    async fn begin(self: &Arc<Self>, batch: Vec<(Delivery, OwnedSemaphorePermit)>, finished: &mpsc::Sender<Finished>) {
-        let (deliveries, mut permits): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+    async fn begin(self: &Arc<Self>, deliveries: Vec<Delivery>, finished: &mpsc::Sender<Finished>) {
         let mut asked = self.understand(deliveries).await;
         let ids: Vec<i64> = asked.keys().map(|key| key.0).collect();
         let numbers: Vec<i32> = asked.keys().map(|key| key.1).collect();
@@ -161,7 +161,9 @@ impl Senders {
                 return self.park(asked.into_values().collect(), self.rules.shortest()).await;
             }
         };
-        self.heartbeat.add_in_flight(i32::try_from(claimed.len()).unwrap_or(i32::MAX));
+        // There is room for each delivery, and at least one delivery for each claim.
+        self.permits.begin(claimed.len());
+        self.heartbeat.set_in_flight(self.permits.in_use());
         // One look for all: it is the same run's text, most of the time.
         let mut templates = HashMap::new();
         for run_id in claimed.iter().map(|claimed| claimed.run_id) {
@@ -172,17 +174,18 @@ impl Senders {
         for claimed in claimed {
             let Some(template) = templates.get(&claimed.run_id).cloned() else { continue };
             let key = (claimed.item_id, claimed.number);
-            // There is a permit for each delivery, and at least one delivery for each claim.
-            let (Some(asked), Some(permit)) = (asked.remove(&key), permits.pop()) else { continue };
+            let Some(asked) = asked.remove(&key) else { continue };
             self.claims().begin(key, asked.deliveries);
             let (this, finished) = (Arc::clone(self), finished.clone());
             tokio::spawn(async move {
                 let next = this.attempt(asked.item, claimed, template).await;
+                if next.result.state == ItemState::Sent {
+                    this.permits.accepted(key);
+                }
                 // The reporter outlives every sender of this channel.
-                let _ = finished.send(Finished { key, next, permit }).await;
+                let _ = finished.send(Finished { key, next }).await;
             });
         }
-        drop(permits);
         self.claims().answer_lost(lost_before.into_iter().filter(|key| asked.contains_key(key)));
         if !asked.is_empty() {
             self.settle_refused(asked).await;
@@ -190,8 +193,8 @@ impl Senders {
     }
 
     /// Claims nothing, so that nobody's attempt is used up: what has come waits on a rung until then.
-    async fn put_off(&self, batch: Vec<(Delivery, OwnedSemaphorePermit)>, until: Instant) {
-        let asked = self.understand(batch.into_iter().map(|(delivery, _)| delivery).collect()).await;
+    async fn put_off(&self, batch: Vec<Delivery>, until: Instant) {
+        let asked = self.understand(batch).await;
         let wait = self.rules.rung_within(until.saturating_duration_since(Instant::now()));
         self.park(asked.into_values().collect(), wait).await;
     }
@@ -216,11 +219,21 @@ impl Senders {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
+        let accepted = self.permits.receipt();
+        let receipt = self.claims().receipt(&accepted);
         let claim = async {
             let mut conn = self.pool.acquire().await?;
-            attempts::claim(&mut conn, self.heartbeat.worker_id(), ids, numbers).await
+            attempts::claim(&mut conn, self.heartbeat.worker_id(), ids, numbers, &receipt).await
         };
-        in_time(self.config.database.answer_timeout(), claim).await
+        let claimed = in_time(self.config.database.answer_timeout(), claim).await;
+        match &claimed {
+            Ok(_) => {
+                self.claims().receipt_written(receipt.number, &accepted);
+                self.permits.receipt_written(&accepted);
+            }
+            Err(_) => self.claims().receipt_lost(receipt.number),
+        }
+        claimed
     }
 
     /// Carries an attempt out, and decides what follows.
@@ -285,10 +298,9 @@ impl Senders {
     async fn report(&self, mut outcomes: mpsc::Receiver<Finished>) {
         let mut batch = Vec::new();
         while outcomes.recv_many(&mut batch, self.config.send.result_batch).await > 0 {
-            // Those that were claimed together end together, if nothing takes time: let them.
-            yield_now().await;
+            let until = Instant::now() + GATHER_OUTCOMES;
             while batch.len() < self.config.send.result_batch
-                && let Ok(finished) = outcomes.try_recv()
+                && let Ok(Some(finished)) = timeout_at(until.into(), outcomes.recv()).await
             {
                 batch.push(finished);
             }
@@ -301,19 +313,14 @@ impl Senders {
             if !self.publish(follow_ups).await || !self.publish(self.results(&results)).await {
                 return;
             }
-            self.heartbeat.add_in_flight(-i32::try_from(batch.len()).unwrap_or(i32::MAX));
+            // All at once, so that the next claim is as large as this report.
+            self.permits.confirmed(batch.iter().map(|Finished { key, next }| (*key, next.result.state)));
+            self.heartbeat.set_in_flight(self.permits.in_use());
             let now = Instant::now();
             let mut claims = self.claims();
-            let mut permits: Option<OwnedSemaphorePermit> = None;
-            for Finished { key, next, permit } in batch.drain(..) {
+            for Finished { key, next } in batch.drain(..) {
                 claims.done(key, next.result, now).into_iter().for_each(Delivery::ack);
-                match &mut permits {
-                    Some(permits) => permits.merge(permit),
-                    None => permits = Some(permit),
-                }
             }
-            // All at once, so that the next claim is as large as this report.
-            drop(permits);
         }
     }
 
@@ -341,6 +348,7 @@ impl Senders {
                     continue;
                 }
                 Refused::Outdated => {}
+                Refused::Accepted => results.push(item.result(ItemState::Sent, None)),
                 Refused::Withheld(why) => results.push(withheld(item, why)),
                 Refused::Orphaned => {
                     warn!(item_id = key.0, attempt = key.1, "its worker died: the outcome is unknown");
@@ -406,10 +414,11 @@ impl Senders {
 
     /// Compares remembered outcomes with the ledger: forgets what is applied, repeats what is not.
     async fn remember(self: Arc<Self>, stop: CancellationToken) {
+        let mut first_receipt = 0;
         let mut trouble = Reconnect::default();
         let mut wait = REMEMBER_INTERVAL;
         while stop.run_until_cancelled(sleep(wait)).await.is_some() {
-            wait = match self.look_up().await {
+            wait = match self.look_up(&mut first_receipt).await {
                 // There is more of the kind: go on without a pause.
                 Ok(REMEMBER_BATCH) => Duration::ZERO,
                 Ok(_) => {
@@ -424,7 +433,8 @@ impl Senders {
         }
     }
 
-    async fn look_up(&self) -> sqlx::Result<usize> {
+    /// `first_receipt`: those before it are deleted.
+    async fn look_up(&self, first_receipt: &mut i64) -> sqlx::Result<usize> {
         let keys = self.claims().to_look_up(Instant::now(), REMEMBER_BATCH);
         if keys.is_empty() {
             return Ok(0);
@@ -439,7 +449,21 @@ impl Senders {
             keys.iter().filter_map(|key| claims.looked_up(*key, standings.get(&key.0).copied(), now)).collect()
         };
         self.publish(self.results(&repeats)).await;
+        self.delete_receipts(first_receipt).await?;
         Ok(keys.len())
+    }
+
+    async fn delete_receipts(&self, first: &mut i64) -> sqlx::Result<()> {
+        let until = self.claims().first_needed_receipt();
+        if until > *first {
+            let delete = async {
+                let mut conn = self.pool.acquire().await?;
+                receipts::delete(&mut conn, self.heartbeat.worker_id(), *first, until).await
+            };
+            in_time(self.config.database.answer_timeout(), delete).await?;
+            *first = until;
+        }
+        Ok(())
     }
 
     fn results(&self, results: &[ItemResult]) -> Vec<Outgoing> {

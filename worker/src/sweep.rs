@@ -14,6 +14,7 @@ use std::{
 use mailrun_shared::{
     broker::{Broker, BrokerError, Outgoing, Publisher},
     config::{Config, OnUnknown},
+    item::ItemState,
     message::{Command, ItemResult, RunMessage, Step},
     run::Wanted,
     store::{
@@ -203,6 +204,10 @@ impl Mending {
             Repair::Withhold(why) => {
                 self.repairs.told_again += 1;
                 self.results.push(withheld(item.next, why));
+            }
+            Repair::Confirm => {
+                self.repairs.told_again += 1;
+                self.results.push(item.next.result(ItemState::Sent, None));
             }
             Repair::Bury => {
                 self.repairs.buried += 1;

@@ -147,7 +147,9 @@ async fn gather(patient: &Patient, conn: &mut PgConnection, run_id: Uuid, convey
             after = last.position;
             for item in &items {
                 let what = repair(item.owner);
-                if (what == Repair::Bury) == of_dead && is_due(what, silent(item.owner), conveyed) {
+                if matches!(what, Repair::Bury | Repair::Confirm) == of_dead
+                    && is_due(what, silent(item.owner), conveyed)
+                {
                     mending.add(item, patient.config.send.on_unknown);
                 }
             }
@@ -161,7 +163,7 @@ async fn gather(patient: &Patient, conn: &mut PgConnection, run_id: Uuid, convey
 fn is_due(repair: Repair, silent: bool, conveyed: Conveyed) -> bool {
     match repair {
         Repair::Leave => false,
-        Repair::Bury => silent && !conveyed.results,
+        Repair::Bury | Repair::Confirm => silent && !conveyed.results,
         Repair::PutBack | Repair::Withhold(_) => conveyed.stalled && !conveyed.items && !conveyed.results,
     }
 }
@@ -200,7 +202,7 @@ fn open(run_id: Uuid, found: Repairs) -> Finding {
     }
     if told_again > 0 {
         what.push(format!(
-            "{} not to be sent, and still counted as open",
+            "{} not to be sent, or sent by a worker that died before it could say so, and still counted as open",
             are(told_again, "invitation", "invitations")
         ));
         repair.push("--fix settles them");

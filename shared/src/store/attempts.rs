@@ -5,6 +5,7 @@ use std::time::Duration;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use super::receipts::{self, Receipt};
 use crate::item::{ItemState, Standing};
 
 /// A claim that was granted, with what is needed to carry it out.
@@ -57,6 +58,8 @@ impl Withheld {
 /// In a cancelled run, and for a suppressed address, the claim goes to nobody: the attempt will never be carried out, and
 /// anyone may report that, now or later.
 ///
+/// The worker's receipt is written in the same transaction, whatever is granted.
+///
 /// # Errors
 /// The database's.
 pub async fn claim(
@@ -64,6 +67,7 @@ pub async fn claim(
     worker_id: i64,
     item_ids: &[i64],
     numbers: &[i32],
+    receipt: &Receipt,
 ) -> sqlx::Result<Vec<Claimed>> {
     let rows = sqlx::query!(
         r#"WITH asked AS MATERIALIZED (
@@ -82,6 +86,9 @@ pub async fn claim(
                SELECT item_id, number, worker_id FROM asked ORDER BY item_id, number
                ON CONFLICT DO NOTHING
                RETURNING item_id, number
+           ), receipt AS (
+               INSERT INTO receipts (worker_id, number, item_ids, attempts)
+               SELECT $1, $6, $7::bigint[], $8::integer[] WHERE cardinality($7) > 0
            )
            SELECT item_id AS "item_id!", number AS "number!", run_id, position, email, name, worker_id AS "worker_id!"
            FROM claimed JOIN asked USING (item_id, number)"#,
@@ -90,6 +97,9 @@ pub async fn claim(
         numbers,
         Withheld::Cancelled.owner(),
         Withheld::Suppressed.owner(),
+        receipt.number,
+        &receipt.item_ids,
+        &receipt.attempts,
     )
     .fetch_all(conn)
     .await?;
@@ -129,18 +139,49 @@ pub enum Owner {
     Worker {
         /// Its id.
         id: i64,
-        /// Whether its heartbeat is fresh, and it has not ended.
-        alive: bool,
+        /// What is known of it.
+        fate: Fate,
     },
 }
 
-impl Owner {
-    pub(super) fn new(worker_id: i64, alive: Option<bool>) -> Self {
-        match Withheld::of(worker_id) {
-            Some(why) => Self::Nobody(why),
-            None => Self::Worker { id: worker_id, alive: alive.unwrap_or(false) },
-        }
-    }
+/// What is known of the worker that holds a claim, and of the attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The worker's heartbeat is fresh, and it has not ended: it will report.
+    Alive,
+    /// It has ended or died, but there is a receipt: the mail server had accepted the mail.
+    Accepted,
+    /// It has ended or died, and left nothing but the claim.
+    Dead,
+}
+
+/// A claim as it is read.
+pub(super) struct Held {
+    pub(super) item_id: i64,
+    pub(super) number: i32,
+    pub(super) worker_id: Option<i64>,
+    /// None: nobody knows such a worker.
+    pub(super) alive: Option<bool>,
+}
+
+/// The owners of claims, in their order.
+pub(super) async fn owners(conn: &mut PgConnection, claims: &[Held]) -> sqlx::Result<Vec<Option<Owner>>> {
+    let of_dead =
+        |held: &&Held| held.alive != Some(true) && held.worker_id.is_some_and(|id| Withheld::of(id).is_none());
+    let (mut workers, items): (Vec<i64>, Vec<i64>) =
+        claims.iter().filter(of_dead).filter_map(|held| Some((held.worker_id?, held.item_id))).unzip();
+    workers.sort_unstable();
+    workers.dedup();
+    let accepted = receipts::of_workers(conn, &workers, &items).await?;
+    let owner = |held: &Held| {
+        held.worker_id.map(|id| match Withheld::of(id) {
+            Some(why) => Owner::Nobody(why),
+            None if held.alive == Some(true) => Owner::Worker { id, fate: Fate::Alive },
+            None if accepted.contains(&(held.item_id, held.number)) => Owner::Worker { id, fate: Fate::Accepted },
+            None => Owner::Worker { id, fate: Fate::Dead },
+        })
+    };
+    Ok(claims.iter().map(owner).collect())
 }
 
 /// Looks up attempts whose claim was refused. One that isn't returned names an item that doesn't exist.
@@ -153,7 +194,16 @@ pub async fn find(
     item_ids: &[i64],
     numbers: &[i32],
 ) -> sqlx::Result<Vec<Found>> {
-    let rows = sqlx::query!(
+    struct Row {
+        item_id: i64,
+        number: i32,
+        attempt: i32,
+        state: ItemState,
+        worker_id: Option<i64>,
+        alive: Option<bool>,
+    }
+    let rows = sqlx::query_as!(
+        Row,
         r#"SELECT asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: ItemState",
                   a.worker_id AS "worker_id?",
                   (w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => $1)) AS alive
@@ -165,15 +215,19 @@ pub async fn find(
         item_ids,
         numbers,
     )
-    .fetch_all(conn)
+    .fetch_all(&mut *conn)
     .await?;
+    let held =
+        |row: &Row| Held { item_id: row.item_id, number: row.number, worker_id: row.worker_id, alive: row.alive };
+    let owners = owners(conn, &rows.iter().map(held).collect::<Vec<_>>()).await?;
     Ok(rows
         .into_iter()
-        .map(|row| Found {
+        .zip(owners)
+        .map(|(row, owner)| Found {
             item_id: row.item_id,
             number: row.number,
             standing: Standing { attempt: row.attempt, state: row.state },
-            owner: row.worker_id.map(|id| Owner::new(id, row.alive)),
+            owner,
         })
         .collect())
 }

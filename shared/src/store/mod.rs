@@ -9,6 +9,7 @@ pub mod outbox;
 pub mod passes;
 pub mod progress;
 pub mod prune;
+pub mod receipts;
 pub mod runs;
 pub mod schema;
 pub mod submit;

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::config::DAY;
 
-/// Published messages, ended workers and tests are of no use after a day.
+/// Published messages, ended workers with their receipts, and tests are of no use after a day.
 const SCRAPS_AFTER: Duration = DAY;
 
 /// Deletes the oldest runs that were over for `after`, at most `limit`, and returns how many. Their items remain for
@@ -72,8 +72,8 @@ async fn next(conn: &mut PgConnection) -> sqlx::Result<Option<Uuid>> {
         .await
 }
 
-/// Deletes at most `limit` of each kind of scrap: published messages, workers that ended or died, and tests, of a day ago or more.
-/// Returns how many there were.
+/// Deletes at most `limit` of each kind of scrap: published messages, workers that ended or died with their receipts, and
+/// tests, of a day ago or more. Returns how many there were.
 ///
 /// # Errors
 /// The database's.
@@ -96,6 +96,14 @@ pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
     )
     .execute(pool)
     .await?;
+    let receipts = sqlx::query!(
+        "DELETE FROM receipts WHERE (worker_id, number) IN (
+             SELECT worker_id, number FROM receipts r WHERE NOT EXISTS (SELECT FROM workers w WHERE w.id = r.worker_id)
+             LIMIT $1)",
+        limit,
+    )
+    .execute(pool)
+    .await?;
     let tests = sqlx::query!(
         "DELETE FROM test_sends WHERE id IN (SELECT id FROM test_sends WHERE created_at < now() - make_interval(secs => $1)
                                              ORDER BY created_at LIMIT $2)",
@@ -104,5 +112,5 @@ pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
     )
     .execute(pool)
     .await?;
-    Ok(messages.rows_affected() + workers.rows_affected() + tests.rows_affected())
+    Ok([messages, workers, receipts, tests].into_iter().map(|deleted| deleted.rows_affected()).sum())
 }

@@ -5,7 +5,12 @@ use std::{ops::AddAssign, time::Duration};
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-use crate::{item::ItemState, message::ItemMessage, run::Wanted, store::attempts::Owner};
+use crate::{
+    item::ItemState,
+    message::ItemMessage,
+    run::Wanted,
+    store::attempts::{self, Held, Owner},
+};
 
 /// Any number will do, as long as it is the same for all sweepers.
 const ADVISORY_LOCK: i64 = 0x6d61_696c_7275_6e01;
@@ -78,7 +83,7 @@ pub struct Repairs {
     pub put_back: i64,
     /// Claims of dead workers whose items became unknown.
     pub buried: i64,
-    /// Items that nobody will send, for which that was told once more.
+    /// Items whose end was told once more: nobody will send them, or their worker had, and died.
     pub told_again: i64,
 }
 
@@ -185,18 +190,18 @@ pub async fn open_items(
         after,
         limit,
     )
-    .fetch_all(conn)
+    .fetch_all(&mut *conn)
     .await?;
-    Ok(rows
+    let (items, held): (Vec<(ItemMessage, i32)>, Vec<Held>) = rows
         .into_iter()
         .map(|row| {
             let present =
                 ItemMessage { run_id, item_id: row.id, attempt: row.attempt, tries: row.tries, replays: row.replays };
-            OpenItem {
-                next: present.awaited(row.state),
-                position: row.position,
-                owner: row.worker_id.map(|id| Owner::new(id, row.alive)),
-            }
+            let next = present.awaited(row.state);
+            let held = Held { item_id: row.id, number: next.attempt, worker_id: row.worker_id, alive: row.alive };
+            ((next, row.position), held)
         })
-        .collect())
+        .unzip();
+    let owners = attempts::owners(conn, &held).await?;
+    Ok(items.into_iter().zip(owners).map(|((next, position), owner)| OpenItem { next, position, owner }).collect())
 }

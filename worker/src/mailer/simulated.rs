@@ -74,7 +74,8 @@ impl Simulated {
 impl Mailer for Simulated {
     async fn send(&self, mail: &Mail) -> Outcome {
         if !self.latency.is_zero() {
-            sleep(self.latency).await;
+            // Tokio's timers count whole milliseconds, and are late by one of them on average.
+            sleep(self.latency.saturating_sub(Duration::from_millis(1))).await;
         }
         if let Some(error) = self.failure(mail) {
             return Outcome::Retry(error.into());

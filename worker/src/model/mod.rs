@@ -15,6 +15,7 @@ const COUNTS: &str = "counters equal counts";
 const ONCE: &str = "nobody is written to twice silently";
 const TRUE: &str = "what is sent went out, and what failed did not";
 const SETTLED: &str = "at rest, everything is settled";
+const RECEIPTED: &str = "what has a receipt is never unknown, unless its worker was taken for dead while it lived";
 
 impl Model for Protocol {
     type State = World;
@@ -41,6 +42,7 @@ impl Model for Protocol {
             Property::always(COUNTS, |_, world: &World| world.counters_equal_counts()),
             Property::always(ONCE, |_, world: &World| world.nobody_got_two_silently()),
             Property::always(TRUE, |_, world: &World| world.the_ledger_tells_the_truth()),
+            Property::always(RECEIPTED, |protocol: &Self, world: &World| protocol.stalls || world.receipts_are_good()),
             Property::always(SETTLED, |protocol: &Self, world: &World| {
                 world.is_settled() || {
                     let mut steps = Vec::new();
@@ -85,6 +87,21 @@ fn one_invitation_survives_a_persons_wish_at_any_moment() {
 #[test]
 fn two_invitations_do_not_get_in_each_others_way() {
     holds(small(2, 0, 0));
+}
+
+/// Crashes and purges between the claims of one worker: what it has sent by its next claim stays known.
+fn with_receipts() -> Protocol {
+    Protocol { answers: vec![Answer::Accepts], stalls: false, ..small(2, 2, 0) }
+}
+
+#[test]
+fn two_invitations_with_receipts_survive_every_two_crashes() {
+    holds(with_receipts());
+}
+
+#[test]
+fn without_receipts_that_are_kept_a_crash_and_a_purge_leave_more_unknown_than_permits() {
+    breaks(Protocol { receipts: false, ..with_receipts() }, &[RECEIPTED]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use mailrun_shared::{
     config::OnUnknown,
     item::{ItemState, Standing, merge},
     message::{DeadReason, ItemMessage, ItemResult},
-    store::attempts::{Found, Owner, Withheld},
+    store::attempts::{Fate, Found, Owner, Withheld},
 };
 use uuid::Uuid;
 
@@ -51,6 +51,10 @@ pub(super) struct Protocol {
     pub(super) sweeper: bool,
     /// Outcomes are repeated until they are seen applied.
     pub(super) memory: bool,
+    /// Receipts are kept until the outcomes are seen applied.
+    pub(super) receipts: bool,
+    /// Workers may be taken for dead while they live.
+    pub(super) stalls: bool,
 }
 
 /// An item message without what is the same for all.
@@ -136,6 +140,10 @@ pub(super) struct World {
     counters: [i8; ItemState::ALL.len()],
     /// `attempts`
     claims: BTreeMap<(usize, i32), i64>,
+    /// `receipts`, with the worker's id.
+    receipts: BTreeSet<(i64, usize, i32)>,
+    /// Of which there has been one, and for which no permit was held from then on.
+    receipted: BTreeSet<(usize, i32)>,
     /// `run_passes`: how many are released.
     released: usize,
     /// `runs.wanted`
@@ -289,6 +297,13 @@ impl World {
         })
     }
 
+    pub(super) fn receipts_are_good(&self) -> bool {
+        self.receipted.iter().all(|(item, attempt)| {
+            let known = self.items[*item];
+            known.asked.attempt != *attempt || known.state != ItemState::Unknown
+        })
+    }
+
     pub(super) fn is_settled(&self) -> bool {
         self.items.iter().all(|item| !item.state.is_open())
     }
@@ -301,7 +316,11 @@ impl World {
     fn owner(&self, asked: Asked) -> Option<Owner> {
         self.claims.get(&(asked.item, asked.attempt)).map(|id| match id {
             0 => Owner::Nobody(Withheld::Cancelled),
-            id => Owner::Worker { id: *id, alive: !self.thought_dead.contains(id) },
+            id if !self.thought_dead.contains(id) => Owner::Worker { id: *id, fate: Fate::Alive },
+            id if self.receipts.contains(&(*id, asked.item, asked.attempt)) => {
+                Owner::Worker { id: *id, fate: Fate::Accepted }
+            }
+            id => Owner::Worker { id: *id, fate: Fate::Dead },
         })
     }
 
@@ -311,6 +330,19 @@ impl World {
         self.waiting.keys().any(same)
             || self.results.keys().any(|report| same(&report.asked))
             || self.workers.iter().any(|worker| worker.tasks.iter().any(|task| same(&task.asked)))
+    }
+
+    /// What a claim of this worker takes along: what it has sent and not seen applied.
+    fn receipt(&mut self, place: usize) {
+        let worker = &self.workers[place];
+        let sent = worker.tasks.iter().filter_map(|task| match task.stage {
+            Stage::Reporting(report, true) if report.state == ItemState::Sent => Some(report.asked),
+            _ => None,
+        });
+        for asked in sent {
+            self.receipts.insert((worker.id, asked.item, asked.attempt));
+            self.receipted.insert((asked.item, asked.attempt));
+        }
     }
 
     fn follow_up(&mut self, after: After) {
@@ -326,7 +358,17 @@ impl Protocol {
     /// The protocol as it is.
     pub(super) fn whole(limits: Limits) -> Self {
         let rules = Rules { rungs: vec![Duration::from_secs(1)], on_unknown: OnUnknown::Hold };
-        Self { limits, rules, answers: Answer::ALL.to_vec(), fence: true, join: true, sweeper: true, memory: true }
+        Self {
+            limits,
+            rules,
+            answers: Answer::ALL.to_vec(),
+            fence: true,
+            join: true,
+            sweeper: true,
+            memory: true,
+            receipts: true,
+            stalls: true,
+        }
     }
 
     pub(super) fn begin(&self) -> World {
@@ -338,6 +380,8 @@ impl Protocol {
             items: (0..self.limits.items).map(new).collect(),
             counters,
             claims: BTreeMap::new(),
+            receipts: BTreeSet::new(),
+            receipted: BTreeSet::new(),
             released: 0,
             cancelled: false,
             waiting: Bag::new(),
@@ -398,7 +442,7 @@ impl Protocol {
                 steps.push(Step::Withhold(item));
             }
             if self.sweeper && item < world.released && !world.is_on_the_conveyor(awaited) {
-                let lives = matches!(world.owner(awaited), Some(Owner::Worker { alive: true, .. }));
+                let lives = matches!(world.owner(awaited), Some(Owner::Worker { fate: Fate::Alive, .. }));
                 if !lives {
                     steps.push(Step::Sweep(item));
                 }
@@ -411,7 +455,7 @@ impl Protocol {
         if world.faults > 0 {
             for (place, worker) in world.workers.iter().enumerate() {
                 steps.push(Step::Crash(place));
-                if !worker.stale {
+                if self.stalls && !worker.stale {
                     steps.push(Step::Stall(place));
                 }
             }
@@ -571,6 +615,7 @@ impl Protocol {
             return Some(Stage::Reporting(report(&withheld(message(asked), Withheld::Cancelled)), true));
         }
         world.claims.insert(key, world.workers[place].id);
+        world.receipt(place);
         Some(Stage::Claimed)
     }
 
@@ -584,8 +629,12 @@ impl Protocol {
             }
             Stage::Reporting(report, mine) => {
                 put(&mut world.results, report);
+                let worker = &mut world.workers[place];
                 if mine {
-                    world.workers[place].remembered.insert(report);
+                    worker.remembered.insert(report);
+                }
+                if !self.receipts {
+                    world.receipts.remove(&(worker.id, report.asked.item, report.asked.attempt));
                 }
                 Some(Stage::Acknowledging)
             }
@@ -605,6 +654,7 @@ impl Protocol {
         match refused(Some(&found), world.workers[place].id) {
             Refused::NoSuchItem | Refused::Outdated => None,
             Refused::Withheld(why) => Some(Stage::Reporting(report(&withheld(message(asked), why)), false)),
+            Refused::Accepted => Some(Stage::Reporting(report(&message(asked).result(ItemState::Sent, None)), false)),
             Refused::Orphaned => Some(ended(&after_death(message(asked), self.rules.on_unknown), false)),
             Refused::InOtherHands => {
                 put(&mut world.waiting, asked);
@@ -660,8 +710,12 @@ impl Protocol {
         }
         // A worker forgets what it sees applied. It looks some time later, but by then it can do nothing with it.
         let items = &world.items;
+        let is_applied = |known: &Report| items[known.asked.item].standing().covers(known.standing());
         for worker in &mut world.workers {
-            worker.remembered.retain(|known| !items[known.asked.item].standing().covers(known.standing()));
+            for known in worker.remembered.iter().filter(|known| is_applied(known)) {
+                world.receipts.remove(&(worker.id, known.asked.item, known.asked.attempt));
+            }
+            worker.remembered.retain(|known| !is_applied(known));
         }
     }
 
@@ -672,6 +726,9 @@ impl Protocol {
             Repair::PutBack => put(&mut world.waiting, awaited),
             Repair::Leave => {}
             Repair::Withhold(why) => put(&mut world.results, report(&withheld(message(awaited), why))),
+            Repair::Confirm => {
+                put(&mut world.results, report(&message(awaited).result(ItemState::Sent, None)));
+            }
             Repair::Bury => {
                 let next = after_death(message(awaited), self.rules.on_unknown);
                 if let Some(follow_up) = &next.follow_up {
