@@ -215,7 +215,7 @@ fn start(
                 parts.spawn(senders.run(consume(broker.item_queues(), config.send.prefetch), stop.clone()));
             }
             Role::Progress => {
-                let progress = Progress::new(config.clone(), pool.clone(), publisher.clone());
+                let progress = Progress::new(config.clone(), pool, publisher.clone());
                 let prefetch = u16::try_from(config.progress.batch_messages * 2).unwrap_or(u16::MAX).min(2_000);
                 parts.spawn(progress.run(consume(&[topology::RESULTS.into()], prefetch), stop.clone()));
             }

@@ -8,7 +8,7 @@ use mailrun_shared::{
     message::{ItemResult, ResultsMessage, decode},
     retry::Reconnect,
     store::{
-        in_time, is_about_data,
+        Session, is_about_data,
         progress::{self, Applied},
     },
 };
@@ -34,7 +34,7 @@ struct Report {
 /// The progress consumer of one process.
 #[derive(Debug)]
 pub struct Progress {
-    pool: PgPool,
+    session: Session,
     publisher: Publisher,
     config: Config,
 }
@@ -42,12 +42,12 @@ pub struct Progress {
 impl Progress {
     /// The progress consumer of this process.
     #[must_use]
-    pub fn new(config: Config, pool: PgPool, publisher: Publisher) -> Self {
-        Self { pool, publisher, config }
+    pub fn new(config: Config, pool: &PgPool, publisher: Publisher) -> Self {
+        Self { session: Session::new(pool), publisher, config }
     }
 
     /// Counts until the consumer stops. What is not counted by then is still on the queue.
-    pub async fn run(self, mut consumer: Consumer, stop: CancellationToken) {
+    pub async fn run(mut self, mut consumer: Consumer, stop: CancellationToken) {
         while let Some(Some(first)) = stop.run_until_cancelled(consumer.next()).await {
             // More arrive meanwhile, and a transaction for many costs little more than one for few.
             sleep(GATHER).await;
@@ -68,7 +68,7 @@ impl Progress {
 
     /// Applies a batch. If the ledger refuses it for good, each message is applied by itself, so that one that can't be
     /// applied spoils nothing but itself.
-    async fn count(&self, reports: Vec<Report>, stop: &CancellationToken) {
+    async fn count(&mut self, reports: Vec<Report>, stop: &CancellationToken) {
         match self.apply(&reports, stop).await {
             Some(Ok(applied)) => {
                 debug!(?applied, messages = reports.len(), "counted");
@@ -90,11 +90,12 @@ impl Progress {
     }
 
     /// Applies until it is done, is refused for good, or is told to stop (`None`).
-    async fn apply(&self, reports: &[Report], stop: &CancellationToken) -> Option<sqlx::Result<Applied>> {
+    async fn apply(&mut self, reports: &[Report], stop: &CancellationToken) -> Option<sqlx::Result<Applied>> {
         let results: Vec<&ItemResult> = reports.iter().flat_map(|report| &report.results).collect();
         let mut trouble = Reconnect::default();
         loop {
-            match in_time(self.config.database.answer_timeout(), progress::apply(&self.pool, &results)).await {
+            let limit = self.config.database.answer_timeout();
+            match self.session.run(limit, async |conn| progress::apply(conn, &results).await).await {
                 Err(error) if !is_about_data(&error) => {
                     let wait = trouble.next_wait();
                     warn!(%error, wait_ms = wait.as_millis(), "results can't be counted; trying again");

@@ -18,6 +18,7 @@ use mailrun_shared::{
     message::{ItemMessage, ItemResult, decode},
     retry::{Reconnect, in_process},
     store::{
+        Session,
         attempts::{self, Claimed, Found},
         in_time, receipts,
     },
@@ -120,6 +121,7 @@ impl Senders {
     /// Takes deliveries in and begins to send, until told to stop. Deliveries that were taken ahead by then go back to the
     /// queue when the consumer closes.
     async fn take(self: Arc<Self>, mut consumer: Consumer, finished: mpsc::Sender<Finished>, stop: CancellationToken) {
+        let mut session = Session::new(&self.pool);
         while let Some(Some(batch)) = stop.run_until_cancelled(self.gather(&mut consumer)).await {
             if !self.heartbeat.is_fresh() {
                 // It would only be given up again, and use up an attempt's number each time.
@@ -127,7 +129,7 @@ impl Senders {
                 continue;
             }
             match self.mailer.lane() {
-                Lane::Open | Lane::Trying => self.begin(batch, &finished).await,
+                Lane::Open | Lane::Trying => self.begin(batch, &mut session, &finished).await,
                 Lane::Closed { until, .. } => self.put_off(batch, until).await,
             }
         }
@@ -148,12 +150,17 @@ impl Senders {
     }
 
     /// Claims a batch, starts what was granted and settles what was refused.
-    async fn begin(self: &Arc<Self>, deliveries: Vec<Delivery>, finished: &mpsc::Sender<Finished>) {
+    async fn begin(
+        self: &Arc<Self>,
+        deliveries: Vec<Delivery>,
+        session: &mut Session,
+        finished: &mpsc::Sender<Finished>,
+    ) {
         let mut asked = self.understand(deliveries).await;
         let ids: Vec<i64> = asked.keys().map(|key| key.0).collect();
         let numbers: Vec<i32> = asked.keys().map(|key| key.1).collect();
         let lost_before = self.claims().asking(asked.keys());
-        let claimed = match self.claim(&ids, &numbers).await {
+        let claimed = match self.claim(session, &ids, &numbers).await {
             Ok(claimed) => claimed,
             Err(error) => {
                 warn!(%error, "claiming failed; looking again later");
@@ -215,17 +222,14 @@ impl Senders {
         asked
     }
 
-    async fn claim(&self, ids: &[i64], numbers: &[i32]) -> sqlx::Result<Vec<Claimed>> {
+    async fn claim(&self, session: &mut Session, ids: &[i64], numbers: &[i32]) -> sqlx::Result<Vec<Claimed>> {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
         let accepted = self.permits.receipt();
         let receipt = self.claims().receipt(&accepted);
-        let claim = async {
-            let mut conn = self.pool.acquire().await?;
-            attempts::claim(&mut conn, self.heartbeat.worker_id(), ids, numbers, &receipt).await
-        };
-        let claimed = in_time(self.config.database.answer_timeout(), claim).await;
+        let (limit, me) = (self.config.database.answer_timeout(), self.heartbeat.worker_id());
+        let claimed = session.run(limit, async |conn| attempts::claim(conn, me, ids, numbers, &receipt).await).await;
         match &claimed {
             Ok(_) => {
                 self.claims().receipt_written(receipt.number, &accepted);

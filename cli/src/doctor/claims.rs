@@ -118,8 +118,9 @@ async fn publish(publisher: Option<&Publisher>, messages: Vec<Outgoing>) -> Resu
 
 /// As whoever counts would apply them, by the same join: so it does not matter who else does, or whether nobody does.
 async fn apply(patient: &Patient, results: &[ItemResult]) -> sqlx::Result<()> {
+    let mut conn = patient.pool.acquire().await?;
     for results in results.chunks(BATCH) {
-        progress::apply(&patient.pool, &results.iter().collect::<Vec<_>>()).await?;
+        progress::apply(&mut conn, &results.iter().collect::<Vec<_>>()).await?;
     }
     Ok(())
 }

@@ -11,7 +11,8 @@ use std::{
 
 use secrecy::ExposeSecret;
 use sqlx::{
-    Connection as _, PgPool,
+    Connection as _, PgConnection, PgPool, Postgres,
+    pool::PoolConnection,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use tokio::time::{Instant, timeout};
@@ -65,6 +66,45 @@ pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
             Box::pin(async move { Ok(usable) })
         })
         .connect_lazy_with(options))
+}
+
+/// A connection that a task with much to ask keeps for itself: the pool makes sure of each one that comes back, which costs
+/// two round trips.
+#[derive(Debug)]
+pub struct Session {
+    pool: PgPool,
+    kept: Option<PoolConnection<Postgres>>,
+}
+
+impl Session {
+    /// One of the pool's, from the first use on.
+    #[must_use]
+    pub fn new(pool: &PgPool) -> Self {
+        Self { pool: pool.clone(), kept: None }
+    }
+
+    /// Carries `work` out, within `limit`. After an error the connection goes back to the pool, which finds out what it is
+    /// still good for.
+    ///
+    /// # Errors
+    /// The work's, or that there was no answer.
+    pub async fn run<T>(
+        &mut self,
+        limit: Duration,
+        work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>,
+    ) -> sqlx::Result<T> {
+        let kept = self.kept.take();
+        let done = in_time(limit, async {
+            let mut conn = match kept {
+                Some(conn) => conn,
+                None => self.pool.acquire().await?,
+            };
+            Ok::<_, sqlx::Error>((work(&mut conn).await?, conn))
+        });
+        let (done, conn) = done.await?;
+        self.kept = Some(conn);
+        Ok(done)
+    }
 }
 
 /// Ends `work`, which asks PostgreSQL, when that takes longer than `limit`. Whether it was done is not known then.

@@ -19,7 +19,7 @@ pub mod test_sends;
 pub mod workers;
 
 pub use self::{
-    connections::{in_time, open},
+    connections::{Session, in_time, open},
     schema::migrate,
 };
 

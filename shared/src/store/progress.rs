@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use sqlx::{PgConnection, PgPool};
+use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use crate::{
@@ -47,17 +47,17 @@ struct Moved {
 ///
 /// # Errors
 /// The database's. Nothing is applied then, and the batch can be applied again.
-pub async fn apply(pool: &PgPool, results: &[&ItemResult]) -> sqlx::Result<Applied> {
+pub async fn apply(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::Result<Applied> {
     loop {
-        if let Some(applied) = apply_once(pool, results).await? {
+        if let Some(applied) = apply_once(conn, results).await? {
             return Ok(applied);
         }
     }
 }
 
 /// None: an item was not where it had been read; nothing is applied.
-async fn apply_once(pool: &PgPool, results: &[&ItemResult]) -> sqlx::Result<Option<Applied>> {
-    let mut tx = pool.begin().await?;
+async fn apply_once(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::Result<Option<Applied>> {
+    let mut tx = conn.begin().await?;
     let mut items = read_items(&mut tx, results).await?;
     let mut applied = Applied::default();
     let mut moved: BTreeMap<Uuid, Moved> = BTreeMap::new();
