@@ -213,14 +213,17 @@ impl FanOut {
             _ => {}
         }
         let outstanding = outstanding(&situation.counters, situation.counters.total - situation.first_released);
+        let is_young = situation.now - pass.created_at < YOUTH;
         let flow = pass.flow.look(situation.now, pass.released, outstanding);
         let limits = if cancels { Limits::default() } else { self.limits(conn, pass, situation).await? };
-        let wish =
-            if cancels { self.config.fan_out.chunk_items } else { self.wish(situation, &limits, flow, outstanding) };
+        let wish = if cancels {
+            self.config.fan_out.chunk_items
+        } else {
+            self.wish(situation, &limits, flow, outstanding, is_young)
+        };
         let granted = limits.grant(wish, situation.now);
         if granted <= 0 || self.is_unapplied(conn, pass, situation).await? {
             passes::touch(conn, pass).await?;
-            let is_young = situation.now - pass.created_at < YOUTH;
             return Ok(if wish <= 0 && is_young { After::Soon } else { After::Wait });
         }
         let items = passes::next_items(conn, pass, granted).await?;
@@ -274,11 +277,12 @@ impl FanOut {
     }
 
     /// How many items there is room for.
-    fn wish(&self, situation: &Situation, limits: &Limits, flow: Flow, outstanding: i32) -> i32 {
+    fn wish(&self, situation: &Situation, limits: &Limits, flow: Flow, outstanding: i32, is_young: bool) -> i32 {
         let config = &self.config.fan_out;
         let time = Duration::from_millis(config.window_ms);
-        // Twice what can be in flight: a sender that is done finds the next one waiting.
-        let least = situation.permits.saturating_mul(2).max(LEAST_WINDOW);
+        // Twice what can be in flight: a sender that is done finds the next one waiting. At first some more, since even the
+        // fastest senders have no more than this.
+        let least = situation.permits.saturating_mul(if is_young { 3 } else { 2 }).max(LEAST_WINDOW);
         // Under a limit no more may gather than it allows, or the senders would make up for a pause in one burst.
         let most = limits.both().map(|budget| situation.permits.saturating_add(budget.within(time)).max(LEAST_WINDOW));
         let most = most.fold(config.window_items, i32::min);

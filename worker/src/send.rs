@@ -27,6 +27,7 @@ use mailrun_shared::{
 use sqlx::PgPool;
 use tokio::{
     sync::mpsc,
+    task::yield_now,
     time::{sleep, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
@@ -138,6 +139,8 @@ impl Senders {
     /// Waits for room and a delivery, then takes as many more of both as come within a moment.
     async fn gather(&self, consumer: &mut Consumer) -> Option<Vec<Delivery>> {
         self.permits.some().await;
+        // Those that were claimed together end together: let them, or most would wait for the next claim.
+        yield_now().await;
         let mut batch = vec![consumer.next().await?];
         let until = Instant::now() + GATHER;
         let most = if self.mailer.lane() == Lane::Trying { 1 } else { self.config.send.claim_batch };

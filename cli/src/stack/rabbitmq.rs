@@ -226,6 +226,8 @@ impl Server for RabbitMq {
             // Without this, Erlang starts a port mapper of its own, one that nobody ends, where ours doesn't answer.
             .env("ERL_FLAGS", "-start_epmd false")
             .env("ERL_CRASH_DUMP_SECONDS", "0")
+            // Tied to a processor each, its schedulers would wait there for the others of this machine.
+            .env("RABBITMQ_SCHEDULER_BIND_TYPE", "u")
             .env("RABBITMQ_NODENAME", &self.node_name)
             .env("RABBITMQ_DIST_PORT", self.ports.distribution.to_string())
             .env("RABBITMQ_MNESIA_BASE", self.home.join("data"))
