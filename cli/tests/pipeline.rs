@@ -67,6 +67,29 @@ async fn a_killed_worker_loses_nobody_and_doubles_nobody() {
 }
 
 #[tokio::test]
+async fn what_a_worker_had_sent_before_its_last_claim_stays_known_even_if_its_results_are_purged() {
+    let mut world =
+        World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"), ("MAILRUN_SEND__PERMITS", "20")]).await;
+    world.worker("fan-out");
+    let victim = world.worker("send");
+    // Nobody counts, so the first window is all that is sent.
+    let run = world.invite(&people(300)).await;
+    let receipts = "SELECT coalesce(sum(cardinality(item_ids)), 0)::bigint FROM receipts";
+    until("most have a receipt", async || {
+        sqlx::query_scalar::<_, i64>(receipts).fetch_one(&world.pool).await.unwrap() > 60
+    })
+    .await;
+    world.kill(victim);
+    world.channel().await.queue_purge("mailrun.results".into(), Default::default()).await.unwrap();
+    world.workers();
+    let end = world.until_over(&run).await;
+    assert!(count(&end, "unknown") <= 20, "more unknown than permits: {end}");
+    assert!(world.repairs(&run).await.told_again > 0, "what the dead worker had sent was told by its receipts");
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+#[tokio::test]
 async fn a_terminated_worker_finishes_what_it_has_begun() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
     world.worker("fan-out");
