@@ -16,7 +16,10 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::mailer::{Lane, Mailer};
+use crate::{
+    mailer::{Lane, Mailer},
+    permits::Permits,
+};
 
 /// A clock that goes on while the machine sleeps, as the others' clocks do: [`std::time::Instant`] stands still then.
 fn since_boot() -> Duration {
@@ -32,10 +35,9 @@ pub struct Heartbeat {
     dead_after: Duration,
     /// When the newest heartbeat that arrived was begun.
     last: Mutex<Duration>,
-    in_flight: AtomicI32,
     rebuilds: AtomicI32,
-    /// What it sends through, if it does.
-    mailer: OnceLock<Arc<dyn Mailer>>,
+    /// What it sends through and with, if it does.
+    sender: OnceLock<(Arc<dyn Mailer>, Arc<Permits>)>,
 }
 
 impl fmt::Debug for Heartbeat {
@@ -61,9 +63,8 @@ impl Heartbeat {
             interval: Duration::from_millis(config.interval_ms),
             dead_after: Duration::from_millis(config.dead_after_ms),
             last: Mutex::new(last),
-            in_flight: AtomicI32::new(0),
             rebuilds: AtomicI32::new(0),
-            mailer: OnceLock::new(),
+            sender: OnceLock::new(),
         })
     }
 
@@ -84,20 +85,15 @@ impl Heartbeat {
         since_boot().saturating_sub(last) + self.interval / 2 < self.dead_after
     }
 
-    /// How many permits are in use, for the operator to see.
-    pub fn set_in_flight(&self, permits: usize) {
-        self.in_flight.store(i32::try_from(permits).unwrap_or(i32::MAX), Ordering::Relaxed);
-    }
-
     /// Counts a consumer whose connection is built anew because it was of no use, for the operator to see.
     pub fn add_rebuild(&self) {
         self.rebuilds.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// From now on the heartbeat says whether this mailer's lane is closed, and why.
-    pub fn tell_of(&self, mailer: Arc<dyn Mailer>) {
-        // There is one mailer in a process.
-        let _ = self.mailer.set(mailer);
+    /// From now on the heartbeat says how many permits are in use, and whether the mailer's lane is closed, and why.
+    pub fn tell_of(&self, mailer: Arc<dyn Mailer>, permits: Arc<Permits>) {
+        // There is one of each in a process.
+        let _ = self.sender.set((mailer, permits));
     }
 
     /// Beats until `stop`. A heartbeat that fails is not made up for: the next one comes soon enough.
@@ -131,19 +127,24 @@ impl Heartbeat {
 
     async fn write(&self) -> sqlx::Result<()> {
         let mut conn = self.pool.acquire().await?;
-        let closed = match self.mailer.get().map(|mailer| mailer.lane()) {
+        let closed = match self.sender.get().map(|(mailer, _)| mailer.lane()) {
             Some(Lane::Closed { reason, until }) => Some((reason, until.saturating_duration_since(Instant::now()))),
             _ => None,
         };
-        let (in_flight, rebuilds) = (self.in_flight.load(Ordering::Relaxed), self.rebuilds.load(Ordering::Relaxed));
-        workers::heartbeat(&mut conn, self.worker_id, in_flight, rebuilds, closed).await
+        let rebuilds = self.rebuilds.load(Ordering::Relaxed);
+        workers::heartbeat(&mut conn, self.worker_id, self.in_flight(), rebuilds, closed).await
+    }
+
+    fn in_flight(&self) -> i32 {
+        let in_use = self.sender.get().map_or(0, |(_, permits)| permits.in_use());
+        i32::try_from(in_use).unwrap_or(i32::MAX)
     }
 
     /// Says that the process has ended, leaving nothing unreported.
     pub async fn stop(&self) {
         let write = async {
             let mut conn = self.pool.acquire().await?;
-            workers::stop(&mut conn, self.worker_id, self.in_flight.load(Ordering::Relaxed)).await
+            workers::stop(&mut conn, self.worker_id, self.in_flight()).await
         };
         match timeout(self.dead_after, write).await {
             Ok(Ok(())) => {}

@@ -46,8 +46,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, info, warn};
 
 use crate::{
-    consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, progress::Progress, send::Senders, sweep::Sweeper,
-    test_send::TestSends, unsubscribe::Links, watchdog::Watchdog,
+    consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, permits::Permits, progress::Progress, send::Senders,
+    sweep::Sweeper, test_send::TestSends, unsubscribe::Links, watchdog::Watchdog,
 };
 
 /// Run messages handed out ahead to one pump.
@@ -206,12 +206,14 @@ fn start(
             }
             Role::Send => {
                 let mailer = mailer::mailer(&config.mailer)?;
-                heartbeat.tell_of(Arc::clone(&mailer));
+                let permits = Arc::new(Permits::new(config.permits()));
+                heartbeat.tell_of(Arc::clone(&mailer), Arc::clone(&permits));
                 let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
                 let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, links.clone());
                 parts.spawn(tests.run(consume(&[topology::TESTS.into()], test_send::PREFETCH), stop.clone()));
                 let (beat, links) = (Arc::clone(heartbeat), links.clone());
-                let senders = Senders::new(config.clone(), pool.clone(), publisher.clone(), beat, mailer, links);
+                let senders =
+                    Senders::new(config.clone(), pool.clone(), publisher.clone(), beat, mailer, permits, links);
                 parts.spawn(senders.run(consume(broker.item_queues(), config.send.prefetch), stop.clone()));
             }
             Role::Progress => {

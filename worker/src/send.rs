@@ -64,7 +64,7 @@ pub struct Senders {
     templates: Templates,
     links: Links,
     claims: Mutex<Claims>,
-    permits: Permits,
+    permits: Arc<Permits>,
     rules: Rules,
     config: Config,
 }
@@ -90,6 +90,7 @@ impl Senders {
         publisher: Publisher,
         heartbeat: Arc<Heartbeat>,
         mailer: Arc<dyn Mailer>,
+        permits: Arc<Permits>,
         links: Links,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -101,7 +102,7 @@ impl Senders {
             mailer,
             domain: config.message_id_domain(),
             claims: Mutex::default(),
-            permits: Permits::new(config.permits()),
+            permits,
             rules: Rules { rungs: config.rungs(), on_unknown: config.send.on_unknown },
             config,
         })
@@ -173,7 +174,6 @@ impl Senders {
         };
         // There is room for each delivery, and at least one delivery for each claim.
         self.permits.begin(claimed.len());
-        self.heartbeat.set_in_flight(self.permits.in_use());
         // One look for all: it is the same run's text, most of the time.
         let mut templates = HashMap::new();
         for run_id in claimed.iter().map(|claimed| claimed.run_id) {
@@ -322,7 +322,6 @@ impl Senders {
             }
             // All at once, so that the next claim is as large as this report.
             self.permits.confirmed(batch.iter().map(|Finished { key, next }| (*key, next.result.state)));
-            self.heartbeat.set_in_flight(self.permits.in_use());
             let now = Instant::now();
             let mut claims = self.claims();
             for Finished { key, next } in batch.drain(..) {

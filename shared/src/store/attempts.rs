@@ -167,24 +167,38 @@ pub(super) struct Held {
     pub(super) alive: Option<bool>,
 }
 
+impl Held {
+    /// Whose it is, as far as the claim says: there may be a receipt as well.
+    fn owner(&self) -> Option<Owner> {
+        self.worker_id.map(|id| match Withheld::of(id) {
+            Some(why) => Owner::Nobody(why),
+            None => Owner::Worker { id, fate: if self.alive == Some(true) { Fate::Alive } else { Fate::Dead } },
+        })
+    }
+}
+
 /// The owners of claims, in their order.
 pub(super) async fn owners(conn: &mut PgConnection, claims: &[Held]) -> sqlx::Result<Vec<Option<Owner>>> {
-    let of_dead =
-        |held: &&Held| held.alive != Some(true) && held.worker_id.is_some_and(|id| Withheld::of(id).is_none());
-    let (mut workers, items): (Vec<i64>, Vec<i64>) =
-        claims.iter().filter(of_dead).filter_map(|held| Some((held.worker_id?, held.item_id))).unzip();
+    let mut owners: Vec<Option<Owner>> = claims.iter().map(Held::owner).collect();
+    let (mut workers, items): (Vec<i64>, Vec<i64>) = claims
+        .iter()
+        .zip(&owners)
+        .filter_map(|(held, owner)| match owner {
+            Some(Owner::Worker { id, fate: Fate::Dead }) => Some((*id, held.item_id)),
+            _ => None,
+        })
+        .unzip();
     workers.sort_unstable();
     workers.dedup();
     let accepted = receipts::of_workers(conn, &workers, &items).await?;
-    let owner = |held: &Held| {
-        held.worker_id.map(|id| match Withheld::of(id) {
-            Some(why) => Owner::Nobody(why),
-            None if held.alive == Some(true) => Owner::Worker { id, fate: Fate::Alive },
-            None if accepted.contains(&(held.item_id, held.number)) => Owner::Worker { id, fate: Fate::Accepted },
-            None => Owner::Worker { id, fate: Fate::Dead },
-        })
-    };
-    Ok(claims.iter().map(owner).collect())
+    for (held, owner) in claims.iter().zip(&mut owners) {
+        if let Some(Owner::Worker { fate: fate @ Fate::Dead, .. }) = owner
+            && accepted.contains(&(held.item_id, held.number))
+        {
+            *fate = Fate::Accepted;
+        }
+    }
+    Ok(owners)
 }
 
 /// Looks up attempts whose claim was refused. One that isn't returned names an item that doesn't exist.
