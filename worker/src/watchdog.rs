@@ -53,7 +53,7 @@ struct Look {
     has_room: bool,
     /// Messages that wait on its queue.
     ready: u32,
-    /// A run that should be under way does not move.
+    /// A run that should be under way has not moved since the last look.
     standstill: bool,
 }
 
@@ -261,12 +261,13 @@ impl Watchdog {
         }
     }
 
-    /// Whether a run does not move for no reason that is known. False: so it is not, or PostgreSQL does not say.
+    /// Whether a run has not moved since the last look, for no reason that is known. False: so it is not, or PostgreSQL does not
+    /// say.
     async fn sees_standstill(&self) -> bool {
         let ask = async {
             let mut conn = self.pool.acquire().await?;
             Ok::<_, sqlx::Error>(
-                sweep::is_standstill(&mut conn, self.idle_after).await?
+                sweep::is_standstill(&mut conn, self.interval()).await?
                     && !sweep::all_lanes_closed(&mut conn, self.heartbeat.dead_after()).await?,
             )
         };
