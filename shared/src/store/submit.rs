@@ -255,27 +255,38 @@ fn push_escaped(rows: &mut String, text: &str) {
     }
 }
 
-/// Leaves each address once, where it stood first, in the temporary table `invited`.
+/// Leaves each address once, where it stood first, in the temporary table `invited`, with its person's id: of one who is
+/// known, or of one to be inserted.
+///
+/// Here and below, a person is looked up by a scalar subquery, which stays a look into an index for each of them. A join may
+/// be planned to read everybody ever invited, and would take longer with every run there has been.
 async fn deduplicate(conn: &mut PgConnection) -> sqlx::Result<i32> {
+    // `OFFSET 0`, or it would look twice: once for each mention.
     let distinct = sqlx::query(
         "CREATE TEMP TABLE invited ON COMMIT DROP AS
-         SELECT DISTINCT ON (email) place, email, name FROM listed ORDER BY email, place",
+         SELECT place, email, name, known, coalesce(known, nextval('users_id_seq')) AS user_id
+         FROM (SELECT place, email, name, (SELECT u.id FROM users u WHERE u.email = first.email) AS known
+               FROM (SELECT DISTINCT ON (email) place, email, name FROM listed ORDER BY email, place) first
+               OFFSET 0) first",
     )
     .execute(&mut *conn)
     .await?;
-    // Without statistics the joins below may be planned as for a handful of rows.
+    // Without statistics the statements below may be planned as for a handful of rows.
     sqlx::query("ANALYZE invited").execute(conn).await?;
     Ok(to_count(distinct.rows_affected()))
 }
 
 /// In one order for everybody, so that two submissions of the same new people wait for each other and don't deadlock.
 async fn insert_users(conn: &mut PgConnection, insert: Insert) -> sqlx::Result<()> {
-    // A scalar subquery stays a look into the index for each address. NOT EXISTS may become a join that reads everybody ever
-    // invited: with two million of them that took twice the time.
-    let statement = "INSERT INTO users (email, name)
-         SELECT email, name FROM invited WHERE (SELECT u.id FROM users u WHERE u.email = invited.email) IS NULL
-         ORDER BY email";
-    sqlx::query(insert.rows(statement, "(email)")).execute(conn).await?;
+    let statement = "INSERT INTO users (id, email, name) OVERRIDING SYSTEM VALUE
+         SELECT user_id, email, name FROM invited WHERE known IS NULL ORDER BY email";
+    sqlx::query(insert.rows(statement, "(email)")).execute(&mut *conn).await?;
+    if insert == Insert::Checked {
+        // Those whom another submission has inserted since.
+        let statement = "UPDATE invited SET known = u.id, user_id = u.id
+             FROM users u WHERE u.email = invited.email AND invited.known IS NULL AND u.id <> invited.user_id";
+        sqlx::query(statement).execute(conn).await?;
+    }
     Ok(())
 }
 
@@ -283,11 +294,11 @@ async fn insert_users(conn: &mut PgConnection, insert: Insert) -> sqlx::Result<(
 /// without gaps; what keeps two submissions of the same moment apart is the unique index.
 async fn insert_items(conn: &mut PgConnection, run_id: Uuid, insert: Insert) -> sqlx::Result<i32> {
     let statement = "INSERT INTO run_items (run_id, user_id, position)
-         SELECT $1, u.id, row_number() OVER (ORDER BY invited.place)
-         FROM invited JOIN users u USING (email)
-         WHERE u.emailed_at IS NULL AND NOT EXISTS (SELECT FROM run_items i WHERE i.user_id = u.id AND i.active)
-           AND NOT EXISTS (SELECT FROM suppressions s WHERE s.email = invited.email)
-         ORDER BY invited.place";
+         SELECT $1, user_id, row_number() OVER (ORDER BY place) FROM invited
+         WHERE (known IS NULL OR (SELECT u.emailed_at IS NULL FROM users u WHERE u.id = known)
+                                 AND (SELECT i.id FROM run_items i WHERE i.user_id = known AND i.active) IS NULL)
+           AND (SELECT s.email FROM suppressions s WHERE s.email = invited.email) IS NULL
+         ORDER BY place";
     let inserted = sqlx::query(insert.rows(statement, "(user_id) WHERE active")).bind(run_id).execute(conn).await?;
     Ok(to_count(inserted.rows_affected()))
 }
@@ -296,11 +307,14 @@ async fn insert_items(conn: &mut PgConnection, run_id: Uuid, insert: Insert) -> 
 /// suppressed.
 async fn count_others(conn: &mut PgConnection, run_id: Uuid, tally: &mut Tally) -> sqlx::Result<()> {
     let (suppressed, others, failed): (i64, i64, i64) = sqlx::query_as(
-        "SELECT count(s.email), count(*) FILTER (WHERE s.email IS NULL AND (i.id IS NOT NULL OR u.emailed_at IS NOT NULL)),
-                count(*) FILTER (WHERE s.email IS NULL AND i.troubled)
-         FROM invited JOIN users u USING (email)
-         LEFT JOIN suppressions s USING (email)
-         LEFT JOIN run_items i ON i.user_id = u.id AND i.active AND i.run_id <> $1",
+        "SELECT count(*) FILTER (WHERE suppressed),
+                count(*) FILTER (WHERE NOT suppressed AND (emailed OR troubled IS NOT NULL)),
+                count(*) FILTER (WHERE NOT suppressed AND troubled)
+         FROM (SELECT (SELECT s.email FROM suppressions s WHERE s.email = invited.email) IS NOT NULL AS suppressed,
+                      (SELECT u.emailed_at IS NOT NULL FROM users u WHERE u.id = known) AS emailed,
+                      (SELECT i.troubled FROM run_items i
+                       WHERE i.user_id = known AND i.active AND i.run_id <> $1) AS troubled
+               FROM invited OFFSET 0) people",
     )
     .bind(run_id)
     .fetch_one(conn)
