@@ -215,10 +215,7 @@ impl Broker {
         let mut reconnect = Reconnect::default();
         let mut batches = Vec::new();
         loop {
-            // Connect only when there is something to say.
-            if batches.is_empty() && !fill(&receiver, &mut batches).await {
-                return;
-            }
+            // At first before there is anything to say, so that the first message need not wait.
             let error = match self.confirm_channel().await {
                 Ok((connection, channel)) => {
                     let ended = self.publish_on(&channel, &receiver, &mut batches, &mut reconnect).await;
@@ -239,6 +236,10 @@ impl Broker {
             let wait = reconnect.next_wait();
             sleep(wait).await;
             batches.retain(|batch: &Batch| !batch.done.is_closed());
+            // Again only for something to say.
+            if batches.is_empty() && !fill(&receiver, &mut batches).await {
+                return;
+            }
         }
     }
 
