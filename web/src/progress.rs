@@ -193,9 +193,9 @@ pub(crate) type Watched = Cache<Uuid, Option<Progress>>;
 
 /// Runs remembered at most.
 const WATCHED_RUNS: u64 = 10_000;
-/// The page polls less often; so everybody who watches a run sees it move with each poll, and all of them together cost
-/// the database one look at it.
-const FRESH_FOR: Duration = Duration::from_millis(200);
+/// As long as the page waits between two polls (`LIVE` in `results.js`): so everybody who watches a run sees it move with each
+/// poll, and all of them together cost the database as much as one.
+const FRESH_FOR: Duration = Duration::from_millis(300);
 
 /// Nobody is watched yet.
 pub(crate) fn watched() -> Watched {
