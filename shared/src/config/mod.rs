@@ -192,7 +192,7 @@ impl Default for FanOutConfig {
             window_ms: 500,
             window_items: 10_000,
             deferred_items: 20_000,
-            chunk_items: 2_500,
+            chunk_items: 5_000,
             sends_per_second: None,
             rate_burst_ms: 500,
         }
