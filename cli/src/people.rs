@@ -4,10 +4,16 @@ use std::fmt::Write as _;
 
 /// A list of `count` people, one a line, numbered from 1.
 pub(crate) fn people(name: &str, count: usize) -> String {
-    let mut list = String::with_capacity(count * (name.len() + 22));
+    people_at("example.org", name, count)
+}
+
+/// The same, at `domain`: where those of one domain stand beside each other in an index of addresses, the same names at
+/// several domains come in between each other.
+pub(crate) fn people_at(domain: &str, name: &str, count: usize) -> String {
+    let mut list = String::with_capacity(count * (name.len() + domain.len() + 10));
     for number in 1..=count {
         // Writing to a string does not fail.
-        let _ = writeln!(list, "{name}-{number:07}@example.org");
+        let _ = writeln!(list, "{name}-{number:07}@{domain}");
     }
     list
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 fn the_bench_prints_one_line_of_json() {
     let mut bench = Command::new(env!("CARGO_BIN_EXE_mailrun"));
     bench.args(["bench", "--recipients", "2000", "--repeat", "1", "--json"]).stderr(Stdio::inherit());
-    bench.args(["--senders", "1", "--watchers", "20", "--in-a-row", "1", "--old-snapshot"]);
+    bench.args(["--senders", "1", "--watchers", "20", "--in-a-row", "1", "--old-snapshot", "--prune"]);
     let output = bench.output().unwrap();
     assert!(output.status.success());
     let stdout = String::from_utf8(output.stdout).unwrap();
@@ -43,5 +43,6 @@ fn the_bench_prints_one_line_of_json() {
         assert!(audience["polls"].as_u64().is_some_and(|polls| polls > 0) && audience["errors"] == 0, "{figures}");
     }
     let names: Vec<&Value> = figures["in_a_row"].as_array().unwrap().iter().map(|run| &run["name"]).collect();
-    assert_eq!(names, ["1", "old snapshot", "after it"]);
+    assert_eq!(names, ["1", "old snapshot", "after it", "prune"]);
+    assert!(figures["in_a_row"][3]["pruned_items"].is_u64(), "{figures}");
 }

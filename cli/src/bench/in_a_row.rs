@@ -1,25 +1,46 @@
 //! Runs in a row on one installation: what becomes of the rates, the pages and the tables when nothing is emptied in between,
-//! and, if asked for, while somebody holds an old snapshot that keeps dead rows from being cleaned away.
+//! and, if asked for, while somebody holds an old snapshot that keeps dead rows from being cleaned away, and while old runs
+//! are deleted.
 
-use std::{fmt, time::Instant};
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    fmt,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use mailrun_worker::prune::prune;
 use serde::Serialize;
-use sqlx::{PgConnection, Row as _};
+use sqlx::{PgConnection, PgPool, Row as _};
+use tokio::time::sleep;
 
 use super::{
-    Settings, people,
+    Settings,
     pipeline::{Mailrun, POLL, Setup},
     place::Place,
     report::median,
     statements::Statements,
 };
+use crate::people::people_at;
 
 /// A page is opened so often after each run.
 const OPENED: usize = 20;
 const TABLES: [&str; 6] = ["users", "run_items", "attempts", "run_progress", "run_samples", "outbox"];
 /// What is in the text of a claim and of no other statement of the senders.
 const CLAIM: &str = "INSERT INTO attempts";
+/// Runs are deleted that were over for so long: not the one that is under way.
+const OVER_FOR: Duration = Duration::from_secs(2);
+/// A step of that takes some milliseconds.
+const STEP: Duration = Duration::from_secs(30);
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    pub(super) runs: u32,
+    pub(super) old_snapshot: bool,
+    pub(super) prune: bool,
+}
 
 /// One of the runs, and what the installation looks like after it.
 #[derive(Clone, Debug, Serialize)]
@@ -34,6 +55,9 @@ pub(super) struct Link {
     runs_page_milliseconds: f64,
     /// A mean; null without `pg_stat_statements`.
     claim_milliseconds: Option<f64>,
+    /// Invitations of earlier runs that were deleted meanwhile, if any were to be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pruned_items: Option<u64>,
     tables: Vec<Table>,
 }
 
@@ -47,8 +71,8 @@ struct Table {
     vacuums: i64,
 }
 
-/// Sends `runs` runs of `items` other people each, and two more, one during an old snapshot and one after it, if
-/// `old_snapshot`.
+/// Sends runs of `items` other people each: so many, then one during an old snapshot and one after it, then one while those
+/// before it are deleted, if that is asked for.
 ///
 /// # Errors
 /// When something does not start, or not everybody was emailed.
@@ -56,12 +80,11 @@ pub(super) async fn measure(
     place: &Place<'_>,
     settings: &Settings<'_>,
     items: usize,
-    runs: u32,
-    old_snapshot: bool,
+    asked: Asked,
 ) -> Result<Vec<Link>> {
     let mut conn = place.database().await?;
     let mailrun = Mailrun::start(place, settings, Setup::default()).await?;
-    let measured = send_all(place, &mailrun, &mut conn, items, runs, old_snapshot).await;
+    let measured = send_all(place, &mailrun, &mut conn, items, asked).await;
     mailrun.services.stop().await;
     measured
 }
@@ -71,29 +94,53 @@ async fn send_all(
     mailrun: &Mailrun,
     conn: &mut PgConnection,
     items: usize,
-    runs: u32,
-    old_snapshot: bool,
+    asked: Asked,
 ) -> Result<Vec<Link>> {
     place.quiet(conn).await?;
     let mut links = Vec::new();
-    for number in 1..=runs {
-        links.push(send(mailrun, conn, items, number.to_string()).await?);
+    let mut add = |link: Link| {
+        eprintln!("{link}");
+        links.push(link);
+    };
+    for number in 1..=asked.runs {
+        add(send(mailrun, conn, items, number.to_string()).await?);
     }
-    if old_snapshot {
+    if asked.old_snapshot {
         let mut old = place.database().await?;
         // With an id of its own, as a transaction that has written: it holds back more than one that only reads.
         sqlx::raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM runs; SELECT pg_current_xact_id()")
             .execute(&mut old)
             .await?;
-        links.push(send(mailrun, conn, items, "old snapshot".to_owned()).await?);
+        add(send(mailrun, conn, items, "old snapshot".to_owned()).await?);
         sqlx::raw_sql("ROLLBACK").execute(&mut old).await?;
-        links.push(send(mailrun, conn, items, "after it".to_owned()).await?);
+        add(send(mailrun, conn, items, "after it".to_owned()).await?);
+    }
+    if asked.prune {
+        let pool = PgPool::connect(&place.database_url()).await?;
+        sleep(OVER_FOR).await;
+        let pruned = Cell::new(0);
+        let link = tokio::select! {
+            link = send(mailrun, conn, items, "prune".to_owned()) => link?,
+            Err(error) = prune_on(&pool, &pruned) => return Err(error),
+        };
+        add(Link { pruned_items: Some(pruned.get()), ..link });
     }
     Ok(links)
 }
 
+/// Deletes what is over, again and again, and counts the invitations.
+async fn prune_on(pool: &PgPool, pruned: &Cell<u64>) -> Result<Infallible> {
+    loop {
+        let before = pruned.get();
+        prune(pool, Some(OVER_FOR), STEP, |now| pruned.set(before + now.items)).await.context("pruning failed")?;
+        sleep(POLL).await;
+    }
+}
+
 async fn send(mailrun: &Mailrun, conn: &mut PgConnection, items: usize, name: String) -> Result<Link> {
-    let form = mailrun.visitor.fill_in(&people(&name.replace(' ', "-"), items)).await?;
+    // Each run's addresses come in all over the index, as anybody's do.
+    let domain = format!("run-{}.example.org", name.replace(' ', "-"));
+    let form = mailrun.visitor.fill_in(&people_at(&domain, "guest", items)).await?;
     let before = Statements::with(conn, CLAIM).await;
     let run = mailrun.submit(form).await?;
     let end = mailrun.until_over(&run, POLL).await?;
@@ -107,10 +154,10 @@ async fn send(mailrun: &Mailrun, conn: &mut PgConnection, items: usize, name: St
         results_page_milliseconds: open(mailrun, &run.url).await?,
         runs_page_milliseconds: open(mailrun, &format!("{}/runs", mailrun.services.web_url)).await?,
         claim_milliseconds: claims.and_then(|claims| claims.mean_milliseconds()),
+        pruned_items: None,
         tables: tables(conn).await?,
         name,
     };
-    eprintln!("{link}");
     Ok(link)
 }
 
@@ -156,6 +203,10 @@ impl fmt::Display for Link {
         if let Some(claim) = self.claim_milliseconds {
             write!(f, "a claim {claim:.2} ms, ")?;
         }
-        write!(f, "{} MiB, {dead} dead rows", bytes / (1024 * 1024))
+        write!(f, "{} MiB, {dead} dead rows", bytes / (1024 * 1024))?;
+        match self.pruned_items {
+            Some(items) => write!(f, ", {items} old invitations deleted meanwhile"),
+            None => Ok(()),
+        }
     }
 }

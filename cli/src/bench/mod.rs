@@ -7,6 +7,7 @@
 mod ceiling;
 mod conveyor;
 mod cpu;
+mod depths;
 mod in_a_row;
 mod naive;
 mod pipeline;
@@ -27,6 +28,7 @@ use mailrun_shared::{config::Config, shutdown};
 
 use self::{
     cpu::Cpu,
+    in_a_row::Asked,
     pipeline::{Piped, Setup},
     place::Place,
     report::{Figures, Latency, Round, median},
@@ -74,6 +76,9 @@ pub struct Options {
     /// And then one run while a session holds an old snapshot, and one after it.
     #[arg(long, requires = "in_a_row")]
     old_snapshot: bool,
+    /// And then one run while those before it are deleted.
+    #[arg(long, requires = "in_a_row")]
+    prune: bool,
 }
 
 /// What all measurements of Mailrun are run with.
@@ -132,7 +137,8 @@ async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Options) -> R
     }
     if let Some(runs) = options.in_a_row {
         let place = Place::create(stack, "in-a-row").await?;
-        figures.in_a_row = in_a_row::measure(&place, settings, items, runs, options.old_snapshot).await?;
+        let asked = Asked { runs, old_snapshot: options.old_snapshot, prune: options.prune };
+        figures.in_a_row = in_a_row::measure(&place, settings, items, asked).await?;
         place.drop().await?;
     }
     if options.small_run {

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::{
     Settings,
     cpu::{Cpu, Memory},
+    depths::{Depths, Lead},
     people,
     place::Place,
     writes::Writes,
@@ -61,6 +62,7 @@ pub(super) struct Piped {
     pub(super) cpu: Cpu,
     pub(super) writes: Writes,
     pub(super) memory: Memory,
+    pub(super) deepest: Depths,
 }
 
 impl Piped {
@@ -83,13 +85,14 @@ pub(super) async fn measure(place: &Place<'_>, settings: &Settings<'_>, items: u
     let mut conn = place.database().await?;
     let mailrun = Mailrun::start(place, settings, setup).await?;
     place.quiet(&mut conn).await?;
-    let measured = send(place, &mailrun, &mut conn, items).await;
+    let mut lead = Lead::connect(place).await?;
+    let measured = lead.during(send(place, &mailrun, &mut conn, items)).await;
     let memory = Memory::now(&mailrun.services);
     mailrun.services.stop().await;
     let (submit, all, cpu, before, wal_bytes) = measured?;
     // The services' sessions have ended, and with that have told how many transactions they had.
     let writes = Writes { wal_bytes, ..Writes::now(&mut conn).await? - before };
-    Ok(Piped { items, submit, all, cpu, writes, memory })
+    Ok(Piped { items, submit, all, cpu, writes, memory, deepest: lead.deepest })
 }
 
 async fn send(

@@ -25,7 +25,7 @@ impl<'a> Place<'a> {
         stack.create_database(&place.name).await?;
         stack.create_vhost(&place.name).await?;
         let mut config = Config::default();
-        config.database.url = stack.database_url(&place.name).into();
+        config.database.url = place.database_url().into();
         config.amqp.urls = vec![stack.amqp_url(&place.name).into()];
         setup::run(&config).await?;
         // Without the library nothing is told of statements, and the rest is measured all the same.
@@ -59,9 +59,14 @@ impl<'a> Place<'a> {
     /// What a service needs in its environment to work here.
     pub(super) fn environment(&self) -> Vec<(OsString, OsString)> {
         vec![
-            ("DATABASE_URL".into(), self.stack.database_url(&self.name).into()),
+            ("DATABASE_URL".into(), self.database_url().into()),
             ("AMQP_URL".into(), self.stack.amqp_url(&self.name).into()),
         ]
+    }
+
+    /// Where the database is.
+    pub(super) fn database_url(&self) -> String {
+        self.stack.database_url(&self.name)
     }
 
     /// A session in the database.
@@ -69,7 +74,7 @@ impl<'a> Place<'a> {
     /// # Errors
     /// The database's.
     pub(super) async fn database(&self) -> Result<PgConnection> {
-        PgConnection::connect(&self.stack.database_url(&self.name)).await.context("PostgreSQL can't be reached")
+        PgConnection::connect(&self.database_url()).await.context("PostgreSQL can't be reached")
     }
 
     /// A connection of its own, with a channel.

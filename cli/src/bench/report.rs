@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     cpu::{Cpu, Memory},
+    depths::Depths,
     in_a_row::Link,
     pipeline::Piped,
     raw::Raw,
@@ -63,6 +64,8 @@ pub(super) struct Figures {
     statements_per_item: Option<f64>,
     /// The most over all rounds.
     peak_memory_bytes: Memory,
+    /// The most messages that were seen waiting over all rounds.
+    deepest_queues: Depths,
     /// Each round's rates, to see how far they lie apart.
     ceiling_rounds: Vec<f64>,
     pipeline_rounds: Vec<f64>,
@@ -171,6 +174,7 @@ impl Figures {
             peak_memory_bytes: rounds
                 .iter()
                 .fold(Memory::default(), |greatest, round| greatest.max(round.pipeline.memory)),
+            deepest_queues: rounds.iter().fold(Depths::default(), |deepest, round| deepest.max(round.pipeline.deepest)),
             ceiling_rounds,
             pipeline_rounds,
             naive_rounds,
@@ -259,6 +263,8 @@ impl Figures {
             megabytes(memory.send),
             megabytes(memory.progress)
         )?;
+        let Depths { items, results } = self.deepest_queues;
+        writeln!(text, "Most messages waiting: {items} items, {results} with results")?;
         for slow in &self.slow_mail {
             writeln!(
                 text,
@@ -326,6 +332,7 @@ mod tests {
             cpu: Cpu { database: pipeline_s, ..cpu },
             writes,
             memory: Memory { web: 5, ..Memory::default() },
+            deepest: Depths { items: 7, results: 2 },
         };
         Round { ceiling: raw(ceiling_s), pipeline, naive: raw(naive_s) }
     }
