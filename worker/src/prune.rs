@@ -15,6 +15,9 @@ use tracing::{info, warn};
 const RUNS: i64 = 20;
 /// Items deleted in one transaction: a few milliseconds' work.
 const ITEMS: i64 = 1_000;
+/// After each of those, a rest that is so many times as long while other runs are under way, so that they hardly notice; else
+/// it is as long: at least half of the database is for the others.
+const REST_BESIDE_OTHERS: u32 = 19;
 /// The first look after a start: not in the rush of a restart.
 const FIRST_LOOK: Duration = Duration::from_secs(60);
 
@@ -46,11 +49,10 @@ pub async fn prune(
         };
         pruned.runs += runs;
         let mut begun = Instant::now();
-        while let Some(items) = in_time(limit, prune::step(pool, ITEMS)).await? {
-            pruned.items += items;
+        while let Some(step) = in_time(limit, prune::step(pool, ITEMS)).await? {
+            pruned.items += step.items;
             progress(pruned);
-            // As long a rest as the step took: at least half of the database is for the others.
-            sleep(begun.elapsed()).await;
+            sleep(begun.elapsed() * if step.beside_others { REST_BESIDE_OTHERS } else { 1 }).await;
             begun = Instant::now();
         }
         if runs == 0 {

@@ -10,6 +10,8 @@ use crate::config::DAY;
 
 /// Published messages, ended workers with their receipts, and tests are of no use after a day.
 const SCRAPS_AFTER: Duration = DAY;
+/// A run whose counters moved so lately is under way.
+const STILL_MOVING: Duration = Duration::from_secs(5);
 
 /// Deletes the oldest runs that were over for `after`, at most `limit`, and returns how many. Their items remain for
 /// [`step`]. A run with unknown items stays until a person has decided: without them, those people might be written to
@@ -41,14 +43,23 @@ pub async fn delete_runs(pool: &PgPool, after: Duration, limit: i64) -> sqlx::Re
     Ok(old.len())
 }
 
-/// Deletes at most `limit` items of deleted runs, with their claims, and returns how many there were. None: nothing is
-/// left, or somebody else is at it.
+/// What a step deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Items of a deleted run.
+    pub items: u64,
+    /// Whether another run was moving meanwhile.
+    pub beside_others: bool,
+}
+
+/// Deletes at most `limit` items of deleted runs, with their claims. None: nothing is left, or somebody else is at it.
 ///
 /// # Errors
 /// The database's.
-pub async fn step(pool: &PgPool, limit: i64) -> sqlx::Result<Option<u64>> {
+pub async fn step(pool: &PgPool, limit: i64) -> sqlx::Result<Option<Step>> {
     let mut tx = pool.begin().await?;
     let Some(run_id) = next(&mut tx).await? else { return Ok(None) };
+    let beside_others = is_any_moving(&mut tx).await?;
     let items = sqlx::query_scalar!(
         "DELETE FROM run_items WHERE id IN (SELECT id FROM run_items WHERE run_id = $1 ORDER BY position LIMIT $2)
          RETURNING id",
@@ -63,13 +74,23 @@ pub async fn step(pool: &PgPool, limit: i64) -> sqlx::Result<Option<u64>> {
         sqlx::query!("DELETE FROM attempts WHERE item_id = ANY($1)", &items).execute(&mut *tx).await?;
     }
     tx.commit().await?;
-    Ok(Some(items.len() as u64))
+    Ok(Some(Step { items: items.len() as u64, beside_others }))
 }
 
 async fn next(conn: &mut PgConnection) -> sqlx::Result<Option<Uuid>> {
     sqlx::query_scalar!("SELECT run_id FROM pruned_runs ORDER BY pruned_at LIMIT 1 FOR UPDATE SKIP LOCKED")
         .fetch_optional(conn)
         .await
+}
+
+async fn is_any_moving(conn: &mut PgConnection) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT FROM run_progress
+                          WHERE finished_at IS NULL AND updated_at > now() - make_interval(secs => $1)) AS "moving!""#,
+        STILL_MOVING.as_secs_f64(),
+    )
+    .fetch_one(conn)
+    .await
 }
 
 /// Deletes at most `limit` of each kind of scrap: published messages, workers that ended or died with their receipts, and
