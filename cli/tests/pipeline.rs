@@ -5,9 +5,11 @@ mod support;
 
 use std::time::Duration;
 
+use futures::future::join_all;
 use mailrun_shared::store::sweep::Repairs;
 use serde_json::Value;
 use support::{World, people, until};
+use uuid::Uuid;
 
 fn count(progress: &Value, state: &str) -> i64 {
     progress[state].as_i64().unwrap()
@@ -121,20 +123,48 @@ async fn a_run_submitted_while_the_broker_is_down_starts_when_it_is_back() {
 }
 
 #[tokio::test]
-async fn two_forms_with_the_same_people_at_the_same_moment_invite_them_once() {
+async fn forms_with_the_same_people_at_the_same_moment_invite_them_once() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "0")]).await;
     world.workers();
-    let list = |range: std::ops::Range<usize>| -> String {
-        range.map(|number| format!("guest-{number}@example.org\n")).collect()
-    };
-    let (one, two) = (world.token().await, world.token().await);
-    let (first, second) = (list(0..2000), list(1000..3000));
-    let (one, two) = tokio::join!(world.submit(&one, &first), world.submit(&two, &second));
-    let (one, two) = (one.unwrap(), two.unwrap());
-    let sent = count(&world.until_over(&one).await, "sent") + count(&world.until_over(&two).await, "sent");
-    assert_eq!(sent, 3000);
-    assert_eq!(world.handed_over().len(), 3000);
+    // Each list shares a third with the one before, and a third with the one after it.
+    let list =
+        |first: usize| -> String { (first..first + 1500).map(|number| format!("guest-{number}@x.org\n")).collect() };
+    let mut forms = Vec::new();
+    for number in 0..4 {
+        forms.push((world.token().await, list(number * 1000)));
+    }
+    let runs = join_all(forms.iter().map(|(token, list)| world.submit(token, list))).await;
+    for run in &runs {
+        world.until_over(run.as_ref().unwrap()).await;
+    }
+    assert_eq!(world.handed_over().len(), 4500);
+    world.nobody_got_two();
     world.counters_equal_counts().await;
+    let left_out = "SELECT total, already_invited FROM runs";
+    let told: Vec<(i32, i32)> = sqlx::query_as(left_out).fetch_all(&world.pool).await.unwrap();
+    assert!(told.iter().all(|(total, already_invited)| total + already_invited == 1500), "{told:?}");
+    assert_eq!(told.iter().map(|(total, _)| total).sum::<i32>(), 4500);
+}
+
+#[tokio::test]
+async fn who_is_left_out_is_counted_by_the_reason() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    // 1 to 99 are sent, 100 fails.
+    world.until_over(&world.invite(&people(100)).await).await;
+    // One who was emailed, and one who was not.
+    assert!(world.run_to_end(&["suppressions", "add", "guest-000001@example.org", "guest-000102@example.org"]));
+    let list = people(103) + "guest-000103@example.org\nnobody\n";
+    let run = world.invite(&list).await;
+    let told: (i32, i32, i32, i32, i32, i32) = sqlx::query_as(
+        "SELECT total, already_invited, already_failed, suppressed, repeated, invalid FROM runs WHERE id = $1",
+    )
+    .bind(run.rsplit('/').next().unwrap().parse::<Uuid>().unwrap())
+    .fetch_one(&world.pool)
+    .await
+    .unwrap();
+    assert_eq!(told, (2, 98, 1, 2, 1, 1));
+    assert_eq!(count(&world.until_over(&run).await, "sent"), 2);
 }
 
 #[tokio::test]
