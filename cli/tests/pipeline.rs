@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use mailrun_shared::store::sweep::Repairs;
 use serde_json::Value;
+use sqlx::AssertSqlSafe;
 use support::{World, people, until};
 use uuid::Uuid;
 
@@ -167,6 +168,41 @@ async fn who_is_left_out_is_counted_by_the_reason() {
     assert_eq!(count(&world.until_over(&run).await, "sent"), 2);
 }
 
+/// Rows of the large tables that were read by going over the whole table: told by sessions that have ended.
+async fn rows_read_in_passing(world: &World) -> i64 {
+    let read =
+        "SELECT sum(seq_tup_read)::bigint FROM pg_stat_user_tables WHERE relname IN ('users', 'run_items', 'attempts')";
+    sqlx::query_scalar(read).fetch_one(&world.pool).await.unwrap()
+}
+
+#[tokio::test]
+async fn nothing_reads_everybody_ever_invited() {
+    const BEFORE: i64 = 50_000;
+    let mut world = World::new(&[]).await;
+    let old_run = "
+        INSERT INTO runs (id, subject, body, total) VALUES (gen_random_uuid(), 'Hello', 'Come!', $1);
+        INSERT INTO run_progress (run_id, total, pending, sent, finished_at) SELECT id, total, 0, total, now() FROM runs;
+        INSERT INTO users (email, emailed_at) SELECT 'known-' || n || '@example.org', now() FROM generate_series(1, $1) n;
+        INSERT INTO run_items (run_id, user_id, position, state, finished_at)
+            SELECT runs.id, users.id, users.id, 'sent', now() FROM users, runs;
+        INSERT INTO attempts (item_id, number, worker_id) SELECT id, 1, 1 FROM run_items;
+        ANALYZE";
+    sqlx::raw_sql(AssertSqlSafe(old_run.replace("$1", &BEFORE.to_string()))).execute(&world.pool).await.unwrap();
+    let before = rows_read_in_passing(&world).await;
+    world.workers();
+    let known: String = (1..=100).map(|number| format!("known-{number}@example.org\n")).collect();
+    let run = world.invite(&(people(1000) + &known)).await;
+    world.until_over(&run).await;
+    world.retry(&run, "failed").await;
+    world.until_progress(&run, "all sent", |progress| progress["sent"] == 1000).await;
+    for page in [run, format!("{}/runs", world.web)] {
+        world.client.get(page).send().await.unwrap().error_for_status().unwrap();
+    }
+    world.terminate_all();
+    let read = rows_read_in_passing(&world).await - before;
+    assert!(read < BEFORE, "{read} rows were read in passing");
+}
+
 #[tokio::test]
 async fn the_same_form_twice_is_one_run_and_bad_input_is_explained() {
     let mut world = World::new(&[]).await;
@@ -267,7 +303,7 @@ async fn a_pruned_run_is_gone_and_who_was_emailed_is_still_known() {
     assert_eq!(world.client.get(&young).send().await.unwrap().status(), 200);
     assert_eq!(world.client.get(&unclear).send().await.unwrap().status(), 200, "a person has to decide first");
     for (table, left) in [("run_items", 2), ("attempts", 2), ("run_passes", 2), ("pruned_runs", 0), ("users", 2502)] {
-        let count: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(format!("SELECT count(*) FROM {table}")))
+        let count: i64 = sqlx::query_scalar(AssertSqlSafe(format!("SELECT count(*) FROM {table}")))
             .fetch_one(&world.pool)
             .await
             .unwrap();

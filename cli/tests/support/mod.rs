@@ -147,6 +147,11 @@ impl World {
         self.children[child].wait().unwrap();
     }
 
+    /// SIGTERM to all of them, one after the other.
+    pub fn terminate_all(&mut self) {
+        (0..self.children.len()).for_each(|child| assert!(self.terminate(child), "{}", self.log()));
+    }
+
     /// SIGTERM; returns whether the exit code was 0.
     pub fn terminate(&mut self, child: usize) -> bool {
         let pid = rustix::process::Pid::from_child(&self.children[child]);

@@ -282,9 +282,10 @@ async fn insert_users(conn: &mut PgConnection, insert: Insert) -> sqlx::Result<(
          SELECT user_id, email, name FROM invited WHERE known IS NULL ORDER BY email";
     sqlx::query(insert.rows(statement, "(email)")).execute(&mut *conn).await?;
     if insert == Insert::Checked {
-        // Those whom another submission has inserted since.
-        let statement = "UPDATE invited SET known = u.id, user_id = u.id
-             FROM users u WHERE u.email = invited.email AND invited.known IS NULL AND u.id <> invited.user_id";
+        // Another submission has inserted some of them since, under other ids.
+        let statement =
+            "UPDATE invited SET (known, user_id) = (SELECT u.id, u.id FROM users u WHERE u.email = invited.email)
+             WHERE known IS NULL";
         sqlx::query(statement).execute(conn).await?;
     }
     Ok(())
