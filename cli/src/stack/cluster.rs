@@ -66,12 +66,17 @@ impl Node {
         nodes.map(node).collect()
     }
 
+    /// Whether there are other nodes.
+    pub(crate) fn is_in_cluster(&self) -> bool {
+        !self.members.is_empty()
+    }
+
     /// What a member of a cluster has in its configuration beside the rest.
     ///
     /// On their first start one node at a time looks for the others, under a lock: the first one to do so finds none that it
     /// could join, and founds the cluster after some tries. Later starts look for nobody.
     pub(crate) fn cluster_configuration(&self) -> String {
-        if self.members.is_empty() {
+        if !self.is_in_cluster() {
             return String::new();
         }
         let mut text = "\ncluster_formation.peer_discovery_backend = classic_config\n".to_owned();

@@ -107,6 +107,7 @@ impl Programs {
 
 /// A RabbitMQ that is ready to be started.
 pub(crate) struct RabbitMq {
+    in_cluster: bool,
     programs: Programs,
     home: PathBuf,
     log: PathBuf,
@@ -134,6 +135,7 @@ impl RabbitMq {
             write_private(&path, content.as_bytes()).map_err(io_error("Writing", &path))?;
         }
         Ok(Self {
+            in_cluster: node.is_in_cluster(),
             programs: programs.clone(),
             log: folder.log(&format!("{}-start", node.folder)),
             home,
@@ -248,6 +250,12 @@ impl Server for RabbitMq {
             .stdout(log.try_clone()?)
             .stderr(log);
         Ok(command)
+    }
+
+    /// A node asks the others which features they have, and ends if one of them has only just begun to start and can't tell
+    /// (RabbitMQ 3.10: `incompatible_feature_flags`).
+    fn first_starts(&self) -> u32 {
+        if self.in_cluster { 3 } else { 1 }
     }
 
     async fn answers(&self) -> bool {

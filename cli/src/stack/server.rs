@@ -15,8 +15,8 @@ use tokio::{
 
 use super::{folder::tail, processes::signal, state::ServerStatus};
 
-/// A server may die this often in a row without having answered before its keeper gives up.
-const IN_VAIN: u32 = 5;
+/// A server that has run once may then die this often in a row without having answered before its keeper gives up.
+const IN_VAIN: u32 = 6;
 /// The pause before a start doubles this often.
 const DOUBLINGS: u32 = 5;
 /// A server that ran this long has recovered from earlier deaths.
@@ -51,6 +51,11 @@ pub(crate) trait Server: Send + Sync + 'static {
     fn log(&self) -> &Path;
     /// The command that becomes the server itself, not a parent of it.
     fn command(&self) -> io::Result<Command>;
+    /// How often in a row its very first start may fail before that is told: mostly whoever waits for it should read at once
+    /// why. More often where another one's start may be the reason, which is over by then.
+    fn first_starts(&self) -> u32 {
+        1
+    }
     /// Whether it answers, as itself and not some other server on its port.
     fn answers(&self) -> impl Future<Output = bool> + Send;
 }
@@ -86,8 +91,8 @@ pub(crate) async fn keep<S: Server>(
         deaths = if started.elapsed() > HEALTHY { 1 } else { deaths + 1 };
         // Whoever kills it again and again is not its fault.
         in_vain = if answered { 0 } else { in_vain + 1 };
-        // The first start is not tried again: whoever waits for it should read why now.
-        if !ever_ran || in_vain > IN_VAIN {
+        let allowed = if ever_ran { IN_VAIN } else { server.first_starts() };
+        if in_vain >= allowed {
             let why = format!("{why}. The end of {}:\n{}", server.log().display(), tail(server.log(), 15));
             status.send_replace(ServerStatus::Failed { why });
             return;
