@@ -10,6 +10,7 @@ use std::{
 };
 
 use mailrun::stack::{Nodes, Queue, Stack, Stopped};
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 const MAILRUN: &str = env!("CARGO_BIN_EXE_mailrun");
@@ -54,10 +55,36 @@ async fn each_queue_has_a_member_on_each_node_and_is_there_after_a_restart() {
     assert_eq!(leaders.len(), 3, "one connection declared all of them, and their leaders are spread: {queues:?}");
     assert!(stack.can_lose_a_node().await);
 
+    virtual_hosts_are_created_while_a_node_starts(&stack).await;
+
     assert_eq!(stack.stop().await.unwrap(), Stopped::Ended);
     let stack = start(dir.path()).await;
     assert_eq!(replicated(&stack).await.len(), queues.len());
     assert_eq!(stack.stop().await.unwrap(), Stopped::Ended);
+}
+
+/// One after the other, so that some fall between the moment from which on a node counts as running and that at which it is
+/// ready: RabbitMQ forgets to start those there.
+async fn virtual_hosts_are_created_while_a_node_starts(stack: &Stack) {
+    let killed = stack.pids().unwrap().peers[1].unwrap();
+    rustix::process::kill_process(Pid::from_raw(killed.cast_signed()).unwrap(), Signal::KILL).unwrap();
+    let is_back = || stack.pids().is_some_and(|pids| pids.peers[1].is_some_and(|pid| pid != killed));
+    let end = Instant::now() + Duration::from_secs(120);
+    let mut created = Vec::new();
+    loop {
+        // One more when the node is back.
+        let last = is_back();
+        let name = format!("vhost-{}", created.len());
+        stack.create_vhost(&name).await.unwrap();
+        created.push(name);
+        if last {
+            break;
+        }
+        assert!(Instant::now() < end, "the node is not back within two minutes");
+    }
+    for name in created {
+        stack.drop_vhost(&name).await.unwrap();
+    }
 }
 
 #[test]

@@ -151,8 +151,10 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, 
             Ok(figures) => figures,
             Err(error) => {
                 // The others are judged all the same.
-                eprintln!("{name}: no judgement, which counts as stuck: {error:#}");
-                Figures { recipients: setting.recipients.into(), stuck: 1, ..Figures::default() }
+                let why = format!("{error:#}");
+                eprintln!("{name}: no judgement, which counts as stuck: {why}");
+                report.add_without_judgement(name, setting.recipients, why);
+                continue;
             }
         };
         eprintln!(

@@ -87,6 +87,9 @@ pub(super) struct Report {
     seed: u64,
     #[serde(flatten)]
     all: Figures,
+    /// Why there is no judgement of a run, by its fault. Before the long table: the first lines of a report are read first.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    no_judgement: BTreeMap<String, String>,
     by_fault: BTreeMap<String, Figures>,
     #[serde(skip)]
     order: Vec<String>,
@@ -95,7 +98,13 @@ pub(super) struct Report {
 impl Report {
     /// Of no run yet.
     pub(super) fn new(seed: u64) -> Self {
-        Self { seed, all: Figures::default(), by_fault: BTreeMap::new(), order: Vec::new() }
+        Self {
+            seed,
+            all: Figures::default(),
+            no_judgement: BTreeMap::new(),
+            by_fault: BTreeMap::new(),
+            order: Vec::new(),
+        }
     }
 
     /// Adds a run.
@@ -103,6 +112,12 @@ impl Report {
         self.all = self.all.and(&figures);
         self.order.push(name.clone());
         self.by_fault.insert(name, figures);
+    }
+
+    /// Adds a run of so many recipients that could not be judged, which counts as stuck.
+    pub(super) fn add_without_judgement(&mut self, name: String, recipients: u32, why: String) {
+        self.no_judgement.insert(name.clone(), why);
+        self.add(name, Figures { recipients: recipients.into(), stuck: 1, ..Figures::default() });
     }
 
     /// Whether a promise was broken.
@@ -151,6 +166,9 @@ impl fmt::Display for Report {
                 one.recovery_seconds
             )?;
         }
+        for (name, why) in &self.no_judgement {
+            writeln!(f, "{name}: no judgement, which counts as stuck: {why}")?;
+        }
         writeln!(f, "seed {}", self.seed)
     }
 }
@@ -170,5 +188,11 @@ mod tests {
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!((&json["seed"], &json["by_fault"]["mixed"]["lost"]), (&7.into(), &1.into()));
         assert_eq!(report.to_string().lines().count(), 5);
+
+        report.add_without_judgement("kill-node".into(), 10, "no node answers".into());
+        assert_eq!((report.all.recipients, report.all.stuck), (30, 1));
+        let json = serde_json::to_string(&report).unwrap();
+        assert!(json.contains(r#""no_judgement":{"kill-node":"no node answers"}"#), "{json}");
+        assert!(report.to_string().contains("no node answers"));
     }
 }

@@ -1,6 +1,6 @@
 //! The few calls of RabbitMQ's management API that the local stack needs.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, pin::pin, time::Duration};
 
 use reqwest::{Client, Method, Response};
 use serde::{Deserialize, de::DeserializeOwned};
@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 use url::Url;
 
 use super::{error::StackError, state::USER};
+
+/// How often a virtual host that is being created is looked at.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// A client of one private node's management API.
 #[derive(Clone, Debug)]
@@ -45,8 +48,34 @@ impl Management {
     pub(crate) async fn create_vhost(&self, name: &str) -> Result<(), StackError> {
         let what = || format!("create the virtual host {name}");
         let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
-        self.send(Method::PUT, &["vhosts", name], Some(json!({}))).await.map_err(refused(what()))?;
+        let path = ["vhosts", name];
+        let mut creation = pin!(self.send(Method::PUT, &path, Some(json!({}))));
+        let created = loop {
+            tokio::select! {
+                created = &mut creation => break created,
+                () = tokio::time::sleep(LOOK) => self.start_vhost_where_stopped(name).await,
+            }
+        };
+        created.map_err(refused(what()))?;
         self.send(Method::PUT, &["permissions", name, USER], Some(all)).await.map(drop).map_err(refused(what()))
+    }
+
+    /// Starts a virtual host on the nodes where it stands still.
+    ///
+    /// RabbitMQ answers when a new one runs on all nodes that run, but starts it only on those that are ready. A node runs
+    /// a little earlier than it is ready, and listens by then: one that is created in between never starts there
+    /// (`rabbit_vhost_sup_sup:start_on_all_nodes` of RabbitMQ 3.10).
+    async fn start_vhost_where_stopped(&self, name: &str) {
+        #[derive(Deserialize)]
+        struct Vhost {
+            cluster_state: BTreeMap<String, String>,
+        }
+        // What goes wrong here is tried again at the next look, or told by the answer to its creation.
+        let Ok(vhost) = self.get::<Vhost>(&["vhosts", name]).await else { return };
+        let stopped = vhost.cluster_state.iter().filter(|(_, state)| *state == "stopped");
+        for (node, _) in stopped {
+            let _ = self.send(Method::POST, &["vhosts", name, "start", node], None).await;
+        }
     }
 
     /// Deletes a virtual host with all it holds, if it's there.
@@ -78,7 +107,8 @@ impl Management {
         if let Some(body) = body {
             request = request.json(&body);
         }
-        let response = request.send().await.map_err(|error| error.to_string())?;
+        // With its causes: the error itself doesn't say whether nobody listened or nobody answered in time.
+        let response = request.send().await.map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);
