@@ -20,14 +20,15 @@ use serde_json::{Value, json};
 use support::{World, people, until};
 use uuid::Uuid;
 
-/// Every queue that a consumer takes from, and two of those that lead to one.
-const QUEUES: [&str; 7] = [
+/// Every queue that a consumer takes from, and three of those that lead to one.
+const QUEUES: [&str; 8] = [
     "mailrun.runs",
     "mailrun.items",
     "mailrun.items.2",
     "mailrun.results",
     "mailrun.tests",
     "mailrun.runs.wait",
+    "mailrun.runs.paused",
     "mailrun.retry.100ms",
 ];
 /// Larger than a frame by far.
@@ -48,7 +49,7 @@ enum End {
 fn right(queue: &str) -> Value {
     let id = Uuid::from_u128(0xDEAD);
     match queue {
-        "mailrun.runs" | "mailrun.runs.wait" => {
+        "mailrun.runs" | "mailrun.runs.wait" | "mailrun.runs.paused" => {
             json!({ "run_id": id, "command": { "release": { "pass": 1, "step": 2 } } })
         }
         "mailrun.results" => json!({ "results": [
@@ -92,7 +93,7 @@ fn wrong(queue: &str) -> Vec<Vec<u8>> {
 /// A field of a right message, and what must not stand in it.
 fn wrong_fields(queue: &str) -> Vec<Vec<u8>> {
     let fields: &[(&str, &[&str])] = match queue {
-        "mailrun.runs" | "mailrun.runs.wait" => &[
+        "mailrun.runs" | "mailrun.runs.wait" | "mailrun.runs.paused" => &[
             ("/run_id", &["5", "null", "\"\"", "[]"]),
             ("/command", &["null", "\"release\"", "{}", "{\"purge\":{}}", "{\"cancel\":{},\"release\":{}}"]),
             ("/command/release/step", &["2147483648", "1.5", "\"1\"", "-1e99"]),
@@ -144,7 +145,8 @@ fn headers(queue: &str) -> Vec<FieldTable> {
         nested = AMQPValue::FieldTable(table(vec![("deeper", nested)]));
     }
     // The broker itself adds headers to what it moves on.
-    let huge = if queue.contains("wait") || queue.contains("retry") { 120_000 } else { 130_900 };
+    let moved_on = ["wait", "paused", "retry"].iter().any(|room| queue.contains(room));
+    let huge = if moved_on { 120_000 } else { 130_900 };
     let many: Vec<String> = (0..4_000).map(|number| format!("header-{number}")).collect();
     vec![
         // Its copies, made again with each burial, would fill the queue.

@@ -263,7 +263,7 @@ async fn a_dead_letter_moved_by_hand_and_a_run_message_written_by_hand_do_what_t
 }
 
 #[tokio::test]
-async fn a_small_run_overtakes_a_big_one_and_a_pause_stops_what_is_not_under_way() {
+async fn a_small_run_overtakes_a_big_one_and_a_pause_stops_what_is_not_under_way_until_it_is_resumed() {
     // 50 sends a second, as a slow mail server allows them.
     let mut world =
         World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "200"), ("MAILRUN_SEND__PERMITS", "10")]).await;
@@ -288,6 +288,14 @@ async fn a_small_run_overtakes_a_big_one_and_a_pause_stops_what_is_not_under_way
     let rest = world.progress(&big).await;
     assert!(count(&rest, "pending") > count(&paused, "pending") - 500, "{paused}, and then {rest}");
     assert_eq!(rest["over"], false);
+    until("it waits where paused runs do", async || {
+        mailrun_shared::broker::depth(&channel, "mailrun.runs.paused").await.unwrap() == 1
+    })
+    .await;
+
+    world.client.post(format!("{big}/resume")).send().await.unwrap();
+    let further = count(&rest, "sent") + 20;
+    world.until_progress(&big, "going on", |progress| count(progress, "sent") > further).await;
 
     world.client.post(format!("{big}/cancel")).send().await.unwrap();
     world.until_over(&big).await;
@@ -411,6 +419,7 @@ async fn every_queue_may_be_deleted_and_the_dead_letters_are_not_needed_for_a_re
     let queues = [
         "mailrun.runs",
         "mailrun.runs.wait",
+        "mailrun.runs.paused",
         "mailrun.items",
         "mailrun.results",
         "mailrun.retry.100ms",

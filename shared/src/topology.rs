@@ -19,6 +19,8 @@ pub const DEAD_EXCHANGE: &str = "mailrun.dead";
 pub const RUNS: &str = "mailrun.runs";
 /// Runs that wait for room in their window.
 pub const RUNS_WAIT: &str = "mailrun.runs.wait";
+/// Runs that somebody has paused.
+pub const RUNS_PAUSED: &str = "mailrun.runs.paused";
 /// Item messages, one for each email: the first queue of them, and the one that waiting and moved messages come to.
 pub const ITEMS: &str = "mailrun.items";
 /// Results on their way to the counters.
@@ -30,6 +32,8 @@ pub const DEAD: &str = "mailrun.dead";
 
 /// How long a run waits before the pump looks at it again.
 const WAIT: Duration = Duration::from_millis(100);
+/// The same for a paused run. Each look costs a transaction, there may be many such runs, and they may stay for weeks.
+const PAUSED: Duration = Duration::from_secs(1);
 /// A message that was given back so often has killed that many workers.
 const DELIVERY_LIMIT: i64 = 20;
 /// RabbitMQ 4 defaults to 20 and drops the message beyond it, which would lose a dead letter that is often looked at.
@@ -131,7 +135,8 @@ pub fn queues(item_queues: &[Cow<'static, str>], retry_delays: &[Duration]) -> V
         Queue::new(name, arguments)
     });
     let rungs = retry_delays.iter().map(|delay| Queue::waiting_room(retry_queue(*delay), *delay, ITEMS));
-    iter::once(dead).chain(worked_on).chain([Queue::waiting_room(RUNS_WAIT, WAIT, RUNS)]).chain(rungs).collect()
+    let runs = [(RUNS_WAIT, WAIT), (RUNS_PAUSED, PAUSED)].map(|(name, ttl)| Queue::waiting_room(name, ttl, RUNS));
+    iter::once(dead).chain(worked_on).chain(runs).chain(rungs).collect()
 }
 
 /// The exchanges. The dead letters' is a fanout: one arrives whatever routing key it had.

@@ -85,8 +85,10 @@ enum After {
     Nothing,
     /// There is no room, in a pass that has just begun.
     Soon,
-    /// The same message again, in a moment: there is no room, or it is not wanted now.
+    /// The same message again, in a moment: there is no room.
     Wait,
+    /// The same message again, later: it is not wanted now.
+    Paused,
     /// A replay has gone over the whole run: its dead letters can be taken off the queue.
     TidyDeadLetters(Box<Pass>),
 }
@@ -143,10 +145,8 @@ impl FanOut {
         };
         let done = match after {
             After::Nothing => true,
-            After::Soon | After::Wait => {
-                let again = Outgoing::new(&message).to(topology::RUNS_WAIT).of_run(message.run_id);
-                self.publisher.publish(vec![again]).await.is_ok()
-            }
+            After::Soon | After::Wait => self.again(&message, topology::RUNS_WAIT).await,
+            After::Paused => self.again(&message, topology::RUNS_PAUSED).await,
             After::TidyDeadLetters(pass) => {
                 if let Err(error) = replay::tidy_dead_letters(&self.broker, &self.publisher, &pass).await {
                     // The ledger is the truth: a dead letter that stays behind is refused by the fence.
@@ -158,6 +158,11 @@ impl FanOut {
         if done {
             delivery.ack();
         }
+    }
+
+    /// Sends a message round by a waiting room; says whether it is there.
+    async fn again(&self, message: &RunMessage, waiting_room: &'static str) -> bool {
+        self.publisher.publish(vec![Outgoing::new(message).to(waiting_room).of_run(message.run_id)]).await.is_ok()
     }
 
     /// Carries out one message. None: there is no such run.
@@ -176,6 +181,7 @@ impl FanOut {
                 Some(number) => self.start(message, number).await?,
                 // One pass after the other: the one before has not reached every item yet. This message drives the next
                 // one, so it must not make the sweeper think that the present one is driven.
+                None if pass.done_at.is_none() && situation.wanted == Wanted::Paused => After::Paused,
                 None if pass.done_at.is_none() => After::Wait,
                 None => self.start(message, passes::begin_replay(&mut tx, &pass, replay).await?).await?,
             },
@@ -208,7 +214,7 @@ impl FanOut {
             Wanted::Cancelled if !cancels => return Ok(After::Nothing),
             Wanted::Paused if !cancels => {
                 passes::touch(conn, pass).await?;
-                return Ok(After::Wait);
+                return Ok(After::Paused);
             }
             _ => {}
         }

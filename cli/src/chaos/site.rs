@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use lapin::{Channel, Connection, ConnectionProperties};
-use mailrun_shared::topology::{ITEMS, RESULTS, RUNS, RUNS_WAIT, retry_queue};
+use mailrun_shared::topology::{ITEMS, RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT, retry_queue};
 use rand::RngExt as _;
 use rustix::process::Signal;
 use sqlx::{
@@ -197,7 +197,7 @@ pub(super) fn rungs() -> Vec<String> {
 
 /// The queues that messages of a run pass through.
 pub(super) fn queues() -> Vec<String> {
-    [RUNS, RUNS_WAIT, ITEMS, RESULTS].map(str::to_owned).into_iter().chain(rungs()).collect()
+    [RUNS, RUNS_WAIT, RUNS_PAUSED, ITEMS, RESULTS].map(str::to_owned).into_iter().chain(rungs()).collect()
 }
 
 /// Short times, so that what takes a minute by the default settings takes seconds here. The rules are the same.

@@ -13,7 +13,7 @@ use mailrun_shared::{
         sweep::{self, OpenItem, Repairs, Stalled},
         workers,
     },
-    topology::{RESULTS, RUNS, RUNS_WAIT},
+    topology::{RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT},
 };
 use mailrun_worker::{
     outcome::{Repair, repair},
@@ -65,7 +65,7 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
     let mut conn = patient.pool.acquire().await?;
     let stalled = sweep::stalled_runs(&mut conn, patient.stalled_after()).await?;
     let held_up = sweep::all_lanes_closed(&mut conn, patient.dead_after()).await?;
-    let driven = conveyor.messages([RUNS, RUNS_WAIT]) > 0;
+    let driven = conveyor.messages([RUNS, RUNS_WAIT, RUNS_PAUSED]) > 0;
     for run in stalled.iter().filter(|_| !driven) {
         if let Some(command) = missing_command(run) {
             let message = RunMessage { run_id: run.run_id, command };

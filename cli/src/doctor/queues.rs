@@ -10,7 +10,7 @@ use lapin::{
 use mailrun_shared::{
     broker::{Broker, BrokerError, Publisher, hang_up},
     config::{AmqpConfig, Config},
-    topology::{self, DEAD, EXCHANGE, ITEMS, Queue, RESULTS, RUNS, RUNS_WAIT, TESTS},
+    topology::{self, DEAD, EXCHANGE, ITEMS, Queue, RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT, TESTS},
 };
 use tokio::time::timeout;
 
@@ -260,6 +260,7 @@ async fn examine_topology(patient: &Patient, conveyor: &mut Conveyor, report: &m
 fn meaning(queue: &str) -> &'static str {
     match queue {
         RUNS | RUNS_WAIT => "runs don't begin or go on",
+        RUNS_PAUSED => "paused runs don't go on when they are resumed",
         RESULTS => "what was sent is not counted",
         TESTS => "tests are not sent",
         DEAD => "invitations that can't be sent are held by their workers",

@@ -80,7 +80,7 @@ pub(super) enum Fault {
     PurgeRetry,
     /// The process that counts is killed, and mailrun.results is purged, as long
     PurgeResults,
-    /// mailrun.runs and mailrun.runs.wait are purged, as long
+    /// mailrun.runs and its waiting rooms are purged, as long
     PurgeRuns,
     /// mailrun.dead is purged, as long
     PurgeDead,
@@ -246,8 +246,8 @@ impl Fault {
                 broker::purge(site, vec![topology::RESULTS.to_owned()], some_seconds(rng)).await
             }
             Self::PurgeRuns => {
-                let queues = vec![topology::RUNS.to_owned(), topology::RUNS_WAIT.to_owned()];
-                broker::purge(site, queues, some_seconds(rng)).await
+                let queues = [topology::RUNS, topology::RUNS_WAIT, topology::RUNS_PAUSED].map(str::to_owned);
+                broker::purge(site, queues.to_vec(), some_seconds(rng)).await
             }
             Self::PurgeDead => broker::purge(site, vec![topology::DEAD.to_owned()], some_seconds(rng)).await,
             Self::DeleteQueue => conveyor::delete_queues(site, rng).await,
