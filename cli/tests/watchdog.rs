@@ -1,5 +1,5 @@
 //! Consumers whose connections live and are of no use: a proxy passes everything on, heartbeats and acknowledgements included,
-//! but swallows what the broker delivers.
+//! but swallows what the broker delivers, or its word that a consumer is set up.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod support;
@@ -28,11 +28,13 @@ const BODY_FRAME: u8 = 3;
 /// Type, channel and size.
 const FRAME_HEADER: usize = 7;
 const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
+const BASIC_CONSUME_OK: [u8; 4] = [0, 60, 0, 21];
 
 /// A way to the broker.
 struct Proxy {
     port: u16,
     deaf: Arc<Mutex<Vec<Arc<AtomicBool>>>>,
+    mute: Arc<AtomicBool>,
 }
 
 impl Proxy {
@@ -41,6 +43,8 @@ impl Proxy {
         let port = listener.local_addr().unwrap().port();
         let deaf = Arc::new(Mutex::new(Vec::new()));
         let connections = Arc::clone(&deaf);
+        let mute = Arc::new(AtomicBool::new(false));
+        let muted = Arc::clone(&mute);
         tokio::spawn(async move {
             loop {
                 let (client, _) = listener.accept().await.unwrap();
@@ -53,10 +57,15 @@ impl Proxy {
                     let _ = copy(&mut from_client, &mut to_server).await;
                     let _ = to_server.shutdown().await;
                 });
-                tokio::spawn(pass(from_server, to_client, deaf));
+                tokio::spawn(pass(from_server, to_client, deaf, Arc::clone(&muted)));
             }
         });
-        Self { port, deaf }
+        Self { port, deaf, mute }
+    }
+
+    /// Whether those who ask for messages are kept waiting for the answer, though the broker gives it.
+    fn keep_waiting(&self, mute: bool) {
+        self.mute.store(mute, Ordering::Relaxed);
     }
 
     /// From now on nothing is delivered over the connections that there are. Later ones are sound.
@@ -67,8 +76,13 @@ impl Proxy {
     }
 }
 
-/// Passes the broker's frames on; while it is deaf, all but deliveries.
-async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, deaf: Arc<AtomicBool>) -> io::Result<()> {
+/// Passes the broker's frames on; while it is deaf, all but deliveries, and while it is mute, all but consumers' beginnings.
+async fn pass(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    deaf: Arc<AtomicBool>,
+    mute: Arc<AtomicBool>,
+) -> io::Result<()> {
     let mut swallowing = HashSet::new();
     loop {
         let mut frame = vec![0; FRAME_HEADER];
@@ -83,6 +97,9 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, deaf: Arc<AtomicB
             if frame[FRAME_HEADER..].starts_with(&BASIC_DELIVER) && deaf.load(Ordering::Relaxed) {
                 swallowing.insert(channel);
             }
+            if frame[FRAME_HEADER..].starts_with(&BASIC_CONSUME_OK) && mute.load(Ordering::Relaxed) {
+                continue;
+            }
         }
         // A delivery's header and body follow it on its channel.
         if frame[0] > BODY_FRAME || !swallowing.contains(&channel) {
@@ -93,12 +110,23 @@ async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, deaf: Arc<AtomicB
 
 /// Workers that reach the broker through a proxy.
 async fn world(settings: &[(&str, &str)]) -> (World, Proxy) {
+    let (mut world, proxy) = world_without_workers(settings).await;
+    world.workers();
+    until_consumed(&world).await;
+    (world, proxy)
+}
+
+async fn world_without_workers(settings: &[(&str, &str)]) -> (World, Proxy) {
     let mut world = World::new(settings).await;
     let mut url: Url = world.stack.amqp_url(&world.name).parse().unwrap();
     let proxy = Proxy::to(url.port().unwrap()).await;
     url.set_port(Some(proxy.port)).unwrap();
     world.set("AMQP_URL", url.to_string());
-    world.workers();
+    (world, proxy)
+}
+
+/// Until each queue that is worked on has the one consumer that it should have.
+async fn until_consumed(world: &World) {
     for queue in ["mailrun.runs", "mailrun.items", "mailrun.results"] {
         let channel = world.channel().await;
         until("the queue has its consumer", async || {
@@ -107,7 +135,6 @@ async fn world(settings: &[(&str, &str)]) -> (World, Proxy) {
         })
         .await;
     }
-    (world, proxy)
 }
 
 async fn rebuilds(world: &World) -> i64 {
@@ -145,6 +172,25 @@ async fn whoever_is_cut_off_from_a_full_queue_connects_anew() {
     assert_eq!(end["text"], "990 successful, 10 failed of 1,000");
     assert!(world.log().contains("messages wait on the queue, and none is delivered"), "{}", world.log());
     until("it is counted", async || rebuilds(&world).await >= 1).await;
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+/// As when a queue has no leader for a while: the broker sets the consumer up after its patience has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_kept_waiting_too_long_takes_no_messages_from_the_others() {
+    let (mut world, proxy) = world_without_workers(&[("MAILRUN_AMQP__ANSWER_TIMEOUT_MS", "1000")]).await;
+    proxy.keep_waiting(true);
+    world.workers();
+    for queue in ["mailrun.runs", "mailrun.items", "mailrun.results"] {
+        let gave_up = format!("queue={queue} error=RabbitMQ did not answer in time");
+        until("its patience ends", async || world.log().contains(&gave_up)).await;
+    }
+    proxy.keep_waiting(false);
+    until_consumed(&world).await;
+    let run = world.invite(&people(200)).await;
+    let end = world.until_over(&run).await;
+    assert_eq!(end["text"], "198 successful, 2 failed of 200");
     world.counters_equal_counts().await;
     world.nobody_got_two();
 }

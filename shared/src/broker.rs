@@ -7,6 +7,7 @@
 use std::{
     borrow::Cow,
     collections::HashSet,
+    ops::Deref,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -23,6 +24,7 @@ use lapin::{
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
+    runtime::Handle,
     sync::{Mutex, mpsc, oneshot},
     time::{sleep, timeout},
 };
@@ -118,7 +120,7 @@ impl Broker {
     ///
     /// # Errors
     /// The last node's.
-    pub async fn connect(&self, purpose: &str) -> Result<Connection, BrokerError> {
+    pub async fn connect(&self, purpose: &str) -> Result<Link, BrokerError> {
         let mut last = BrokerError::Timeout;
         for url in in_turn(&self.urls, self.turn.fetch_add(1, Ordering::Relaxed)) {
             match timeout(self.answer_timeout, self.connect_to(url, purpose)).await {
@@ -130,13 +132,13 @@ impl Broker {
         Err(last)
     }
 
-    async fn connect_to(&self, url: &SecretString, purpose: &str) -> Result<Connection, BrokerError> {
+    async fn connect_to(&self, url: &SecretString, purpose: &str) -> Result<Link, BrokerError> {
         let mut uri: AMQPUri = url.expose_secret().parse().map_err(BrokerError::Url)?;
         uri.query.heartbeat = Some(self.heartbeat_s);
         uri.query.connection_timeout = Some(CONNECT_TIMEOUT_MS);
         let properties =
             ConnectionProperties::default().with_connection_name(format!("{} {purpose}", self.name).into());
-        let connection = Connection::connect_uri(uri, properties).await?;
+        let connection = Link(Arc::new(Connection::connect_uri(uri, properties).await?));
         if self.declare {
             self.declare_on(&connection).await?;
         }
@@ -243,7 +245,7 @@ impl Broker {
         }
     }
 
-    async fn confirm_channel(&self) -> Result<(Connection, Channel), BrokerError> {
+    async fn confirm_channel(&self) -> Result<(Link, Channel), BrokerError> {
         let connection = self.connect("publish").await?;
         let open = async {
             let channel = connection.create_channel().await?;
@@ -575,6 +577,32 @@ pub const REASON_HEADER: &str = "x-mailrun-reason";
 pub const ERROR_HEADER: &str = "x-mailrun-error";
 /// The header with the moment of death, in milliseconds since 1970.
 pub const DIED_AT_HEADER: &str = "x-mailrun-died-at";
+
+/// A connection that is closed when it is dropped, whatever became of what it was for.
+///
+/// lapin's own outlives everybody who has it if an answer is due on one of its channels: a consumer that the broker sets up
+/// after our patience has ended would be given messages, and hold them for ever.
+#[derive(Debug)]
+pub struct Link(Arc<Connection>);
+
+impl Deref for Link {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.0
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if self.status().connected()
+            && let Ok(runtime) = Handle::try_current()
+        {
+            let connection = Arc::clone(&self.0);
+            runtime.spawn(async move { hang_up(&connection).await });
+        }
+    }
+}
 
 /// Closes a connection of which nothing more is needed. It may be in any state by now, and whatever matters is confirmed or
 /// acknowledged before: so this is a courtesy to the broker, and how it ends is of no importance.

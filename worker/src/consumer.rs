@@ -13,12 +13,12 @@ use std::{
 
 use futures::{StreamExt, future::try_join_all};
 use lapin::{
-    BasicProperties, Channel, Connection,
+    BasicProperties, Channel,
     options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
     types::FieldTable,
 };
 use mailrun_shared::{
-    broker::{Broker, BrokerError, hang_up},
+    broker::{Broker, BrokerError, Link, hang_up},
     retry::Reconnect,
 };
 use tokio::{
@@ -139,11 +139,7 @@ async fn supervise(
     }
 }
 
-async fn open(
-    broker: &Broker,
-    queue: &str,
-    prefetch: u16,
-) -> Result<(Connection, Channel, lapin::Consumer), BrokerError> {
+async fn open(broker: &Broker, queue: &str, prefetch: u16) -> Result<(Link, Channel, lapin::Consumer), BrokerError> {
     let connection = broker.connect(&format!("consume {queue}")).await?;
     let open = async {
         let channel = connection.create_channel().await?;

@@ -12,9 +12,9 @@ use std::{
     time::Duration,
 };
 
-use lapin::{Channel, Connection};
+use lapin::Channel;
 use mailrun_shared::{
-    broker::{Broker, depth, hang_up},
+    broker::{Broker, Link, depth, hang_up},
     config::Config,
     store::{in_time, sweep},
 };
@@ -176,7 +176,7 @@ pub struct Watchdog {
     stuck_after: Duration,
     database_timeout: Duration,
     /// Where the queues are looked at: not over a connection that is itself in doubt.
-    outlook: Mutex<Option<(Connection, Channel)>>,
+    outlook: Mutex<Option<(Link, Channel)>>,
 }
 
 impl Watchdog {

@@ -8,7 +8,7 @@ use lapin::{
     protocol::AMQPErrorKind,
 };
 use mailrun_shared::{
-    broker::{Broker, BrokerError, Publisher, hang_up},
+    broker::{Broker, BrokerError, Link, Publisher, hang_up},
     config::{AmqpConfig, Config},
     topology::{self, DEAD, EXCHANGE, ITEMS, Queue, RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT, TESTS},
 };
@@ -50,7 +50,7 @@ pub(super) struct Conveyor {
     pub(super) broker: Arc<Broker>,
     /// None: it takes no messages.
     pub(super) publisher: Option<Publisher>,
-    connection: Connection,
+    connection: Link,
     depths: HashMap<String, Depth>,
 }
 
