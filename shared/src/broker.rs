@@ -581,7 +581,8 @@ pub const DIED_AT_HEADER: &str = "x-mailrun-died-at";
 /// A connection that is closed when it is dropped, whatever became of what it was for.
 ///
 /// lapin's own outlives everybody who has it if an answer is due on one of its channels: a consumer that the broker sets up
-/// after our patience has ended would be given messages, and hold them for ever.
+/// after our patience has ended would be given messages, and hold them until the broker's patience ends, half an hour later.
+/// Whoever can wait for the end says so with [`hang_up`].
 #[derive(Debug)]
 pub struct Link(Arc<Connection>);
 
