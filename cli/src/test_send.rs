@@ -9,6 +9,7 @@ use mailrun_shared::{
     template::Template,
 };
 use mailrun_worker::{
+    attempt::Attempt,
     mailer::{self, Outcome},
     test_send::test_mail,
 };
@@ -26,7 +27,7 @@ pub async fn run(config: &Config, address: &str) -> Result<()> {
     let template = Arc::new(Template::new(&config.web.subject, &config.web.body)?);
     let mailer = mailer::mailer(&config.mailer)?;
     let mail = test_mail(Uuid::new_v4(), &config.message_id_domain(), email, template, None);
-    match mailer.send(&mail).await {
+    match mailer.send(&mail, &Attempt::unchecked()).await {
         Outcome::Sent if config.mailer.kind == MailerKind::Simulated => {
             println!("The simulated mailer took it: no mail left this machine. Set mailer.kind to send real mail.");
             Ok(())
@@ -40,6 +41,7 @@ pub async fn run(config: &Config, address: &str) -> Result<()> {
         }
         Outcome::Failed { reason, bad_address: true } => bail!("not sent, the address is refused for good: {reason}"),
         Outcome::Failed { reason, bad_address: false } => bail!("not sent, and it would not be later: {reason}"),
+        Outcome::Withdrawn(why) => bail!("not sent: {why:?}"),
         Outcome::Unknown(reason) => {
             bail!("nobody knows whether it went out, the mail server never answered: {reason}. Look into the inbox")
         }

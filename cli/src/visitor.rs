@@ -1,5 +1,7 @@
 //! A visitor of the pages, as the demo and the bench are: opens the form, sends it, and polls the results page's numbers.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mailrun_shared::config::Config;
@@ -10,6 +12,10 @@ use reqwest::{
 };
 use secrecy::ExposeSecret as _;
 use serde::Deserialize;
+use uuid::Uuid;
+
+/// A button is pressed again when nothing has happened for so long.
+const PRESS: Duration = Duration::from_secs(5);
 
 /// A browser, as far as a program needs one.
 pub(crate) struct Visitor {
@@ -120,6 +126,16 @@ impl Visitor {
         let token = self.token(run).await.context("the results page has no Retry")?;
         let form = [("token", token.as_str()), ("states", "failed")];
         self.client.post(format!("{run}/retry")).form(&form).send().await?.error_for_status()?;
+        Ok(())
+    }
+
+    /// Presses a button of a run's page: `pause`, `resume` or `cancel`.
+    ///
+    /// # Errors
+    /// When the page does not answer, or refuses.
+    pub(crate) async fn press(&self, run_id: Uuid, button: &str) -> Result<()> {
+        let url = format!("{}/runs/{run_id}/{button}", self.web_url);
+        self.client.post(url).timeout(PRESS).send().await?.error_for_status()?;
         Ok(())
     }
 

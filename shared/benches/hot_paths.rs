@@ -60,8 +60,10 @@ fn merging(criterion: &mut Criterion) {
 /// What a message costs on either end.
 fn messages(criterion: &mut Criterion) {
     let one = item(1_234_567);
-    let results =
-        ResultsMessage { results: (1..=BATCH).map(|id| item(1_234_567 + id).result(ItemState::Sent, None)).collect() };
+    let results = ResultsMessage {
+        run_id: Some(Uuid::from_u128(7)),
+        results: (1..=BATCH).map(|id| item(1_234_567 + id).result(ItemState::Sent, None)).collect(),
+    };
     let (one_body, results_body) = (encode(&one), encode(&results));
     let mut group = criterion.benchmark_group("message");
     group.bench_function("encode an item", |bencher| bencher.iter(|| encode(black_box(&one))));

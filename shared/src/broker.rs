@@ -6,7 +6,7 @@
 
 use std::{
     borrow::Cow,
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     ops::Deref,
     sync::{
         Arc,
@@ -176,11 +176,23 @@ impl Broker {
     /// # Errors
     /// The broker's.
     pub async fn waiting_items(&self) -> Result<u32, BrokerError> {
+        self.waiting(&self.item_queues).await
+    }
+
+    /// How many messages with results wait to be counted, asked on a connection of its own.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn waiting_results(&self) -> Result<u32, BrokerError> {
+        self.waiting(&[topology::RESULTS.into()]).await
+    }
+
+    async fn waiting(&self, queues: &[Cow<'static, str>]) -> Result<u32, BrokerError> {
         let connection = self.connect("look").await?;
         let look = async {
             let channel = connection.create_channel().await?;
             let mut waiting = 0;
-            for queue in self.item_queues.iter() {
+            for queue in queues {
                 waiting += depth(&channel, queue).await?;
             }
             Ok::<_, lapin::Error>(waiting)
@@ -431,7 +443,7 @@ impl Outgoing {
     /// `message` for the queue where it belongs.
     #[must_use]
     pub fn new<M: Message>(message: &M) -> Self {
-        Self { spread_by: message.spread_by(), ..Self::raw(M::QUEUE, M::TYPE, encode(message)) }
+        Self { spread_by: message.spread_by(), ..Self::raw(M::QUEUE, message.kind(), encode(message)) }
     }
 
     /// Reads a message out of the outbox, so that nothing is published that no worker could read.
@@ -440,7 +452,7 @@ impl Outgoing {
     /// Why no worker could.
     pub fn read(kind: &str, message: serde_json::Value) -> Result<Self, NotUnderstood> {
         match kind {
-            RunMessage::TYPE => {
+            kind if RunMessage::TYPES.contains(&kind) => {
                 let message: RunMessage = serde_json::from_value(message)?;
                 Ok(Self::new(&message).of_run(message.run_id))
             }
@@ -462,10 +474,21 @@ impl Outgoing {
         }
     }
 
-    /// `results` in as few messages as `batch` to a message allows; no results are no message.
+    /// Results of a run, in as few messages as `batch` to a message allows; no results are no message.
     #[must_use]
-    pub fn results(results: &[ItemResult], batch: usize) -> Vec<Self> {
-        results.chunks(batch).map(|results| Self::new(&ResultsMessage { results: results.to_vec() })).collect()
+    pub fn results(run_id: Uuid, results: &[ItemResult], batch: usize) -> Vec<Self> {
+        let message = |results: &[ItemResult]| ResultsMessage { run_id: Some(run_id), results: results.to_vec() };
+        results.chunks(batch).map(|results| Self::new(&message(results)).of_run(run_id)).collect()
+    }
+
+    /// Results of any runs, each in a message of its run.
+    #[must_use]
+    pub fn results_by_run(results: impl IntoIterator<Item = (Uuid, ItemResult)>, batch: usize) -> Vec<Self> {
+        let mut by_run: BTreeMap<Uuid, Vec<ItemResult>> = BTreeMap::new();
+        for (run_id, result) in results {
+            by_run.entry(run_id).or_default().push(result);
+        }
+        by_run.into_iter().flat_map(|(run_id, results)| Self::results(run_id, &results, batch)).collect()
     }
 
     /// Sends it to another queue: one that waits, or the dead letters.
@@ -543,6 +566,18 @@ impl Outgoing {
                 self.properties(),
             )
             .await
+    }
+
+    /// The queue that it is for.
+    #[must_use]
+    pub fn queue(&self) -> &str {
+        &self.queue
+    }
+
+    /// Its body.
+    #[must_use]
+    pub fn body(&self) -> &[u8] {
+        &self.body
     }
 
     /// Its AMQP properties.

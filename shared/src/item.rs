@@ -44,6 +44,17 @@ impl ItemState {
     }
 }
 
+/// An attempt at an item: what a claim is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    /// The run. An item of another run under the same number belongs to another ledger.
+    pub run_id: Uuid,
+    /// The item.
+    pub item_id: i64,
+    /// The attempt, from 1.
+    pub attempt: i32,
+}
+
 /// An item's state together with the attempt it speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Standing {

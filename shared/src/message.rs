@@ -5,14 +5,24 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use crate::{item::ItemState, topology};
+use crate::{
+    item::{ItemState, Key},
+    topology,
+};
 
 /// A message that lives on one of the queues.
 pub trait Message: Serialize + DeserializeOwned {
-    /// The AMQP `type`, with the version of the body's form.
+    /// The AMQP `type`, with the version of the body's form: the oldest one, which every worker understands.
     const TYPE: &'static str;
+    /// All versions that are understood, oldest first.
+    const TYPES: &'static [&'static str] = &[Self::TYPE];
     /// The queue it belongs to, which is its routing key as well.
     const QUEUE: &'static str;
+
+    /// The AMQP `type` of this message: the oldest version whose workers understand all of it.
+    fn kind(&self) -> &'static str {
+        Self::TYPE
+    }
 
     /// Where there are several such queues, messages with the same number go to the same one.
     fn spread_by(&self) -> Option<u64> {
@@ -31,7 +41,15 @@ pub trait Message: Serialize + DeserializeOwned {
 /// Why a message can't be understood. It goes to the dead letters with this reason.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// A later version's message, or another system's.
+    /// A later version's message: it waits for a worker that understands it.
+    #[error("the message type is {found:?}, this worker understands up to {known:?}")]
+    Newer {
+        /// The AMQP `type` of the message.
+        found: String,
+        /// The newest one that is understood.
+        known: &'static str,
+    },
+    /// Another message's type, or another system's.
     #[error("the message type is {found:?}, this worker understands {known:?}")]
     Type {
         /// The AMQP `type` of the message.
@@ -52,12 +70,26 @@ pub enum DecodeError {
 /// # Errors
 /// The reason for the dead letter.
 pub fn decode<M: Message>(kind: Option<&str>, body: &[u8]) -> Result<M, DecodeError> {
-    if let Some(found) = kind.filter(|found| !found.is_empty() && *found != M::TYPE) {
-        return Err(DecodeError::Type { found: found.to_owned(), known: M::TYPE });
+    if let Some(found) = kind.filter(|found| !found.is_empty() && !M::TYPES.contains(found)) {
+        let (found, known) = (found.to_owned(), M::TYPES.last().copied().unwrap_or(M::TYPE));
+        return Err(if is_newer(&found, known) {
+            DecodeError::Newer { found, known }
+        } else {
+            DecodeError::Type { found, known }
+        });
     }
     let message: M = serde_json::from_slice(body).map_err(|error| DecodeError::Body(M::TYPE, error))?;
     message.check().map_err(|reason| DecodeError::Content(M::TYPE, reason))?;
     Ok(message)
+}
+
+/// Whether `found` is a later version of the same message type.
+fn is_newer(found: &str, known: &str) -> bool {
+    let version = |kind: &str| {
+        let (name, version) = kind.rsplit_once(".v")?;
+        Some((name.to_owned(), version.parse::<u32>().ok()?))
+    };
+    matches!((version(found), version(known)), (Some((found, new)), Some((known, old))) if found == known && new > old)
 }
 
 /// Writes a message's body.
@@ -69,7 +101,6 @@ pub fn encode<M: Message>(message: &M) -> Vec<u8> {
 
 /// Drives the pump: what to do next for a run. `{"run_id": "…"}` alone, published by hand, gets a run going again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct RunMessage {
     /// The run.
     pub run_id: Uuid,
@@ -80,7 +111,7 @@ pub struct RunMessage {
 
 /// What a [`RunMessage`] asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[serde(rename_all = "snake_case")]
 pub enum Command {
     /// Release the next chunk of the present pass.
     Release(Step),
@@ -91,6 +122,8 @@ pub enum Command {
         /// The same command twice begins one pass.
         command_id: Uuid,
     },
+    /// The run was paused, and goes on: put back what senders have dropped meanwhile. Twice does no harm.
+    Resume,
 }
 
 impl Default for Command {
@@ -101,7 +134,6 @@ impl Default for Command {
 
 /// The place in a run that a message speaks of. One that names another place than the present one is stale, and dropped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Step {
     /// The pass; null: the present one.
     #[serde(default)]
@@ -113,7 +145,6 @@ pub struct Step {
 
 /// Which of a run's items to send again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Replay {
     /// The same command twice begins one pass.
     pub command_id: Uuid,
@@ -126,7 +157,15 @@ pub struct Replay {
 
 impl Message for RunMessage {
     const TYPE: &'static str = "mailrun.run.v1";
+    const TYPES: &'static [&'static str] = &[Self::TYPE, "mailrun.run.v2"];
     const QUEUE: &'static str = topology::RUNS;
+
+    fn kind(&self) -> &'static str {
+        match self.command {
+            Command::Resume => Self::TYPES[1],
+            Command::Release(_) | Command::Replay(_) | Command::Cancel { .. } => Self::TYPE,
+        }
+    }
 
     fn check(&self) -> Result<(), &'static str> {
         match &self.command {
@@ -144,7 +183,6 @@ impl Message for RunMessage {
 
 /// Asks for one attempt at one invitation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ItemMessage {
     /// The run it belongs to.
     pub run_id: Uuid,
@@ -165,6 +203,12 @@ fn first() -> i16 {
 }
 
 impl ItemMessage {
+    /// The attempt that is asked for.
+    #[must_use]
+    pub fn key(self) -> Key {
+        Key { run_id: self.run_id, item_id: self.item_id, attempt: self.attempt }
+    }
+
     /// The next attempt of the same budget.
     #[must_use]
     pub fn next_try(self) -> Self {
@@ -230,9 +274,12 @@ impl Message for ItemMessage {
 
 /// What became of some attempts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ResultsMessage {
-    /// In no particular order, of any number of runs.
+    /// The run that all of them belong to: a result whose item belongs to another run is another ledger's. Only messages of
+    /// the first version lack it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_id: Option<Uuid>,
+    /// In no particular order.
     pub results: Vec<ItemResult>,
 }
 
@@ -252,7 +299,6 @@ fn no_nul(text: Option<&str>) -> Result<(), &'static str> {
 
 /// What became of one attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ItemResult {
     /// The item.
     pub item_id: i64,
@@ -296,7 +342,6 @@ impl ItemResult {
 
 /// Asks for one mail that somebody sends to look at an invitation. Nobody counts as invited by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct TestMessage {
     /// The row of `test_sends`.
     pub test_id: Uuid,
@@ -361,13 +406,15 @@ mod tests {
             Command::Release(Step { pass: Some(2), step: Some(9) }),
             Command::Replay(Replay { command_id: run_id, states: vec![ItemState::Failed], error: None }),
             Command::Cancel { command_id: run_id },
+            Command::Resume,
         ] {
             let message = RunMessage { run_id, command };
-            assert_eq!(decode::<RunMessage>(Some(RunMessage::TYPE), &encode(&message)).unwrap(), message);
+            assert_eq!(decode::<RunMessage>(Some(message.kind()), &encode(&message)).unwrap(), message);
         }
         let item = ItemMessage { run_id, item_id: 1, attempt: 1, tries: 1, replays: 0 };
         assert_eq!(decode::<ItemMessage>(None, &encode(&item)).unwrap(), item);
         let results = ResultsMessage {
+            run_id: Some(run_id),
             results: vec![item.result(ItemState::Sent, None), item.result(ItemState::Failed, Some("no".into()))],
         };
         assert_eq!(decode::<ResultsMessage>(None, &encode(&results)).unwrap(), results);
@@ -379,6 +426,9 @@ mod tests {
     fn what_is_not_understood_is_an_error_that_says_why() {
         let error = |kind, body: &str| decode::<ItemMessage>(kind, body.as_bytes()).unwrap_err().to_string();
         assert!(error(None, "hello").contains("not a valid mailrun.item.v1"));
+        let newer = |kind| matches!(decode::<ItemMessage>(Some(kind), b"{}"), Err(DecodeError::Newer { .. }));
+        assert!(newer("mailrun.item.v2") && newer("mailrun.item.v10"));
+        assert!(!newer("mailrun.item.v0") && !newer("mailrun.run.v2") && !newer("mailrun.item.vx"));
         assert!(error(Some("mailrun.item.v2"), "{}").contains("mailrun.item.v2"));
         let run_id = Uuid::from_u128(7);
         assert!(error(None, &format!(r#"{{"run_id":"{run_id}","item_id":1,"attempt":0}}"#)).contains("from 1"));
@@ -393,7 +443,7 @@ mod tests {
         let item = ItemMessage { run_id, item_id: 1, attempt: 1, tries: 1, replays: 0 };
         let good = item.result(ItemState::Retrying, Some("busy".into()));
         let refused = |result: ItemResult| {
-            let body = encode(&ResultsMessage { results: vec![good.clone(), result] });
+            let body = encode(&ResultsMessage { run_id: None, results: vec![good.clone(), result] });
             decode::<ResultsMessage>(None, &body).unwrap_err().to_string()
         };
         assert!(refused(ItemResult { tries: 0, ..good.clone() }).contains("tries"));
@@ -445,6 +495,7 @@ mod tests {
         prop_oneof![
             (any::<Option<i32>>(), any::<Option<i32>>()).prop_map(|(pass, step)| Command::Release(Step { pass, step })),
             any::<u128>().prop_map(|id| Command::Cancel { command_id: Uuid::from_u128(id) }),
+            Just(Command::Resume),
             (any::<u128>(), prop::collection::vec(dead, 1..3), prop::option::of("[^\0]{0,20}")).prop_map(
                 |(id, states, error)| Command::Replay(Replay { command_id: Uuid::from_u128(id), states, error })
             ),
@@ -536,7 +587,7 @@ mod tests {
             place: usize, with in prop::option::of(any_json()),
         ) {
             let run = RunMessage { run_id: Uuid::from_u128(run_id), command };
-            let results = ResultsMessage { results };
+            let results = ResultsMessage { run_id: Some(Uuid::from_u128(run_id)), results };
             prop_assert_eq!(&decode::<RunMessage>(None, &encode(&run)).unwrap(), &run);
             prop_assert_eq!(decode::<ItemMessage>(None, &encode(&item)).unwrap(), item);
             prop_assert_eq!(&decode::<ResultsMessage>(None, &encode(&results)).unwrap(), &results);
@@ -548,7 +599,7 @@ mod tests {
 
         #[test]
         fn what_follows_an_attempt_is_understood(item in any_item(), state in any_state()) {
-            let results = ResultsMessage { results: vec![item.result(state, None)] };
+            let results = ResultsMessage { run_id: Some(item.run_id), results: vec![item.result(state, None)] };
             prop_assert!(decode::<ResultsMessage>(None, &encode(&results)).is_ok());
             prop_assume!(item.attempt < 999_999);
             for next in [item.next_try(), item.again(), item.replayed(), item.awaited(state)] {

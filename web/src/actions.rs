@@ -52,6 +52,7 @@ pub(crate) async fn pause(State(app): Shared, Path(id): Path<String>) -> Result<
 pub(crate) async fn resume(State(app): Shared, Path(id): Path<String>) -> Result<Redirect, ErrorPage> {
     let run_id = run_id(&id)?;
     let granted = runs::set_paused(&app.pool, run_id, false).await?;
+    app.outbox.notify_one();
     info!(%run_id, ?granted, "resuming is asked for");
     answer(run_id, granted)
 }

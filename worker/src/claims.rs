@@ -9,12 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun_shared::{item::Standing, message::ItemResult, store::receipts::Receipt};
+use mailrun_shared::{
+    item::{ItemState, Key, Standing},
+    message::ItemResult,
+    store::receipts::Receipt,
+};
 
 use crate::consumer::Delivery;
-
-/// An item and the number of the attempt.
-pub type Key = (i64, i32);
 
 /// An outcome is looked up in the ledger when it is this old.
 const FIRST_LOOK: Duration = Duration::from_secs(3);
@@ -116,8 +117,15 @@ impl Claims {
         }
         self.last_receipt += 1;
         self.receipts.insert(self.last_receipt, keys.len());
-        let (item_ids, attempts) = keys.iter().copied().unzip();
+        let (item_ids, attempts) = keys.iter().map(|key| (key.item_id, key.attempt)).unzip();
         Receipt { number: self.last_receipt, item_ids, attempts }
+    }
+
+    /// What was sent and has no receipt, though the ledger has not been seen to know it: it needs one when the worker ends.
+    pub fn without_receipt(&self) -> Vec<Key> {
+        let is_sent = |stage: &Stage| matches!(stage, Stage::Done { result, .. } if result.state == ItemState::Sent);
+        let known = self.known.iter();
+        known.filter(|(_, claim)| claim.receipt.is_none() && is_sent(&claim.stage)).map(|(key, _)| *key).collect()
     }
 
     /// It is written.
@@ -187,10 +195,15 @@ impl Claims {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mailrun_shared::{item::ItemState, message::ItemMessage};
+    use mailrun_shared::message::ItemMessage;
+    use uuid::Uuid;
+
+    fn key(item_id: i64) -> Key {
+        Key { run_id: Uuid::from_u128(1), item_id, attempt: 1 }
+    }
 
     fn sent() -> ItemResult {
-        let item = ItemMessage { run_id: uuid::Uuid::from_u128(1), item_id: 5, attempt: 1, tries: 1, replays: 0 };
+        let item = ItemMessage { run_id: Uuid::from_u128(1), item_id: 5, attempt: 1, tries: 1, replays: 0 };
         item.result(ItemState::Sent, None)
     }
 
@@ -198,7 +211,7 @@ mod tests {
     fn a_receipt_is_needed_until_the_last_of_its_outcomes_is_applied() {
         let (mut claims, now) = (Claims::default(), Instant::now());
         let applied = Some(Standing { attempt: 1, state: ItemState::Sent });
-        let keys = [(5, 1), (6, 1), (7, 1)];
+        let keys = [key(5), key(6), key(7)];
         keys.iter().for_each(|key| claims.begin(*key, Vec::new()));
         let first = claims.receipt(&keys[..2]);
         assert_eq!(first, Receipt { number: 1, item_ids: vec![5, 6], attempts: vec![1, 1] });
@@ -219,8 +232,20 @@ mod tests {
     }
 
     #[test]
+    fn at_the_end_a_receipt_is_missing_for_what_was_sent_and_is_not_seen_applied() {
+        let (mut claims, now) = (Claims::default(), Instant::now());
+        [5, 6, 7, 8].into_iter().for_each(|item_id| claims.begin(key(item_id), Vec::new()));
+        let receipt = claims.receipt(&[key(5)]);
+        claims.receipt_written(receipt.number, &[key(5)]);
+        for (item_id, state) in [(5, ItemState::Sent), (6, ItemState::Sent), (7, ItemState::Failed)] {
+            claims.done(key(item_id), ItemResult { state, ..sent() }, now);
+        }
+        assert_eq!(claims.without_receipt(), [key(6)]);
+    }
+
+    #[test]
     fn an_outcome_is_repeated_until_it_is_seen_applied() {
-        let (mut claims, now, key) = (Claims::default(), Instant::now(), (5, 1));
+        let (mut claims, now, key) = (Claims::default(), Instant::now(), key(5));
         claims.begin(key, Vec::new());
         assert!(claims.to_look_up(now + LAST_REPEAT, 9).is_empty());
         claims.done(key, sent(), now);

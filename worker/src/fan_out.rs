@@ -9,8 +9,9 @@ use chrono::{DateTime, TimeDelta, Utc};
 use mailrun_shared::{
     broker::{Broker, BrokerError, Outgoing, Publisher},
     config::Config,
-    item::ItemState,
+    item::{ItemState, Key},
     message::{Command, ItemMessage, ItemResult, RunMessage, Step, decode},
+    pacing::Rate,
     run::{Budget, Flow, Wanted, outstanding, room},
     store::{
         attempts, in_time, may_pass,
@@ -39,6 +40,15 @@ const LEAST_WINDOW: i32 = 100;
 const YOUTH: TimeDelta = TimeDelta::seconds(1);
 const SOON: Duration = Duration::from_millis(15);
 const LOOKS_SOON: usize = 8;
+/// Under a rate limit items are released faster than the limit by this share, a quarter: the claims keep the limit, and must
+/// always find something to claim.
+const AHEAD_OF_LIMIT: i32 = 4;
+/// Items of a resumed run that are put back at a time.
+const PUT_BACK: i64 = 1_000;
+/// What is put back follows itself at this distance, so that other runs' items come in between.
+const PUT_BACK_EVERY: Duration = Duration::from_secs(1);
+/// A message may arrive before progress has written down when its attempt is due, by this time at most.
+const PROGRESS_LAG: Duration = Duration::from_secs(10);
 /// Before a step that failed is tried again.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(500);
 
@@ -60,11 +70,13 @@ enum StepError {
     Broker(#[from] BrokerError),
 }
 
-/// The rate limits that a step keeps to.
+/// How fast a step may release items, under rate limits.
 #[derive(Debug, Default)]
 struct Limits {
     run: Option<Budget>,
     installation: Option<Budget>,
+    /// Items that the tighter limit allows this run within the window; none: there is no limit.
+    window: Option<i32>,
 }
 
 impl Limits {
@@ -89,6 +101,8 @@ enum After {
     Wait,
     /// The same message again, later: it is not wanted now.
     Paused,
+    /// The run goes on after a pause: put back what senders have dropped.
+    PutBack,
     /// A replay has gone over the whole run: its dead letters can be taken off the queue.
     TidyDeadLetters(Box<Pass>),
 }
@@ -147,6 +161,14 @@ impl FanOut {
             After::Nothing => true,
             After::Soon | After::Wait => self.again(&message, topology::RUNS_WAIT).await,
             After::Paused => self.again(&message, topology::RUNS_PAUSED).await,
+            After::PutBack => match self.put_back(message.run_id).await {
+                Ok(()) => true,
+                Err(error) => {
+                    warn!(run_id = %message.run_id, %error, "a resumed run's items can't be put back; trying again");
+                    sleep(PAUSE_AFTER_ERROR).await;
+                    self.again(&message, topology::RUNS_WAIT).await
+                }
+            },
             After::TidyDeadLetters(pass) => {
                 if let Err(error) = replay::tidy_dead_letters(&self.broker, &self.publisher, &pass).await {
                     // The ledger is the truth: a dead letter that stays behind is refused by the fence.
@@ -189,9 +211,43 @@ impl FanOut {
                 Some(number) => self.start(message, number).await?,
                 None => self.start(message, passes::begin_cancel(&mut tx, &pass, *command_id).await?).await?,
             },
+            Command::Resume if situation.wanted == Wanted::Running => After::PutBack,
+            Command::Resume => After::Nothing,
         };
         tx.commit().await?;
         Ok(Some(after))
+    }
+
+    /// Puts back what senders have dropped while a run was paused: whatever is released, due and not claimed. What has its
+    /// message already is claimed once all the same.
+    async fn put_back(&self, run_id: Uuid) -> Result<(), StepError> {
+        let limit = self.config.database.answer_timeout();
+        let waits = self.config.rungs();
+        let (mut after, mut put_back, mut chunks) = (0, 0, 0);
+        loop {
+            let items = async {
+                let mut conn = self.pool.acquire().await?;
+                passes::dropped_items(&mut conn, run_id, PROGRESS_LAG, after, PUT_BACK).await
+            };
+            let items = in_time(limit, items).await?;
+            let Some(last) = items.last() else { break };
+            after = last.position;
+            put_back += items.len();
+            let wait = waits.iter().filter(|wait| **wait <= PUT_BACK_EVERY * chunks).max();
+            let messages = items.iter().map(|item| {
+                let message = Outgoing::new(&item.next).of_run(run_id);
+                match wait {
+                    Some(wait) => message.to(topology::retry_queue(*wait)),
+                    None => message,
+                }
+            });
+            self.publish(messages.collect()).await?;
+            chunks += 1;
+        }
+        if put_back > 0 {
+            info!(%run_id, put_back, "resumed, its waiting items are back on their queue");
+        }
+        Ok(())
     }
 
     /// Publishes the first step of a pass that the caller's transaction has begun. The same command again starts it
@@ -219,7 +275,7 @@ impl FanOut {
             _ => {}
         }
         let outstanding = outstanding(&situation.counters, situation.counters.total - situation.first_released);
-        let is_young = situation.now - pass.created_at < YOUTH;
+        let is_young = (TimeDelta::zero()..YOUTH).contains(&(situation.now - pass.created_at));
         let flow = pass.flow.look(situation.now, pass.released, outstanding);
         let limits = if cancels { Limits::default() } else { self.limits(conn, pass, situation).await? };
         let wish = if cancels {
@@ -244,7 +300,6 @@ impl FanOut {
             cursor: last.position,
             released,
             next_due_at: limits.run.map_or(situation.now, |budget| budget.spend(released).next_due_at),
-            charged: situation.repeats,
             flow,
         };
         let mut chunk: Vec<Outgoing> = match pass.kind {
@@ -264,22 +319,29 @@ impl FanOut {
     }
 
     async fn situation(&self, conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Situation>> {
-        passes::situation(conn, run_id, Duration::from_millis(self.config.heartbeat.dead_after_ms)).await
+        passes::situation(conn, run_id).await
     }
 
-    /// The rate limits that hold for the run, charged with the attempts that were made again since the last step. The
-    /// installation's stays locked until the step is committed.
+    /// How fast the run may be released. The installation's budget stays locked until the step is committed.
     async fn limits(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<Limits> {
-        let burst = Duration::from_millis(self.config.fan_out.rate_burst_ms);
-        let repeats = (situation.repeats - pass.charged).max(0);
-        let budget =
-            |per_second, next_due_at| Budget::new(per_second, next_due_at, situation.now, burst).spend(repeats);
-        let installation = match self.config.fan_out.sends_per_second {
-            // What nobody used before this run came is not made up for by it.
-            Some(per_second) => Some(budget(per_second, passes::lock_budget(conn).await?.max(pass.created_at))),
-            None => None,
+        let burst = Duration::from_millis(self.config.fan_out.window_ms);
+        let budget = |per_second: i32, next_due_at| {
+            let ahead = per_second.saturating_add(per_second / AHEAD_OF_LIMIT + 1);
+            Budget::new(ahead, next_due_at, situation.now, burst)
         };
-        Ok(Limits { run: situation.sends_per_second.map(|limit| budget(limit, pass.next_due_at)), installation })
+        let within = |per_second| Rate::new(per_second).within(burst).saturating_add(1);
+        let mut limits = Limits::default();
+        if let Some(per_second) = situation.sends_per_second {
+            limits.run = Some(budget(per_second, pass.next_due_at));
+            limits.window = Some(within(per_second));
+        }
+        if let Some(per_second) = self.config.fan_out.sends_per_second {
+            limits.installation = Some(budget(per_second, passes::lock_budget(conn).await?));
+            let runs = i32::try_from(passes::count_running(conn).await?).unwrap_or(i32::MAX).max(1);
+            let share = within(per_second) / runs + 1;
+            limits.window = Some(limits.window.map_or(share, |window| window.min(share)));
+        }
+        Ok(limits)
     }
 
     /// How many items there is room for.
@@ -289,10 +351,9 @@ impl FanOut {
         // Twice what can be in flight: a sender that is done finds the next one waiting. At first some more, since even the
         // fastest senders have no more than this.
         let least = situation.permits.saturating_mul(if is_young { 3 } else { 2 }).max(LEAST_WINDOW);
-        // Under a limit no more may gather than it allows, or the senders would make up for a pause in one burst.
-        let most = limits.both().map(|budget| situation.permits.saturating_add(budget.within(time)).max(LEAST_WINDOW));
-        let most = most.fold(config.window_items, i32::min);
-        let window = flow.window(time, least, most);
+        // Under a limit no more waits than it allows within the window, beside what is being sent.
+        let most = limits.window.map(|window| window.saturating_add(situation.in_flight.min(situation.permits)));
+        let window = flow.window(time, least, most.map_or(config.window_items, |most| most.min(config.window_items)));
         if situation.counters.retrying >= config.deferred_items {
             0
         } else {
@@ -305,7 +366,7 @@ impl FanOut {
     async fn is_unapplied(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<bool> {
         let lost_after = TimeDelta::milliseconds(i64::try_from(self.config.sweep.stalled_after_ms).unwrap_or(i64::MAX));
         Ok(pass.kind == PassKind::Replay
-            && situation.now - pass.chunk_at < lost_after
+            && (TimeDelta::zero()..lost_after).contains(&(situation.now - pass.chunk_at))
             && passes::is_unapplied(conn, pass).await?)
     }
 
@@ -314,7 +375,7 @@ impl FanOut {
         let messages: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).replayed()).collect();
         let results: Vec<ItemResult> =
             messages.iter().map(|message| message.result(ItemState::Pending, None)).collect();
-        Outgoing::results(&results, self.config.send.result_batch)
+        Outgoing::results(pass.run_id, &results, self.config.send.result_batch)
             .into_iter()
             .chain(messages.iter().map(|message| Outgoing::new(message).of_run(pass.run_id)))
             .collect()
@@ -324,17 +385,16 @@ impl FanOut {
     /// settles by itself. The claims are committed with the step, after the results are published.
     async fn cancelled(&self, conn: &mut PgConnection, pass: &Pass, items: &[Item]) -> sqlx::Result<Vec<Outgoing>> {
         let next: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).awaited(item.state)).collect();
-        let ids: Vec<i64> = next.iter().map(|item| item.item_id).collect();
-        let numbers: Vec<i32> = next.iter().map(|item| item.attempt).collect();
+        let keys: Vec<Key> = next.iter().map(|item| item.key()).collect();
         // The run is cancelled, so no claim is granted to this worker: its id is of no importance.
-        let claimed = attempts::claim(conn, 0, &ids, &numbers, &Receipt::default()).await?;
-        let claimed: HashSet<i64> = claimed.iter().map(|claim| claim.item_id).collect();
+        let claimed = attempts::claim(conn, 0, &keys, &Receipt::default()).await?;
+        let claimed: HashSet<Key> = claimed.iter().map(|claim| claim.key).collect();
         let results: Vec<ItemResult> = next
             .iter()
-            .filter(|item| claimed.contains(&item.item_id))
+            .filter(|item| claimed.contains(&item.key()))
             .map(|item| item.result(ItemState::Cancelled, None))
             .collect();
-        Ok(Outgoing::results(&results, self.config.send.result_batch))
+        Ok(Outgoing::results(pass.run_id, &results, self.config.send.result_batch))
     }
 
     /// The step is not committed if this fails.

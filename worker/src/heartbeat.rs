@@ -1,4 +1,4 @@
-//! This worker's signs of life, and its own judgement whether others may take it for dead.
+//! This worker's heartbeats, its own view of whether others may have declared it dead, and its watch over theirs.
 
 use std::{
     fmt,
@@ -14,10 +14,11 @@ use rustix::time::{ClockId, clock_gettime};
 use sqlx::PgPool;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::{
     mailer::{Lane, Mailer},
+    observer::Observer,
     permits::Permits,
 };
 
@@ -35,6 +36,8 @@ pub struct Heartbeat {
     dead_after: Duration,
     /// When the newest heartbeat that arrived was begun.
     last: Mutex<Duration>,
+    /// Cancelled when its row is gone or declares it dead: for good, since others act on that.
+    fenced: CancellationToken,
     rebuilds: AtomicI32,
     /// What it sends through and with, if it does.
     sender: OnceLock<(Arc<dyn Mailer>, Arc<Permits>)>,
@@ -63,6 +66,7 @@ impl Heartbeat {
             interval: Duration::from_millis(config.interval_ms),
             dead_after: Duration::from_millis(config.dead_after_ms),
             last: Mutex::new(last),
+            fenced: CancellationToken::new(),
             rebuilds: AtomicI32::new(0),
             sender: OnceLock::new(),
         })
@@ -73,14 +77,17 @@ impl Heartbeat {
         self.worker_id
     }
 
-    /// When others take a worker for dead.
-    pub fn dead_after(&self) -> Duration {
-        self.dead_after
+    /// Ends when others have declared this worker dead, or its row is gone.
+    pub async fn fenced(&self) {
+        self.fenced.cancelled().await;
     }
 
-    /// Whether nobody can take this worker for dead yet. It gives up a little earlier than the others would, since it
+    /// Whether nobody can have declared this worker dead yet. It gives up a little earlier than the others would, since it
     /// counts from before its heartbeat was written.
     pub fn is_fresh(&self) -> bool {
+        if self.fenced.is_cancelled() {
+            return false;
+        }
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
         since_boot().saturating_sub(last) + self.interval / 2 < self.dead_after
     }
@@ -96,10 +103,12 @@ impl Heartbeat {
         let _ = self.sender.set((mailer, permits));
     }
 
-    /// Beats until `stop`. A heartbeat that fails is not made up for: the next one comes soon enough.
+    /// Beats until `stop`, or until it is fenced. A heartbeat that fails is not made up for: the next one comes soon enough.
     pub async fn beat(&self, stop: CancellationToken) {
         let mut ticks = interval(self.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut observer = Observer::new(self.interval, self.dead_after);
+        let mut looked_at = Instant::now();
         let mut silent = false;
         loop {
             tokio::select! {
@@ -108,9 +117,13 @@ impl Heartbeat {
             }
             let begun = since_boot();
             match timeout(self.dead_after, self.write()).await {
-                Ok(Ok(())) => {
+                Ok(Ok(true)) => {
                     *self.last.lock().unwrap_or_else(PoisonError::into_inner) = begun;
                     silent = false;
+                }
+                Ok(Ok(false)) => {
+                    self.fenced.cancel();
+                    return;
                 }
                 Ok(Err(error)) if !silent => {
                     warn!(%error, "the heartbeat can't be written");
@@ -122,10 +135,31 @@ impl Heartbeat {
                 }
                 _ => {}
             }
+            let elapsed = looked_at.elapsed();
+            match timeout(self.dead_after, self.observe(&mut observer, elapsed)).await {
+                Ok(Ok(())) => looked_at = Instant::now(),
+                Ok(Err(error)) => debug!(%error, "the other workers' heartbeats can't be read"),
+                Err(_) => debug!("the other workers' heartbeats can't be read: PostgreSQL does not answer"),
+            }
         }
     }
 
-    async fn write(&self) -> sqlx::Result<()> {
+    /// Declares those workers dead whose heartbeat does not change any more.
+    async fn observe(&self, observer: &mut Observer, elapsed: Duration) -> sqlx::Result<()> {
+        let mut conn = self.pool.acquire().await?;
+        let mut beats = workers::beats(&mut conn).await?;
+        beats.retain(|beat| beat.worker_id != self.worker_id);
+        let silent = observer.look(&beats, elapsed);
+        if !silent.is_empty() {
+            for worker_id in workers::declare_dead(&mut conn, &silent).await? {
+                warn!(worker_id, "a worker's heartbeat has stopped; it is declared dead");
+            }
+        }
+        Ok(())
+    }
+
+    /// False: this worker is declared dead, or its row is gone.
+    async fn write(&self) -> sqlx::Result<bool> {
         let mut conn = self.pool.acquire().await?;
         let closed = match self.sender.get().map(|(mailer, _)| mailer.lane()) {
             Some(Lane::Closed { reason, until }) => Some((reason, until.saturating_duration_since(Instant::now()))),

@@ -8,20 +8,25 @@
 // A lock that is taken for a match is kept until its end, in which somebody may want it again.
 #![warn(clippy::significant_drop_in_scrutinee)]
 
+pub mod attempt;
 mod claims;
 mod consumer;
 mod fan_out;
 mod heartbeat;
+mod held;
 pub mod mailer;
 #[cfg(test)]
 mod model;
+pub mod observer;
 pub mod outcome;
+mod pace;
 mod permits;
 mod poison;
 mod progress;
 pub mod prune;
 pub mod replay;
 mod send;
+mod stopped_runs;
 pub mod sweep;
 mod templates;
 pub mod test_send;
@@ -104,6 +109,12 @@ pub enum WorkerError {
     /// A part ended by itself.
     #[error("a part of the worker ended by itself; the process is of no use without it")]
     DeadTask,
+    /// Its row in `workers` is gone, or declares it dead.
+    #[error(
+        "others have declared this worker dead, or its row in the table workers is gone: its attempts are theirs to settle. \
+         Start it again"
+    )]
+    Fenced,
     /// The drain took too long.
     #[error("what was in flight could not be finished within {0:?}; it will be settled by other workers")]
     Deadline(Duration),
@@ -137,7 +148,8 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     let watchdog = Watchdog::new(&config, Arc::clone(&broker), pool.clone(), Arc::clone(&heartbeat));
     let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, &links, &watchdog, &consumers, &stop)?;
     drop(publisher);
-    let ended = supervise(parts, &consumers, &stop, Duration::from_millis(config.send.shutdown_deadline_ms)).await;
+    let deadline = Duration::from_millis(config.send.shutdown_deadline_ms);
+    let ended = supervise(parts, &consumers, &heartbeat, &stop, deadline).await;
     watchdog.close().await;
     beating.cancel();
     let _ = beat.await;
@@ -212,9 +224,11 @@ fn start(
                 let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, links.clone());
                 parts.spawn(tests.run(consume(&[topology::TESTS.into()], test_send::PREFETCH), stop.clone()));
                 let (beat, links) = (Arc::clone(heartbeat), links.clone());
-                let senders =
-                    Senders::new(config.clone(), pool.clone(), publisher.clone(), beat, mailer, permits, links);
-                parts.spawn(senders.run(consume(broker.item_queues(), config.send.prefetch), stop.clone()));
+                let (config, pool, broker, publisher) =
+                    (config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
+                let (queues, prefetch) = (broker.item_queues().to_vec(), config.send.prefetch);
+                let senders = Senders::new(config, pool, broker, publisher, beat, mailer, permits, links);
+                parts.spawn(senders.run(consume(&queues, prefetch), stop.clone()));
             }
             Role::Progress => {
                 let progress = Progress::new(config.clone(), pool, publisher.clone());
@@ -231,19 +245,21 @@ fn start(
 async fn supervise(
     mut parts: JoinSet<()>,
     consumers: &TaskTracker,
+    heartbeat: &Heartbeat,
     stop: &CancellationToken,
     deadline: Duration,
 ) -> Result<(), WorkerError> {
-    let dead = tokio::select! {
+    let why = tokio::select! {
         // Parts that end because they were told to are not dead.
         biased;
-        () = stop.cancelled() => false,
+        () = stop.cancelled() => None,
+        () = heartbeat.fenced() => Some(WorkerError::Fenced),
         ended = parts.join_next() => {
             error!(?ended, "a part of this worker ended by itself");
-            stop.cancel();
-            true
+            Some(WorkerError::DeadTask)
         }
     };
+    stop.cancel();
     let drain = async {
         let mut clean = true;
         while let Some(ended) = parts.join_next().await {
@@ -253,8 +269,11 @@ async fn supervise(
         clean
     };
     match timeout(deadline, drain).await {
-        Ok(true) if !dead => Ok(()),
-        Ok(_) => Err(WorkerError::DeadTask),
-        Err(_) => Err(WorkerError::Deadline(deadline)),
+        Ok(clean) => match why {
+            Some(why) => Err(why),
+            None if clean => Ok(()),
+            None => Err(WorkerError::DeadTask),
+        },
+        Err(_) => Err(why.unwrap_or(WorkerError::Deadline(deadline))),
     }
 }

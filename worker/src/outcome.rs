@@ -8,19 +8,28 @@ use mailrun_shared::{
     item::ItemState,
     message::{DeadReason, ItemMessage, ItemResult},
     retry::rung,
+    run::Wanted,
     store::attempts::{Fate, Found, Owner, Withheld},
     topology::retry_queue,
 };
 
-use crate::mailer::Outcome;
+use crate::{attempt::Withdrawn, mailer::Outcome};
 
 /// The reason shown for an attempt of which nobody can know whether it went out.
 pub const UNKNOWN: &str = "the worker died while it was sending; the invitation may have gone out or not";
 /// The reason shown when a worker gave up its claim because it had been cut off.
 const CUT_OFF: &str = "the worker was cut off before it began to send";
 
-/// The reason shown for an item that is skipped.
+/// The reason shown while an attempt that was claimed before its run was paused waits.
+const STOPPED: &str = "not sent yet: the run was paused or cancelled";
+/// The reason shown while an attempt waits for another send time.
+const NOT_DUE: &str = "not sent yet: the rate limit left no send time";
+
+/// The reasons shown for items that are skipped.
 const SUPPRESSED: &str = "the address is on the list of those that nobody writes to any more";
+const INVITED: &str = "already invited: an earlier run had sent its invitation after all";
+/// The reason shown for an item whose person or run was deleted by hand.
+const DELETED: &str = "the person or the run was deleted from the database";
 
 /// What an attempt leaves behind: the next attempt, if there is one, and the result. Published in this order, so that a
 /// crash between the two loses nothing.
@@ -92,6 +101,11 @@ pub fn after_send(item: ItemMessage, outcome: Outcome, closed_for: Duration, rul
             Next { result: ItemResult { bad_address, ..next.result }, ..next }
         }
         Outcome::Unknown(reason) => unclear(item, rules.on_unknown, reason),
+        Outcome::Withdrawn(Withdrawn::CutOff) => after_cut_off(item),
+        Outcome::Withdrawn(Withdrawn::Stopped) => wait(item, item.again(), rules.shortest(), STOPPED.into()),
+        Outcome::Withdrawn(Withdrawn::NotDue(time)) => {
+            wait(item, item.again(), rules.rung_within(time), NOT_DUE.into())
+        }
     }
 }
 
@@ -112,6 +126,8 @@ pub fn withheld(item: ItemMessage, why: Withheld) -> ItemResult {
     match why {
         Withheld::Cancelled => item.result(ItemState::Cancelled, None),
         Withheld::Suppressed => item.result(ItemState::Skipped, Some(SUPPRESSED.into())),
+        Withheld::Invited => item.result(ItemState::Skipped, Some(INVITED.into())),
+        Withheld::Deleted => item.result(ItemState::Failed, Some(DELETED.into())),
     }
 }
 
@@ -151,7 +167,7 @@ fn dead(item: ItemMessage, state: ItemState, reason: DeadReason, error: String) 
 /// What to do with a message whose claim was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
-    /// It names an item that doesn't exist.
+    /// It names an item that doesn't exist in this run: it is another ledger's.
     NoSuchItem,
     /// The attempt is settled or outdated.
     Outdated,
@@ -159,6 +175,12 @@ pub enum Refused {
     Mine,
     /// Another worker has it, and lives: what it does will be known later.
     InOtherHands,
+    /// The run is paused: the message is dropped, and put back when the run goes on. `reopen`: the ledger shows the item as
+    /// settled, and would not put it back; so it has to be shown as pending.
+    Paused {
+        /// Whether the item is settled.
+        reopen: bool,
+    },
     /// The attempt will never be made.
     Withheld(Withheld),
     /// Its worker died after the mail server had accepted the mail.
@@ -171,7 +193,7 @@ pub enum Refused {
 #[must_use]
 pub fn refused(found: Option<&Found>, me: i64) -> Refused {
     let Some(found) = found else { return Refused::NoSuchItem };
-    if !found.standing.allows(found.number) {
+    if !found.standing.allows(found.key.attempt) {
         return Refused::Outdated;
     }
     match found.owner {
@@ -180,6 +202,7 @@ pub fn refused(found: Option<&Found>, me: i64) -> Refused {
         Some(Owner::Worker { fate: Fate::Alive, .. }) => Refused::InOtherHands,
         Some(Owner::Worker { fate: Fate::Accepted, .. }) => Refused::Accepted,
         Some(Owner::Worker { fate: Fate::Dead, .. }) => Refused::Orphaned,
+        None if found.wanted == Some(Wanted::Paused) => Refused::Paused { reopen: !found.standing.state.is_open() },
         // The holder's transaction ended in between: the next claim will tell.
         None => Refused::InOtherHands,
     }
@@ -250,6 +273,16 @@ mod tests {
     }
 
     #[test]
+    fn an_attempt_that_was_never_offered_costs_no_try() {
+        for withdrawn in [Withdrawn::CutOff, Withdrawn::Stopped, Withdrawn::NotDue(Duration::from_secs(2))] {
+            let next = after_send(item(4, 3), Outcome::Withdrawn(withdrawn), Duration::ZERO, &rules());
+            assert_eq!((next.result.state, next.result.tries), (ItemState::Retrying, 3));
+            let (FollowUp::Now(again) | FollowUp::Wait(again, _)) = next.follow_up.unwrap() else { panic!() };
+            assert_eq!((again.attempt, again.tries), (5, 3));
+        }
+    }
+
+    #[test]
     fn a_lost_answer_is_held_or_resent_as_the_policy_says() {
         let lost = || Outcome::Unknown("dropped".into());
         assert_eq!(after_send(item(1, 1), lost(), Duration::ZERO, &rules()).result.state, ItemState::Unknown);
@@ -265,8 +298,9 @@ mod tests {
 
     #[test]
     fn a_refused_claim_is_looked_into() {
-        let found =
-            |state, attempt, owner| Found { item_id: 5, number: 2, standing: Standing { attempt, state }, owner };
+        let key = item(2, 1).key();
+        let wanted = Some(Wanted::Running);
+        let found = |state, attempt, owner| Found { key, standing: Standing { attempt, state }, wanted, owner };
         let worker = |id, fate| Some(Owner::Worker { id, fate });
         let why = |state, attempt, owner| refused(Some(&found(state, attempt, owner)), 7);
         assert_eq!(refused(None, 7), Refused::NoSuchItem);
@@ -281,6 +315,10 @@ mod tests {
             assert_eq!(why(ItemState::Pending, 2, nobody(withheld)), Refused::Withheld(withheld));
         }
         assert_eq!(why(ItemState::Pending, 2, None), Refused::InOtherHands);
+        let paused = |state, owner| refused(Some(&Found { wanted: Some(Wanted::Paused), ..found(state, 1, owner) }), 7);
+        assert_eq!(paused(ItemState::Retrying, None), Refused::Paused { reopen: false });
+        assert_eq!(paused(ItemState::Failed, None), Refused::Paused { reopen: true }, "a dead letter moved by hand");
+        assert_eq!(paused(ItemState::Retrying, worker(8, Fate::Dead)), Refused::Orphaned);
     }
 
     #[test]

@@ -8,10 +8,8 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use mailrun_shared::item::ItemState;
+use mailrun_shared::item::{ItemState, Key};
 use tokio::sync::Notify;
-
-use crate::claims::Key;
 
 /// The permits of a sender. Any number of tasks may give them back, and one takes them.
 #[derive(Debug)]
@@ -98,21 +96,25 @@ impl Permits {
 mod tests {
     use super::*;
 
+    fn key(item_id: i64) -> Key {
+        Key { run_id: uuid::Uuid::nil(), item_id, attempt: 1 }
+    }
+
     #[test]
     fn a_permit_is_free_when_the_outcome_is_on_disk() {
         let permits = Permits::new(3);
         permits.begin(3);
         assert_eq!((permits.room(), permits.in_use()), (0, 3));
-        permits.accepted((1, 1));
-        permits.accepted((2, 1));
+        permits.accepted(key(1));
+        permits.accepted(key(2));
         assert_eq!((permits.room(), permits.in_use()), (2, 3), "a claim may use them, if it takes a receipt along");
         // One is confirmed while the receipt is on its way, and then the other one as well.
         let receipt = permits.receipt();
-        permits.confirmed([((1, 1), ItemState::Sent)]);
+        permits.confirmed([(key(1), ItemState::Sent)]);
         permits.receipt_written(&receipt);
-        permits.confirmed([((2, 1), ItemState::Sent)]);
+        permits.confirmed([(key(2), ItemState::Sent)]);
         assert_eq!((permits.room(), permits.in_use()), (2, 1), "none is given back twice");
-        permits.confirmed([((3, 1), ItemState::Failed)]);
+        permits.confirmed([(key(3), ItemState::Failed)]);
         assert_eq!(permits.in_use(), 0);
     }
 
@@ -120,7 +122,7 @@ mod tests {
     async fn who_waits_for_room_is_woken() {
         let permits = Permits::new(1);
         permits.begin(1);
-        tokio::join!(permits.some(), async { permits.accepted((1, 1)) });
+        tokio::join!(permits.some(), async { permits.accepted(key(1)) });
         permits.receipt_written(&permits.receipt());
         assert_eq!(permits.in_use(), 0);
     }

@@ -3,19 +3,19 @@
 use std::time::Duration;
 
 use mailrun_shared::{
-    broker::Publisher,
+    broker::{Outgoing, Publisher},
     config::Config,
-    message::{ItemResult, ResultsMessage, decode},
+    message::{DeadReason, ResultsMessage, decode},
     retry::Reconnect,
     store::{
         Session, is_about_data,
-        progress::{self, Applied},
+        progress::{self, Applied, Report},
     },
 };
 use sqlx::PgPool;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use crate::{
     consumer::{Consumer, Delivery},
@@ -25,10 +25,20 @@ use crate::{
 /// How long results are gathered: far less than what a person sees of the bar.
 const GATHER: Duration = Duration::from_millis(15);
 
+/// Why a result is dead whose item is not in the ledger.
+const NO_SUCH_ITEM: &str =
+    "its run has no such item: the result belongs to another installation, or is newer than the ledger";
+
 /// A message and what it says.
-struct Report {
+struct Received {
     delivery: Delivery,
-    results: Vec<ItemResult>,
+    message: ResultsMessage,
+}
+
+impl Received {
+    fn reports(&self) -> impl Iterator<Item = Report<'_>> {
+        self.message.results.iter().map(|result| Report { run_id: self.message.run_id, result })
+    }
 }
 
 /// The progress consumer of one process.
@@ -51,51 +61,81 @@ impl Progress {
         while let Some(Some(first)) = stop.run_until_cancelled(consumer.next()).await {
             // More arrive meanwhile, and a transaction for many costs little more than one for few.
             sleep(GATHER).await;
-            let mut reports = Vec::new();
+            let mut received = Vec::new();
             let mut delivery = Some(first);
             while let Some(next) = delivery.take() {
                 match decode::<ResultsMessage>(next.kind(), &next.body) {
-                    Ok(message) => reports.push(Report { delivery: next, results: message.results }),
+                    Ok(message) => received.push(Received { delivery: next, message }),
                     Err(error) => poison::bury(&self.publisher, next, &error.to_string()).await,
                 }
-                if reports.len() < self.config.progress.batch_messages {
+                if received.len() < self.config.progress.batch_messages {
                     delivery = consumer.next_now();
                 }
             }
-            self.count(reports, &stop).await;
+            self.count(received, &stop).await;
         }
     }
 
-    /// Applies a batch. If the ledger refuses it for good, each message is applied by itself, so that one that can't be
-    /// applied spoils nothing but itself.
-    async fn count(&mut self, reports: Vec<Report>, stop: &CancellationToken) {
-        match self.apply(&reports, stop).await {
+    /// Applies a batch, and acknowledges its messages. If the ledger refuses it for good, each result is applied by itself, so
+    /// that one that can't be applied spoils nothing but itself.
+    async fn count(&mut self, received: Vec<Received>, stop: &CancellationToken) {
+        let reports: Vec<Report<'_>> = received.iter().flat_map(Received::reports).collect();
+        let counted = match self.apply(&reports, stop).await {
             Some(Ok(applied)) => {
-                debug!(?applied, messages = reports.len(), "counted");
-                reports.into_iter().for_each(|report| report.delivery.ack());
+                debug!(?applied, messages = received.len(), "counted");
+                let strange: Vec<(Report<'_>, &str)> =
+                    applied.strange.iter().map(|index| (reports[*index], NO_SUCH_ITEM)).collect();
+                self.bury(&strange, stop).await
             }
-            Some(Err(error)) if reports.len() == 1 => {
-                for report in reports {
-                    poison::bury(&self.publisher, report.delivery, &format!("the ledger refuses it: {error}")).await;
-                }
-            }
-            Some(Err(_)) => {
-                for report in reports {
-                    Box::pin(self.count(vec![report], stop)).await;
-                }
-            }
-            // Stopping: the messages come again.
-            None => {}
+            Some(Err(_)) => self.count_each(&reports, stop).await,
+            None => None,
+        };
+        // Otherwise it is stopping: the messages come again.
+        if counted.is_some() {
+            received.into_iter().for_each(|received| received.delivery.ack());
         }
+    }
+
+    /// None: told to stop before all were counted.
+    async fn count_each(&mut self, reports: &[Report<'_>], stop: &CancellationToken) -> Option<()> {
+        for report in reports {
+            let reason = match self.apply(&[*report], stop).await? {
+                Ok(applied) if applied.strange.is_empty() => continue,
+                Ok(_) => NO_SUCH_ITEM.to_owned(),
+                Err(error) => format!("the ledger refuses it: {error}"),
+            };
+            self.bury(&[(*report, reason.as_str())], stop).await?;
+        }
+        Some(())
+    }
+
+    /// Puts results on the dead-letter queue, each alone, and once: their senders repeat them. None: told to stop before that.
+    async fn bury(&mut self, reports: &[(Report<'_>, &str)], stop: &CancellationToken) -> Option<()> {
+        let limit = self.config.database.answer_timeout();
+        for (report, reason) in reports {
+            let is_buried = self.session.run(limit, async |conn| progress::is_buried(conn, *report).await).await;
+            if is_buried.unwrap_or(false) {
+                continue;
+            }
+            let (item_id, attempt) = (report.result.item_id, report.result.attempt);
+            error!(item_id, attempt, reason, "a result can't be counted; it goes to the dead letters");
+            let message = ResultsMessage { run_id: report.run_id, results: vec![report.result.clone()] };
+            let dead = Outgoing::new(&message).dead(DeadReason::Poison, reason);
+            stop.run_until_cancelled(self.publisher.publish(vec![dead])).await?.ok()?;
+            let noted = self.session.run(limit, async |conn| progress::note_buried(conn, *report, reason).await).await;
+            if let Err(error) = noted {
+                warn!(%error, item_id, "a buried result can't be noted; if it is repeated, it is buried again");
+            }
+        }
+        Some(())
     }
 
     /// Applies until it is done, is refused for good, or is told to stop (`None`).
-    async fn apply(&mut self, reports: &[Report], stop: &CancellationToken) -> Option<sqlx::Result<Applied>> {
-        let results: Vec<&ItemResult> = reports.iter().flat_map(|report| &report.results).collect();
+    async fn apply(&mut self, reports: &[Report<'_>], stop: &CancellationToken) -> Option<sqlx::Result<Applied>> {
         let mut trouble = Reconnect::default();
         loop {
             let limit = self.config.database.answer_timeout();
-            match self.session.run(limit, async |conn| progress::apply(conn, &results).await).await {
+            match self.session.run(limit, async |conn| progress::apply(conn, reports).await).await {
                 Err(error) if !is_about_data(&error) => {
                     let wait = trouble.next_wait();
                     warn!(%error, wait_ms = wait.as_millis(), "results can't be counted; trying again");

@@ -6,40 +6,45 @@
 //! themselves: each takes what has gathered while the one before was under way.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use mailrun_shared::{
-    broker::{Outgoing, Publisher},
+    broker::{Broker, Outgoing, Publisher},
     config::Config,
-    item::{ItemState, message_id},
+    item::{ItemState, Key, message_id},
     message::{ItemMessage, ItemResult, decode},
     retry::{Reconnect, in_process},
     store::{
         Session,
-        attempts::{self, Claimed, Found},
+        attempts::{self, Claimed, Found, Paced},
         in_time, receipts,
     },
     topology::retry_queue,
 };
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use tokio::{
     sync::mpsc,
     task::yield_now,
-    time::{sleep, timeout_at},
+    time::{sleep, sleep_until, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
+use uuid::Uuid;
 
 use crate::{
-    claims::{Claims, Key, Known},
+    attempt::{Attempt, Checks},
+    claims::{Claims, Known},
     consumer::{Consumer, Delivery},
     heartbeat::Heartbeat,
+    held::Held,
     mailer::{Lane, Mail, Mailer, Outcome},
     outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
+    pace::Pace,
     permits::Permits,
+    stopped_runs::StoppedRuns,
     templates::{Read, Templates, TemplatesError},
     unsubscribe::Links,
 };
@@ -49,13 +54,22 @@ use crate::{
 const GATHER: Duration = Duration::from_millis(20);
 /// How long outcomes are gathered for a report. Hardly anybody waits for it: permits come back with the next claim.
 const GATHER_OUTCOMES: Duration = Duration::from_millis(5);
+/// Of limited runs, attempts are claimed whose send time lies within this: a connection that is free finds one waiting, and
+/// few permits wait.
+const AHEAD: Duration = Duration::from_millis(100);
 /// How often remembered outcomes are compared with the ledger, and how many at a time.
 const REMEMBER_INTERVAL: Duration = Duration::from_millis(500);
 const REMEMBER_BATCH: usize = 2_000;
+/// Each look at the results queue takes a connection.
+const LOOK_AT_RESULTS_EVERY: Duration = Duration::from_secs(1);
+/// Why a message is dead whose item is not in the ledger.
+const NO_SUCH_ITEM: &str =
+    "its run has no such item: the message belongs to another installation, or is newer than the ledger";
 
 /// What the senders of a process share.
 pub struct Senders {
     pool: PgPool,
+    broker: Arc<Broker>,
     publisher: Publisher,
     heartbeat: Arc<Heartbeat>,
     mailer: Arc<dyn Mailer>,
@@ -65,6 +79,11 @@ pub struct Senders {
     links: Links,
     claims: Mutex<Claims>,
     permits: Arc<Permits>,
+    pace: Arc<Pace>,
+    stopped: Arc<StoppedRuns>,
+    checks: Arc<Checks>,
+    /// When the results queue was last looked at, and whether nothing waited.
+    results_look: tokio::sync::Mutex<Option<(Instant, bool)>>,
     rules: Rules,
     config: Config,
 }
@@ -81,28 +100,54 @@ struct Asked {
     deliveries: Vec<Delivery>,
 }
 
+/// What is claimed together.
+#[derive(Default)]
+struct Batch {
+    /// Messages that were held until their send time was near.
+    held: Vec<Asked>,
+    /// Messages that have just come.
+    fresh: Vec<Delivery>,
+}
+
+impl Batch {
+    fn len(&self) -> usize {
+        self.held.len() + self.fresh.len()
+    }
+}
+
 impl Senders {
     /// The senders of this process.
     #[must_use]
+    #[expect(clippy::too_many_arguments, reason = "each is another part of the process")]
     pub fn new(
         config: Config,
         pool: PgPool,
+        broker: Arc<Broker>,
         publisher: Publisher,
         heartbeat: Arc<Heartbeat>,
         mailer: Arc<dyn Mailer>,
         permits: Arc<Permits>,
         links: Links,
     ) -> Arc<Self> {
+        let stopped = StoppedRuns::new(pool.clone(), config.database.answer_timeout());
+        let pace = Pace::new(&config, pool.clone());
+        let checks =
+            Checks { heartbeat: Arc::clone(&heartbeat), stopped: Arc::clone(&stopped), pace: Arc::clone(&pace) };
         Arc::new(Self {
             links,
             templates: Templates::new(pool.clone(), config.database.answer_timeout()),
             pool,
+            broker,
             publisher,
             heartbeat,
             mailer,
             domain: config.message_id_domain(),
             claims: Mutex::default(),
             permits,
+            pace,
+            stopped,
+            checks: Arc::new(checks),
+            results_look: tokio::sync::Mutex::default(),
             rules: Rules { rungs: config.rungs(), on_unknown: config.send.on_unknown },
             config,
         })
@@ -112,83 +157,110 @@ impl Senders {
     pub async fn run(self: Arc<Self>, consumer: Consumer, stop: CancellationToken) {
         let (finished, outcomes) = mpsc::channel(self.config.permits());
         let intake = tokio::spawn(Arc::clone(&self).take(consumer, finished, stop));
-        let remembering = CancellationToken::new();
-        let remember = tokio::spawn(Arc::clone(&self).remember(remembering.clone()));
+        let ending = CancellationToken::new();
+        let remember = tokio::spawn(Arc::clone(&self).remember(ending.clone()));
+        let watch = tokio::spawn(Arc::clone(&self.stopped).watch(ending.clone()));
         // Ends when the intake and the last send have dropped their end.
         self.report(outcomes).await;
-        remembering.cancel();
-        let _ = (intake.await, remember.await);
+        ending.cancel();
+        let _ = (intake.await, remember.await, watch.await);
+        self.last_receipt().await;
     }
 
     /// Takes deliveries in and begins to send, until told to stop. Deliveries that were taken ahead by then go back to the
     /// queue when the consumer closes.
     async fn take(self: Arc<Self>, mut consumer: Consumer, finished: mpsc::Sender<Finished>, stop: CancellationToken) {
         let mut session = Session::new(&self.pool);
-        while let Some(Some(batch)) = stop.run_until_cancelled(self.gather(&mut consumer)).await {
+        // Half of what the broker hands out: the other half is for runs without a limit.
+        let mut held = Held::new(usize::from(self.config.send.prefetch) / 2);
+        while let Some(Some(batch)) = stop.run_until_cancelled(self.gather(&mut consumer, &mut held)).await {
             if !self.heartbeat.is_fresh() {
                 // It would only be given up again, and use up an attempt's number each time.
                 self.put_off(batch, Instant::now()).await;
                 continue;
             }
             match self.mailer.lane() {
-                Lane::Open | Lane::Trying => self.begin(batch, &mut session, &finished).await,
+                Lane::Open | Lane::Trying => self.begin(batch, &mut held, &mut session, &finished).await,
                 Lane::Closed { until, .. } => self.put_off(batch, until).await,
             }
         }
     }
 
-    /// Waits for room and a delivery, then takes as many more of both as come within a moment.
-    async fn gather(&self, consumer: &mut Consumer) -> Option<Vec<Delivery>> {
+    /// Waits for room and a message, then takes as many more of both as come within a moment.
+    async fn gather(&self, consumer: &mut Consumer, held: &mut Held<Asked>) -> Option<Batch> {
         self.permits.some().await;
         // Those that were claimed together end together: let them, or most would wait for the next claim.
         yield_now().await;
-        let mut batch = vec![consumer.next().await?];
+        let mut batch = Batch::default();
+        while batch.len() == 0 {
+            let held_until = held.next_at();
+            tokio::select! {
+                biased;
+                () = sleep_until(held_until.unwrap_or_else(Instant::now).into()), if held_until.is_some() => {
+                    batch.held.extend(held.take_due(Instant::now()));
+                }
+                delivery = consumer.next() => batch.fresh.push(delivery?),
+            }
+        }
         let until = Instant::now() + GATHER;
         let most = if self.mailer.lane() == Lane::Trying { 1 } else { self.config.send.claim_batch };
-        while batch.len() < most.min(self.permits.room())
-            && let Ok(Some(delivery)) = timeout_at(until.into(), consumer.next()).await
-        {
-            batch.push(delivery);
+        while batch.len() < most.min(self.permits.room()) {
+            if let Some(due) = held.take_due(Instant::now()) {
+                batch.held.push(due);
+            } else if let Ok(Some(delivery)) = timeout_at(until.into(), consumer.next()).await {
+                batch.fresh.push(delivery);
+            } else {
+                break;
+            }
         }
         Some(batch)
     }
 
-    /// Claims a batch, starts what was granted and settles what was refused.
+    /// Claims a batch, starts what was granted, holds what is not due and settles what was refused.
     async fn begin(
         self: &Arc<Self>,
-        deliveries: Vec<Delivery>,
+        batch: Batch,
+        held: &mut Held<Asked>,
         session: &mut Session,
         finished: &mpsc::Sender<Finished>,
     ) {
-        let mut asked = self.understand(deliveries).await;
-        let ids: Vec<i64> = asked.keys().map(|key| key.0).collect();
-        let numbers: Vec<i32> = asked.keys().map(|key| key.1).collect();
-        let lost_before = self.claims().asking(asked.keys());
-        let claimed = match self.claim(session, &ids, &numbers).await {
-            Ok(claimed) => claimed,
+        let (keys, mut asked) = self.understand(batch).await;
+        let lost_before = self.claims().asking(&keys);
+        let paced = match self.claim(session, &keys).await {
+            Ok(paced) => paced,
             Err(error) => {
                 warn!(%error, "claiming failed; looking again later");
                 self.claims().answer_lost(asked.keys().copied());
                 return self.park(asked.into_values().collect(), self.rules.shortest()).await;
             }
         };
-        // There is room for each delivery, and at least one delivery for each claim.
-        self.permits.begin(claimed.len());
+        let claimed_at = Instant::now();
+        // Before anything is begun: there is room for each delivery, and at least one delivery for each claim.
+        self.permits.begin(paced.claimed.len());
+        self.claims().answer_lost(lost_before.into_iter().filter(|key| {
+            // What was granted now had not been claimed.
+            !paced.claimed.iter().any(|claimed| claimed.key == *key)
+        }));
         // One look for all: it is the same run's text, most of the time.
         let mut templates = HashMap::new();
-        for run_id in claimed.iter().map(|claimed| claimed.run_id) {
+        for run_id in paced.claimed.iter().map(|claimed| claimed.key.run_id) {
             if let Entry::Vacant(place) = templates.entry(run_id) {
                 place.insert(self.templates.of(run_id).await);
             }
         }
-        for claimed in claimed {
-            let Some(template) = templates.get(&claimed.run_id).cloned() else { continue };
-            let key = (claimed.item_id, claimed.number);
+        for claimed in paced.claimed {
+            let key = claimed.key;
+            let Some(template) = templates.get(&key.run_id).cloned() else { continue };
             let Some(asked) = asked.remove(&key) else { continue };
             self.claims().begin(key, asked.deliveries);
+            self.stopped.begin(key.run_id, 1);
+            let slot = paced.slots.get(&key).map(|wait| (claimed_at + *wait).into());
+            let attempt = Attempt::new(key.run_id, claimed_at.into(), slot, &self.checks);
             let (this, finished) = (Arc::clone(self), finished.clone());
             tokio::spawn(async move {
-                let next = this.attempt(asked.item, claimed, template).await;
+                let next = this.attempt(asked.item, claimed, template, &attempt).await;
+                this.stopped.end(key.run_id);
+                this.pace.add_unused(key.run_id, attempt.unused());
                 if next.result.state == ItemState::Sent {
                     this.permits.accepted(key);
                 }
@@ -196,55 +268,91 @@ impl Senders {
                 let _ = finished.send(Finished { key, next }).await;
             });
         }
-        self.claims().answer_lost(lost_before.into_iter().filter(|key| asked.contains_key(key)));
+        self.hold(paced.not_due, &mut asked, held).await;
         if !asked.is_empty() {
             self.settle_refused(asked).await;
         }
     }
 
+    /// Keeps messages whose send time is not near until it is. What has to wait longer, or has no room, waits on a retry queue.
+    async fn hold(&self, not_due: Vec<(Key, Duration)>, asked: &mut HashMap<Key, Asked>, held: &mut Held<Asked>) {
+        let now = Instant::now();
+        let mut beyond: BTreeMap<Duration, Vec<Asked>> = BTreeMap::new();
+        for (key, wait) in not_due {
+            let Some(asked) = asked.remove(&key) else { continue };
+            if let Err(asked) = held.put(asked, now + wait.saturating_sub(AHEAD / 2), now) {
+                beyond.entry(self.rules.rung_within(wait)).or_default().push(asked);
+            }
+        }
+        for (wait, asked) in beyond {
+            self.park(asked, wait).await;
+        }
+    }
+
     /// Claims nothing, so that nobody's attempt is used up: what has come waits on a rung until then.
-    async fn put_off(&self, batch: Vec<Delivery>, until: Instant) {
-        let asked = self.understand(batch).await;
+    async fn put_off(&self, batch: Batch, until: Instant) {
+        let (_, asked) = self.understand(batch).await;
         let wait = self.rules.rung_within(until.saturating_duration_since(Instant::now()));
         self.park(asked.into_values().collect(), wait).await;
     }
 
-    /// Reads messages. Two that ask for the same attempt become one. What is not understood is dead.
-    async fn understand(&self, deliveries: Vec<Delivery>) -> HashMap<Key, Asked> {
-        let mut asked: HashMap<Key, Asked> = HashMap::new();
-        for delivery in deliveries {
+    /// Reads messages, in their order. Two that ask for the same attempt become one. What is not understood is dead.
+    async fn understand(&self, batch: Batch) -> (Vec<Key>, HashMap<Key, Asked>) {
+        let mut keys = Vec::with_capacity(batch.len());
+        let mut asked: HashMap<Key, Asked> = HashMap::with_capacity(batch.len());
+        let mut add = |item: ItemMessage, deliveries: Vec<Delivery>| match asked.entry(item.key()) {
+            Entry::Occupied(mut same) => same.get_mut().deliveries.extend(deliveries),
+            Entry::Vacant(place) => {
+                keys.push(item.key());
+                place.insert(Asked { item, deliveries });
+            }
+        };
+        for Asked { item, deliveries } in batch.held {
+            add(item, deliveries);
+        }
+        for delivery in batch.fresh {
             match decode::<ItemMessage>(delivery.kind(), &delivery.body) {
-                Ok(item) => asked
-                    .entry((item.item_id, item.attempt))
-                    .or_insert_with(|| Asked { item, deliveries: Vec::new() })
-                    .deliveries
-                    .push(delivery),
+                Ok(item) => add(item, vec![delivery]),
                 Err(error) => crate::poison::bury(&self.publisher, delivery, &error.to_string()).await,
             }
         }
-        asked
+        (keys, asked)
     }
 
-    async fn claim(&self, session: &mut Session, ids: &[i64], numbers: &[i32]) -> sqlx::Result<Vec<Claimed>> {
-        if ids.is_empty() {
-            return Ok(Vec::new());
+    /// Claims what is due, and writes down what the mail server has accepted since the last claim.
+    async fn claim(&self, session: &mut Session, keys: &[Key]) -> sqlx::Result<Paced> {
+        if keys.is_empty() {
+            return Ok(Paced::default());
+        }
+        let mut limits = self.pace.limits(keys.iter().map(|key| key.run_id)).await?;
+        if let Some(limits) = &mut limits {
+            self.pace.take_unused(limits);
         }
         let accepted = self.permits.receipt();
         let receipt = self.claims().receipt(&accepted);
         let (limit, me) = (self.config.database.answer_timeout(), self.heartbeat.worker_id());
-        let claimed = session.run(limit, async |conn| attempts::claim(conn, me, ids, numbers, &receipt).await).await;
+        let claim = async |conn: &mut PgConnection| match &limits {
+            Some(limits) => attempts::claim_paced(conn, me, keys, &receipt, limits, AHEAD).await,
+            None => Ok(Paced { claimed: attempts::claim(conn, me, keys, &receipt).await?, ..Paced::default() }),
+        };
+        let claimed = session.run(limit, claim).await;
         match &claimed {
             Ok(_) => {
                 self.claims().receipt_written(receipt.number, &accepted);
                 self.permits.receipt_written(&accepted);
             }
-            Err(_) => self.claims().receipt_lost(receipt.number),
+            Err(_) => {
+                self.claims().receipt_lost(receipt.number);
+                for (run_id, slots) in limits.into_iter().flat_map(|limits| limits.unused) {
+                    self.pace.add_unused(run_id, slots);
+                }
+            }
         }
         claimed
     }
 
     /// Carries an attempt out, and decides what follows.
-    async fn attempt(&self, item: ItemMessage, claimed: Claimed, template: Read) -> Next {
+    async fn attempt(&self, item: ItemMessage, claimed: Claimed, template: Read, attempt: &Attempt) -> Next {
         if let Some(why) = claimed.withheld {
             return Next { follow_up: None, result: withheld(item, why) };
         }
@@ -264,24 +372,23 @@ impl Senders {
             }
         };
         let mail = Mail {
-            message_id: format!("<{}>", message_id(claimed.item_id, claimed.run_id, &self.domain)),
+            message_id: format!("<{}>", message_id(claimed.key.item_id, claimed.key.run_id, &self.domain)),
             email: claimed.email,
             name: claimed.name,
             template,
-            unsubscribe: self.links.of(claimed.item_id),
+            unsubscribe: self.links.of(claimed.key.item_id),
             position: claimed.position,
             tries: item.tries,
             replays: item.replays,
         };
-        let repetitions = if self.mailer.bears_repetition() { self.config.retry.in_process_tries } else { 0 };
+        let repeats = self.mailer.bears_repetition() && !attempt.is_limited();
+        let repetitions = if repeats { self.config.retry.in_process_tries } else { 0 };
         let mut waits = in_process(Duration::from_millis(self.config.retry.in_process_first_ms), repetitions);
         loop {
-            // Others may have declared this attempt unknown by now: then it is not for us to send it.
-            if !self.heartbeat.is_fresh() {
-                warn!(item_id = item.item_id, attempt = item.attempt, "cut off for too long: not sending");
-                break after_cut_off(item);
+            let outcome = self.mailer.send(&mail, attempt).await;
+            if let Outcome::Withdrawn(why) = &outcome {
+                debug!(item_id = item.item_id, attempt = item.attempt, ?why, "attempt withdrawn");
             }
-            let outcome = self.mailer.send(&mail).await;
             match (&outcome, waits.next()) {
                 (Outcome::Retry(_), Some(wait)) => sleep(wait).await,
                 _ => {
@@ -315,9 +422,9 @@ impl Senders {
             let mut results = Vec::with_capacity(batch.len());
             for finished in &mut batch {
                 follow_ups.extend(finished.next.follow_up.take().map(Outgoing::from));
-                results.push(finished.next.result.clone());
+                results.push((finished.key.run_id, finished.next.result.clone()));
             }
-            if !self.publish(follow_ups).await || !self.publish(self.results(&results)).await {
+            if !self.publish(follow_ups).await || !self.publish(self.results(results)).await {
                 return;
             }
             // All at once, so that the next claim is as large as this report.
@@ -339,28 +446,41 @@ impl Senders {
                 return self.park(asked.into_values().collect(), self.rules.shortest()).await;
             }
         };
+        let me = self.heartbeat.worker_id();
+        let why: HashMap<Key, Refused> = asked.keys().map(|key| (*key, refused(found.get(key), me))).collect();
+        // What a worker has reported before it ended may still have to be counted.
+        let all_counted = !why.values().any(|why| *why == Refused::Orphaned) || self.all_results_are_counted().await;
         let mut follow_ups = Vec::new();
         let mut results = Vec::new();
         let mut done = Vec::new();
         let mut later = Vec::new();
         for (key, Asked { item, deliveries }) in asked.drain() {
-            let why = refused(found.get(&key), self.heartbeat.worker_id());
-            debug!(item_id = key.0, attempt = key.1, ?why, "claim refused");
+            let why = why.get(&key).copied().unwrap_or(Refused::InOtherHands);
+            debug!(item_id = key.item_id, attempt = key.attempt, ?why, "claim refused");
             match why {
                 Refused::NoSuchItem => {
                     for delivery in deliveries {
-                        crate::poison::bury(&self.publisher, delivery, "there is no such item").await;
+                        crate::poison::bury(&self.publisher, delivery, NO_SUCH_ITEM).await;
                     }
                     continue;
                 }
                 Refused::Outdated => {}
-                Refused::Accepted => results.push(item.result(ItemState::Sent, None)),
-                Refused::Withheld(why) => results.push(withheld(item, why)),
+                Refused::Paused { reopen } => {
+                    if reopen {
+                        results.push((key.run_id, item.result(ItemState::Pending, None)));
+                    }
+                }
+                Refused::Accepted => results.push((key.run_id, item.result(ItemState::Sent, None))),
+                Refused::Withheld(why) => results.push((key.run_id, withheld(item, why))),
+                Refused::Orphaned if !all_counted => {
+                    later.push(Asked { item, deliveries });
+                    continue;
+                }
                 Refused::Orphaned => {
-                    warn!(item_id = key.0, attempt = key.1, "its worker died: the outcome is unknown");
+                    warn!(item_id = key.item_id, attempt = key.attempt, "its worker died: the outcome is unknown");
                     let next = after_death(item, self.rules.on_unknown);
                     follow_ups.extend(next.follow_up.map(Outgoing::from));
-                    results.push(next.result);
+                    results.push((key.run_id, next.result));
                 }
                 Refused::Mine => {
                     for delivery in deliveries {
@@ -369,14 +489,14 @@ impl Senders {
                         match known {
                             Known::UnderWay => {}
                             Known::Done(result, delivery) => {
-                                results.push(result);
+                                results.push((key.run_id, result));
                                 done.push(delivery);
                             }
                             Known::InVain(delivery) => {
                                 let next = after_cut_off(item);
                                 follow_ups.extend(next.follow_up.map(Outgoing::from));
                                 self.claims().done(key, next.result.clone(), Instant::now());
-                                results.push(next.result);
+                                results.push((key.run_id, next.result));
                                 done.push(delivery);
                             }
                             Known::Forgotten(delivery) => later.push(Asked { item, deliveries: vec![delivery] }),
@@ -392,20 +512,38 @@ impl Senders {
             done.extend(deliveries);
         }
         self.park(later, self.rules.shortest()).await;
-        if self.publish(follow_ups).await && self.publish(self.results(&results)).await {
+        if self.publish(follow_ups).await && self.publish(self.results(results)).await {
             done.into_iter().for_each(Delivery::ack);
         }
     }
 
     async fn find(&self, asked: &HashMap<Key, Asked>) -> sqlx::Result<HashMap<Key, Found>> {
-        let ids: Vec<i64> = asked.keys().map(|key| key.0).collect();
-        let numbers: Vec<i32> = asked.keys().map(|key| key.1).collect();
+        let keys: Vec<Key> = asked.keys().copied().collect();
         let find = async {
             let mut conn = self.pool.acquire().await?;
-            attempts::find(&mut conn, self.heartbeat.dead_after(), &ids, &numbers).await
+            attempts::find(&mut conn, &keys).await
         };
         let found = in_time(self.config.database.answer_timeout(), find).await?;
-        Ok(found.into_iter().map(|found| ((found.item_id, found.number), found)).collect())
+        Ok(found.into_iter().map(|found| (found.key, found)).collect())
+    }
+
+    /// Whether no result waits to be counted, as far as a look of less than a second ago has told.
+    async fn all_results_are_counted(&self) -> bool {
+        let mut newest = self.results_look.lock().await;
+        if let Some((at, counted)) = *newest
+            && at.elapsed() < LOOK_AT_RESULTS_EVERY
+        {
+            return counted;
+        }
+        let counted = match self.broker.waiting_results().await {
+            Ok(waiting) => waiting == 0,
+            Err(error) => {
+                debug!(%error, "the results queue can't be looked at");
+                false
+            }
+        };
+        *newest = Some((Instant::now(), counted));
+        counted
     }
 
     /// Looks again later, through a rung: a delivery is never held through a wait.
@@ -445,16 +583,17 @@ impl Senders {
         if keys.is_empty() {
             return Ok(0);
         }
-        let ids: Vec<i64> = keys.iter().map(|key| key.0).collect();
+        let ids: Vec<i64> = keys.iter().map(|key| key.item_id).collect();
         let look = async { attempts::standings(&mut *self.pool.acquire().await?, &ids).await };
         let standings = in_time(self.config.database.answer_timeout(), look).await?;
         let standings: HashMap<_, _> = standings.into_iter().collect();
         let now = Instant::now();
-        let repeats: Vec<ItemResult> = {
+        let repeats: Vec<(Uuid, ItemResult)> = {
             let mut claims = self.claims();
-            keys.iter().filter_map(|key| claims.looked_up(*key, standings.get(&key.0).copied(), now)).collect()
+            let mut repeat = |key: &Key| claims.looked_up(*key, standings.get(&key.item_id).copied(), now);
+            keys.iter().filter_map(|key| Some((key.run_id, repeat(key)?))).collect()
         };
-        self.publish(self.results(&repeats)).await;
+        self.publish(self.results(repeats)).await;
         self.delete_receipts(first_receipt).await?;
         Ok(keys.len())
     }
@@ -472,8 +611,22 @@ impl Senders {
         Ok(())
     }
 
-    fn results(&self, results: &[ItemResult]) -> Vec<Outgoing> {
-        Outgoing::results(results, self.config.send.result_batch)
+    /// Writes down what was sent and is not seen to be counted: nobody repeats these results when the worker has ended.
+    async fn last_receipt(&self) {
+        let receipt = {
+            let mut claims = self.claims();
+            let keys = claims.without_receipt();
+            claims.receipt(&keys)
+        };
+        let write =
+            async { receipts::write(&mut *self.pool.acquire().await?, self.heartbeat.worker_id(), &receipt).await };
+        if let Err(error) = in_time(self.config.database.answer_timeout(), write).await {
+            warn!(%error, sent = receipt.item_ids.len(), "the last receipt can't be written");
+        }
+    }
+
+    fn results(&self, results: Vec<(Uuid, ItemResult)>) -> Vec<Outgoing> {
+        Outgoing::results_by_run(results, self.config.send.result_batch)
     }
 
     /// False: the process is ending; what is not confirmed stays unacknowledged.

@@ -89,10 +89,6 @@ impl Sweeper {
         Duration::from_millis(self.config.sweep.stalled_after_ms)
     }
 
-    fn dead_after(&self) -> Duration {
-        Duration::from_millis(self.config.heartbeat.dead_after_ms)
-    }
-
     async fn sweep(&mut self) -> Result<(), SweepError> {
         let limit = self.config.database.answer_timeout();
         let mut tx = in_time(limit, self.pool.begin()).await?;
@@ -109,12 +105,11 @@ impl Sweeper {
         if due.is_empty() {
             return Ok(());
         }
-        let taken = self.items_are_taken().await?
-            && !in_time(limit, sweep::all_lanes_closed(&mut tx, self.dead_after())).await?;
+        let taken = self.queues_are_empty().await? && !in_time(limit, sweep::all_lanes_closed(&mut tx)).await?;
         for run in due {
             let mut repairs = Repairs { driven: self.drive(&run).await?, ..Repairs::default() };
             if taken {
-                self.repair_items(&mut tx, run.run_id, &mut repairs).await?;
+                self.repair_items(&mut tx, &run, &mut repairs).await?;
             }
             in_time(limit, sweep::record(&mut tx, run.run_id, repairs)).await?;
             if !taken {
@@ -128,9 +123,10 @@ impl Sweeper {
         Ok(())
     }
 
-    /// Items that wait on the queue are not missing: the senders are busy, or there are none.
-    async fn items_are_taken(&self) -> Result<bool, SweepError> {
-        Ok(self.broker.waiting_items().await? == 0)
+    /// Items that wait on the queue are not missing: the senders are busy, or there are none. Nor is a result missing that waits
+    /// to be counted: what a worker has reported before it died is not unknown.
+    async fn queues_are_empty(&self) -> Result<bool, SweepError> {
+        Ok(self.broker.waiting_items().await? == 0 && self.broker.waiting_results().await? == 0)
     }
 
     /// Puts the message back that drives the run's present pass, if none was seen lately; returns how many it put back.
@@ -144,20 +140,23 @@ impl Sweeper {
     async fn repair_items(
         &self,
         conn: &mut sqlx::PgConnection,
-        run_id: Uuid,
+        run: &Stalled,
         all: &mut Repairs,
     ) -> Result<(), SweepError> {
-        let dead_after = self.dead_after();
+        let run_id = run.run_id;
         let batch = self.config.sweep.batch_items;
         let mut after = 0;
         loop {
-            let items = sweep::open_items(conn, run_id, self.stalled_after(), dead_after, after, batch);
+            let items = sweep::open_items(conn, run_id, self.stalled_after(), after, batch);
             let items = in_time(self.config.database.answer_timeout(), items).await?;
             let Some(last) = items.last() else { return Ok(()) };
             after = last.position;
             let mut mending = Mending::default();
             for item in &items {
-                mending.add(item, self.config.send.on_unknown);
+                // Senders drop what belongs to a paused run; it is put back when the run goes on.
+                if run.wanted != Wanted::Paused || item.owner.is_some() {
+                    mending.add(item, self.config.send.on_unknown);
+                }
             }
             let Mending { repairs, messages, results } = mending;
             if repairs != Repairs::default() {
@@ -166,7 +165,7 @@ impl Sweeper {
             }
             *all += repairs;
             self.publisher.publish_soon(messages).await?;
-            self.publisher.publish_soon(Outgoing::results(&results, self.config.send.result_batch)).await?;
+            self.publisher.publish_soon(Outgoing::results(run_id, &results, self.config.send.result_batch)).await?;
         }
     }
 }

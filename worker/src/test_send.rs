@@ -24,6 +24,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::{
+    attempt::Attempt,
     consumer::{Consumer, Delivery},
     mailer::{Lane, Mail, Mailer, Outcome},
     poison,
@@ -118,7 +119,8 @@ impl TestSends {
             Ok(template) => Arc::new(template),
             Err(error) => return Outcome::Failed { reason: error.to_string(), bad_address: false },
         };
-        self.mailer.send(&test_mail(test_id, &self.domain, test.email, template, self.links.of_test())).await
+        let mail = test_mail(test_id, &self.domain, test.email, template, self.links.of_test());
+        self.mailer.send(&mail, &Attempt::unchecked()).await
     }
 }
 
@@ -151,6 +153,8 @@ fn became(outcome: Outcome) -> (TestState, Option<String>) {
             (TestState::Failed, Some(reason))
         }
         Outcome::Unknown(reason) => (TestState::Unknown, Some(reason)),
+        // Nothing holds a test back.
+        Outcome::Withdrawn(why) => (TestState::Failed, Some(format!("not sent: {why:?}"))),
     }
 }
 

@@ -267,8 +267,7 @@ impl Watchdog {
         let ask = async {
             let mut conn = self.pool.acquire().await?;
             Ok::<_, sqlx::Error>(
-                sweep::is_standstill(&mut conn, self.interval()).await?
-                    && !sweep::all_lanes_closed(&mut conn, self.heartbeat.dead_after()).await?,
+                sweep::is_standstill(&mut conn, self.interval()).await? && !sweep::all_lanes_closed(&mut conn).await?,
             )
         };
         in_time(self.database_timeout, ask).await.unwrap_or(false)

@@ -136,7 +136,7 @@ pub(super) struct Remains {
 ///
 /// # Errors
 /// When a server does not answer.
-pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
+pub(super) async fn remains(site: &Site<'_>, run_id: Uuid) -> Result<Remains> {
     let (connection, mut channel) = site.channel().await?;
     let queues = queues();
     let end = Instant::now() + QUIET;
@@ -151,7 +151,7 @@ pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
             }
         }
         let busy: i64 = sqlx::query_scalar(
-            "SELECT count(*) FROM workers WHERE stopped_at IS NULL AND in_flight > 0
+            "SELECT count(*) FROM workers WHERE stopped_at IS NULL AND died_at IS NULL AND in_flight > 0
                     AND heartbeat_at > clock_timestamp() - make_interval(secs => $1)",
         )
         .bind(DEAD_AFTER.as_secs_f64())
@@ -173,8 +173,8 @@ pub(super) async fn remains(site: &Site<'_>) -> Result<Remains> {
     // Nothing is acknowledged, so all of it is back when the connection ends.
     let mut strange: BTreeMap<String, u64> = BTreeMap::new();
     while let Some(letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
-        match Letter::of(&letter.delivery, &standings) {
-            Letter::Waits => {}
+        match Letter::of(&letter.delivery, &standings, run_id) {
+            Letter::Waits | Letter::Foreign => {}
             Letter::Outdated => remains.outdated_dead_letters += 1,
             Letter::Strange => *strange.entry(described(&letter.delivery)).or_default() += 1,
         }
@@ -195,14 +195,19 @@ enum Letter {
     /// Moving it does nothing: its item was sent after all, or the ledger knows all its results. The broker puts here what
     /// it had to deliver too often, and others do its work.
     Outdated,
+    /// It belongs to a run of another installation.
+    Foreign,
     /// Nobody knows what it is for.
     Strange,
 }
 
 impl Letter {
-    fn of(letter: &Delivery, standings: &HashMap<i64, Standing>) -> Self {
+    fn of(letter: &Delivery, standings: &HashMap<i64, Standing>, ours: Uuid) -> Self {
         let kind = letter.properties.kind().as_ref().map(ShortString::as_str);
         if let Ok(message) = decode::<ResultsMessage>(kind, &letter.data) {
+            if message.run_id.is_some_and(|run_id| run_id != ours) {
+                return Self::Foreign;
+            }
             let known = message.results.iter().all(|result| {
                 let news = Standing { attempt: result.attempt, state: result.state };
                 standings.get(&result.item_id).is_some_and(|standing| merge(*standing, news).0 == *standing)
@@ -210,6 +215,9 @@ impl Letter {
             return if known { Self::Outdated } else { Self::Strange };
         }
         let item = decode::<ItemMessage>(kind, &letter.data).ok();
+        if item.is_some_and(|item| item.run_id != ours) {
+            return Self::Foreign;
+        }
         match item.and_then(|item| standings.get(&item.item_id)).map(|standing| standing.state) {
             Some(ItemState::Failed | ItemState::Unknown) => Self::Waits,
             Some(ItemState::Sent) => Self::Outdated,

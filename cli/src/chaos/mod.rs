@@ -15,14 +15,18 @@ mod weather;
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use futures::future::join_all;
-use mailrun_shared::{config::Config, shutdown};
+use mailrun_shared::{
+    config::{Config, FanOutConfig},
+    pacing::Rate,
+    shutdown,
+};
 use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::{
     sync::watch::{Receiver, channel},
@@ -158,7 +162,7 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, 
             }
         };
         eprintln!(
-            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, left {}, stuck {}; put back {}, buried {}, rebuilt {}; stood still for {:.1} s, and for {:.1} s with nothing wrong",
+            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, while paused {}, over the rate {}, left {}, stuck {}; put back {}, buried {}, rebuilt {}; stood still for {:.1} s, and for {:.1} s with nothing wrong",
             figures.faults,
             figures.sent,
             figures.failed,
@@ -167,6 +171,8 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, 
             figures.doubled,
             figures.untold,
             figures.drift,
+            figures.sent_while_paused,
+            figures.over_rate,
             figures.left,
             figures.stuck,
             figures.put_back,
@@ -225,14 +231,19 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     let (_, followed) = Box::pin(futures::future::join(strikes, followed)).await;
     let (run_id, seen) = followed?;
     let mut stuck = u64::from(seen.over_at.is_none());
-    let remains = remains(&site).await.unwrap_or_else(|error| {
+    let remains = remains(&site, run_id).await.unwrap_or_else(|error| {
         eprintln!("  the queues can't be looked at: {error:#}");
         stuck += 1;
         Remains::default()
     });
+    let (weather, limit) = (Arc::clone(&site.weather), site.limit);
     let (site, in_good_order) = site.stop().await;
     let verdict = judge(&site.pool, &site.sink, run_id, setting.recipients).await?;
     site.drop().await?;
+    let kept = limit.zip(weather.meter.get()).map(|(limit, meter)| meter.judge(allowed(limit))).unwrap_or_default();
+    if limit.is_some() {
+        eprintln!("  {kept:?}");
+    }
     let struck = struck.all();
     let over_at = seen.over_at.unwrap_or_else(Instant::now);
     // What was there to the end has no end to recover from.
@@ -249,6 +260,9 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
         unknown: verdict.account.unknown,
         untold: verdict.account.untold,
         drift: verdict.drift,
+        sent_while_paused: weather.offered_while_paused(),
+        over_rate: kept.over as u64,
+        discarded_windows: kept.discarded as u64,
         left: remains.messages,
         outdated_dead_letters: remains.outdated_dead_letters,
         put_back: verdict.repairs.put_back,
@@ -262,6 +276,14 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
         recovery_bound_seconds: bound.as_secs_f64(),
         recovery_seconds: last.map_or(0.0, |last| over_at.saturating_duration_since(last).as_secs_f64()),
     })
+}
+
+/// What a limit allows in any second: a tenth more while a hiccup is made up for, what may be late by `fan_out.rate_burst_ms`, and one
+/// at either end.
+fn allowed(limit: u32) -> usize {
+    let burst = Rate::new(i32::try_from(limit).unwrap_or(i32::MAX))
+        .within(Duration::from_millis(FanOutConfig::default().rate_burst_ms));
+    limit as usize + limit.div_ceil(10) as usize + usize::try_from(burst).unwrap_or_default() + 2
 }
 
 /// Sends the form until it is accepted: always the same one, so that it makes one run however often it arrives.

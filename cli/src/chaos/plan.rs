@@ -90,6 +90,11 @@ impl Plan {
         matches!(self, Self::One(Fault::DuplicateMessages) | Self::Mixed)
     }
 
+    /// Whether the installation has a rate limit, which is a setting of the services.
+    pub(super) fn is_limited(self) -> bool {
+        matches!(self, Self::One(Fault::LimitedDeferrals) | Self::Mixed)
+    }
+
     /// For so long its run may stand still at most when no fault is under way.
     pub(super) fn bound(self) -> Duration {
         match self {

@@ -22,6 +22,12 @@ pub(super) struct Figures {
     pub(super) untold: u64,
     /// Counters that differ from what they count.
     pub(super) drift: u64,
+    /// Mails that were offered while the run was paused.
+    pub(super) sent_while_paused: u64,
+    /// Seconds in which more was offered than the rate limit allows.
+    pub(super) over_rate: u64,
+    /// Seconds that were not judged, since the machine did not keep time in them.
+    pub(super) discarded_windows: u64,
     /// Messages left on queues that should be empty.
     pub(super) left: u64,
     /// Dead letters of items that were sent after all; they do nothing.
@@ -51,7 +57,16 @@ pub(super) struct Figures {
 impl Figures {
     /// Whether a promise was broken.
     pub(super) fn is_bad(&self) -> bool {
-        self.lost + self.doubled + self.untold + self.drift + self.left + self.stuck + self.late > 0
+        self.lost
+            + self.doubled
+            + self.untold
+            + self.drift
+            + self.sent_while_paused
+            + self.over_rate
+            + self.left
+            + self.stuck
+            + self.late
+            > 0
     }
 
     fn and(self, other: &Self) -> Self {
@@ -65,6 +80,9 @@ impl Figures {
             unknown: self.unknown + other.unknown,
             untold: self.untold + other.untold,
             drift: self.drift + other.drift,
+            sent_while_paused: self.sent_while_paused + other.sent_while_paused,
+            over_rate: self.over_rate + other.over_rate,
+            discarded_windows: self.discarded_windows + other.discarded_windows,
             left: self.left + other.left,
             outdated_dead_letters: self.outdated_dead_letters + other.outdated_dead_letters,
             put_back: self.put_back + other.put_back,

@@ -3,7 +3,7 @@
 use std::{
     ffi::OsString,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -22,7 +22,7 @@ use url::Url;
 use super::{Setting, fault::send_signal, plan::Plan, proxy::Proxy, weather::Weather};
 use crate::{
     local::{SENDERS, Services, to_sink},
-    sink::{self, Sink},
+    sink::{self, RateMeter, Sink},
     stack::Stack,
     visitor::Visitor,
 };
@@ -64,8 +64,15 @@ pub(super) struct Site<'a> {
     pub(super) to_database: Proxy,
     /// The senders reach the mail server through it.
     pub(super) to_mail: Proxy,
+    /// The rate limit of the installation, in sends a second.
+    pub(super) limit: Option<u32>,
     name: String,
     services: Services,
+}
+
+/// A limit with which a list takes some twenty seconds.
+fn limit(recipients: u32) -> u32 {
+    (recipients / 20).max(20)
 }
 
 impl<'a> Site<'a> {
@@ -84,6 +91,9 @@ impl<'a> Site<'a> {
         let latency = Duration::from_millis(latency_ms.clamp(*latencies_ms.start(), *latencies_ms.end()).into());
         let sink = Sink::start(sink::Options { latency, keep: 0, ..sink::Options::default() }).await?;
         let weather = Arc::new(Weather::default());
+        let _ = weather.meter.set(RateMeter::start());
+        let limit = plan.is_limited().then(|| limit(setting.recipients));
+        weather.defers.store(limit.is_some(), Ordering::Relaxed);
         sink.set_rule(weather.rule());
 
         let (to_database, database_url) = through_proxy(&stack.database_url(&name)).await?;
@@ -97,6 +107,8 @@ impl<'a> Site<'a> {
         environment.extend(setting.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         environment.extend(to_sink(to_mail.address()));
         environment.extend(settings(plan.publishes_twice(), setting.resend));
+        let limited = limit.map(|limit| ("MAILRUN_FAN_OUT__SENDS_PER_SECOND".into(), limit.to_string().into()));
+        environment.extend(limited);
         let mut config = setting.config.clone();
         // Not the next free port from 8080 on: pages that were killed must find theirs free again.
         config.web.listen = free_address().context("no port is free for the pages")?;
@@ -107,7 +119,7 @@ impl<'a> Site<'a> {
             .acquire_timeout(Duration::from_secs(2))
             .connect_lazy_with(options.application_name("mailrun chaos"));
         let visitor = Visitor::new(&config, &services.web_url)?;
-        Ok(Self { stack, sink, weather, pool, visitor, to_broker, to_database, to_mail, name, services })
+        Ok(Self { stack, sink, weather, pool, visitor, to_broker, to_database, to_mail, limit, name, services })
     }
 
     /// The name of its database and of its virtual host.

@@ -4,25 +4,30 @@
 //! dead letters: every 20th is refused once for a passing reason, every 50th for good.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::time::sleep;
 
 use crate::{
     people::guest_number,
-    sink::{Action, Rule, Stage},
+    sink::{Action, RateMeter, Rule, Stage},
 };
 
 const REFUSED_ONCE_EVERY: u32 = 20;
 const REFUSED_EVERY: u32 = 50;
 /// While messages are dropped, it is every so manieth.
 const DROPPED_EVERY: u32 = 100;
+/// While recipients are deferred, it is one of so many, and so often.
+const DEFERRED_EVERY: u32 = 7;
+const DEFERRED_TIMES: u32 = 2;
+/// A pause holds within this time.
+const PAUSE_ACTS: Duration = Duration::from_secs(1);
 /// A slow answer comes so late: it is waited for.
 const SLOW: Duration = Duration::from_secs(2);
 
@@ -48,6 +53,14 @@ pub(super) struct Weather {
     hangs: AtomicU32,
     messages: AtomicU32,
     refused_once: Mutex<HashSet<u32>>,
+    /// How often each of the recipients was named whom a limited run's mail server defers.
+    deferred: Mutex<HashMap<u32, u32>>,
+    /// Whether some recipients are deferred again and again.
+    pub(super) defers: AtomicBool,
+    /// When mail was offered.
+    pub(super) meter: OnceLock<Arc<RateMeter>>,
+    /// From when to when the run was paused, as far as a person can know.
+    pub(super) pauses: Mutex<Vec<(Instant, Instant)>>,
 }
 
 impl Weather {
@@ -76,6 +89,7 @@ impl Weather {
 
     fn action(&self, stage: Stage<'_>) -> Action {
         match stage {
+            Stage::Mail if self.note_offer() => Action::GoOn,
             Stage::Mail if self.busy.load(Ordering::Relaxed) > 0 => Action::Reply(421, "4.3.2 Come back later".into()),
             Stage::Rcpt(recipient) => self.of_recipient(recipient),
             Stage::Data | Stage::Message if self.hangs() => Action::Hang,
@@ -85,8 +99,32 @@ impl Weather {
         }
     }
 
+    /// False, always: what follows is decided elsewhere.
+    fn note_offer(&self) -> bool {
+        if let Some(meter) = self.meter.get() {
+            meter.note();
+        }
+        false
+    }
+
+    /// How many mails were offered while the run was paused, leaving out the second within which a pause acts, and the moments in
+    /// which the machine stood still.
+    pub(super) fn offered_while_paused(&self) -> u64 {
+        let pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(meter) = self.meter.get() else { return 0 };
+        pauses.iter().map(|(from, until)| meter.offered_between(*from + PAUSE_ACTS, *until) as u64).sum()
+    }
+
     fn of_recipient(&self, recipient: &str) -> Action {
         let Some(number) = guest_number(recipient) else { return Action::GoOn };
+        if self.defers.load(Ordering::Relaxed) && number.is_multiple_of(DEFERRED_EVERY) {
+            let mut deferred = self.deferred.lock().unwrap_or_else(PoisonError::into_inner);
+            let times = deferred.entry(number).or_default();
+            *times += 1;
+            if *times <= DEFERRED_TIMES {
+                return Action::Reply(451, "4.7.1 Greylisted, please try again later".into());
+            }
+        }
         if number.is_multiple_of(REFUSED_EVERY) {
             return Action::Reply(550, "5.7.1 Not wanted here".into());
         }

@@ -7,11 +7,13 @@ use anyhow::{Context as _, Result};
 use mailrun_shared::{
     broker::{Outgoing, Publisher},
     message::{ItemResult, RunMessage},
+    run::Wanted,
     store::{
         attempts::Owner,
-        progress,
+        audit::Unfinished,
+        progress::{self, Report as Reported},
         sweep::{self, OpenItem, Repairs, Stalled},
-        workers,
+        workers::{self, Worker},
     },
     topology::{RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT},
 };
@@ -64,7 +66,7 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
     };
     let mut conn = patient.pool.acquire().await?;
     let stalled = sweep::stalled_runs(&mut conn, patient.stalled_after()).await?;
-    let held_up = sweep::all_lanes_closed(&mut conn, patient.dead_after()).await?;
+    let held_up = sweep::all_lanes_closed(&mut conn).await?;
     let driven = conveyor.messages([RUNS, RUNS_WAIT, RUNS_PAUSED]) > 0;
     for run in stalled.iter().filter(|_| !driven) {
         if let Some(command) = missing_command(run) {
@@ -79,7 +81,7 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
             items: conveyor.items() > 0 || held_up,
             stalled: stalled.iter().any(|stalled| stalled.run_id == run.run_id),
         };
-        let mut found = gather(patient, &mut conn, run.run_id, conveyed).await?;
+        let mut found = gather(patient, &mut conn, run, conveyed).await?;
         if found.is_empty() {
             continue;
         }
@@ -93,9 +95,9 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
                 anyhow::ensure!(turns < TURNS, "the sweeper is at it all the time");
                 sleep(BETWEEN_TURNS).await;
             }
-            found = gather(patient, &mut tx, run.run_id, conveyed).await?;
+            found = gather(patient, &mut tx, run, conveyed).await?;
             publish(conveyor.publisher.as_ref(), std::mem::take(&mut found.messages)).await?;
-            apply(patient, &found.results).await?;
+            apply(patient, run.run_id, &found.results).await?;
             anyhow::Ok(tx.commit().await?)
         };
         report.add(patient.mend(finding, repaired).await);
@@ -117,23 +119,29 @@ async fn publish(publisher: Option<&Publisher>, messages: Vec<Outgoing>) -> Resu
 }
 
 /// As whoever counts would apply them, by the same join: so it does not matter who else does, or whether nobody does.
-async fn apply(patient: &Patient, results: &[ItemResult]) -> sqlx::Result<()> {
+async fn apply(patient: &Patient, run_id: Uuid, results: &[ItemResult]) -> sqlx::Result<()> {
     let mut conn = patient.pool.acquire().await?;
-    for results in results.chunks(BATCH) {
-        progress::apply(&mut conn, &results.iter().collect::<Vec<_>>()).await?;
+    let reports: Vec<Reported<'_>> = results.iter().map(|result| Reported { run_id: Some(run_id), result }).collect();
+    for reports in reports.chunks(BATCH) {
+        progress::apply(&mut conn, reports).await?;
     }
     Ok(())
 }
 
 /// What puts a run's open items right.
-async fn gather(patient: &Patient, conn: &mut PgConnection, run_id: Uuid, conveyed: Conveyed) -> sqlx::Result<Mending> {
-    let silent_s: HashMap<i64, f64> =
-        workers::all(&mut *conn).await?.into_iter().map(|worker| (worker.id, worker.silent_s)).collect();
-    // Whoever has not heard of a worker takes it for dead: its row is pruned.
+async fn gather(
+    patient: &Patient,
+    conn: &mut PgConnection,
+    run: &Unfinished,
+    conveyed: Conveyed,
+) -> sqlx::Result<Mending> {
+    let run_id = run.run_id;
+    let workers: HashMap<i64, Worker> =
+        workers::all(&mut *conn).await?.into_iter().map(|worker| (worker.id, worker)).collect();
+    let stopped_long_ago = |worker: &Worker| worker.stopped && worker.silent_s > patient.dead_after().as_secs_f64();
+    // A worker without a row is dead: its row is pruned, or was deleted.
     let silent = |owner| match owner {
-        Some(Owner::Worker { id, .. }) => {
-            silent_s.get(&id).is_none_or(|silent_s| *silent_s > patient.dead_after().as_secs_f64())
-        }
+        Some(Owner::Worker { id, .. }) => workers.get(&id).is_none_or(|worker| worker.dead || stopped_long_ago(worker)),
         _ => false,
     };
     let mut mending = Mending::default();
@@ -142,12 +150,15 @@ async fn gather(patient: &Patient, conn: &mut PgConnection, run_id: Uuid, convey
         let mut after = 0;
         loop {
             let items: Vec<OpenItem> =
-                sweep::open_items(conn, run_id, overdue, patient.dead_after(), after, patient.config.sweep.batch_items)
-                    .await?;
+                sweep::open_items(conn, run_id, overdue, after, patient.config.sweep.batch_items).await?;
             let Some(last) = items.last() else { break };
             after = last.position;
             for item in &items {
                 let what = repair(item.owner);
+                // Senders drop what belongs to a paused run; it is put back when the run goes on.
+                if what == Repair::PutBack && run.wanted == Wanted::Paused {
+                    continue;
+                }
                 if matches!(what, Repair::Bury | Repair::Confirm) == of_dead
                     && is_due(what, silent(item.owner), conveyed)
                 {

@@ -25,7 +25,11 @@ pub(super) async fn examine(patient: &Patient, report: &mut Report) -> Result<()
             report.add(missing(run));
         }
         if !run.wrong().is_empty() || run.ended_wrongly() {
-            report.add(patient.mend(drift(run), audit::recount(&patient.pool, run.run_id)).await);
+            report.add(
+                patient
+                    .mend(drift(run), async { audit::recount(&mut *patient.pool.acquire().await?, run.run_id).await })
+                    .await,
+            );
         }
     }
     if drifted.is_empty() {

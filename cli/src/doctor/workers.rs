@@ -1,6 +1,6 @@
 //! The workers: whether somebody is there for what has to be done, reads the queues, and gets rid of the mail.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use mailrun_shared::{
@@ -11,7 +11,7 @@ use mailrun_shared::{
     },
     topology::{RESULTS, RUNS, TESTS},
 };
-use mailrun_worker::Role;
+use mailrun_worker::{Role, observer::Observer};
 use tokio::time::{sleep, timeout};
 
 use super::{
@@ -26,6 +26,8 @@ const ROLES: [Role; 3] = [Role::FanOut, Role::Send, Role::Progress];
 /// A worker that has lost its connection is back by then, or something is wrong.
 const LOOKS: usize = 3;
 const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
+/// RabbitMQ has noticed by then that the connection of a worker that has ended is gone.
+const LINGERING: Duration = Duration::from_secs(5);
 
 /// What is wrong with the workers, apart from the queues that they read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,9 +43,10 @@ enum Trouble {
 /// # Errors
 /// The database's.
 pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, report: &mut Report) -> Result<()> {
+    watch_silent_workers(patient).await?;
     let workers = workers::all(&mut *patient.pool.acquire().await?).await?;
     let runs = unfinished(patient).await?;
-    let alive: Vec<&Worker> = workers.iter().filter(|worker| is_alive(worker, patient.dead_after())).collect();
+    let alive: Vec<&Worker> = workers.iter().filter(|worker| is_alive(worker)).collect();
     let waits = |role| conveyor.is_some_and(|conveyor| conveyor.messages(queues(conveyor, role)) > 0);
     for trouble in troubles(&alive, &runs, waits) {
         report.add(finding(&trouble));
@@ -54,14 +57,50 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
     if !report.has_found(CHECK) {
         report.fine(CHECK, present(&alive));
     }
-    for remark in remarks(&workers, &alive, &runs, patient.dead_after()) {
+    for remark in remarks(&workers, &alive, &runs) {
         report.remark(CHECK, remark);
     }
     Ok(())
 }
 
-fn is_alive(worker: &Worker, dead_after: Duration) -> bool {
-    !worker.stopped && worker.silent_s < dead_after.as_secs_f64()
+fn is_alive(worker: &Worker) -> bool {
+    !worker.stopped && !worker.dead
+}
+
+/// Watches workers that seem silent until they are heard of, or for as long as it takes to declare them dead. Usually other
+/// workers have done so; these may all be gone.
+async fn watch_silent_workers(patient: &Patient) -> Result<()> {
+    let heartbeat = &patient.config.heartbeat;
+    let (interval, dead_after) = (Duration::from_millis(heartbeat.interval_ms), patient.dead_after());
+    let seems_silent = |worker: &Worker| {
+        // By PostgreSQL's clock, which may have been set: so this is no more than a reason to look.
+        is_alive(worker) && !(0.0..2.0 * interval.as_secs_f64()).contains(&worker.silent_s)
+    };
+    let mut conn = patient.pool.acquire().await?;
+    let silent = workers::all(&mut conn).await?.iter().filter(|worker| seems_silent(worker)).count();
+    if silent == 0 {
+        return Ok(());
+    }
+    eprintln!("Watching {} for {} s …", grouped_workers(silent), dead_after.as_secs());
+    let mut observer = Observer::new(interval, dead_after);
+    let (begun, mut looked_at) = (Instant::now(), Instant::now());
+    while begun.elapsed() < 2 * dead_after {
+        let dead = observer.look(&workers::beats(&mut conn).await?, looked_at.elapsed());
+        looked_at = Instant::now();
+        if !dead.is_empty() {
+            workers::declare_dead(&mut conn, &dead).await?;
+            break;
+        }
+        if !workers::all(&mut conn).await?.iter().any(seems_silent) {
+            break;
+        }
+        sleep(interval).await;
+    }
+    Ok(())
+}
+
+fn grouped_workers(count: usize) -> String {
+    if count == 1 { "a worker that seems silent".to_owned() } else { format!("{count} workers that seem silent") }
 }
 
 fn plays(worker: &Worker, role: Role) -> bool {
@@ -145,6 +184,25 @@ pub(super) async fn look_for_consumers(conveyor: &Conveyor, alive: Option<&[&Wor
                     depth = now;
                 }
             }
+            let living = alive.map_or(usize::MAX, |alive| alive.iter().filter(|worker| plays(worker, role)).count());
+            let unregistered = depth.consumers as usize > living && {
+                // A worker that has just ended may still be counted as a consumer.
+                sleep(LINGERING).await;
+                let now = timeout(BETWEEN_LOOKS, conveyor.depth_now(queue)).await;
+                matches!(now, Ok(Ok(now)) if now.consumers as usize > living)
+            };
+            if unregistered {
+                report.add(Finding::new(
+                    CHECK,
+                    format!("a process reads {queue} that is no living worker"),
+                    "It takes messages and can't do anything with them: its row in the table workers is gone, or declares it \
+                     dead, or it belongs to another installation",
+                    format!(
+                        "It ends by itself when it finds that out. If it does not, end it: the management console shows the \
+                         connections that read {queue}, each with its worker's number, host and process"
+                    ),
+                ));
+            }
             if unread(depth) {
                 report.add(Finding::new(
                     CHECK,
@@ -170,7 +228,7 @@ fn present(alive: &[&Worker]) -> String {
 }
 
 /// What is no fault.
-fn remarks(workers: &[Worker], alive: &[&Worker], runs: &[Unfinished], dead_after: Duration) -> Vec<String> {
+fn remarks(workers: &[Worker], alive: &[&Worker], runs: &[Unfinished]) -> Vec<String> {
     let mut remarks = Vec::new();
     let paused = runs.iter().filter(|run| run.wanted == Wanted::Paused).count();
     if paused > 0 {
@@ -181,7 +239,7 @@ fn remarks(workers: &[Worker], alive: &[&Worker], runs: &[Unfinished], dead_afte
     }
     let dead: Vec<String> = workers
         .iter()
-        .filter(|worker| !worker.stopped && !is_alive(worker, dead_after))
+        .filter(|worker| worker.dead)
         .map(|worker| format!("{} ({}, process {} on {})", worker.id, worker.roles, worker.pid, worker.host))
         .collect();
     if !dead.is_empty() {
@@ -208,6 +266,7 @@ mod tests {
             host: "here".into(),
             pid: 7,
             stopped: false,
+            dead: false,
             silent_s: 0.5,
             closed: closed.map(Into::into),
         }
@@ -242,9 +301,10 @@ mod tests {
 
     #[test]
     fn the_newest_dead_are_named() {
-        let dead = |id| Worker { id, silent_s: 60.0, ..worker("send", None) };
-        let workers: Vec<Worker> = (1..=5).map(dead).chain([Worker { stopped: true, ..dead(6) }]).collect();
-        let remarks = remarks(&workers, &[], &[], Duration::from_secs(8));
+        let dead = |id| Worker { id, dead: true, silent_s: 60.0, ..worker("send", None) };
+        let stopped = Worker { stopped: true, dead: false, ..dead(6) };
+        let workers: Vec<Worker> = (1..=5).map(dead).chain([stopped]).collect();
+        let remarks = remarks(&workers, &[], &[]);
         assert!(remarks[1].ends_with("5 (send, process 7 on here), and 2 before"), "{remarks:?}");
     }
 }

@@ -5,6 +5,7 @@
 mod login;
 mod mailbox;
 mod page;
+mod rate_meter;
 mod rule;
 mod smtp;
 mod wire;
@@ -39,6 +40,7 @@ pub use self::{
     login::Login,
     mailbox::{Figures, Mailbox, Message},
     page::serve as serve_page,
+    rate_meter::{Kept, RateMeter},
     rule::{Action, Rule, Session, Stage},
 };
 

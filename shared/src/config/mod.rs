@@ -182,7 +182,8 @@ pub struct FanOutConfig {
     pub chunk_items: i32,
     /// The most emails that all runs together send in a second; none: no limit. The same for all processes.
     pub sends_per_second: Option<i32>,
-    /// A rate limit lets the pump catch up with at most this much time.
+    /// Under a rate limit a send may be late by this time. Later, it gets another send time: so what was held up does not go out
+    /// in one burst.
     pub rate_burst_ms: u64,
 }
 
@@ -194,7 +195,7 @@ impl Default for FanOutConfig {
             deferred_items: 20_000,
             chunk_items: 5_000,
             sends_per_second: None,
-            rate_burst_ms: 500,
+            rate_burst_ms: 200,
         }
     }
 }

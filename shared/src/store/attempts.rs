@@ -1,25 +1,32 @@
 //! Claims. Inserting the row is claiming the attempt; the primary key sees to it that only one worker ever does.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    time::Duration,
+};
 
-use sqlx::PgConnection;
+use chrono::{DateTime, TimeDelta, Utc};
+use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
-use super::receipts::{self, Receipt};
-use crate::item::{ItemState, Standing};
+use super::{
+    pacing,
+    receipts::{self, Receipt},
+};
+use crate::{
+    item::{ItemState, Key, Standing},
+    pacing::Rate,
+    run::Wanted,
+};
 
 /// A claim that was granted, with what is needed to carry it out.
 #[derive(Clone, Debug)]
 pub struct Claimed {
-    /// The item.
-    pub item_id: i64,
-    /// The attempt.
-    pub number: i32,
-    /// The run.
-    pub run_id: Uuid,
+    /// What was claimed.
+    pub key: Key,
     /// The item's place in its run, from 1.
     pub position: i32,
-    /// The recipient.
+    /// The recipient; empty if the person was deleted, and then the claim is withheld.
     pub email: String,
     /// The recipient's name.
     pub name: Option<String>,
@@ -34,16 +41,22 @@ pub enum Withheld {
     Cancelled,
     /// The address was suppressed.
     Suppressed,
+    /// The person or the run was deleted from the ledger by hand.
+    Deleted,
+    /// The person got an invitation of an earlier run, which was cancelled, and the news of it came late.
+    Invited,
 }
 
 impl Withheld {
-    const ALL: [Self; 2] = [Self::Cancelled, Self::Suppressed];
+    const ALL: [Self; 4] = [Self::Cancelled, Self::Suppressed, Self::Deleted, Self::Invited];
 
     /// What stands in place of a worker's id. Workers count from 1.
     fn owner(self) -> i64 {
         match self {
             Self::Cancelled => 0,
             Self::Suppressed => -1,
+            Self::Deleted => -2,
+            Self::Invited => -3,
         }
     }
 
@@ -52,11 +65,32 @@ impl Withheld {
     }
 }
 
-/// Claims attempts for a worker: those that are neither outdated nor claimed by anyone. Those not returned were refused;
-/// [`find`] says why. The `WHERE` clause is [`Standing::allows`].
+/// Keys as the columns of an array each, for a statement.
+#[derive(Debug, Default)]
+struct Columns {
+    run_ids: Vec<Uuid>,
+    item_ids: Vec<i64>,
+    numbers: Vec<i32>,
+}
+
+impl Columns {
+    fn of(keys: &[Key]) -> Self {
+        let mut columns = Self::default();
+        for key in keys {
+            columns.run_ids.push(key.run_id);
+            columns.item_ids.push(key.item_id);
+            columns.numbers.push(key.attempt);
+        }
+        columns
+    }
+}
+
+/// Claims attempts for a worker: those that are neither outdated nor claimed by anyone, of runs that are not paused. Those not
+/// returned were refused; [`find`] says why. The `WHERE` clause is [`Standing::allows`]. Run and item must both match: a message
+/// of another ledger names an item that may exist here, of another run.
 ///
-/// In a cancelled run, and for a suppressed address, the claim goes to nobody: the attempt will never be carried out, and
-/// anyone may report that, now or later.
+/// In a cancelled run, and for a person who is suppressed, deleted or has got an invitation after all, the claim goes to nobody: the attempt will never be carried out,
+/// and anyone may report that, now or later.
 ///
 /// The worker's receipt is written in the same transaction, whatever is granted.
 ///
@@ -68,22 +102,25 @@ impl Withheld {
 pub async fn claim(
     conn: &mut PgConnection,
     worker_id: i64,
-    item_ids: &[i64],
-    numbers: &[i32],
+    keys: &[Key],
     receipt: &Receipt,
 ) -> sqlx::Result<Vec<Claimed>> {
+    let asked = Columns::of(keys);
     let rows = sqlx::query!(
         r#"WITH asked AS MATERIALIZED (
-               SELECT asked.item_id, asked.number, i.run_id, i.position, u.email, u.name,
-                      CASE WHEN r.wanted = 'cancelled' THEN $4::bigint WHEN s.email IS NOT NULL THEN $5 ELSE $1::bigint END
+               SELECT asked.item_id, asked.number, i.run_id, i.position, coalesce(u.email, '') AS email, u.name,
+                      CASE WHEN r.wanted = 'cancelled' THEN $5::bigint WHEN s.email IS NOT NULL THEN $6
+                           WHEN u.id IS NULL OR r.id IS NULL THEN $7 WHEN u.emailed_at IS NOT NULL THEN $8
+                           ELSE $1::bigint END
                       AS worker_id
-               FROM unnest($2::bigint[], $3::integer[]) AS asked (item_id, number)
-               JOIN run_items i ON i.id = asked.item_id
-               JOIN runs r ON r.id = i.run_id
-               JOIN users u ON u.id = i.user_id
+               FROM unnest($2::uuid[], $3::bigint[], $4::integer[]) AS asked (run_id, item_id, number)
+               JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
+               LEFT JOIN runs r ON r.id = i.run_id
+               LEFT JOIN users u ON u.id = i.user_id
                LEFT JOIN suppressions s ON s.email = u.email
                WHERE i.state <> 'sent'
                  AND (i.attempt < asked.number OR (i.attempt = asked.number AND i.state = 'pending'))
+                 AND r.wanted IS DISTINCT FROM 'paused'
            ), claimed AS (
                INSERT INTO attempts (item_id, number, worker_id)
                SELECT item_id, number, worker_id FROM asked ORDER BY item_id, number
@@ -91,15 +128,19 @@ pub async fn claim(
                RETURNING item_id, number
            ), receipt AS (
                INSERT INTO receipts (worker_id, number, item_ids, attempts)
-               SELECT $1, $6, $7::bigint[], $8::integer[] WHERE cardinality($7) > 0
+               SELECT $1, $9, $10::bigint[], $11::integer[] WHERE cardinality($10) > 0
            )
-           SELECT item_id AS "item_id!", number AS "number!", run_id, position, email, name, worker_id AS "worker_id!"
+           SELECT item_id AS "item_id!", number AS "number!", run_id, position, email AS "email!", name,
+                  worker_id AS "worker_id!"
            FROM asked WHERE ((item_id, number) IN (SELECT item_id, number FROM claimed)) IS TRUE"#,
         worker_id,
-        item_ids,
-        numbers,
+        &asked.run_ids,
+        &asked.item_ids,
+        &asked.numbers,
         Withheld::Cancelled.owner(),
         Withheld::Suppressed.owner(),
+        Withheld::Deleted.owner(),
+        Withheld::Invited.owner(),
         receipt.number,
         &receipt.item_ids,
         &receipt.attempts,
@@ -109,9 +150,7 @@ pub async fn claim(
     Ok(rows
         .into_iter()
         .map(|row| Claimed {
-            item_id: row.item_id,
-            number: row.number,
-            run_id: row.run_id,
+            key: Key { run_id: row.run_id, item_id: row.item_id, attempt: row.number },
             position: row.position,
             email: row.email,
             name: row.name,
@@ -120,15 +159,115 @@ pub async fn claim(
         .collect())
 }
 
+/// The rate limits that a claim has to keep.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Those of runs that have one; under a limit of the installation, of every run that is asked for.
+    pub runs: BTreeMap<Uuid, Option<Rate>>,
+    /// That of the installation.
+    pub installation: Option<Rate>,
+    /// Slots of earlier attempts, by run, that were granted and not used.
+    pub unused: HashMap<Uuid, i32>,
+}
+
+/// What a claim under rate limits came to.
+#[derive(Debug, Default)]
+pub struct Paced {
+    /// The claims that were granted.
+    pub claimed: Vec<Claimed>,
+    /// How long each of those that are limited has to wait for its slot.
+    pub slots: HashMap<Key, Duration>,
+    /// What was not asked for, since no slot is near: how long until one will be.
+    pub not_due: Vec<(Key, Duration)>,
+}
+
+/// Claims attempts as [`claim`] does, but of limited runs only those whose send time lies within `ahead`, and reserves these
+/// times in the same transaction.
+///
+/// # Errors
+/// The database's.
+pub async fn claim_paced(
+    conn: &mut PgConnection,
+    worker_id: i64,
+    keys: &[Key],
+    receipt: &Receipt,
+    limits: &Limits,
+    ahead: Duration,
+) -> sqlx::Result<Paced> {
+    let mut tx = conn.begin().await?;
+    let mut meters = pacing::lock(&mut tx, &limits.runs, limits.installation).await?;
+    for (run_id, slots) in &limits.unused {
+        meters.unused(*run_id, *slots);
+    }
+    let until = meters.now + TimeDelta::from_std(ahead).unwrap_or_default();
+    let (due, not_due) = split_by_slot(&meters, keys, until);
+    let claimed = claim(&mut tx, worker_id, &due, receipt).await?;
+    // What was refused or is withheld takes no slot.
+    let granted: HashSet<Key> =
+        claimed.iter().filter(|claimed| claimed.withheld.is_none()).map(|claimed| claimed.key).collect();
+    let mut slots = HashMap::new();
+    for key in due.iter().filter(|key| granted.contains(key)) {
+        if let Some(slot) = meters.take(key.run_id) {
+            slots.insert(*key, wait(slot, meters.now));
+        }
+    }
+    pacing::save(&mut tx, &meters).await?;
+    tx.commit().await?;
+    Ok(Paced { claimed, slots, not_due })
+}
+
+/// Which attempts have a slot by `until`, and how long the others have to wait for theirs.
+fn split_by_slot(meters: &pacing::Locked, keys: &[Key], until: DateTime<Utc>) -> (Vec<Key>, Vec<(Key, Duration)>) {
+    let mut meters = meters.clone();
+    let (mut due, mut not_due) = (Vec::new(), Vec::new());
+    for key in keys {
+        match meters.take(key.run_id) {
+            Some(slot) if slot > until => not_due.push((*key, wait(slot, meters.now))),
+            _ => due.push(*key),
+        }
+    }
+    (due, not_due)
+}
+
+fn wait(slot: DateTime<Utc>, now: DateTime<Utc>) -> Duration {
+    (slot - now).to_std().unwrap_or_default()
+}
+
+/// Reserves a send time for an attempt that is claimed already: its first one went unused, or it is offered once more. Returns
+/// how long it has to wait for it; none, if that is longer than `longest`, and then nothing is reserved.
+///
+/// # Errors
+/// The database's.
+pub async fn reserve(
+    conn: &mut PgConnection,
+    run_id: Uuid,
+    limits: &Limits,
+    longest: Duration,
+) -> sqlx::Result<Option<Duration>> {
+    let mut tx = conn.begin().await?;
+    let mut meters = pacing::lock(&mut tx, &limits.runs, limits.installation).await?;
+    for (run_id, slots) in &limits.unused {
+        meters.unused(*run_id, *slots);
+    }
+    let wait = meters.next_slot(run_id).map_or(Duration::ZERO, |slot| wait(slot, meters.now));
+    let reserved = wait <= longest;
+    if reserved {
+        meters.take(run_id);
+    }
+    pacing::save(&mut tx, &meters).await?;
+    tx.commit().await?;
+    Ok(reserved.then_some(wait))
+}
+
 /// What is known of an attempt whose claim was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// The item.
-    pub item_id: i64,
-    /// The attempt asked for.
-    pub number: i32,
+    /// What was asked for.
+    pub key: Key,
     /// Where the item stands.
     pub standing: Standing,
+    /// What a person wants of the run; none: it was deleted.
+    pub wanted: Option<Wanted>,
     /// Who claimed the attempt.
     pub owner: Option<Owner>,
 }
@@ -150,7 +289,7 @@ pub enum Owner {
 /// What is known of the worker that holds a claim, and of the attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// The worker's heartbeat is fresh, and it has not ended: it will report.
+    /// The worker has not ended, and was not declared dead: it will report.
     Alive,
     /// It has ended or died, but there is a receipt: the mail server had accepted the mail.
     Accepted,
@@ -201,36 +340,35 @@ pub(super) async fn owners(conn: &mut PgConnection, claims: &[Held]) -> sqlx::Re
     Ok(owners)
 }
 
-/// Looks up attempts whose claim was refused. One that isn't returned names an item that doesn't exist.
+/// Looks up attempts whose claim was refused. One that isn't returned names an item that doesn't exist in this run.
 ///
 /// # Errors
 /// The database's.
-pub async fn find(
-    conn: &mut PgConnection,
-    dead_after: Duration,
-    item_ids: &[i64],
-    numbers: &[i32],
-) -> sqlx::Result<Vec<Found>> {
+pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Found>> {
     struct Row {
+        run_id: Uuid,
         item_id: i64,
         number: i32,
         attempt: i32,
         state: ItemState,
+        wanted: Option<Wanted>,
         worker_id: Option<i64>,
         alive: Option<bool>,
     }
+    let asked = Columns::of(keys);
     let rows = sqlx::query_as!(
         Row,
-        r#"SELECT asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: ItemState",
-                  a.worker_id AS "worker_id?",
-                  (w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => $1)) AS alive
-           FROM unnest($2::bigint[], $3::integer[]) AS asked (item_id, number)
-           JOIN run_items i ON i.id = asked.item_id
+        r#"SELECT i.run_id, asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: ItemState",
+                  r.wanted AS "wanted?: Wanted", a.worker_id AS "worker_id?",
+                  (w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
+           FROM unnest($1::uuid[], $2::bigint[], $3::integer[]) AS asked (run_id, item_id, number)
+           JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
+           LEFT JOIN runs r ON r.id = i.run_id
            LEFT JOIN attempts a ON a.item_id = asked.item_id AND a.number = asked.number
            LEFT JOIN workers w ON w.id = a.worker_id"#,
-        dead_after.as_secs_f64(),
-        item_ids,
-        numbers,
+        &asked.run_ids,
+        &asked.item_ids,
+        &asked.numbers,
     )
     .fetch_all(&mut *conn)
     .await?;
@@ -241,9 +379,9 @@ pub async fn find(
         .into_iter()
         .zip(owners)
         .map(|(row, owner)| Found {
-            item_id: row.item_id,
-            number: row.number,
+            key: Key { run_id: row.run_id, item_id: row.item_id, attempt: row.number },
             standing: Standing { attempt: row.attempt, state: row.state },
+            wanted: row.wanted,
             owner,
         })
         .collect())

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use sqlx::{PgConnection, PgPool, Postgres, Transaction};
+use sqlx::{Connection as _, PgConnection, PgPool, Postgres, Transaction};
 use uuid::Uuid;
 
 use crate::{
@@ -19,13 +19,15 @@ use crate::{
 /// # Errors
 /// The database's.
 pub async fn snapshot(pool: &PgPool) -> sqlx::Result<Transaction<'static, Postgres>> {
-    patient(pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await?).await
+    let mut tx = pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await?;
+    without_timeout(&mut tx).await?;
+    Ok(tx)
 }
 
-/// Whoever goes over the whole ledger may take longer than others.
-async fn patient(mut tx: Transaction<'static, Postgres>) -> sqlx::Result<Transaction<'static, Postgres>> {
-    sqlx::query("SET LOCAL statement_timeout = 0").execute(&mut *tx).await?;
-    Ok(tx)
+/// Going over the whole ledger may take longer than other statements.
+async fn without_timeout(conn: &mut PgConnection) -> sqlx::Result<()> {
+    sqlx::query("SET LOCAL statement_timeout = 0").execute(conn).await?;
+    Ok(())
 }
 
 /// A run whose counters are not what they have to be.
@@ -140,8 +142,9 @@ pub async fn drift(conn: &mut PgConnection) -> sqlx::Result<Vec<Drift>> {
 ///
 /// # Errors
 /// The database's; nothing is changed then.
-pub async fn recount(pool: &PgPool, run_id: Uuid) -> sqlx::Result<()> {
-    let mut tx = patient(pool.begin().await?).await?;
+pub async fn recount(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<()> {
+    let mut tx = conn.begin().await?;
+    without_timeout(&mut tx).await?;
     sqlx::query!("SELECT run_id FROM run_progress WHERE run_id = $1 FOR UPDATE", run_id)
         .fetch_optional(&mut *tx)
         .await?;
@@ -185,7 +188,8 @@ pub async fn flags(conn: &mut PgConnection) -> sqlx::Result<Flags> {
         Flags,
         r#"SELECT count(*) FILTER (WHERE i.state = 'sent') AS "missing!", count(*) FILTER (WHERE i.state <> 'sent') AS "wrong!"
            FROM run_items i JOIN users u ON u.id = i.user_id
-           WHERE i.active AND (u.emailed_at IS NOT NULL) <> (i.state = 'sent')"#
+           WHERE i.active AND (u.emailed_at IS NOT NULL) <> (i.state = 'sent')
+             AND NOT EXISTS (SELECT FROM run_items other WHERE other.user_id = i.user_id AND other.overtaken)"#
     )
     .fetch_one(conn)
     .await
@@ -196,7 +200,8 @@ pub async fn flags(conn: &mut PgConnection) -> sqlx::Result<Flags> {
 /// # Errors
 /// The database's; nothing is changed then.
 pub async fn correct_flags(pool: &PgPool) -> sqlx::Result<()> {
-    let mut tx = patient(pool.begin().await?).await?;
+    let mut tx = pool.begin().await?;
+    without_timeout(&mut tx).await?;
     // Sent is final, so nobody can have changed it meanwhile.
     sqlx::query!(
         "UPDATE users u SET emailed_at = coalesce(i.finished_at, now())
@@ -210,6 +215,7 @@ pub async fn correct_flags(pool: &PgPool) -> sqlx::Result<()> {
         "WITH wrong AS (
              SELECT u.id FROM run_items i JOIN users u ON u.id = i.user_id
              WHERE i.active AND i.state <> 'sent' AND u.emailed_at IS NOT NULL
+               AND NOT EXISTS (SELECT FROM run_items other WHERE other.user_id = i.user_id AND other.overtaken)
              ORDER BY i.id FOR UPDATE OF i
          )
          UPDATE users u SET emailed_at = NULL FROM wrong WHERE u.id = wrong.id"

@@ -22,7 +22,7 @@ pub struct Waiting {
 /// # Errors
 /// The database's.
 pub async fn put<M: Message + Sync>(conn: &mut PgConnection, message: &M) -> sqlx::Result<()> {
-    sqlx::query!("INSERT INTO outbox (kind, message) VALUES ($1, $2)", M::TYPE, Json(message) as _)
+    sqlx::query!("INSERT INTO outbox (kind, message) VALUES ($1, $2)", message.kind(), Json(message) as _)
         .execute(conn)
         .await?;
     Ok(())
@@ -37,7 +37,7 @@ pub async fn take(conn: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Waiti
     sqlx::query_as!(
         Waiting,
         r#"SELECT id, kind, message FROM outbox
-           WHERE published_at IS NULL AND publish_at <= now()
+           WHERE published_at IS NULL AND (publish_at <= now() OR publish_at > now() + interval '2 minutes')
            ORDER BY publish_at, id LIMIT $1
            FOR UPDATE SKIP LOCKED"#,
         limit

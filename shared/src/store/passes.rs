@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::{
     item::ItemState,
-    message::Replay,
+    message::{ItemMessage, Replay},
     run::{Counters, Flow, Wanted},
 };
 
@@ -43,10 +43,8 @@ pub struct Pass {
     pub chunk_start: i32,
     /// The step that comes next.
     pub step: i32,
-    /// The rate budget.
+    /// The next item may be released from this moment on, under a rate limit.
     pub next_due_at: DateTime<Utc>,
-    /// How many of the run's repeats the budget has been charged with.
-    pub charged: i32,
     /// When it began.
     pub created_at: DateTime<Utc>,
     /// When it had gone over the whole run.
@@ -68,12 +66,12 @@ pub struct Situation {
     pub sends_per_second: Option<i32>,
     /// Its counters.
     pub counters: Counters,
-    /// Attempts that had to be made again by themselves.
-    pub repeats: i32,
     /// What its first pass has released.
     pub first_released: i32,
     /// Sends that all the workers that live may have in flight.
     pub permits: i32,
+    /// How many they have, at their last heartbeats.
+    pub in_flight: i32,
     /// The database's clock.
     pub now: DateTime<Utc>,
 }
@@ -113,7 +111,7 @@ pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<
         .await?;
     let row = sqlx::query!(
         r#"SELECT number, kind AS "kind: PassKind", states AS "states: Vec<ItemState>", error, cursor, chunk_start, step,
-                  next_due_at, charged, created_at, done_at, released, chunk_at, looked_at, drained, per_second
+                  next_due_at, created_at, done_at, released, chunk_at, looked_at, drained, per_second
            FROM run_passes WHERE run_id = $1 ORDER BY number DESC LIMIT 1"#,
         run_id
     )
@@ -129,7 +127,6 @@ pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<
         chunk_start: row.chunk_start,
         step: row.step,
         next_due_at: row.next_due_at,
-        charged: row.charged,
         created_at: row.created_at,
         done_at: row.done_at,
         released: row.released,
@@ -164,8 +161,8 @@ async fn begin(
     error: Option<&str>,
 ) -> sqlx::Result<i32> {
     sqlx::query_scalar!(
-        "INSERT INTO run_passes (run_id, number, kind, command_id, states, error, charged)
-         SELECT $1, $2, $3, $4, $5, $6, repeats FROM run_progress WHERE run_id = $1 RETURNING number",
+        "INSERT INTO run_passes (run_id, number, kind, command_id, states, error)
+         VALUES ($1, $2, $3, $4, $5, $6) RETURNING number",
         last.run_id,
         last.number + 1,
         kind as _,
@@ -189,16 +186,16 @@ pub async fn begun_by(conn: &mut PgConnection, command_id: Uuid) -> sqlx::Result
 ///
 /// # Errors
 /// The database's.
-pub async fn situation(conn: &mut PgConnection, run_id: Uuid, dead_after: Duration) -> sqlx::Result<Option<Situation>> {
+pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Situation>> {
     let row = sqlx::query!(
         r#"SELECT r.wanted AS "wanted: Wanted", r.sends_per_second, p.total, p.pending, p.retrying, p.cancelled,
-                  p.skipped, p.unknown, p.failed, p.sent, p.repeats, f.released, clock_timestamp() AS "now!",
-                  (SELECT coalesce(sum(permits), 0)::integer FROM workers
-                   WHERE stopped_at IS NULL AND heartbeat_at > now() - make_interval(secs => $2)) AS "permits!"
+                  p.skipped, p.unknown, p.failed, p.sent, f.released, clock_timestamp() AS "now!",
+                  w.permits AS "permits!", w.in_flight AS "in_flight!"
            FROM runs r JOIN run_progress p ON p.run_id = r.id JOIN run_passes f ON f.run_id = r.id AND f.number = 1
+           CROSS JOIN (SELECT coalesce(sum(permits), 0)::integer AS permits, coalesce(sum(in_flight), 0)::integer AS in_flight
+                       FROM workers WHERE stopped_at IS NULL AND died_at IS NULL) w
            WHERE r.id = $1"#,
         run_id,
-        dead_after.as_secs_f64(),
     )
     .fetch_optional(conn)
     .await?;
@@ -215,9 +212,9 @@ pub async fn situation(conn: &mut PgConnection, run_id: Uuid, dead_after: Durati
             failed: row.failed,
             sent: row.sent,
         },
-        repeats: row.repeats,
         first_released: row.released,
         permits: row.permits,
+        in_flight: row.in_flight,
         now: row.now,
     }))
 }
@@ -300,10 +297,8 @@ pub struct Advance {
     pub cursor: i32,
     /// How many there were.
     pub released: i32,
-    /// The rate budget after them.
+    /// The next item may be released from this moment on.
     pub next_due_at: DateTime<Utc>,
-    /// The run's repeats that it is charged with.
-    pub charged: i32,
     /// How fast the run goes.
     pub flow: Flow,
 }
@@ -316,7 +311,7 @@ pub async fn advance(conn: &mut PgConnection, pass: &Pass, by: Advance) -> sqlx:
     sqlx::query!(
         "UPDATE run_passes SET step = step + 1, chunk_start = cursor, cursor = $3, released = released + $4,
                 next_due_at = $5, seen_at = clock_timestamp(), chunk_at = clock_timestamp(), looked_at = $6, drained = $7,
-                per_second = $8, charged = $9
+                per_second = $8
          WHERE run_id = $1 AND number = $2",
         pass.run_id,
         pass.number,
@@ -326,11 +321,23 @@ pub async fn advance(conn: &mut PgConnection, pass: &Pass, by: Advance) -> sqlx:
         by.flow.looked_at,
         by.flow.drained,
         by.flow.per_second,
-        by.charged,
     )
     .execute(conn)
     .await?;
     Ok(())
+}
+
+/// How many runs have something to send and are not paused: they share the installation's rate limit.
+///
+/// # Errors
+/// The database's.
+pub async fn count_running(conn: &mut PgConnection) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        r#"SELECT count(*) AS "count!" FROM run_progress p JOIN runs r ON r.id = p.run_id
+           WHERE p.finished_at IS NULL AND r.wanted = 'running'"#
+    )
+    .fetch_one(conn)
+    .await
 }
 
 /// Locks the rate budget of the installation until the transaction ends, and returns from when on the next item may be
@@ -374,11 +381,61 @@ pub async fn finish(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
 pub async fn touch(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
     sqlx::query!(
         "UPDATE run_passes SET seen_at = clock_timestamp()
-         WHERE run_id = $1 AND number = $2 AND seen_at < clock_timestamp() - interval '1 second'",
+         WHERE run_id = $1 AND number = $2 AND NOT mailrun_is_recent(seen_at, 1)",
         pass.run_id,
         pass.number
     )
     .execute(conn)
     .await?;
     Ok(())
+}
+
+/// An item whose message senders may have dropped, since the run was paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// The attempt that the item waits for.
+    pub next: ItemMessage,
+    /// Its place in the run.
+    pub position: i32,
+}
+
+/// The released and open items of a run, behind position `after`, whose next attempt is due and that nobody has claimed.
+///
+/// Progress writes down when an attempt is due a little after the message is on its retry queue, so what is due within
+/// `soon` may have been dropped as well.
+///
+/// # Errors
+/// The database's.
+pub async fn dropped_items(
+    conn: &mut PgConnection,
+    run_id: Uuid,
+    soon: Duration,
+    after: i32,
+    limit: i64,
+) -> sqlx::Result<Vec<Dropped>> {
+    let rows = sqlx::query!(
+        r#"SELECT i.id, i.position, i.attempt, i.state AS "state: ItemState", i.tries, i.replays
+           FROM run_items i
+           WHERE i.run_id = $1 AND i.position > $2 AND i.state IN ('pending', 'retrying')
+             AND (i.due_at IS NULL OR i.due_at < clock_timestamp() + make_interval(secs => $3))
+             AND (i.attempt > 1 OR i.state = 'retrying'
+                  OR i.position <= (SELECT cursor FROM run_passes f WHERE f.run_id = $1 AND f.number = 1))
+             AND NOT EXISTS (SELECT FROM attempts a WHERE a.item_id = i.id
+                             AND a.number = i.attempt + CASE WHEN i.state = 'retrying' THEN 1 ELSE 0 END)
+           ORDER BY i.position LIMIT $4"#,
+        run_id,
+        after,
+        soon.as_secs_f64(),
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let present =
+                ItemMessage { run_id, item_id: row.id, attempt: row.attempt, tries: row.tries, replays: row.replays };
+            Dropped { next: present.awaited(row.state), position: row.position }
+        })
+        .collect())
 }

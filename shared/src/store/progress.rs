@@ -1,24 +1,34 @@
 //! Applies results: items and counters in one transaction, so that no counter can ever differ from a count of the items.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use sqlx::{Connection as _, PgConnection};
+use sqlx::{Connection as _, PgConnection, error::DatabaseError};
 use uuid::Uuid;
 
+use super::audit;
 use crate::{
     item::{CounterDelta, ItemState, Standing, merge},
     message::ItemResult,
 };
 
+/// A result, and the run that it says its item belongs to. Messages of the first version name none.
+#[derive(Clone, Copy, Debug)]
+pub struct Report<'a> {
+    /// The run.
+    pub run_id: Option<Uuid>,
+    /// The result.
+    pub result: &'a ItemResult,
+}
+
 /// What a batch of results did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
     /// Results that said something new.
     pub changed: usize,
     /// Results that were known, outdated or doubled.
     pub absorbed: usize,
-    /// Results of items that don't exist.
-    pub strange: usize,
+    /// Results of items that don't exist in the run that they name, by their place in the batch: another ledger's.
+    pub strange: Vec<usize>,
 }
 
 /// An item as it is and as it becomes.
@@ -31,6 +41,12 @@ struct Item {
     winner: Option<usize>,
 }
 
+impl Item {
+    fn is_sent_late(&self) -> bool {
+        self.standing.state == ItemState::Sent && matches!(self.was.state, ItemState::Cancelled | ItemState::Skipped)
+    }
+}
+
 /// How a batch changes a run.
 #[derive(Default)]
 struct Moved {
@@ -39,31 +55,57 @@ struct Moved {
     repeats: i32,
 }
 
+/// How often a batch is merged anew because something that it depends on changed meanwhile.
+const TRIES: u32 = 20;
+
 /// Applies a batch of results, in one transaction of its own.
 ///
 /// Any number of processes may do so at once: items are written in order of id, counters last and in order of run. An item
 /// is written only if it still stands where it was read; if it doesn't, somebody else has applied a result meanwhile, and
 /// the batch is merged anew. That is rare, and a lock on every item would cost as much as its update.
 ///
+/// Counters that were changed by hand may not allow the change: they are counted anew then, once.
+///
 /// # Errors
 /// The database's. Nothing is applied then, and the batch can be applied again.
-pub async fn apply(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::Result<Applied> {
+pub async fn apply(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Result<Applied> {
+    let mut recounted = false;
+    let mut tries = 0;
     loop {
-        if let Some(applied) = apply_once(conn, results).await? {
-            return Ok(applied);
+        tries += 1;
+        match apply_once(conn, results).await {
+            Ok(Some(applied)) => return Ok(applied),
+            Ok(None) => {}
+            // The person of a late `sent` is invited again at this very moment.
+            Err(error) if violates(&error, &["run_items_one_per_person"]) && tries < TRIES => {}
+            Err(error) if violates(&error, &["run_progress_adds_up", "run_progress_not_negative"]) && !recounted => {
+                recounted = true;
+                let runs: BTreeSet<Uuid> =
+                    read_items(&mut *conn, results).await?.into_values().map(|item| item.run_id).collect();
+                for run_id in runs {
+                    audit::recount(&mut *conn, run_id).await?;
+                }
+            }
+            Err(error) => return Err(error),
         }
     }
 }
 
+fn violates(error: &sqlx::Error, constraints: &[&str]) -> bool {
+    let violated = error.as_database_error().and_then(DatabaseError::constraint);
+    violated.is_some_and(|violated| constraints.contains(&violated))
+}
+
 /// None: an item was not where it had been read; nothing is applied.
-async fn apply_once(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::Result<Option<Applied>> {
+async fn apply_once(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Result<Option<Applied>> {
     let mut tx = conn.begin().await?;
     let mut items = read_items(&mut tx, results).await?;
     let mut applied = Applied::default();
     let mut moved: BTreeMap<Uuid, Moved> = BTreeMap::new();
-    for (index, result) in results.iter().enumerate() {
-        let Some(item) = items.get_mut(&result.item_id) else {
-            applied.strange += 1;
+    for (index, Report { run_id, result }) in results.iter().enumerate() {
+        let item = items.get_mut(&result.item_id).filter(|item| run_id.is_none_or(|run_id| run_id == item.run_id));
+        let Some(item) = item else {
+            applied.strange.push(index);
             continue;
         };
         let (next, delta) = merge(item.standing, Standing { attempt: result.attempt, state: result.state });
@@ -79,6 +121,7 @@ async fn apply_once(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::R
         moved.repeats += i32::from(result.state == ItemState::Retrying);
     }
     if applied.changed > 0 {
+        mark_overtaken(&mut tx, &items).await?;
         if !update_items(&mut tx, &items, results).await? {
             tx.rollback().await?;
             return Ok(None);
@@ -91,8 +134,8 @@ async fn apply_once(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::R
     Ok(Some(applied))
 }
 
-async fn read_items(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::Result<HashMap<i64, Item>> {
-    let ids: HashSet<i64> = results.iter().map(|result| result.item_id).collect();
+async fn read_items(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Result<HashMap<i64, Item>> {
+    let ids: HashSet<i64> = results.iter().map(|report| report.result.item_id).collect();
     let ids: Vec<i64> = ids.into_iter().collect();
     let rows = sqlx::query!(
         r#"SELECT id, run_id, user_id, attempt, state AS "state: ItemState" FROM run_items WHERE id = ANY($1)"#,
@@ -109,14 +152,30 @@ async fn read_items(conn: &mut PgConnection, results: &[&ItemResult]) -> sqlx::R
         .collect())
 }
 
+/// An item that turns out to have been sent after it was given up counts as its person's invitation, unless the person has
+/// another one by now.
+async fn mark_overtaken(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sqlx::Result<()> {
+    let late: Vec<i64> = items.iter().filter(|(_, item)| item.is_sent_late()).map(|(id, _)| *id).collect();
+    if !late.is_empty() {
+        sqlx::query!(
+            "UPDATE run_items i SET overtaken = true
+             WHERE id = ANY($1) AND EXISTS (SELECT FROM run_items other WHERE other.user_id = i.user_id AND other.active)",
+            &late,
+        )
+        .execute(conn)
+        .await?;
+    }
+    Ok(())
+}
+
 /// False: one of them was not where it had been read.
 async fn update_items(
     conn: &mut PgConnection,
     items: &HashMap<i64, Item>,
-    results: &[&ItemResult],
+    results: &[Report<'_>],
 ) -> sqlx::Result<bool> {
     let mut changed: Vec<(&ItemResult, Standing)> =
-        items.values().filter_map(|item| item.winner.map(|index| (results[index], item.was))).collect();
+        items.values().filter_map(|item| item.winner.map(|index| (results[index].result, item.was))).collect();
     changed.sort_unstable_by_key(|(result, _)| result.item_id);
     let (winners, were): (Vec<&ItemResult>, Vec<Standing>) = changed.into_iter().unzip();
     let ids: Vec<i64> = winners.iter().map(|result| result.item_id).collect();
@@ -168,9 +227,9 @@ async fn mark_emailed(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sq
 }
 
 /// Nobody writes again to an address that a mail server called wrong.
-async fn suppress(conn: &mut PgConnection, items: &HashMap<i64, Item>, results: &[&ItemResult]) -> sqlx::Result<()> {
+async fn suppress(conn: &mut PgConnection, items: &HashMap<i64, Item>, results: &[Report<'_>]) -> sqlx::Result<()> {
     let bad = items.values().filter_map(|item| {
-        let result = results[item.winner?];
+        let result = results[item.winner?].result;
         result.bad_address.then_some((item.user_id, result.error.as_deref()))
     });
     let (users, details): (Vec<i64>, Vec<Option<&str>>) = bad.unzip();
@@ -223,5 +282,41 @@ async fn update_counters(conn: &mut PgConnection, runs: &BTreeMap<Uuid, Moved>) 
         .execute(&mut *conn)
         .await?;
     }
+    Ok(())
+}
+
+/// Whether a result is buried already.
+///
+/// # Errors
+/// The database's.
+pub async fn is_buried(conn: &mut PgConnection, report: Report<'_>) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT FROM buried_results
+                          WHERE run_id = $1 AND item_id = $2 AND attempt = $3 AND state = $4) AS "buried!""#,
+        report.run_id.unwrap_or_default(),
+        report.result.item_id,
+        report.result.attempt,
+        report.result.state as _,
+    )
+    .fetch_one(conn)
+    .await
+}
+
+/// Notes that a result is buried, so that its repetitions are dropped.
+///
+/// # Errors
+/// The database's.
+pub async fn note_buried(conn: &mut PgConnection, report: Report<'_>, reason: &str) -> sqlx::Result<()> {
+    sqlx::query!(
+        "INSERT INTO buried_results (run_id, item_id, attempt, state, reason) VALUES ($1, $2, $3, $4, $5)
+         ON CONFLICT DO NOTHING",
+        report.run_id.unwrap_or_default(),
+        report.result.item_id,
+        report.result.attempt,
+        report.result.state as _,
+        reason,
+    )
+    .execute(conn)
+    .await?;
     Ok(())
 }

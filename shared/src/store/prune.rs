@@ -86,7 +86,7 @@ async fn next(conn: &mut PgConnection) -> sqlx::Result<Option<Uuid>> {
 async fn is_any_moving(conn: &mut PgConnection) -> sqlx::Result<bool> {
     sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT FROM run_progress
-                          WHERE finished_at IS NULL AND updated_at > now() - make_interval(secs => $1)) AS "moving!""#,
+                          WHERE finished_at IS NULL AND mailrun_is_recent(updated_at, $1)) AS "moving!""#,
         STILL_MOVING.as_secs_f64(),
     )
     .fetch_one(conn)

@@ -18,6 +18,25 @@ pub struct Receipt {
     pub attempts: Vec<i32>,
 }
 
+/// Writes a receipt by itself, for a worker that claims nothing more.
+///
+/// # Errors
+/// The database's.
+pub async fn write(conn: &mut PgConnection, worker_id: i64, receipt: &Receipt) -> sqlx::Result<()> {
+    if !receipt.item_ids.is_empty() {
+        sqlx::query!(
+            "INSERT INTO receipts (worker_id, number, item_ids, attempts) VALUES ($1, $2, $3, $4)",
+            worker_id,
+            receipt.number,
+            &receipt.item_ids,
+            &receipt.attempts,
+        )
+        .execute(conn)
+        .await?;
+    }
+    Ok(())
+}
+
 /// Of attempts that dead workers had claimed, those for which there is a receipt, as item and number.
 ///
 /// # Errors

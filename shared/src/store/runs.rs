@@ -236,17 +236,31 @@ pub enum Granted {
     NoSuchRun,
 }
 
-/// Pauses or resumes a run.
+/// Those of these runs that are paused or cancelled.
+///
+/// # Errors
+/// The database's.
+pub async fn stopped(conn: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<Vec<Uuid>> {
+    sqlx::query_scalar!("SELECT id FROM runs WHERE id = ANY($1) AND wanted <> 'running'", run_ids).fetch_all(conn).await
+}
+
+/// Pauses or resumes a run. Resuming commits a command with it that puts back what senders have dropped meanwhile.
 ///
 /// # Errors
 /// The database's.
 pub async fn set_paused(pool: &PgPool, run_id: Uuid, paused: bool) -> sqlx::Result<Granted> {
     let (from, to) = if paused { (Wanted::Running, Wanted::Paused) } else { (Wanted::Paused, Wanted::Running) };
-    let mut conn = pool.acquire().await?;
+    let mut tx = pool.begin().await?;
     let changed = sqlx::query!("UPDATE runs SET wanted = $2 WHERE id = $1 AND wanted = $3", run_id, to as _, from as _)
-        .execute(&mut *conn)
+        .execute(&mut *tx)
         .await?;
-    granted(&mut conn, run_id, changed.rows_affected() == 1).await
+    let changed = changed.rows_affected() == 1;
+    if changed && !paused {
+        outbox::put(&mut tx, &RunMessage { run_id, command: Command::Resume }).await?;
+    }
+    let granted = granted(&mut tx, run_id, changed).await?;
+    tx.commit().await?;
+    Ok(granted)
 }
 
 /// Cancels a run, for good: the wish and the command that settles its open items are committed together.

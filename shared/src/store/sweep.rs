@@ -45,14 +45,14 @@ pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> s
         Stalled,
         r#"SELECT p.run_id, r.wanted AS "wanted: Wanted",
                   coalesce(last.done_at IS NOT NULL
-                           OR last.seen_at > clock_timestamp() - make_interval(secs => $1), false) AS "driven!",
+                           OR mailrun_is_recent(last.seen_at, $1), false) AS "driven!",
                   coalesce(last.kind = 'cancel', false) AS "cancel_begun!"
            FROM run_progress p
            JOIN runs r ON r.id = p.run_id
            LEFT JOIN LATERAL (
                SELECT kind, seen_at, done_at FROM run_passes WHERE run_id = p.run_id ORDER BY number DESC LIMIT 1
            ) last ON true
-           WHERE p.finished_at IS NULL AND p.updated_at < clock_timestamp() - make_interval(secs => $1)"#,
+           WHERE p.finished_at IS NULL AND NOT mailrun_is_recent(p.updated_at, $1)"#,
         stalled_after.as_secs_f64(),
     )
     .fetch_all(conn)
@@ -67,7 +67,7 @@ pub async fn is_standstill(conn: &mut PgConnection, still_for: Duration) -> sqlx
     sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT FROM run_progress p JOIN runs r ON r.id = p.run_id
                           WHERE p.finished_at IS NULL AND r.wanted <> 'paused'
-                            AND p.updated_at < clock_timestamp() - make_interval(secs => $1)) AS "still!""#,
+                            AND NOT mailrun_is_recent(p.updated_at, $1)) AS "still!""#,
         still_for.as_secs_f64(),
     )
     .fetch_one(conn)
@@ -138,11 +138,10 @@ pub async fn repairs(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Repairs> {
 ///
 /// # Errors
 /// The database's.
-pub async fn all_lanes_closed(conn: &mut PgConnection, dead_after: Duration) -> sqlx::Result<bool> {
+pub async fn all_lanes_closed(conn: &mut PgConnection) -> sqlx::Result<bool> {
     sqlx::query_scalar!(
         r#"SELECT coalesce(bool_and(coalesce(lane_until > clock_timestamp(), false)), false) AS "closed!" FROM workers
-           WHERE permits > 0 AND stopped_at IS NULL AND heartbeat_at > clock_timestamp() - make_interval(secs => $1)"#,
-        dead_after.as_secs_f64(),
+           WHERE permits > 0 AND stopped_at IS NULL AND died_at IS NULL"#,
     )
     .fetch_one(conn)
     .await
@@ -167,26 +166,24 @@ pub async fn open_items(
     conn: &mut PgConnection,
     run_id: Uuid,
     stalled_after: Duration,
-    dead_after: Duration,
     after: i32,
     limit: i64,
 ) -> sqlx::Result<Vec<OpenItem>> {
     let rows = sqlx::query!(
         r#"SELECT i.id, i.position, i.attempt, i.state AS "state: ItemState", i.tries, i.replays,
                   a.worker_id AS "worker_id?",
-                  (w.stopped_at IS NULL AND w.heartbeat_at > clock_timestamp() - make_interval(secs => $3)) AS alive
+                  (w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
            FROM run_items i
            LEFT JOIN attempts a ON a.item_id = i.id
                  AND a.number = i.attempt + CASE WHEN i.state = 'retrying' THEN 1 ELSE 0 END
            LEFT JOIN workers w ON w.id = a.worker_id
-           WHERE i.run_id = $1 AND i.position > $4 AND i.state IN ('pending', 'retrying')
+           WHERE i.run_id = $1 AND i.position > $3 AND i.state IN ('pending', 'retrying')
              AND (i.due_at IS NULL OR i.due_at < clock_timestamp() - make_interval(secs => $2))
              AND (i.attempt > 1 OR i.state = 'retrying' OR a.worker_id IS NOT NULL
                   OR i.position <= (SELECT cursor FROM run_passes f WHERE f.run_id = $1 AND f.number = 1))
-           ORDER BY i.position LIMIT $5"#,
+           ORDER BY i.position LIMIT $4"#,
         run_id,
         stalled_after.as_secs_f64(),
-        dead_after.as_secs_f64(),
         after,
         limit,
     )

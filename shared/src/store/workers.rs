@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 
 /// Registers this process and returns its id, which is never used again. `permits` is how many sends it may have in
@@ -21,23 +22,64 @@ pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32
     .await
 }
 
+/// A worker's heartbeat, as its row shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Beat {
+    /// The worker.
+    pub worker_id: i64,
+    /// Its newest heartbeat, by the database's clock. Only whether it changes says something.
+    pub at: DateTime<Utc>,
+}
+
+/// The heartbeats of all workers that have neither stopped nor been declared dead.
+///
+/// # Errors
+/// The database's.
+pub async fn beats(conn: &mut PgConnection) -> sqlx::Result<Vec<Beat>> {
+    sqlx::query_as!(
+        Beat,
+        "SELECT id AS worker_id, heartbeat_at AS at FROM workers WHERE stopped_at IS NULL AND died_at IS NULL"
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// Declares workers dead whose heartbeat is still the one that was seen. Returns which of them are.
+///
+/// # Errors
+/// The database's.
+pub async fn declare_dead(conn: &mut PgConnection, beats: &[Beat]) -> sqlx::Result<Vec<i64>> {
+    let (ids, at): (Vec<i64>, Vec<DateTime<Utc>>) = beats.iter().map(|beat| (beat.worker_id, beat.at)).unzip();
+    sqlx::query_scalar!(
+        "UPDATE workers w SET died_at = clock_timestamp() FROM unnest($1::bigint[], $2::timestamptz[]) AS seen (id, at)
+         WHERE w.id = seen.id AND w.heartbeat_at = seen.at AND w.stopped_at IS NULL AND w.died_at IS NULL
+         RETURNING w.id",
+        &ids,
+        &at,
+    )
+    .fetch_all(conn)
+    .await
+}
+
 /// Says that the worker lives, how often it has built a consumer's connection anew, and why and for how long it sends nothing,
 /// if so.
 ///
+/// False: its row is gone, or it was declared dead. Others act on that, so the worker has to end.
+///
 /// # Errors
-/// The database's; `RowNotFound` if the worker was silent for so long that its row is pruned.
+/// The database's.
 pub async fn heartbeat(
     conn: &mut PgConnection,
     worker_id: i64,
     in_flight: i32,
     rebuilds: i32,
     closed: Option<(String, Duration)>,
-) -> sqlx::Result<()> {
+) -> sqlx::Result<bool> {
     let (reason, seconds) = closed.map(|(reason, time)| (reason, time.as_secs_f64())).unzip();
     let written = sqlx::query!(
         "UPDATE workers SET heartbeat_at = now(), in_flight = $2, rebuilds = $3, lane_reason = $4,
                     lane_until = now() + make_interval(secs => $5)
-             WHERE id = $1",
+             WHERE id = $1 AND died_at IS NULL",
         worker_id,
         in_flight,
         rebuilds,
@@ -46,7 +88,7 @@ pub async fn heartbeat(
     )
     .execute(conn)
     .await?;
-    if written.rows_affected() == 1 { Ok(()) } else { Err(sqlx::Error::RowNotFound) }
+    Ok(written.rows_affected() == 1)
 }
 
 /// Says that the worker has ended. A claim that it leaves open is `unknown` from now on.
@@ -77,6 +119,8 @@ pub struct Worker {
     pub pid: i32,
     /// Whether it has ended in good order.
     pub stopped: bool,
+    /// Whether it was declared dead.
+    pub dead: bool,
     /// Seconds since its last sign of life.
     pub silent_s: f64,
     /// Why it sends nothing at present; none: it may.
@@ -90,7 +134,7 @@ pub struct Worker {
 pub async fn all(conn: &mut PgConnection) -> sqlx::Result<Vec<Worker>> {
     sqlx::query_as!(
         Worker,
-        r#"SELECT id, roles, host, pid, stopped_at IS NOT NULL AS "stopped!",
+        r#"SELECT id, roles, host, pid, stopped_at IS NOT NULL AS "stopped!", died_at IS NOT NULL AS "dead!",
                   extract(epoch FROM clock_timestamp() - heartbeat_at)::float8 AS "silent_s!",
                   CASE WHEN lane_until > clock_timestamp() THEN coalesce(lane_reason, '') END AS closed
            FROM workers ORDER BY id"#

@@ -12,6 +12,8 @@ use mailrun_shared::{
     template::Template,
 };
 
+use crate::attempt::{Attempt, Withdrawn};
+
 pub use message::ComposerError;
 pub use simulated::{Simulated, SimulatedError};
 pub use smtp::{Smtp, SmtpError, TlsError};
@@ -56,6 +58,8 @@ pub enum Outcome {
     },
     /// It was handed over, and the answer never came.
     Unknown(String),
+    /// It was not handed over, since the attempt must not go on. It costs no try.
+    Withdrawn(Withdrawn),
 }
 
 /// Whether anything can be sent at present.
@@ -77,8 +81,9 @@ pub enum Lane {
 /// Sends mail, as many at a time as are asked of it.
 #[async_trait]
 pub trait Mailer: Send + Sync {
-    /// Hands `mail` to the mail server.
-    async fn send(&self, mail: &Mail) -> Outcome;
+    /// Hands `mail` to the mail server. Asks `attempt` before the mail is offered ([`Attempt::may_begin`]), and again before
+    /// the bytes that let the server accept it ([`Attempt::may_commit`]).
+    async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome;
 
     /// Whether to send at present. Whoever sends all the same gets [`Outcome::Later`].
     fn lane(&self) -> Lane {

@@ -16,6 +16,7 @@ use mailrun_shared::config::SimulatedConfig;
 use tokio::time::sleep;
 
 use super::{Mail, Mailer, Outcome};
+use crate::attempt::Attempt;
 
 /// The error that lasts until a person replays the email.
 const DOWN: &str = "Internet Down";
@@ -72,13 +73,19 @@ impl Simulated {
 
 #[async_trait]
 impl Mailer for Simulated {
-    async fn send(&self, mail: &Mail) -> Outcome {
+    async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome {
+        if let Err(withdrawn) = attempt.may_begin().await {
+            return Outcome::Withdrawn(withdrawn);
+        }
         if !self.latency.is_zero() {
             // Tokio's timers count whole milliseconds, and are late by one of them on average.
             sleep(self.latency.saturating_sub(Duration::from_millis(1))).await;
         }
         if let Some(error) = self.failure(mail) {
             return Outcome::Retry(error.into());
+        }
+        if let Err(withdrawn) = attempt.may_commit() {
+            return Outcome::Withdrawn(withdrawn);
         }
         if let Some(mut journal) = self.journal.as_deref() {
             // One write for the whole line: several processes append to the same file.
@@ -118,16 +125,16 @@ mod tests {
     async fn every_hundredth_meets_internet_down_until_it_is_replayed() {
         let session = Simulated::new(&SimulatedConfig::default()).unwrap();
         let down = Outcome::Retry(DOWN.into());
-        assert_eq!(session.send(&mail(99, 1, 0)).await, Outcome::Sent);
-        assert_eq!(session.send(&mail(100, 1, 0)).await, down);
-        assert_eq!(session.send(&mail(100, 4, 0)).await, down);
-        assert_eq!(session.send(&mail(100, 1, 1)).await, Outcome::Sent);
+        assert_eq!(session.send(&mail(99, 1, 0), &Attempt::unchecked()).await, Outcome::Sent);
+        assert_eq!(session.send(&mail(100, 1, 0), &Attempt::unchecked()).await, down);
+        assert_eq!(session.send(&mail(100, 4, 0), &Attempt::unchecked()).await, down);
+        assert_eq!(session.send(&mail(100, 1, 1), &Attempt::unchecked()).await, Outcome::Sent);
     }
 
     #[tokio::test]
     async fn a_smaller_share_fails_once() {
         let session = Simulated::new(&SimulatedConfig::default()).unwrap();
-        assert_eq!(session.send(&mail(150, 1, 0)).await, Outcome::Retry(FLAKY.into()));
-        assert_eq!(session.send(&mail(150, 2, 0)).await, Outcome::Sent);
+        assert_eq!(session.send(&mail(150, 1, 0), &Attempt::unchecked()).await, Outcome::Retry(FLAKY.into()));
+        assert_eq!(session.send(&mail(150, 2, 0), &Attempt::unchecked()).await, Outcome::Sent);
     }
 }

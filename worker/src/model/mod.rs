@@ -4,6 +4,7 @@
 //! `docs/protocol.md` maps each step to the function and the statement that does it. Each test that takes a part of the
 //! protocol away must find what that part is there for.
 
+mod pacing;
 mod world;
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
@@ -15,6 +16,7 @@ const COUNTS: &str = "counters equal counts";
 const ONCE: &str = "nobody is written to twice silently";
 const TRUE: &str = "what is sent went out, and what failed did not";
 const SETTLED: &str = "at rest, everything is settled";
+const PAUSED: &str = "nothing is sent while the run is paused";
 const RECEIPTED: &str = "what has a receipt is never unknown, unless its worker was taken for dead while it lived";
 
 impl Model for Protocol {
@@ -42,6 +44,7 @@ impl Model for Protocol {
             Property::always(COUNTS, |_, world: &World| world.counters_equal_counts()),
             Property::always(ONCE, |_, world: &World| world.nobody_got_two_silently()),
             Property::always(TRUE, |_, world: &World| world.the_ledger_tells_the_truth()),
+            Property::always(PAUSED, |_, world: &World| world.nothing_is_sent_while_paused()),
             Property::always(RECEIPTED, |protocol: &Self, world: &World| protocol.stalls || world.receipts_are_good()),
             Property::always(SETTLED, |protocol: &Self, world: &World| {
                 world.is_settled() || {
@@ -85,6 +88,17 @@ fn one_invitation_survives_a_persons_wish_at_any_moment() {
 }
 
 #[test]
+fn one_invitation_survives_a_pause_and_a_fault_at_any_two_moments() {
+    let answers = vec![Answer::Accepts, Answer::RefusesForNow];
+    holds(Protocol { only_pauses: true, answers, ..small(1, 1, 1) });
+}
+
+#[test]
+fn one_invitation_survives_another_installation_on_the_same_queues() {
+    holds(Protocol { second_ledger: true, ..small(1, 1, 0) });
+}
+
+#[test]
 fn two_invitations_do_not_get_in_each_others_way() {
     holds(small(2, 0, 0));
 }
@@ -102,6 +116,16 @@ fn two_invitations_with_receipts_survive_every_two_crashes() {
 #[test]
 fn without_receipts_that_are_kept_a_crash_and_a_purge_leave_more_unknown_than_permits() {
     breaks(Protocol { receipts: false, ..with_receipts() }, &[RECEIPTED]);
+}
+
+#[test]
+fn without_asking_before_it_is_sent_a_claimed_attempt_of_a_paused_run_goes_out() {
+    breaks(Protocol { asks_before_sending: false, ..small(1, 0, 1) }, &[PAUSED]);
+}
+
+#[test]
+fn without_comparing_the_run_another_installation_decides() {
+    breaks(Protocol { second_ledger: true, run_must_match: false, ..small(1, 1, 0) }, &[TRUE]);
 }
 
 #[test]

@@ -9,15 +9,15 @@ use mailrun_shared::{
     config::OnUnknown,
     item::{ItemState, Standing, merge},
     message::{DeadReason, ItemMessage, ItemResult},
+    run::Wanted,
     store::attempts::{Fate, Found, Owner, Withheld},
 };
 use uuid::Uuid;
 
 use crate::{
+    attempt::Withdrawn,
     mailer::Outcome,
-    outcome::{
-        FollowUp, Next, Refused, Repair, Rules, after_cut_off, after_death, after_send, refused, repair, withheld,
-    },
+    outcome::{FollowUp, Next, Refused, Repair, Rules, after_death, after_send, refused, repair, withheld},
 };
 
 /// Deliveries that a worker holds at the same time.
@@ -55,6 +55,14 @@ pub(super) struct Protocol {
     pub(super) receipts: bool,
     /// Workers may be taken for dead while they live.
     pub(super) stalls: bool,
+    /// An attempt that is claimed asks whether its run is paused before it is sent.
+    pub(super) asks_before_sending: bool,
+    /// The only thing that a person asks for is a pause.
+    pub(super) only_pauses: bool,
+    /// Another installation works on the same queues.
+    pub(super) second_ledger: bool,
+    /// Run and item of a message must both match the ledger.
+    pub(super) run_must_match: bool,
 }
 
 /// An item message without what is the same for all.
@@ -148,6 +156,9 @@ pub(super) struct World {
     released: usize,
     /// `runs.wanted`
     cancelled: bool,
+    paused: bool,
+    /// Whether a mail was handed over while the run was paused.
+    sent_while_paused: bool,
     /// `mailrun.items` and `mailrun.retry.*`: what waits on a rung comes back at some time, and so does what waits here.
     waiting: Bag<Asked>,
     /// `mailrun.results`
@@ -191,6 +202,8 @@ pub(super) enum Step {
     Notice(i64),
     /// A worker's heartbeat arrives again.
     Recover(usize),
+    /// A person lets a paused run go on, sooner or later.
+    Resume,
 
     /// A worker is killed. Another one takes its place.
     Crash(usize),
@@ -206,6 +219,10 @@ pub(super) enum Step {
     DoubleResult(Report),
     /// A person or a broken disk empties a queue.
     Purge(Queue),
+    /// A worker of another installation takes a message off the shared queue.
+    TakenByAnother(Asked),
+    /// Another installation reports that it has sent its own item of this number.
+    ReportedByAnother(usize),
 
     /// A person replays what failed or is unknown.
     Replay,
@@ -213,6 +230,8 @@ pub(super) enum Step {
     Move(Dead),
     /// A person cancels the run.
     Cancel,
+    /// A person pauses the run.
+    Pause,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -297,6 +316,10 @@ impl World {
         })
     }
 
+    pub(super) fn nothing_is_sent_while_paused(&self) -> bool {
+        !self.sent_while_paused
+    }
+
     pub(super) fn receipts_are_good(&self) -> bool {
         self.receipted.iter().all(|(item, attempt)| {
             let known = self.items[*item];
@@ -368,6 +391,10 @@ impl Protocol {
             memory: true,
             receipts: true,
             stalls: true,
+            asks_before_sending: true,
+            only_pauses: false,
+            second_ledger: false,
+            run_must_match: true,
         }
     }
 
@@ -384,6 +411,8 @@ impl Protocol {
             receipted: BTreeSet::new(),
             released: 0,
             cancelled: false,
+            paused: false,
+            sent_while_paused: false,
             waiting: Bag::new(),
             results: Bag::new(),
             dead_letters: Bag::new(),
@@ -400,8 +429,11 @@ impl Protocol {
 
     /// What can happen without a fault or a person.
     pub(super) fn steps(&self, world: &World, steps: &mut Vec<Step>) {
-        if world.released < world.items.len() && !world.cancelled {
+        if world.released < world.items.len() && !world.cancelled && !world.paused {
             steps.push(Step::Release);
+        }
+        if world.paused {
+            steps.push(Step::Resume);
         }
         for (place, worker) in world.workers.iter().enumerate() {
             if worker.tasks.len() < PREFETCH {
@@ -415,7 +447,7 @@ impl Protocol {
             }
             for task in &worker.tasks {
                 match task.stage {
-                    Stage::Claimed if !worker.stale => {
+                    Stage::Claimed if !(worker.stale || world.paused && self.asks_before_sending) => {
                         let is_late = task.asked.attempt > LAST_LATER;
                         let answers = self.answers.iter().filter(|answer| !(is_late && **answer == Answer::IsAway));
                         steps.extend(answers.map(|answer| Step::Send(place, *task, *answer)));
@@ -443,7 +475,9 @@ impl Protocol {
             }
             if self.sweeper && item < world.released && !world.is_on_the_conveyor(awaited) {
                 let lives = matches!(world.owner(awaited), Some(Owner::Worker { fate: Fate::Alive, .. }));
-                if !lives {
+                // What senders have dropped is put back when the run goes on.
+                let dropped = world.paused && world.owner(awaited).is_none();
+                if !lives && !dropped {
                     steps.push(Step::Sweep(item));
                 }
             }
@@ -466,6 +500,10 @@ impl Protocol {
                 world.results.keys().flat_map(|report| [Step::ApplyAndCrash(*report), Step::DoubleResult(*report)]),
             );
             steps.extend(world.waiting.keys().map(|asked| Step::DoubleItem(*asked)));
+            if self.second_ledger {
+                steps.extend(world.waiting.keys().map(|asked| Step::TakenByAnother(*asked)));
+                steps.extend((0..world.items.len()).map(Step::ReportedByAnother));
+            }
             for (queue, is_empty) in [
                 (Queue::Items, world.waiting.is_empty()),
                 (Queue::Results, world.results.is_empty()),
@@ -476,7 +514,10 @@ impl Protocol {
                 }
             }
         }
-        if world.wishes > 0 {
+        if world.wishes > 0 && !world.cancelled && !world.is_settled() && !world.paused {
+            steps.push(Step::Pause);
+        }
+        if world.wishes > 0 && !self.only_pauses {
             if world.items.iter().any(|item| matches!(item.state, ItemState::Failed | ItemState::Unknown)) {
                 steps.push(Step::Replay);
             }
@@ -593,7 +634,38 @@ impl Protocol {
             Step::Cancel => {
                 world.wishes -= 1;
                 world.cancelled = true;
+                world.paused = false;
                 world.released = world.items.len();
+            }
+            Step::Pause => {
+                world.wishes -= 1;
+                world.paused = true;
+            }
+            Step::Resume => {
+                world.paused = false;
+                // `store::passes::dropped_items`
+                for item in 0..world.items.len() {
+                    let (known, awaited) = (world.items[item], world.awaited(item));
+                    let is_released = item < world.released || known.asked.attempt > 1;
+                    if known.state.is_open() && is_released && world.owner(awaited).is_none() {
+                        put(&mut world.waiting, awaited);
+                    }
+                }
+            }
+            Step::TakenByAnother(asked) => {
+                world.faults -= 1;
+                take(&mut world.waiting, asked);
+                if !self.run_must_match {
+                    let sent = Report { asked, state: ItemState::Sent };
+                    put(&mut world.results, sent);
+                }
+            }
+            Step::ReportedByAnother(item) => {
+                world.faults -= 1;
+                if !self.run_must_match {
+                    let asked = Asked { item, attempt: 1, tries: 1, replays: 0 };
+                    put(&mut world.results, Report { asked, state: ItemState::Sent });
+                }
             }
         }
     }
@@ -607,7 +679,7 @@ impl Protocol {
         let key = (asked.item, asked.attempt);
         let standing = world.items[asked.item].standing();
         let is_free = !self.fence || !world.claims.contains_key(&key);
-        if !(standing.allows(asked.attempt) && is_free) {
+        if !(standing.allows(asked.attempt) && is_free) || world.paused {
             return self.refused(world, place, asked, standing);
         }
         if world.cancelled {
@@ -622,7 +694,11 @@ impl Protocol {
     /// `send::Senders::report`, and `attempt` for a worker that was cut off.
     fn work(&self, world: &mut World, place: usize, task: Task) {
         let stage = match task.stage {
-            Stage::Claimed => Some(ended(&after_cut_off(message(task.asked)), true)),
+            Stage::Claimed => {
+                let why = if world.workers[place].stale { Withdrawn::CutOff } else { Withdrawn::Stopped };
+                let outcome = Outcome::Withdrawn(why);
+                Some(ended(&after_send(message(task.asked), outcome, Duration::ZERO, &self.rules), true))
+            }
             Stage::FollowingUp(after, report, mine) => {
                 world.follow_up(after);
                 Some(Stage::Reporting(report, mine))
@@ -645,14 +721,13 @@ impl Protocol {
 
     /// `send::Senders::settle_refused`. None: the delivery is acknowledged.
     fn refused(&self, world: &mut World, place: usize, asked: Asked, standing: Standing) -> Option<Stage> {
-        let found = Found {
-            item_id: i64::try_from(asked.item).unwrap(),
-            number: asked.attempt,
-            standing,
-            owner: world.owner(asked),
-        };
+        let wanted = if world.paused { Wanted::Paused } else { Wanted::Running };
+        let found = Found { key: message(asked).key(), standing, wanted: Some(wanted), owner: world.owner(asked) };
         match refused(Some(&found), world.workers[place].id) {
-            Refused::NoSuchItem | Refused::Outdated => None,
+            Refused::NoSuchItem | Refused::Outdated | Refused::Paused { reopen: false } => None,
+            Refused::Paused { reopen: true } => {
+                Some(Stage::Reporting(report(&message(asked).result(ItemState::Pending, None)), false))
+            }
             Refused::Withheld(why) => Some(Stage::Reporting(report(&withheld(message(asked), why)), false)),
             Refused::Accepted => Some(Stage::Reporting(report(&message(asked).result(ItemState::Sent, None)), false)),
             Refused::Orphaned => Some(ended(&after_death(message(asked), self.rules.on_unknown), false)),
@@ -688,6 +763,7 @@ impl Protocol {
             Answer::Drops(went_out) => (went_out, Outcome::Unknown(String::new())),
         };
         world.sends[task.asked.item] += u8::from(went_out);
+        world.sent_while_paused |= world.paused;
         let next = after_send(message(task.asked), outcome, Duration::ZERO, &self.rules);
         move_on(&mut world.workers[place], task, Some(ended(&next, true)));
     }

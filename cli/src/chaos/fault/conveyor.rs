@@ -13,9 +13,15 @@ use lapin::{
     },
     types::FieldTable,
 };
-use mailrun_shared::topology::DEAD;
+use mailrun_shared::{
+    broker::Outgoing,
+    item::ItemState,
+    message::{ItemMessage, ResultsMessage},
+    topology::{DEAD, EXCHANGE},
+};
 use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::time::{Instant, sleep, sleep_until};
+use uuid::Uuid;
 
 use super::super::site::{Site, queues};
 
@@ -100,4 +106,36 @@ pub(super) async fn time_out(site: &Site<'_>, time: Duration, hanging: u32) -> R
     site.weather.hang(hanging);
     sleep(time).await;
     Ok(site.stack.control_rabbitmq(&["eval", &format!("{USUAL_TIMEOUT}, {NEW_CHANNELS}.")]).await?)
+}
+
+/// Publishes messages and results as another installation would: of runs of its own, whose items have the numbers of ours.
+pub(super) async fn foreign(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
+    let (connection, channel) = site.channel().await?;
+    let items: Vec<i64> = sqlx::query_scalar("SELECT id FROM run_items").fetch_all(&site.pool).await?;
+    let run_id = Uuid::from_u128(rng.random());
+    let end = Instant::now() + time;
+    while Instant::now() < end && !items.is_empty() {
+        let item = ItemMessage {
+            run_id,
+            item_id: items[rng.random_range(0..items.len())],
+            attempt: rng.random_range(1..4),
+            tries: 1,
+            replays: 0,
+        };
+        let results = ResultsMessage { run_id: Some(run_id), results: vec![item.result(ItemState::Sent, None)] };
+        for message in [Outgoing::new(&item), Outgoing::new(&results)] {
+            channel
+                .basic_publish(
+                    EXCHANGE.into(),
+                    message.queue().into(),
+                    BasicPublishOptions::default(),
+                    message.body(),
+                    message.properties(),
+                )
+                .await?;
+        }
+        sleep(Duration::from_millis(rng.random_range(0..50))).await;
+    }
+    connection.close(200, "done".into()).await?;
+    Ok(())
 }

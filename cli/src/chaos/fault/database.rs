@@ -115,3 +115,15 @@ pub(super) async fn open_transaction(site: &Site<'_>, time: Duration) -> Result<
     other.rollback().await?;
     Ok(tx.rollback().await?)
 }
+
+/// Deletes the row of a sender that lives.
+pub(super) async fn delete_worker_row(site: &Site<'_>) -> Result<()> {
+    let deleted = sqlx::query(
+        "DELETE FROM workers WHERE id = (SELECT max(id) FROM workers
+                                         WHERE permits > 0 AND stopped_at IS NULL AND died_at IS NULL)",
+    )
+    .execute(&site.pool)
+    .await?;
+    anyhow::ensure!(deleted.rows_affected() == 1, "no sender lives");
+    Ok(())
+}

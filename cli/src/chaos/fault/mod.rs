@@ -9,6 +9,7 @@ mod mail;
 mod network;
 mod processes;
 mod servers;
+mod wishes;
 
 use std::time::Duration;
 
@@ -104,6 +105,16 @@ pub(super) enum Fault {
     OpenTransaction,
     /// Readers hold old snapshots, each for up to a third of the run, from the beginning to the end
     LongReaders,
+    /// A rate limit holds, and the mail server defers every 7th recipient again and again
+    LimitedDeferrals,
+    /// A person pauses the run for some seconds, while retries wait on their queues
+    PauseRun,
+    /// The process that counts stands still, while all senders are ended in good order and start anew
+    TermSendUncounted,
+    /// The row of a sender in the table of workers is deleted
+    DeleteWorkerRow,
+    /// Messages and results of another installation arrive, of items with the same numbers
+    ForeignMessages,
     /// Every message is published twice
     DuplicateMessages,
     /// RabbitMQ runs out of memory and blocks its publishers for some seconds
@@ -171,7 +182,7 @@ impl Fault {
             | Self::HoleDatabase
             | Self::HoleMail => Weight::Heavy,
             _ if self.needs_cluster() => Weight::Heavy,
-            Self::DuplicateMessages | Self::LongReaders => Weight::Whole,
+            Self::DuplicateMessages | Self::LongReaders | Self::LimitedDeferrals => Weight::Whole,
             _ => Weight::Light,
         }
     }
@@ -263,8 +274,12 @@ impl Fault {
             Self::MailSlow => mail::trouble(site, Trouble::Slow, some_seconds(rng)).await,
             Self::OpenTransaction => database::open_transaction(site, some_seconds(rng)).await,
             Self::LongReaders => database::long_readers(site, stages, rng).await,
-            // It is a setting of the whole run.
-            Self::DuplicateMessages => std::future::pending().await,
+            // Settings of the whole run.
+            Self::DuplicateMessages | Self::LimitedDeferrals => std::future::pending().await,
+            Self::PauseRun => wishes::pause(site, some_seconds(rng)).await,
+            Self::TermSendUncounted => processes::term_uncounted(site, some_seconds(rng)).await,
+            Self::DeleteWorkerRow => database::delete_worker_row(site).await,
+            Self::ForeignMessages => conveyor::foreign(site, some_seconds(rng), rng).await,
             Self::BrokerAlarm => broker::memory_alarm(site, some_seconds(rng)).await,
             Self::DiskAlarm => broker::disk_alarm(site, some_seconds(rng)).await,
             Self::FullItems => broker::full(site, topology::ITEMS, &senders().collect::<Vec<_>>(), FULL).await,

@@ -7,7 +7,7 @@ use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
 use rustix::process::{Pid, Signal};
 use tokio::time::sleep;
 
-use super::super::site::{DEAD_AFTER, Site};
+use super::super::site::{DEAD_AFTER, STALLED_AFTER, Site};
 
 /// The name of one of the senders.
 pub(super) fn a_sender(rng: &mut StdRng) -> String {
@@ -40,6 +40,19 @@ pub(super) async fn stand_still(site: &Site<'_>, service: &str, more: Duration) 
     sleep(DEAD_AFTER + more).await;
     // It may have been killed meanwhile.
     send_signal(pid, std::process::id(), Signal::CONT).or_else(|_| Ok(()))
+}
+
+/// Stops the process that counts, ends all senders in good order meanwhile, and lets it go on after `more`.
+pub(super) async fn term_uncounted(site: &Site<'_>, more: Duration) -> Result<()> {
+    let counting = site.pid("progress")?;
+    send_signal(counting, std::process::id(), Signal::STOP)?;
+    for sender in senders() {
+        // It may have been killed a moment ago.
+        let _ = site.signal(&sender, Signal::TERM);
+    }
+    // Long enough that what the senders have claimed would be taken for lost.
+    sleep(DEAD_AFTER + STALLED_AFTER + more).await;
+    send_signal(counting, std::process::id(), Signal::CONT).or_else(|_| Ok(()))
 }
 
 /// Sends a signal to a process that `parent` has started, and to no other: an id may be a stranger's by now.

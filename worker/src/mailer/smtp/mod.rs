@@ -44,6 +44,7 @@ use super::{
     Lane, Mail, Mailer, Outcome,
     message::{Composer, ComposerError, Letter},
 };
+use crate::attempt::Attempt;
 
 pub use self::tls::TlsError;
 
@@ -105,7 +106,7 @@ impl Smtp {
 
 #[async_trait]
 impl Mailer for Smtp {
-    async fn send(&self, mail: &Mail) -> Outcome {
+    async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome {
         let letter = match self.0.composer.compose(mail) {
             Ok(letter) => letter,
             Err(outcome) => return outcome,
@@ -119,7 +120,7 @@ impl Mailer for Smtp {
             (domain, Ok(permit)) = turn => (domain, permit),
             reason = self.0.relays.closed() => return Outcome::Later(reason),
         };
-        self.0.carry(&letter, permit).await
+        self.0.carry(&letter, attempt, permit).await
     }
 
     fn lane(&self) -> Lane {
@@ -129,7 +130,7 @@ impl Mailer for Smtp {
 
 impl Carriers {
     /// Tries one relay after the other.
-    async fn carry(self: &Arc<Self>, letter: &Letter, permit: OwnedSemaphorePermit) -> Outcome {
+    async fn carry(self: &Arc<Self>, letter: &Letter, attempt: &Attempt, permit: OwnedSemaphorePermit) -> Outcome {
         let mut tried = Vec::new();
         let mut why = None;
         loop {
@@ -144,7 +145,7 @@ impl Carriers {
                 Choice::None(reason) => return Outcome::Later(why.unwrap_or(reason)),
             };
             let number = ticket.number;
-            let (result, session) = self.converse(number, ticket.endpoint, letter).await;
+            let (result, session) = self.converse(number, ticket.endpoint, letter, attempt).await;
             let Err(failure) = result else {
                 ticket.answered();
                 self.put_back(number, session, true, permit);
@@ -162,6 +163,11 @@ impl Carriers {
                     self.put_back(number, session, false, permit);
                     return outcome;
                 }
+                Verdict::Withdrawn(withdrawn) => {
+                    // A trial that is dropped is left to the next mail.
+                    self.put_back(number, session, true, permit);
+                    return Outcome::Withdrawn(withdrawn);
+                }
                 Verdict::Broken(outcome) => {
                     if let Outcome::Retry(reason) | Outcome::Unknown(reason) = &outcome {
                         ticket.broken(reason);
@@ -178,9 +184,10 @@ impl Carriers {
         number: usize,
         endpoint: &Endpoint,
         letter: &Letter,
+        attempt: &Attempt,
     ) -> (Result<(), Failure>, Option<Session>) {
         if let Some(mut session) = self.idle.take(number, Instant::now()) {
-            match session.deliver(letter).await {
+            match session.deliver(letter, attempt).await {
                 // It died while nobody used it, and nothing was handed over yet.
                 Err(failure) if failure.is_stale() => {}
                 result => return left(result, session),
@@ -191,7 +198,7 @@ impl Carriers {
             session.quit().await;
         }
         match Session::open(&endpoint.relay, endpoint.tls.as_ref(), &self.hello, self.limits).await {
-            Ok(mut session) => left(session.deliver(letter).await, session),
+            Ok(mut session) => left(session.deliver(letter, attempt).await, session),
             Err(failure) => (Err(failure), None),
         }
     }
@@ -250,11 +257,13 @@ fn anonymous(verdict: Verdict, letter: &Letter) -> Verdict {
         Outcome::Later(text) => Outcome::Later(clean(text)),
         Outcome::Failed { reason, bad_address } => Outcome::Failed { reason: clean(reason), bad_address },
         Outcome::Unknown(text) => Outcome::Unknown(clean(text)),
+        Outcome::Withdrawn(withdrawn) => Outcome::Withdrawn(withdrawn),
     };
     match verdict {
         Verdict::Away(text) => Verdict::Away(clean(text)),
         Verdict::Mail(what) => Verdict::Mail(outcome(what)),
         Verdict::Broken(what) => Verdict::Broken(outcome(what)),
+        Verdict::Withdrawn(withdrawn) => Verdict::Withdrawn(withdrawn),
     }
 }
 

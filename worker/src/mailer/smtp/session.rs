@@ -13,6 +13,7 @@ use super::{
     reply::Reply,
     verdict::{Failure, Stage, Trouble},
 };
+use crate::attempt::Attempt;
 
 /// How long a farewell may take. It is a courtesy.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -113,7 +114,8 @@ impl Session {
     ///
     /// # Errors
     /// When the server did not say that it took it.
-    pub async fn deliver(&mut self, letter: &Letter) -> Result<(), Failure> {
+    pub async fn deliver(&mut self, letter: &Letter, attempt: &Attempt) -> Result<(), Failure> {
+        attempt.may_begin().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
         self.mails += 1;
         let mut mail = format!("MAIL FROM:<{}>", letter.from);
         if self.abilities.size {
@@ -135,6 +137,8 @@ impl Session {
             reply if reply.code >= 400 => return Err(refused(Stage::Data, reply)),
             reply => return Err(senseless(Stage::Data, &reply)),
         }
+        // The last moment: a server that gets no more than this has nothing to accept.
+        attempt.may_commit().map_err(|withdrawn| Failure::withdrawn(Stage::Content, withdrawn))?;
         positive(Stage::Content, self.dialogue.message(&letter.bytes, self.limits.message).await?)
     }
 

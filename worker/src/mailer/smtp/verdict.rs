@@ -4,6 +4,7 @@
 use std::{fmt, time::Duration};
 
 use super::{super::Outcome, reply::Reply};
+use crate::attempt::Withdrawn;
 
 /// How far a conversation had come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +68,8 @@ pub enum Trouble {
     Slow(Duration),
     /// The server can't do what is needed.
     Unable(String),
+    /// We broke it off: the attempt must not go on.
+    Withdrawn(Withdrawn),
 }
 
 /// Trouble, and when.
@@ -87,16 +90,23 @@ pub enum Verdict {
     Mail(Outcome),
     /// The conversation broke. It says nothing for sure about the relay; this is what became of the mail.
     Broken(Outcome),
+    /// The attempt must not go on. It says nothing about the relay, and the mail was certainly not sent.
+    Withdrawn(Withdrawn),
 }
 
 impl Failure {
+    /// An attempt that is broken off before `stage`.
+    pub fn withdrawn(stage: Stage, withdrawn: Withdrawn) -> Self {
+        Self { stage, trouble: Trouble::Withdrawn(withdrawn) }
+    }
+
     /// Whether a connection that was used before has only turned out to be dead: nothing is lost by trying a fresh one.
     pub fn is_stale(&self) -> bool {
         let dead = match &self.trouble {
             Trouble::Lost(_) | Trouble::Slow(_) => true,
             // "421 idle for too long" was said while nobody listened.
             Trouble::Refused(reply) => reply.code == 421,
-            Trouble::Senseless(_) | Trouble::Unable(_) => false,
+            Trouble::Senseless(_) | Trouble::Unable(_) | Trouble::Withdrawn(_) => false,
         };
         dead && matches!(self.stage, Stage::Mail | Stage::Rcpt)
     }
@@ -106,6 +116,8 @@ impl Failure {
         match &self.trouble {
             Trouble::Refused(reply) => reply.code != 421 && !self.stage.is_before_mail(),
             Trouble::Unable(_) => !self.stage.is_before_mail(),
+            // After DATA, anything that is said would be taken for the message.
+            Trouble::Withdrawn(_) => self.stage == Stage::Mail,
             _ => false,
         }
     }
@@ -123,6 +135,7 @@ impl Failure {
                 Verdict::Mail(Outcome::Failed { reason, bad_address: is_bad_address(self.stage, reply) })
             }
             Trouble::Unable(_) => Verdict::Mail(Outcome::Failed { reason, bad_address: false }),
+            Trouble::Withdrawn(withdrawn) => Verdict::Withdrawn(*withdrawn),
             Trouble::Senseless(_) | Trouble::Lost(_) | Trouble::Slow(_) if self.stage == Stage::Content => {
                 Verdict::Broken(Outcome::Unknown(reason))
             }
@@ -142,6 +155,7 @@ impl fmt::Display for Failure {
             Trouble::Lost(why) => write!(f, "the connection was lost at {stage}: {why}"),
             Trouble::Slow(limit) => write!(f, "no answer to {stage} within {limit:?}"),
             Trouble::Unable(why) => f.write_str(why),
+            Trouble::Withdrawn(_) => write!(f, "broken off before {stage}"),
         }
     }
 }

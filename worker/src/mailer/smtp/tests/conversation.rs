@@ -5,7 +5,7 @@ use super::*;
 /// Sends one mail to a server with this script.
 async fn outcome(script: Vec<Step>) -> Outcome {
     let server = Server::start(vec![script]).await;
-    mailer(&config(&[plain(&server)])).send(&ann()).await
+    mailer(&config(&[plain(&server)])).send(&ann(), &Attempt::unchecked()).await
 }
 
 fn failed(reason: &str, bad_address: bool) -> Outcome {
@@ -16,7 +16,7 @@ fn failed(reason: &str, bad_address: bool) -> Outcome {
 async fn a_mail_is_handed_over() {
     let server = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&config(&[plain(&server)]));
-    assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+    assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     assert_eq!(server.heard(), ["EHLO tests", "MAIL FROM:<mailrun@localhost>", "RCPT TO:<ann@example.org>", "DATA"]);
     assert_eq!(mailer.lane(), Lane::Open);
 }
@@ -33,7 +33,7 @@ async fn a_refusal_before_the_mail_is_the_relays_trouble() {
     ] {
         let server = Server::start(vec![script]).await;
         let mailer = mailer(&config(&[plain(&server)]));
-        let outcome = mailer.send(&ann()).await;
+        let outcome = mailer.send(&ann(), &Attempt::unchecked()).await;
         assert!(matches!(&outcome, Outcome::Later(_)), "{outcome:?}");
         assert!(matches!(mailer.lane(), Lane::Closed { reason, .. } if reason == later(&outcome)));
     }
@@ -81,7 +81,7 @@ async fn an_odd_answer_to_the_message_is_an_answer() {
 async fn a_silence_has_its_limit_at_every_step() {
     for stage in 0..=5 {
         let server = Server::start(vec![until(stage, Step::Hang)]).await;
-        let outcome = mailer(&short(&[plain(&server)])).send(&ann()).await;
+        let outcome = mailer(&short(&[plain(&server)])).send(&ann(), &Attempt::unchecked()).await;
         let (Outcome::Later(reason) | Outcome::Retry(reason) | Outcome::Unknown(reason)) = &outcome else {
             panic!("{outcome:?}")
         };
@@ -98,9 +98,10 @@ async fn a_silence_has_its_limit_at_every_step() {
 async fn a_relay_that_is_not_there_is_away() {
     let server = Server::start(vec![vec![]]).await;
     let vacant = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
-    let outcome = mailer(&config(&[format!("smtp://127.0.0.1:{vacant}?tls=none")])).send(&ann()).await;
+    let outcome =
+        mailer(&config(&[format!("smtp://127.0.0.1:{vacant}?tls=none")])).send(&ann(), &Attempt::unchecked()).await;
     assert!(later(&outcome).starts_with("the mail server can't be reached"), "{outcome:?}");
-    let outcome = mailer(&config(&[plain(&server)])).send(&ann()).await;
+    let outcome = mailer(&config(&[plain(&server)])).send(&ann(), &Attempt::unchecked()).await;
     assert!(later(&outcome).contains("the greeting"), "{outcome:?}");
 }
 
@@ -109,19 +110,19 @@ async fn a_server_for_ascii_only_does_not_get_another_script() {
     let petr = || mail("пётр@example.org");
     let server = Server::start(vec![takes_mail()]).await;
     let first = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&server)]) });
-    let outcome = first.send(&petr()).await;
+    let outcome = first.send(&petr(), &Attempt::unchecked()).await;
     assert!(
         matches!(&outcome, Outcome::Failed { reason, bad_address: false } if reason.contains("SMTPUTF8")),
         "{outcome:?}"
     );
     // The connection is as good as before.
-    assert_eq!(first.send(&ann()).await, Outcome::Sent);
+    assert_eq!(first.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     assert_eq!(server.connections(), 1);
 
     let mut script = hello("250-hi\r\n250-8BITMIME\r\n250-SIZE 9999\r\n250 SMTPUTF8");
     script.extend(takes_mail().into_iter().skip(2));
     let server = Server::start(vec![script]).await;
-    assert_eq!(mailer(&config(&[plain(&server)])).send(&petr()).await, Outcome::Sent);
+    assert_eq!(mailer(&config(&[plain(&server)])).send(&petr(), &Attempt::unchecked()).await, Outcome::Sent);
     let heard = server.heard();
     assert!(heard[1].contains(" SIZE=") && heard[1].ends_with(" BODY=8BITMIME SMTPUTF8"), "{heard:?}");
     assert_eq!(heard[2], "RCPT TO:<пётр@example.org>");
@@ -134,7 +135,7 @@ async fn no_address_ends_a_command() {
     for email in
         ["a@example.org>\r\nRCPT TO:<eve@example.org", "a@example.org\nDATA", "a> b@example.org", "<a@b>@c.org"]
     {
-        let outcome = mailer.send(&mail(email)).await;
+        let outcome = mailer.send(&mail(email), &Attempt::unchecked()).await;
         assert!(matches!(outcome, Outcome::Failed { bad_address: true, .. }), "{email}: {outcome:?}");
     }
     assert_eq!(server.connections(), 0);

@@ -47,7 +47,9 @@ async fn send(scheme: &str, name: &str, trusted: bool) -> Outcome {
     let script = if scheme == "smtps" { implicit(acceptor) } else { start_tls(acceptor) };
     let server = Server::start(vec![script]).await;
     let path = if trusted { file.path() } else { stranger.path() }.display().to_string();
-    mailer(&config(&[format!("{scheme}://127.0.0.1:{}?ca_file={path}", server.port)])).send(&ann()).await
+    mailer(&config(&[format!("{scheme}://127.0.0.1:{}?ca_file={path}", server.port)]))
+        .send(&ann(), &Attempt::unchecked())
+        .await
 }
 
 #[tokio::test]
@@ -64,7 +66,9 @@ async fn a_private_authority_is_trusted_if_it_is_named() {
 #[tokio::test]
 async fn without_encryption_there_is_no_mail_and_no_password() {
     let server = Server::start(vec![takes_mail()]).await;
-    let outcome = mailer(&config(&[format!("smtp://ann:secret@127.0.0.1:{}", server.port)])).send(&ann()).await;
+    let outcome = mailer(&config(&[format!("smtp://ann:secret@127.0.0.1:{}", server.port)]))
+        .send(&ann(), &Attempt::unchecked())
+        .await;
     assert!(later(&outcome).contains("no encryption"), "{outcome:?}");
     // Nor by somebody in between who speaks ahead.
     let (file, acceptor) = authority("127.0.0.1");
@@ -72,7 +76,7 @@ async fn without_encryption_there_is_no_mail_and_no_password() {
     script.extend([Step::Expect("STARTTLS", "220 go\r\n250 AUTH PLAIN"), Step::Encrypt(acceptor)]);
     let ahead = Server::start(vec![script]).await;
     let url = format!("smtp://ann:secret@127.0.0.1:{}?ca_file={}", ahead.port, file.path().display());
-    let outcome = mailer(&config(&[url])).send(&ann()).await;
+    let outcome = mailer(&config(&[url])).send(&ann(), &Attempt::unchecked()).await;
     assert!(later(&outcome).contains("more than one answer"), "{outcome:?}");
     assert_eq!(server.count("AUTH") + server.count("MAIL") + ahead.count("AUTH"), 0);
 }
@@ -84,7 +88,7 @@ async fn log_in(offer: &'static str, setting: &str, script: Vec<Step>) -> (Serve
     all.extend(takes_mail().into_iter().skip(2));
     let server = Server::start(vec![all]).await;
     let url = format!("smtp://ann:s%40cret@127.0.0.1:{}?tls=none{setting}", server.port);
-    let outcome = mailer(&config(&[url])).send(&ann()).await;
+    let outcome = mailer(&config(&[url])).send(&ann(), &Attempt::unchecked()).await;
     (server, outcome)
 }
 
@@ -138,12 +142,12 @@ async fn a_password_is_read_anew_at_each_login() {
     let mailer = mailer(&SmtpConfig { messages_per_connection: 1, ..config(&[url]) });
     for password in ["one\n", "two\r\n"] {
         fs::write(&file, password).unwrap();
-        assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+        assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     }
     let logins: Vec<_> = server.heard().into_iter().filter(|line| line.starts_with("AUTH")).collect();
     assert_eq!(logins, ["\0ann\0one", "\0ann\0two"].map(|text| format!("AUTH PLAIN {}", STANDARD.encode(text))));
     fs::remove_file(&file).unwrap();
-    assert!(later(&mailer.send(&ann()).await).contains("password_file"));
+    assert!(later(&mailer.send(&ann(), &Attempt::unchecked()).await).contains("password_file"));
 }
 
 #[tokio::test]
@@ -161,7 +165,7 @@ async fn a_silence_has_its_limit_before_the_mail_too() {
         let url = format!("{scheme}://ann:secret@127.0.0.1:{}{rest}", server.port);
         let (file, _) = authority("127.0.0.1");
         let url = if rest.is_empty() { format!("{url}?ca_file={}", file.path().display()) } else { url };
-        let outcome = mailer(&short(&[url])).send(&ann()).await;
+        let outcome = mailer(&short(&[url])).send(&ann(), &Attempt::unchecked()).await;
         assert_eq!(later(&outcome), format!("no answer to {stage} within 150ms"));
     }
 }

@@ -23,7 +23,7 @@ async fn a_connection_is_used_again() {
     let server = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&config(&[plain(&server)]));
     for _ in 0..5 {
-        assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+        assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     }
     assert_eq!(server.connections(), 1);
 }
@@ -36,8 +36,8 @@ async fn a_refused_mail_leaves_a_connection_that_is_used_again() {
     let server = Server::start(vec![script]).await;
     // With one connection, the next mail waits until this one is put by.
     let mailer = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&server)]) });
-    assert!(matches!(mailer.send(&ann()).await, Outcome::Failed { bad_address: true, .. }));
-    assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+    assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Failed { bad_address: true, .. }));
+    assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     assert_eq!((server.connections(), server.count("RSET")), (1, 1));
 }
 
@@ -48,7 +48,7 @@ async fn a_connection_that_died_unused_is_replaced_silently() {
         let server = Server::start(vec![first, takes_mail()]).await;
         let mailer = mailer(&config(&[plain(&server)]));
         for _ in 0..3 {
-            assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+            assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
         }
         assert_eq!(server.connections(), 2);
     }
@@ -58,8 +58,8 @@ async fn a_connection_that_died_unused_is_replaced_silently() {
 async fn a_connection_that_dies_again_is_not_replaced_again() {
     let server = Server::start(vec![takes_one(), until(2, Step::Drop)]).await;
     let mailer = mailer(&config(&[plain(&server)]));
-    assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
-    assert!(matches!(mailer.send(&ann()).await, Outcome::Retry(_)));
+    assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
+    assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Retry(_)));
     assert_eq!(server.connections(), 2);
 }
 
@@ -67,7 +67,7 @@ async fn a_connection_that_dies_again_is_not_replaced_again() {
 async fn there_are_never_more_connections_than_allowed() {
     let server = Server::start(vec![gathered(3)]).await;
     let mailer = mailer(&SmtpConfig { connections: 3, messages_per_connection: 4, ..config(&[plain(&server)]) });
-    let outcomes = join_all((0..50).map(|_| async { mailer.send(&ann()).await })).await;
+    let outcomes = join_all((0..50).map(|_| async { mailer.send(&ann(), &Attempt::unchecked()).await })).await;
     assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Sent), "{outcomes:?}");
     assert!(server.most_open() <= 3, "{}", server.most_open());
     assert!(server.connections() >= 50 / 4, "{}", server.connections());
@@ -78,7 +78,7 @@ async fn a_connection_is_given_up_after_so_many_mails() {
     let server = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&SmtpConfig { connections: 1, messages_per_connection: 2, ..config(&[plain(&server)]) });
     for _ in 0..5 {
-        assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+        assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     }
     assert_eq!((server.connections(), server.count("QUIT")), (3, 2));
 }
@@ -87,12 +87,12 @@ async fn a_connection_is_given_up_after_so_many_mails() {
 async fn a_connection_that_nobody_uses_is_closed() {
     let server = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&SmtpConfig { idle_ms: 20, ..config(&[plain(&server)]) });
-    assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+    assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     // On a slow machine too, it comes at last.
     while server.count("QUIT") == 0 {
         tokio::task::yield_now().await;
     }
-    assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+    assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     assert_eq!(server.connections(), 2);
 }
 
@@ -102,7 +102,7 @@ async fn an_idle_connection_makes_room_for_one_to_another_relay() {
     let second = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&first), plain(&second)]) });
     for _ in 0..60 {
-        assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+        assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     }
     for server in [first, second] {
         // All of its connections but the last one, at most, had to go.
@@ -118,7 +118,7 @@ async fn a_domain_gets_only_so_many_connections() {
     let mails = ["a@one.example", "b@ONE.example", "c@two.example", "d@two.example", "e@one.example"];
     let outcomes = join_all(mails.map(|email| {
         let mailer = &mailer;
-        async move { mailer.send(&mail(email)).await }
+        async move { mailer.send(&mail(email), &Attempt::unchecked()).await }
     }))
     .await;
     assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Sent), "{outcomes:?}");
@@ -131,7 +131,7 @@ async fn the_next_relay_takes_over_from_one_that_is_away() {
     let there = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&config(&[plain(&away) + "&weight=1000", plain(&there)]));
     for _ in 0..20 {
-        assert_eq!(mailer.send(&ann()).await, Outcome::Sent);
+        assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     }
     assert_eq!(mailer.lane(), Lane::Open);
     assert!(away.connections() <= 1);
@@ -143,12 +143,12 @@ async fn the_circuit_opens_lets_one_try_and_closes() {
     let busy = || until(0, Step::Say("421 busy"));
     let server = Server::start(vec![busy(), busy(), takes_mail()]).await;
     let mailer = eager(&config(&[plain(&server)]));
-    assert!(matches!(mailer.send(&ann()).await, Outcome::Later(_)));
+    assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Later(_)));
     assert_eq!(mailer.lane(), Lane::Trying);
-    assert!(matches!(mailer.send(&ann()).await, Outcome::Later(_)));
+    assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Later(_)));
     assert_eq!(mailer.lane(), Lane::Trying);
     // Of many that come at once, one tries, and the others wait for what comes of it.
-    let outcomes = join_all((0..10).map(|_| async { mailer.send(&ann()).await })).await;
+    let outcomes = join_all((0..10).map(|_| async { mailer.send(&ann(), &Attempt::unchecked()).await })).await;
     assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Sent), "{outcomes:?}");
     assert_eq!(mailer.lane(), Lane::Open);
 }
@@ -158,7 +158,7 @@ async fn while_it_is_open_nobody_connects() {
     let server = Server::start(vec![until(0, Step::Say("421 busy"))]).await;
     let mailer = mailer(&config(&[plain(&server)]));
     for _ in 0..5 {
-        assert_eq!(later(&mailer.send(&ann()).await), "the greeting was refused: 421 busy");
+        assert_eq!(later(&mailer.send(&ann(), &Attempt::unchecked()).await), "the greeting was refused: 421 busy");
     }
     assert_eq!(server.connections(), 1);
 }
@@ -168,7 +168,7 @@ async fn whoever_waits_for_a_connection_hears_that_the_relay_went_away() {
     // The first is not answered before its limit, and holds the only connection.
     let server = Server::start(vec![until(1, Step::Hang)]).await;
     let mailer = mailer(&SmtpConfig { connections: 1, ..short(&[plain(&server)]) });
-    let outcomes = join_all((0..10).map(|_| async { mailer.send(&ann()).await })).await;
+    let outcomes = join_all((0..10).map(|_| async { mailer.send(&ann(), &Attempt::unchecked()).await })).await;
     assert!(outcomes.iter().all(|outcome| later(outcome).contains("EHLO")), "{outcomes:?}");
     assert_eq!(server.connections(), 1);
 }
