@@ -3,7 +3,7 @@
 use anyhow::Result;
 use mailrun_shared::{
     item::ItemState,
-    store::runs::{self, ReplayWish},
+    store::runs::{self, ReplayWish, Replayed},
 };
 use uuid::Uuid;
 
@@ -29,10 +29,23 @@ pub async fn show(ledger: &Ledger) -> Result<()> {
 ///
 /// # Errors
 /// The database's.
-pub async fn replay(ledger: &Ledger, run_id: Option<Uuid>, error: Option<String>, unknown: bool) -> Result<()> {
+pub async fn replay(
+    ledger: &Ledger,
+    run_id: Option<Uuid>,
+    error: Option<String>,
+    unknown: bool,
+    restored: bool,
+) -> Result<()> {
     let states = vec![if unknown { ItemState::Unknown } else { ItemState::Failed }];
-    let wish = ReplayWish { run_id, states, error, token: Uuid::new_v4() };
-    match runs::replay(&ledger.pool, &wish).await? {
+    let wish = ReplayWish { run_id, states, error, token: Uuid::new_v4(), restored: restored || unknown };
+    let Replayed { runs, unconfirmed } = runs::replay(&ledger.pool, &wish).await?;
+    if unconfirmed > 0 {
+        println!(
+            "{unconfirmed} of the runs were restored from a backup: what failed in them may have been sent since. --restored \
+             sends it again all the same."
+        );
+    }
+    match runs {
         0 => println!("Nothing matches: nothing is sent again."),
         1 => println!("One run is started again."),
         count => println!("{count} runs are started again."),

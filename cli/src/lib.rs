@@ -1,5 +1,6 @@
 //! What the mailrun program is made of beside the pipeline itself: the local stack, the services it runs, and the commands.
 
+pub mod backup;
 pub mod bench;
 pub mod chaos;
 pub mod dead_letters;
@@ -10,6 +11,7 @@ pub mod local;
 pub mod mail_sink;
 mod people;
 pub mod prune;
+pub mod restored;
 pub mod setup;
 pub mod sink;
 pub mod stack;

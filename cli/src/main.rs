@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use mailrun::{
-    bench, chaos, dead_letters, demo, doctor, ledger::Ledger, local::with_database, mail_sink, prune, setup, stack,
-    supervise, suppressions, test_send, up,
+    backup, bench, chaos, dead_letters, demo, doctor, ledger::Ledger, local::with_database, mail_sink, prune, restored,
+    setup, stack, supervise, suppressions, test_send, up,
 };
 use mailrun_shared::{config::Config, shutdown, telemetry};
 use mailrun_worker::Role;
@@ -49,8 +49,12 @@ enum Command {
     },
     /// Accepts mail, delivers none, and shows what arrived. Ctrl-C stops it.
     MailSink(mail_sink::Options),
-    /// Brings the database up to date and declares the queues, with users who may do both.
-    Setup,
+    /// Brings the database up to date, declares the queues and marks the virtual host, with users who may do all of that.
+    Setup {
+        /// Mark the virtual host as this installation's even if another one has marked it, which no longer exists.
+        #[arg(long)]
+        take_over: bool,
+    },
     /// Compares ledger, counters, claims, workers and queues, says what is wrong, and repairs it with --fix.
     Doctor(doctor::Options),
     /// Shows what could not be sent, or sends it again.
@@ -76,6 +80,10 @@ enum Command {
         #[arg(long)]
         older_than_days: Option<u32>,
     },
+    /// Writes the ledger to a file while everything runs.
+    Backup(backup::Options),
+    /// Declares that the ledger was restored from a backup: settles what may have been sent since, and pauses all runs.
+    Restored(restored::Options),
     /// Asks a server's /healthz, and says by the exit code whether all is well.
     Health {
         /// Its address, for instance http://127.0.0.1:8080/healthz.
@@ -141,6 +149,9 @@ struct Replay {
     /// Those of which nobody knows whether they went out; their recipients may get a second one.
     #[arg(long)]
     unknown: bool,
+    /// Also those of runs that were restored from a backup; their recipients may get a second one.
+    #[arg(long)]
+    restored: bool,
 }
 
 #[tokio::main]
@@ -180,10 +191,10 @@ async fn run(arguments: Arguments) -> Result<()> {
             telemetry::init(&config()?.log);
             mail_sink::run(options, stop_token()?).await
         }
-        Command::Setup => {
+        Command::Setup { take_over } => {
             let config = config()?;
             telemetry::init(&config.log);
-            setup::run(&config).await
+            setup::run(&config, take_over).await
         }
         Command::Doctor(options) => Box::pin(doctor::run(&config()?, &options)).await,
         Command::DeadLetters { command } => {
@@ -191,7 +202,8 @@ async fn run(arguments: Arguments) -> Result<()> {
             match command {
                 None => dead_letters::show(&ledger).await,
                 Some(DeadLetters::Replay(replay)) => {
-                    dead_letters::replay(&ledger, replay.run, replay.error, replay.unknown).await
+                    let Replay { run, error, unknown, restored, .. } = replay;
+                    dead_letters::replay(&ledger, run, error, unknown, restored).await
                 }
             }
         }
@@ -212,6 +224,11 @@ async fn run(arguments: Arguments) -> Result<()> {
             let config = config()?;
             prune::run(&config, &Ledger::reach(&config).await?, older_than_days).await
         }
+        Command::Backup(options) => {
+            let config = config()?;
+            backup::run(&config, &Ledger::reach(&config).await?, &options).await
+        }
+        Command::Restored(options) => restored::run(&Ledger::reach(&config()?).await?, &options).await,
         Command::Health { url } => {
             let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
             client.get(&url).send().await?.error_for_status().with_context(|| format!("{url} is not well"))?;

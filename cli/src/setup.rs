@@ -3,18 +3,27 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use mailrun_shared::{broker::Broker, config::Config, retry::Reconnect, store};
+use mailrun_shared::{
+    broker::{Broker, BrokerError},
+    config::Config,
+    lineage::Foreign,
+    marker::{self, Claim},
+    retry::Reconnect,
+    store::{self, installation},
+};
 use tokio::time::{Instant, sleep};
 use tracing::info;
 
 /// The servers may be starting too.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Migrates the database and declares the topology. Repeating it changes nothing.
+/// Migrates the database, declares the topology, and marks the virtual host as this installation's. Repeating it changes
+/// nothing. `take_over`: also if it was marked by another installation, which no longer exists.
 ///
 /// # Errors
-/// When a server can't be reached within a minute, or its user has no right to.
-pub async fn run(config: &Config) -> Result<()> {
+/// When a server can't be reached within a minute, its user has no right to, or the virtual host belongs to another
+/// installation.
+pub async fn run(config: &Config, take_over: bool) -> Result<()> {
     let pool = store::open(&config.database, "mailrun setup").context("database.url is not usable")?;
     patiently(async || pool.acquire().await.map(drop), store::may_pass).await.context("PostgreSQL can't be reached")?;
     store::migrate(&pool).await.context("the schema can't be brought up to date")?;
@@ -22,7 +31,17 @@ pub async fn run(config: &Config) -> Result<()> {
     let broker = Broker::new(config, "mailrun setup");
     patiently(async || broker.declare_topology().await, |_| true).await.context("the queues can't be declared")?;
     info!("the queues are declared");
+    let id = installation::read(&mut *pool.acquire().await?).await?.id;
+    let claim = if take_over { Claim::TakeOver } else { Claim::Adopt };
+    match patiently(async || marker::claim(&broker, id, claim).await, |error| !is_foreign(error)).await {
+        Err(BrokerError::Foreign { owner }) => return Err(Foreign { id, owner }.into()),
+        claimed => claimed.context("the virtual host can't be marked")?,
+    }
     Ok(())
+}
+
+fn is_foreign(error: &BrokerError) -> bool {
+    matches!(error, BrokerError::Foreign { .. })
 }
 
 /// Tries again while the reason may pass and there is patience left.

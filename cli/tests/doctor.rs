@@ -135,6 +135,8 @@ async fn what_was_broken_is_named_and_repaired() {
     execute(&world, "UPDATE users SET emailed_at = NULL WHERE email = 'guest-000001@example.org'").await;
     let (_, report) = doctor(&world, &[], &[("AMQP_URL", "amqp://127.0.0.1:1/none")]);
     assert!(found(&report, "RabbitMQ", "can't be used") && found(&report, "people", "1 person"), "{report}");
+    // A process that connects meanwhile would declare it again.
+    world.terminate_all();
     world.channel().await.queue_delete("mailrun.retry.200ms".into(), Default::default()).await.unwrap();
     let (_, report) = doctor(&world, &[], &[("DATABASE_URL", "postgres://127.0.0.1:1/none")]);
     assert!(found(&report, "PostgreSQL", "can't be used") && found(&report, "queues", "200ms"), "{report}");
@@ -179,6 +181,9 @@ async fn what_a_purge_took_is_put_back() {
     doctor(&world, &["--fix"], &[]);
     let pump = world.worker("fan-out");
     until("all is released", async || waiting(&world, "mailrun.items").await == 50).await;
+    // The step is committed after its messages are published.
+    let released = "SELECT coalesce(max(cursor), 0)::bigint FROM run_passes";
+    until("the step is committed", async || number(&world, released).await == 50).await;
     world.kill(pump);
     purge(&world, "mailrun.items").await;
     until("the doctor misses them", async || found(&doctor(&world, &[], &[]).1, "runs", "50 invitations wait in vain"))

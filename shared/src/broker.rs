@@ -33,6 +33,7 @@ use uuid::Uuid;
 
 use crate::{
     config::Config,
+    epoch::Epoch,
     message::{DeadReason, ItemResult, Message, ResultsMessage, RunMessage, TestMessage, encode},
     retry::Reconnect,
     telemetry, topology,
@@ -74,6 +75,15 @@ pub enum BrokerError {
     /// The caller could not wait any longer; the messages may still arrive.
     #[error("RabbitMQ has confirmed nothing for {} s", CONFIRMED_SOON.as_secs())]
     Unconfirmed,
+    /// The virtual host belongs to another installation; which one, where the broker says so.
+    #[error("the virtual host belongs to another Mailrun installation")]
+    Foreign {
+        /// Its id.
+        owner: Option<Uuid>,
+    },
+    /// The virtual host belongs to no installation.
+    #[error("the virtual host is not set up: run `mailrun setup` with a user who may declare exchanges and queues")]
+    Unmarked,
     /// The process is ending.
     #[error("the publisher is closed")]
     Closed,
@@ -95,6 +105,7 @@ pub struct Broker {
     publish_twice: bool,
     answer_timeout: Duration,
     heartbeat_s: u16,
+    epoch: Epoch,
 }
 
 impl Broker {
@@ -112,6 +123,7 @@ impl Broker {
             publish_twice: config.amqp.publish_twice,
             answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
             heartbeat_s: config.amqp.heartbeat_s,
+            epoch: Epoch::default(),
         })
     }
 
@@ -202,6 +214,18 @@ impl Broker {
         Ok(waiting.map_err(|_| BrokerError::Timeout)??)
     }
 
+    /// What is known about the ledger's epoch: [`crate::lineage::keep`] keeps it.
+    #[must_use]
+    pub fn epoch(&self) -> &Epoch {
+        &self.epoch
+    }
+
+    /// Whether connections declare exchanges and queues, or leave that to `mailrun setup`.
+    #[must_use]
+    pub fn declares_topology(&self) -> bool {
+        self.declare
+    }
+
     /// How long the broker may take to answer.
     #[must_use]
     pub fn answer_timeout(&self) -> Duration {
@@ -280,7 +304,9 @@ impl Broker {
             if batches.is_empty() && !fill(receiver, batches).await {
                 return Ok(());
             }
-            timeout(self.answer_timeout, burst(channel, batches)).await.map_err(|_| BrokerError::Timeout)??;
+            timeout(self.answer_timeout, burst(channel, batches, &self.epoch))
+                .await
+                .map_err(|_| BrokerError::Timeout)??;
             reconnect.reset();
         }
     }
@@ -311,11 +337,12 @@ async fn fill(receiver: &Mutex<mpsc::Receiver<Batch>>, batches: &mut Vec<Batch>)
 
 /// Publishes all messages of `batches` and awaits their confirms. What is confirmed leaves `batches`; what is not stays,
 /// to be published again: a message too many is absorbed by the fence and the join, one too few would be lost.
-async fn burst(channel: &Channel, batches: &mut Vec<Batch>) -> Result<(), BrokerError> {
+async fn burst(channel: &Channel, batches: &mut Vec<Batch>, epoch: &Epoch) -> Result<(), BrokerError> {
+    let epoch = epoch.present();
     let mut confirms = Vec::new();
     let messages: Vec<&Outgoing> = batches.iter().flat_map(|batch| &batch.messages).collect();
     for together in messages.chunks(POLLED_TOGETHER) {
-        confirms.extend(try_join_all(together.iter().map(|message| message.publish(channel))).await?);
+        confirms.extend(try_join_all(together.iter().map(|message| message.publish(channel, epoch))).await?);
     }
     let mut refused: HashSet<Uuid> = HashSet::new();
     let mut refusal = None;
@@ -530,7 +557,7 @@ impl Outgoing {
         const BROKERS_OWN: [&str; 5] =
             ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
         const FURTHER_QUEUES: [&str; 2] = ["CC", "BCC"];
-        const OURS: [&str; 3] = [REASON_HEADER, ERROR_HEADER, DIED_AT_HEADER];
+        const OURS: [&str; 4] = [REASON_HEADER, ERROR_HEADER, DIED_AT_HEADER, EPOCH_HEADER];
         let mut room = MAX_HEADERS_BYTES;
         let headers = properties.headers().iter().flat_map(FieldTable::inner);
         let (ours, others): (Vec<_>, Vec<_>) = headers.partition(|(key, _)| OURS.contains(&key.as_str()));
@@ -555,15 +582,20 @@ impl Outgoing {
         }
     }
 
-    async fn publish(&self, channel: &Channel) -> lapin::Result<lapin::PublisherConfirm> {
+    /// A message that does not carry an epoch gets `epoch`.
+    async fn publish(&self, channel: &Channel, epoch: Option<i64>) -> lapin::Result<lapin::PublisherConfirm> {
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let mut headers = self.headers.clone();
+        if let Some(epoch) = epoch.filter(|_| !headers.contains_key(EPOCH_HEADER)) {
+            headers.insert(EPOCH_HEADER.into(), AMQPValue::LongLongInt(epoch));
+        }
         channel
             .basic_publish(
                 topology::EXCHANGE.into(),
                 self.queue.as_ref().into(),
                 options,
                 &self.body,
-                self.properties(),
+                self.properties().with_headers(headers),
             )
             .await
     }
@@ -612,6 +644,19 @@ pub const REASON_HEADER: &str = "x-mailrun-reason";
 pub const ERROR_HEADER: &str = "x-mailrun-error";
 /// The header with the moment of death, in milliseconds since 1970.
 pub const DIED_AT_HEADER: &str = "x-mailrun-died-at";
+
+/// The header with the ledger's epoch in which the message was published.
+pub const EPOCH_HEADER: &str = "x-mailrun-epoch";
+
+/// The epoch that a message carries. None: it was published by hand, or by a version before epochs.
+#[must_use]
+pub fn epoch_of(properties: &BasicProperties) -> Option<i64> {
+    match properties.headers().as_ref()?.inner().get(EPOCH_HEADER)? {
+        AMQPValue::LongLongInt(epoch) => Some(*epoch),
+        AMQPValue::LongInt(epoch) => Some((*epoch).into()),
+        _ => None,
+    }
+}
 
 /// A connection that is closed when it is dropped, whatever became of what it was for.
 ///

@@ -1,12 +1,15 @@
 //! What web and workers have in common: the messages and tables through which they meet, and the ways to reach both servers.
 //!
-//! `item`, `run`, `message`, `pacing`, `address`, `template`, `unsubscribe` and `retry` are pure; `topology` and `broker` speak to RabbitMQ, `store` to
-//! PostgreSQL, and the two don't know each other.
+//! `item`, `run`, `message`, `pacing`, `address`, `template`, `unsubscribe` and `retry` are pure; `topology`, `broker` and
+//! `marker` speak to RabbitMQ, `store` to PostgreSQL, and the two don't know each other. `lineage` alone compares the two.
 
 pub mod address;
 pub mod broker;
 pub mod config;
+pub mod epoch;
 pub mod item;
+pub mod lineage;
+pub mod marker;
 pub mod message;
 pub mod pacing;
 pub mod public_url;

@@ -352,6 +352,20 @@ impl Message for TestMessage {
     const QUEUE: &'static str = topology::TESTS;
 }
 
+/// Says how far the ledger has come: see [`crate::epoch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpochMessage {
+    /// The ledger's epoch when this was published.
+    pub epoch: i64,
+    /// The ledger's installation.
+    pub installation: Uuid,
+}
+
+impl Message for EpochMessage {
+    const TYPE: &'static str = "mailrun.epoch.v1";
+    const QUEUE: &'static str = topology::EPOCH;
+}
+
 /// Why a message is in the dead letters: the header `x-mailrun-reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeadReason {

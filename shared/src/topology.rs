@@ -27,6 +27,8 @@ pub const ITEMS: &str = "mailrun.items";
 pub const RESULTS: &str = "mailrun.results";
 /// Single mails that somebody sends to look at an invitation.
 pub const TESTS: &str = "mailrun.tests";
+/// The latest epoch of the ledger, in the only message: see [`crate::marker`].
+pub const EPOCH: &str = "mailrun.epoch";
 /// The dead letters.
 pub const DEAD: &str = "mailrun.dead";
 
@@ -136,7 +138,10 @@ pub fn queues(item_queues: &[Cow<'static, str>], retry_delays: &[Duration]) -> V
     });
     let rungs = retry_delays.iter().map(|delay| Queue::waiting_room(retry_queue(*delay), *delay, ITEMS));
     let runs = [(RUNS_WAIT, WAIT), (RUNS_PAUSED, PAUSED)].map(|(name, ttl)| Queue::waiting_room(name, ttl, RUNS));
-    iter::once(dead).chain(worked_on).chain(runs).chain(rungs).collect()
+    let mut newest = quorum(DEAD_DELIVERY_LIMIT);
+    newest.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
+    let epoch = Queue::new(EPOCH, newest);
+    [dead, epoch].into_iter().chain(worked_on).chain(runs).chain(rungs).collect()
 }
 
 /// The exchanges. The dead letters' is a fanout: one arrives whatever routing key it had.

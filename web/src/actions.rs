@@ -84,13 +84,19 @@ pub(crate) async fn retry(
     };
     let progress = load(&app, &id).await?;
     let run_id = progress.run_id;
+    // What failed before the backup was taken may have been sent since. What is unknown says so on its button.
+    let restored = fields.get("restored").is_some_and(|restored| restored == "yes") || states == [ItemState::Unknown];
+    if progress.restored && !restored {
+        return Ok(Redirect::to(&format!("/runs/{run_id}?confirm=retry#confirm")));
+    }
     // Who asks for a retry wants it to be sent, even if the run was paused while it ended.
     if progress.wanted == Wanted::Paused && progress.phase().is_over() {
         runs::set_paused(&app.pool, run_id, false).await?;
     }
-    let replayed = runs::replay(&app.pool, &ReplayWish { run_id: Some(run_id), states, error: None, token }).await?;
+    let wish = ReplayWish { run_id: Some(run_id), states, error: None, token, restored };
+    let replayed = runs::replay(&app.pool, &wish).await?;
     app.outbox.notify_one();
-    info!(%run_id, begins = replayed > 0, "a replay is asked for");
+    info!(%run_id, begins = replayed.runs > 0, "a replay is asked for");
     Ok(Redirect::to(&format!("/runs/{run_id}?asked={token}")))
 }
 

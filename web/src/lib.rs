@@ -32,18 +32,18 @@ use axum::{
 use mailrun_shared::{
     broker::Broker,
     config::{Config, MailerKind, WebConfig},
-    store,
+    lineage, store,
     unsubscribe::Signer,
 };
 use sqlx::PgPool;
 use tokio::{
     net::TcpListener,
     sync::{Notify, OnceCell},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tower_http::{set_header::SetResponseHeaderLayer, trace::TraceLayer};
-use tracing::{Level, info, info_span, warn};
+use tracing::{Level, error, info, info_span, warn};
 
 use self::error::ErrorPage;
 // For pages beside these, which shall look and guard themselves alike.
@@ -57,6 +57,8 @@ pub const ICON: &str = include_str!("../static/icon.svg");
 
 /// A person waits for the page, so the wait for a database connection ends sooner than a worker's.
 const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
+/// Another installation's virtual host is looked at again after this time: it may have been taken over.
+const FOREIGN_RETRY: Duration = Duration::from_secs(10);
 /// How long a health check waits for the database.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// After the stop, requests under way get this long.
@@ -125,7 +127,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     info!(address = %listener.local_addr()?, login = config.web.password.is_some(), "serving the pages");
 
     let outbox = Arc::new(Notify::new());
-    let publisher = Broker::new(&config, "mailrun web").publisher(1);
+    let broker = Broker::new(&config, "mailrun web");
+    let publisher = broker.publisher(1);
     // Whoever of the two ends first takes the other along.
     let ending = stop.child_token();
     let limit = database.answer_timeout();
@@ -133,7 +136,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         let (pool, outbox, ending) = (pool.clone(), Arc::clone(&outbox), ending.clone());
         async move {
             let _guard = ending.clone().drop_guard();
-            relay::run(&pool, limit, &publisher, &outbox, &ending).await;
+            tokio::join!(
+                relay::run(&pool, limit, &publisher, broker.epoch(), &outbox, &ending),
+                keep_lineage(&pool, &broker, limit, &ending),
+            );
         }
     });
     let room = body::Room::new(config.web.max_body_bytes);
@@ -155,12 +161,22 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     Ok(served?)
 }
 
+/// Compares ledger and broker. On another installation's virtual host the pages stay, and what is accepted waits in the outbox.
+async fn keep_lineage(pool: &PgPool, broker: &Arc<Broker>, limit: Duration, stop: &CancellationToken) {
+    while let Err(foreign) = lineage::keep(pool, broker, limit, stop).await {
+        error!("{foreign}. Nothing is published until then");
+        if stop.run_until_cancelled(sleep(FOREIGN_RETRY)).await.is_none() {
+            return;
+        }
+    }
+}
+
 /// Serves until `stop`, then for as long as the requests under way need, up to [`DRAIN`].
 async fn serve(listener: TcpListener, router: Router, stop: &CancellationToken) -> io::Result<()> {
     let server = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
     tokio::select! {
         served = server.into_future() => served,
-        () = async { stop.cancelled().await; tokio::time::sleep(DRAIN).await } => {
+        () = async { stop.cancelled().await; sleep(DRAIN).await } => {
             warn!("some requests did not end in time; leaving them");
             Ok(())
         }

@@ -244,6 +244,7 @@ mod tests {
             updated_at: now,
             finished_at: Some(now),
             rate: 0.0,
+            restored: false,
             held_up: None,
             now,
         }

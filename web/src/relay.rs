@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use mailrun_shared::{
     broker::{BrokerError, Outgoing, Publisher},
+    epoch::Epoch,
     store::{
         in_time,
         outbox::{self, Waiting},
@@ -34,11 +35,13 @@ pub(crate) async fn run(
     pool: &PgPool,
     limit: Duration,
     publisher: &Publisher,
+    epoch: &Epoch,
     wake: &Notify,
     stop: &CancellationToken,
 ) {
     let mut down = false;
-    loop {
+    // A ledger that is older than the broker's messages publishes nothing.
+    while stop.run_until_cancelled(epoch.current()).await.is_some() {
         // What is cut off here was not marked: it is handed over again at the next start, and a doubled message changes
         // nothing.
         let relayed = tokio::select! {

@@ -35,7 +35,7 @@ pub(crate) struct Wish {
     /// The token of the replay that was asked for.
     #[serde(default)]
     asked: Option<String>,
-    /// `cancel`: ask whether that is really meant.
+    /// `cancel` or `retry`: ask whether that is really meant.
     #[serde(default)]
     confirm: Option<String>,
 }
@@ -50,7 +50,7 @@ struct ResultsPage {
     more_invalid: i32,
     asked: Option<Uuid>,
     after: i32,
-    confirming: bool,
+    confirming: Option<&'static str>,
     actions: Actions,
     troubles: Troubles,
     repaired: Option<String>,
@@ -76,7 +76,9 @@ struct Actions {
     pause: bool,
     resume: bool,
     cancel: bool,
-    confirming: bool,
+    /// Whether to retry is asked first.
+    restored: bool,
+    confirming: Option<&'static str>,
     to_go: i32,
 }
 
@@ -103,25 +105,29 @@ impl Wish {
         self.after.as_ref().and_then(|after| after.parse().ok()).filter(|after| *after > 0).unwrap_or(0)
     }
 
-    fn confirming(&self) -> bool {
-        self.confirm.as_deref() == Some("cancel")
+    fn confirming(&self) -> Option<&'static str> {
+        ["cancel", "retry"].into_iter().find(|wish| self.confirm.as_deref() == Some(wish))
     }
 }
 
 impl Actions {
-    fn of(progress: &Progress, now: &Snapshot, confirming: bool) -> Self {
+    fn of(progress: &Progress, now: &Snapshot, confirming: Option<&'static str>) -> Self {
         let again =
             |state, count| may_replay(progress, state).then(|| Again { token: replay_token(progress, state), count });
         let cancel = matches!(now.phase, Phase::Queued | Phase::Running | Phase::Paused);
+        let retry = again(ItemState::Failed, now.failed);
+        let confirming =
+            confirming.filter(|wish| if *wish == "cancel" { cancel } else { retry.is_some() && progress.restored });
         Self {
             run_id: now.run_id,
             asked: now.asked,
-            retry: again(ItemState::Failed, now.failed),
+            retry,
+            restored: progress.restored,
             send_again: again(ItemState::Unknown, now.unknown),
             pause: matches!(now.phase, Phase::Queued | Phase::Running),
             resume: now.phase == Phase::Paused,
             cancel,
-            confirming: confirming && cancel,
+            confirming,
             to_go: now.pending + now.retrying,
         }
     }

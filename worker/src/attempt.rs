@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use mailrun_shared::broker::Broker;
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
@@ -23,7 +24,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// Why an attempt must not be offered to the far side. It certainly had no effect, and costs no try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Withdrawn {
-    /// The heartbeat is too old: other workers may have declared the attempt unknown.
+    /// The heartbeat is too old, or the ledger was replaced by an older one: the attempt may be settled already.
     CutOff,
     /// The run was paused or cancelled.
     Stopped,
@@ -34,6 +35,7 @@ pub enum Withdrawn {
 /// What the attempts of a process are checked against.
 pub(crate) struct Checks {
     pub(crate) heartbeat: Arc<Heartbeat>,
+    pub(crate) broker: Arc<Broker>,
     pub(crate) stopped: Arc<StoppedRuns>,
     pub(crate) pace: Arc<Pace>,
 }
@@ -124,7 +126,8 @@ impl Attempt {
 
 impl Claim {
     fn may_commit(&self) -> Result<(), Withdrawn> {
-        if self.checks.heartbeat.is_fresh() { Ok(()) } else { Err(Withdrawn::CutOff) }
+        let owned = self.checks.heartbeat.is_fresh() && !self.checks.broker.epoch().is_behind();
+        if owned { Ok(()) } else { Err(Withdrawn::CutOff) }
     }
 
     /// The send time that the claim has reserved, at first; then another one.

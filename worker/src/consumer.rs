@@ -18,7 +18,8 @@ use lapin::{
     types::FieldTable,
 };
 use mailrun_shared::{
-    broker::{Broker, BrokerError, Link, hang_up},
+    broker::{Broker, BrokerError, Link, epoch_of, hang_up},
+    epoch::{Admission, Epoch},
     retry::Reconnect,
 };
 use tokio::{
@@ -31,6 +32,7 @@ use tracing::{info, warn};
 use crate::watchdog::{Tally, Watchdog};
 
 const CONSUMER_TAG: &str = "mailrun";
+const BEHIND: &str = "the ledger is older than a message";
 const CANCELLED: &str = "RabbitMQ has ended the consumer, for instance because its queue is gone";
 /// Acknowledgements are gathered for so long, or until a quarter of the prefetch waits for one: sends end in any order, and
 /// the gaps between them close meanwhile. Each frame costs a quorum queue an entry in its log.
@@ -43,6 +45,8 @@ pub struct Delivery {
     pub properties: BasicProperties,
     /// Its body.
     pub body: Vec<u8>,
+    /// Whether it was published before the ledger was last restored from a backup.
+    pub is_stale: bool,
     tag: u64,
     acks: mpsc::UnboundedSender<u64>,
 }
@@ -114,7 +118,8 @@ async fn supervise(
 ) {
     let mut reconnect = Reconnect::default();
     let mut watch = watchdog.begin();
-    while !stop.is_cancelled() {
+    // A ledger that is older than the messages must not act on any: they stay on the queue until it is current.
+    while stop.run_until_cancelled(broker.epoch().current()).await.is_some() {
         let ended = async {
             let (connection, channel, consumer) = open(&broker, &queue, prefetch).await?;
             info!(%queue, "consuming");
@@ -122,7 +127,8 @@ async fn supervise(
             let tally = Tally::default();
             let useless = watchdog.watch(&mut watch, &queue, prefetch, &tally, || deliveries.capacity());
             let ended = tokio::select! {
-                ended = serve(&channel, prefetch, consumer, &deliveries, &tally, &stop, broker.answer_timeout()) => ended,
+                ended = serve(&channel, prefetch, consumer, &deliveries, &tally, &stop, &broker) => ended,
+                () = broker.epoch().behind() => Err(BrokerError::Useless(BEHIND)),
                 // Whoever stops wants nothing more.
                 Some(why) = stop.run_until_cancelled(useless) => Err(BrokerError::Useless(why)),
             };
@@ -162,8 +168,9 @@ async fn serve(
     deliveries: &mpsc::Sender<Delivery>,
     tally: &Tally,
     stop: &CancellationToken,
-    patience: Duration,
+    broker: &Broker,
 ) -> Result<(), BrokerError> {
+    let patience = broker.answer_timeout();
     let (acks, mut acked) = mpsc::unbounded_channel();
     let few = usize::from(prefetch) / 4;
     let mut watermark = Watermark::new(2 * few);
@@ -191,7 +198,9 @@ async fn serve(
                 // The stream ends silently when the broker cancels the consumer.
                 let delivery = delivery.ok_or(BrokerError::Useless(CANCELLED))??;
                 tally.delivered.fetch_add(1, Ordering::Relaxed);
+                let is_stale = is_stale(broker.epoch(), epoch_of(&delivery.properties)).await?;
                 let delivery = Delivery {
+                    is_stale,
                     tag: delivery.delivery_tag,
                     properties: delivery.properties,
                     body: delivery.data,
@@ -214,6 +223,19 @@ async fn serve(
     }
     acknowledge(channel, watermark.pass(finished), patience).await?;
     acknowledge(channel, watermark.rest(), patience).await
+}
+
+/// Whether a message of this epoch was published before the last restore.
+async fn is_stale(ledger: &Epoch, epoch: Option<i64>) -> Result<bool, BrokerError> {
+    let admission = match ledger.admit_now(epoch) {
+        Some(admission) => admission,
+        None => ledger.admit(epoch).await,
+    };
+    match admission {
+        Admission::Current => Ok(false),
+        Admission::Stale => Ok(true),
+        Admission::Behind => Err(BrokerError::Useless(BEHIND)),
+    }
 }
 
 async fn acknowledge(channel: &Channel, acks: Vec<Ack>, patience: Duration) -> Result<(), BrokerError> {

@@ -10,7 +10,7 @@ use mailrun_shared::{
     broker::{Broker, BrokerError, Outgoing, Publisher},
     config::Config,
     item::{ItemState, Key},
-    message::{Command, ItemMessage, ItemResult, RunMessage, Step, decode},
+    message::{Command, ItemMessage, ItemResult, RunMessage, Step},
     pacing::Rate,
     run::{Budget, Flow, Wanted, outstanding, room},
     store::{
@@ -132,9 +132,9 @@ impl FanOut {
     }
 
     async fn handle(&self, delivery: Delivery) {
-        let message = match decode::<RunMessage>(delivery.kind(), &delivery.body) {
+        let message = match poison::read::<RunMessage>(&delivery) {
             Ok(message) => message,
-            Err(error) => return poison::bury(&self.publisher, delivery, &error.to_string()).await,
+            Err(reason) => return poison::bury(&self.publisher, delivery, &reason).await,
         };
         let mut looks = 0;
         let step = loop {

@@ -38,13 +38,14 @@ use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time
 use mailrun_shared::{
     broker::{Broker, Publisher},
     config::Config,
+    lineage::{self, Foreign},
     retry::Reconnect,
     store::{self, in_time},
     topology,
 };
 use sqlx::PgPool;
 use tokio::{
-    task::JoinSet,
+    task::{JoinHandle, JoinSet},
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -115,6 +116,9 @@ pub enum WorkerError {
          Start it again"
     )]
     Fenced,
+    /// The virtual host is not this installation's.
+    #[error(transparent)]
+    Foreign(#[from] Foreign),
     /// The drain took too long.
     #[error("what was in flight could not be finished within {0:?}; it will be settled by other workers")]
     Deadline(Duration),
@@ -144,12 +148,17 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
         async move { heartbeat.beat(beating).await }
     });
 
+    let lineage = tokio::spawn({
+        let (pool, broker, stop) = (pool.clone(), Arc::clone(&broker), stop.clone());
+        let limit = config.database.answer_timeout();
+        async move { lineage::keep(&pool, &broker, limit, &stop).await }
+    });
     let consumers = TaskTracker::new();
     let watchdog = Watchdog::new(&config, Arc::clone(&broker), pool.clone(), Arc::clone(&heartbeat));
     let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, &links, &watchdog, &consumers, &stop)?;
     drop(publisher);
     let deadline = Duration::from_millis(config.send.shutdown_deadline_ms);
-    let ended = supervise(parts, &consumers, &heartbeat, &stop, deadline).await;
+    let ended = supervise(parts, lineage, &consumers, &heartbeat, &stop, deadline).await;
     watchdog.close().await;
     beating.cancel();
     let _ = beat.await;
@@ -244,6 +253,7 @@ fn start(
 /// Waits for the end. A part that ends before it was told to takes the process with it: half a worker is worse than none.
 async fn supervise(
     mut parts: JoinSet<()>,
+    lineage: JoinHandle<Result<(), Foreign>>,
     consumers: &TaskTracker,
     heartbeat: &Heartbeat,
     stop: &CancellationToken,
@@ -254,6 +264,11 @@ async fn supervise(
         biased;
         () = stop.cancelled() => None,
         () = heartbeat.fenced() => Some(WorkerError::Fenced),
+        ended = lineage => match ended {
+            Ok(Err(foreign)) => Some(foreign.into()),
+            // It ends only when it is told to.
+            _ => Some(WorkerError::DeadTask),
+        },
         ended = parts.join_next() => {
             error!(?ended, "a part of this worker ended by itself");
             Some(WorkerError::DeadTask)

@@ -5,7 +5,8 @@ use std::time::Duration;
 use mailrun_shared::{
     broker::{Outgoing, Publisher},
     config::Config,
-    message::{DeadReason, ResultsMessage, decode},
+    item::ItemState,
+    message::{DeadReason, ItemResult, ResultsMessage, decode},
     retry::Reconnect,
     store::{
         Session, is_about_data,
@@ -41,6 +42,10 @@ impl Received {
     }
 }
 
+fn is_sent(result: &ItemResult) -> bool {
+    result.state == ItemState::Sent
+}
+
 /// The progress consumer of one process.
 #[derive(Debug)]
 pub struct Progress {
@@ -65,6 +70,10 @@ impl Progress {
             let mut delivery = Some(first);
             while let Some(next) = delivery.take() {
                 match decode::<ResultsMessage>(next.kind(), &next.body) {
+                    // A mail that was sent stays sent, whatever the ledger was restored to.
+                    Ok(message) if next.is_stale && !message.results.iter().all(is_sent) => {
+                        self.take_stale(next, message, &mut received).await;
+                    }
                     Ok(message) => received.push(Received { delivery: next, message }),
                     Err(error) => poison::bury(&self.publisher, next, &error.to_string()).await,
                 }
@@ -73,6 +82,20 @@ impl Progress {
                 }
             }
             self.count(received, &stop).await;
+        }
+    }
+
+    /// Takes what was sent out of a message of before the last restore. Its other results are dead.
+    async fn take_stale(&self, delivery: Delivery, message: ResultsMessage, received: &mut Vec<Received>) {
+        let ResultsMessage { run_id, results } = message;
+        let (sent, others): (Vec<ItemResult>, Vec<ItemResult>) = results.into_iter().partition(is_sent);
+        warn!(results = others.len(), reason = poison::STALE, "results moved to the dead letters");
+        let dead = Outgoing::new(&ResultsMessage { run_id, results: others })
+            .with_headers_of(&delivery.properties)
+            .dead(DeadReason::Poison, poison::STALE);
+        // Otherwise it is stopping: the message comes again.
+        if self.publisher.publish(vec![dead]).await.is_ok() {
+            received.push(Received { delivery, message: ResultsMessage { run_id, results: sent } });
         }
     }
 

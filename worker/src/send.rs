@@ -15,7 +15,7 @@ use mailrun_shared::{
     broker::{Broker, Outgoing, Publisher},
     config::Config,
     item::{ItemState, Key, message_id},
-    message::{ItemMessage, ItemResult, decode},
+    message::{ItemMessage, ItemResult},
     retry::{Reconnect, in_process},
     store::{
         Session,
@@ -44,6 +44,7 @@ use crate::{
     outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
     pace::Pace,
     permits::Permits,
+    poison,
     stopped_runs::StoppedRuns,
     templates::{Read, Templates, TemplatesError},
     unsubscribe::Links,
@@ -131,8 +132,12 @@ impl Senders {
     ) -> Arc<Self> {
         let stopped = StoppedRuns::new(pool.clone(), config.database.answer_timeout());
         let pace = Pace::new(&config, pool.clone());
-        let checks =
-            Checks { heartbeat: Arc::clone(&heartbeat), stopped: Arc::clone(&stopped), pace: Arc::clone(&pace) };
+        let checks = Checks {
+            heartbeat: Arc::clone(&heartbeat),
+            broker: Arc::clone(&broker),
+            stopped: Arc::clone(&stopped),
+            pace: Arc::clone(&pace),
+        };
         Arc::new(Self {
             links,
             templates: Templates::new(pool.clone(), config.database.answer_timeout()),
@@ -311,9 +316,9 @@ impl Senders {
             add(item, deliveries);
         }
         for delivery in batch.fresh {
-            match decode::<ItemMessage>(delivery.kind(), &delivery.body) {
+            match poison::read::<ItemMessage>(&delivery) {
                 Ok(item) => add(item, vec![delivery]),
-                Err(error) => crate::poison::bury(&self.publisher, delivery, &error.to_string()).await,
+                Err(reason) => poison::bury(&self.publisher, delivery, &reason).await,
             }
         }
         (keys, asked)
@@ -460,7 +465,7 @@ impl Senders {
             match why {
                 Refused::NoSuchItem => {
                     for delivery in deliveries {
-                        crate::poison::bury(&self.publisher, delivery, NO_SUCH_ITEM).await;
+                        poison::bury(&self.publisher, delivery, NO_SUCH_ITEM).await;
                     }
                     continue;
                 }

@@ -90,6 +90,9 @@ impl Sweeper {
     }
 
     async fn sweep(&mut self) -> Result<(), SweepError> {
+        if !self.broker.epoch().is_current() {
+            return Ok(());
+        }
         let limit = self.config.database.answer_timeout();
         let mut tx = in_time(limit, self.pool.begin()).await?;
         if !in_time(limit, sweep::try_lock(&mut tx)).await? {

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use mailrun_shared::{
     broker::Publisher,
     config::Config,
-    message::{TestMessage, decode},
+    message::TestMessage,
     retry::Reconnect,
     store::{
         in_time,
@@ -74,9 +74,9 @@ impl TestSends {
     }
 
     async fn handle(&self, delivery: Delivery, stop: &CancellationToken) {
-        let test_id = match decode::<TestMessage>(delivery.kind(), &delivery.body) {
+        let test_id = match poison::read::<TestMessage>(&delivery) {
             Ok(TestMessage { test_id }) => test_id,
-            Err(error) => return poison::bury(&self.publisher, delivery, &error.to_string()).await,
+            Err(reason) => return poison::bury(&self.publisher, delivery, &reason).await,
         };
         let mut trouble = Reconnect::default();
         let claimed = loop {

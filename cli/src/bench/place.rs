@@ -27,7 +27,7 @@ impl<'a> Place<'a> {
         let mut config = Config::default();
         config.database.url = place.database_url().into();
         config.amqp.urls = vec![stack.amqp_url(&place.name).into()];
-        setup::run(&config).await?;
+        setup::run(&config, false).await?;
         // Without the library nothing is told of statements, and the rest is measured all the same.
         let statistics = "CREATE EXTENSION IF NOT EXISTS pg_stat_statements";
         let _ = sqlx::raw_sql(statistics).execute(&mut place.database().await?).await;

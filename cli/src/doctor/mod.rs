@@ -9,6 +9,7 @@ mod claims;
 mod counters;
 mod database;
 mod letters;
+mod lineage;
 mod outbox;
 mod queues;
 mod report;
@@ -97,6 +98,8 @@ async fn examine(patient: &Patient) -> Report {
         return report;
     }
     let conveyor = conveyor.as_ref();
+    let ended = lineage::examine(patient, conveyor, &mut report).await;
+    report.note(lineage::CHECK, ended);
     let ended = counters::examine(patient, &mut report).await;
     report.note(counters::CHECK, ended);
     let ended = outbox::examine(patient, conveyor, &mut report).await;

@@ -298,6 +298,12 @@ fn workspace_above(start: &Path) -> Option<PathBuf> {
         .map(Path::to_path_buf)
 }
 
+/// One of PostgreSQL's programs: the newest version's, or the one on the path.
+pub(crate) fn postgres_program(name: &str) -> Option<PathBuf> {
+    let newest = postgres::newest_programs().map(|folder| folder.join(name)).filter(|program| program.is_file());
+    newest.or_else(|| packages::on_path(name))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -34,6 +34,8 @@ pub struct Progress {
     pub finished_at: Option<DateTime<Utc>>,
     /// Items settled a second, lately.
     pub rate: f64,
+    /// Whether the ledger was restored from a backup that holds the run.
+    pub restored: bool,
     /// Why no worker sends anything at the moment, in the mail server's words.
     pub held_up: Option<String>,
     /// The database's clock.
@@ -113,7 +115,7 @@ async fn list_where(
     limit: i64,
 ) -> sqlx::Result<Vec<Progress>> {
     let rows = sqlx::query!(
-        r#"SELECT r.id, r.created_at, r.wanted AS "wanted: Wanted", p.total, p.pending, p.retrying, p.cancelled, p.skipped, p.unknown,
+        r#"SELECT r.id, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Wanted", p.total, p.pending, p.retrying, p.cancelled, p.skipped, p.unknown,
                   p.failed, p.sent, p.started_at, p.updated_at, p.finished_at, clock_timestamp() AS "now!",
                   coalesce((SELECT (max(s.settled) - min(s.settled))::float8
                                    / greatest(extract(epoch FROM max(s.at) - min(s.at))::float8, 1)
@@ -153,6 +155,7 @@ async fn list_where(
             updated_at: row.updated_at,
             finished_at: row.finished_at,
             rate: row.rate,
+            restored: row.restored,
             held_up: row.held_up.filter(|_| row.finished_at.is_none()),
             now: row.now,
         })
@@ -306,26 +309,42 @@ pub struct ReplayWish {
     pub error: Option<String>,
     /// Tells a repeated wish (a second click) from a new one.
     pub token: Uuid,
+    /// Also of runs that were restored from a backup, whose failed items may have been sent since.
+    pub restored: bool,
 }
 
-/// Asks for a replay of every run that has matching items, and returns how many runs that is. Cancelled runs stay
-/// cancelled.
+/// What a wish for a replay has led to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replayed {
+    /// Runs that begin again.
+    pub runs: usize,
+    /// Runs that were restored from a backup, which the wish has not confirmed.
+    pub unconfirmed: usize,
+}
+
+/// Asks for a replay of every run that has matching items. Cancelled runs stay cancelled.
 ///
 /// # Errors
 /// The database's.
-pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<usize> {
+pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<Replayed> {
     let mut tx = pool.begin().await?;
-    let runs = sqlx::query_scalar!(
-        "SELECT DISTINCT i.run_id FROM run_items i JOIN runs r ON r.id = i.run_id
+    let matching = sqlx::query!(
+        r#"SELECT DISTINCT i.run_id, r.restored_at IS NOT NULL AS "restored!" FROM run_items i JOIN runs r ON r.id = i.run_id
          WHERE ($1::uuid IS NULL OR i.run_id = $1) AND i.troubled AND i.state = ANY($2)
-           AND ($3::text IS NULL OR i.error = $3) AND r.wanted <> 'cancelled'",
+           AND ($3::text IS NULL OR i.error = $3) AND r.wanted <> 'cancelled'"#,
         wish.run_id,
         &wish.states as _,
         wish.error,
     )
     .fetch_all(&mut *tx)
     .await?;
-    for run_id in &runs {
+    let mut replayed = Replayed::default();
+    for (run_id, restored) in matching.iter().map(|run| (&run.run_id, run.restored)) {
+        if restored && !wish.restored {
+            replayed.unconfirmed += 1;
+            continue;
+        }
+        replayed.runs += 1;
         let replay = Replay {
             command_id: Uuid::new_v5(&wish.token, run_id.as_bytes()),
             states: wish.states.clone(),
@@ -334,7 +353,7 @@ pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<usize> {
         outbox::put(&mut tx, &RunMessage { run_id: *run_id, command: Command::Replay(replay) }).await?;
     }
     tx.commit().await?;
-    Ok(runs.len())
+    Ok(replayed)
 }
 
 /// How many people of a mail domain have been emailed: the demo's last check, in the table itself.

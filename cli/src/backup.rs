@@ -1,0 +1,109 @@
+//! `mailrun backup`: writes the ledger to a file with PostgreSQL's own pg_dump.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use mailrun_shared::{broker::Broker, config::Config, marker, store::installation};
+use secrecy::ExposeSecret as _;
+use tokio::process::Command;
+use url::Url;
+
+use crate::{ledger::Ledger, stack::postgres_program};
+
+/// The connection parameters that PostgreSQL's own programs understand as well.
+const PARAMETERS: [&str; 7] = ["sslmode", "sslrootcert", "sslcert", "sslkey", "host", "port", "connect_timeout"];
+
+/// What `backup` is told.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// The file to write, in pg_dump's custom format.
+    file: PathBuf,
+}
+
+/// Writes the backup while everything runs, then begins a new epoch: so a restored ledger is found to be older than whatever
+/// was published after the backup.
+///
+/// # Errors
+/// When the file exists, or pg_dump is missing or fails.
+pub async fn run(config: &Config, ledger: &Ledger, options: &Options) -> Result<()> {
+    let file = &options.file;
+    if file.exists() {
+        bail!("{} exists: choose another name, or remove it", file.display());
+    }
+    let Some(pg_dump) = postgres_program("pg_dump") else {
+        bail!("pg_dump is not installed: it comes with PostgreSQL's client programs (postgresql-client)");
+    };
+    let settings = ledger.settings(config);
+    let (url, password) = without_password(settings.database.url.expose_secret())?;
+    eprintln!("Writing the ledger to {} …", file.display());
+    // A file of this name is a complete backup.
+    let part = part_of(file);
+    let mut command = Command::new(pg_dump);
+    command.arg("--format=custom").arg("--no-owner").arg("--file").arg(&part).arg("--dbname").arg(url);
+    if let Some(password) = password {
+        command.env("PGPASSWORD", password);
+    }
+    let done = command.status().await.context("pg_dump can't be run")?;
+    if !done.success() {
+        let _ = fs::remove_file(&part);
+        bail!("pg_dump failed; what it said stands above");
+    }
+    fs::rename(&part, file).with_context(|| format!("{} can't be written", file.display()))?;
+    let mut conn = ledger.pool.acquire().await?;
+    let (id, epoch) = (installation::read(&mut conn).await?.id, installation::begin_epoch(&mut conn).await?);
+    let broker = Broker::new(&settings, "mailrun backup");
+    if let Err(error) = marker::write_epoch(&broker, id, epoch).await {
+        eprintln!(
+            "The backup is complete, but RabbitMQ could not be told of it ({error}): workers do it within a minute."
+        );
+    }
+    println!(
+        "The ledger is in {}. To restore it: stop everything, pg_restore it into an empty database, run `mailrun setup`, then \
+         `mailrun restored`.",
+        file.display()
+    );
+    Ok(())
+}
+
+fn part_of(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".part");
+    name.into()
+}
+
+/// The address without its password, which every user of the machine could read in the list of processes, and without
+/// parameters that are sqlx's own.
+fn without_password(url: &str) -> Result<(String, Option<String>)> {
+    let mut url: Url = url.parse().context("database.url is not a PostgreSQL address")?;
+    let password =
+        url.password().map(|password| percent_encoding::percent_decode_str(password).decode_utf8_lossy().into_owned());
+    let parameters: Vec<(String, String)> = url
+        .query_pairs()
+        .filter(|(key, _)| PARAMETERS.contains(&key.as_ref()))
+        .map(|(key, value)| (key.into_owned(), value.into_owned()))
+        .collect();
+    let _ = url.set_password(None);
+    url.set_query(None);
+    if !parameters.is_empty() {
+        url.query_pairs_mut().extend_pairs(parameters);
+    }
+    Ok((url.into(), password))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_password_is_not_among_the_arguments() {
+        let (url, password) =
+            without_password("postgres://me:p%40ss@db:5432/mail?sslmode=require&statement-cache-capacity=9").unwrap();
+        assert_eq!(url, "postgres://me@db:5432/mail?sslmode=require");
+        assert_eq!(password.as_deref(), Some("p@ss"));
+        assert_eq!(without_password("postgres://db/mail").unwrap(), ("postgres://db/mail".into(), None));
+    }
+}

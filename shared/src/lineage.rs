@@ -1,0 +1,157 @@
+//! Keeps a process's view of whether its ledger and its virtual host belong together: the same installation, and a ledger
+//! that is not older than the messages.
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::PgPool;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+use crate::{
+    broker::{Broker, BrokerError},
+    marker::{self, Claim},
+    retry::Reconnect,
+    store::{
+        in_time,
+        installation::{self, Installation},
+    },
+};
+
+/// How often the ledger is read.
+const READ_EVERY: Duration = Duration::from_secs(1);
+/// What an operator has to do about a ledger that is older than its messages.
+pub const BEHIND: &str = "the ledger is older than the messages on the broker: it was restored from a backup. Nothing is sent \
+     until you stop the workers and run `mailrun restored`";
+
+/// The virtual host belongs to another installation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the RabbitMQ virtual host belongs to another Mailrun installation{}, not to the one in this database ({id}). Give each \
+     installation a virtual host of its own; if the other one no longer exists, run `mailrun setup --take-over`",
+    owner.map(|owner| format!(" ({owner})")).unwrap_or_default()
+)]
+pub struct Foreign {
+    /// The one that this ledger belongs to.
+    pub id: Uuid,
+    /// The one that the virtual host belongs to, where the broker says so.
+    pub owner: Option<Uuid>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum LineageError {
+    #[error("PostgreSQL: {0}")]
+    Ledger(#[from] sqlx::Error),
+    #[error(transparent)]
+    Broker(BrokerError),
+    #[error(transparent)]
+    Foreign(#[from] Foreign),
+}
+
+/// Keeps [`Broker::epoch`] up to date until `stop`: compares the ledger with the broker once, begins this process's epoch,
+/// then reads the ledger each second or when a message asks for it, and begins a new epoch each minute. Consumers and
+/// publishers wait for the first comparison.
+///
+/// # Errors
+/// When the virtual host belongs to another installation. The process must not go on.
+pub async fn keep(
+    pool: &PgPool,
+    broker: &Arc<Broker>,
+    limit: Duration,
+    stop: &CancellationToken,
+) -> Result<(), Foreign> {
+    let mut retry = Reconnect::default();
+    let mut failed = false;
+    let id = loop {
+        match stop.run_until_cancelled(in_time(limit * 4, begin(pool, broker))).await {
+            None => return Ok(()),
+            Some(Ok(id)) => break id,
+            Some(Err(LineageError::Foreign(foreign))) => return Err(foreign),
+            Some(Err(error)) if !failed => {
+                warn!(%error, "the ledger can't be compared with the broker; trying again");
+                failed = true;
+            }
+            Some(Err(_)) => {}
+        }
+        if stop.run_until_cancelled(sleep(retry.next_wait())).await.is_none() {
+            return Ok(());
+        }
+    };
+    let epoch = broker.epoch();
+    if epoch.is_behind() {
+        error!("{BEHIND}");
+    }
+    let mut marked = !epoch.is_behind();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = sleep(READ_EVERY) => {}
+            () = epoch.asked() => {}
+        }
+        let latest = epoch.latest();
+        let read = async { installation::read(&mut *pool.acquire().await?).await };
+        let Ok(installation) = in_time(limit, read).await else { continue };
+        if epoch.record(installation.epochs, latest) {
+            if epoch.is_behind() { error!("{BEHIND}") } else { info!("the ledger is current again") }
+        }
+        if !epoch.is_current() || !(installation.is_due || !marked) {
+            continue;
+        }
+        marked = false;
+        match begin_due(pool, broker, limit, id, installation).await {
+            Ok(()) => marked = true,
+            Err(LineageError::Foreign(foreign)) => return Err(foreign),
+            Err(error) => warn!(%error, "the new epoch can't be marked on the broker; trying again"),
+        }
+    }
+}
+
+/// Compares ledger and broker, and begins this process's epoch unless the ledger is behind. Starting processes do this one
+/// after the other, since only one at a time can read the broker's marker.
+async fn begin(pool: &PgPool, broker: &Broker) -> Result<Uuid, LineageError> {
+    let mut tx = pool.begin().await?;
+    installation::lock(&mut tx).await?;
+    let installation = installation::read(&mut tx).await?;
+    claim(broker, installation.id).await?;
+    if let Some(marked) = marker::read_epoch(broker, installation.id).await.map_err(LineageError::Broker)? {
+        broker.epoch().observe(marked);
+    }
+    let latest = broker.epoch().latest();
+    if installation.epochs.present < latest {
+        broker.epoch().record(installation.epochs, latest);
+        return Ok(installation.id);
+    }
+    let mut epochs = installation.epochs;
+    epochs.present = installation::begin_epoch(&mut tx).await?;
+    tx.commit().await?;
+    broker.epoch().record(epochs, latest);
+    // After the commit: the marker must never be ahead of the ledger. If this fails, the next epoch is marked.
+    marker::write_epoch(broker, installation.id, epochs.present).await.map_err(LineageError::Broker)?;
+    Ok(installation.id)
+}
+
+/// Begins the next epoch, unless another process has, and marks it.
+async fn begin_due(
+    pool: &PgPool,
+    broker: &Broker,
+    limit: Duration,
+    id: Uuid,
+    installation: Installation,
+) -> Result<(), LineageError> {
+    let present = installation.epochs.present;
+    let next = async { installation::begin_epoch_after(&mut *pool.acquire().await?, present).await };
+    if let Some(next) = in_time(limit, next).await? {
+        claim(broker, id).await?;
+        marker::write_epoch(broker, id, next).await.map_err(LineageError::Broker)?;
+    }
+    Ok(())
+}
+
+async fn claim(broker: &Broker, id: Uuid) -> Result<(), LineageError> {
+    let claim = if broker.declares_topology() { Claim::Adopt } else { Claim::Verify };
+    marker::claim(broker, id, claim).await.map_err(|error| match error {
+        BrokerError::Foreign { owner } => Foreign { id, owner }.into(),
+        error => LineageError::Broker(error),
+    })
+}
