@@ -342,7 +342,7 @@ async fn malformed_messages_are_buried_once_each_and_the_run_goes_on() {
         }
         let unknown = right(queue).to_string().into_bytes();
         publisher.publish(queue, unknown.clone(), BasicProperties::default(), end_of(queue, &unknown)).await;
-        for kind in ["mailrun.item.v2", "mailrun", "é"] {
+        for kind in ["mailrun.item.v0", "mailrun", "é"] {
             let properties = BasicProperties::default().with_type(kind.into());
             publisher.publish(queue, unknown.clone(), properties, End::Buried).await;
         }
@@ -422,4 +422,36 @@ async fn malformed_messages_are_buried_once_each_and_the_run_goes_on() {
     // Nobody has had to connect again over any of it.
     assert!(!world.log().contains("interrupted"), "a connection was lost");
     assert!(publisher.published > 600, "{}", publisher.published);
+}
+
+#[tokio::test]
+async fn messages_of_a_newer_version_wait_for_a_worker_that_understands_them() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    let channel = world.channel().await;
+    let waiting_rooms = [
+        ("mailrun.runs", "mailrun.run.v9", "mailrun.runs.paused"),
+        ("mailrun.items", "mailrun.item.v9", "mailrun.items.wait"),
+        ("mailrun.results", "mailrun.results.v9", "mailrun.results.wait"),
+        ("mailrun.tests", "mailrun.test.v9", "mailrun.tests.wait"),
+    ];
+    for (queue, kind, _) in waiting_rooms {
+        let properties = BasicProperties::default().with_delivery_mode(2).with_type(kind.into());
+        let body = br#"{"form":"that nobody knows yet"}"#;
+        channel.basic_publish("mailrun".into(), queue.into(), Default::default(), body, properties).await.unwrap();
+    }
+    for (_, kind, waiting_room) in waiting_rooms {
+        until(kind, async || depth(&channel, waiting_room).await.unwrap() == 1).await;
+    }
+    // Nothing else waits for them, and they go round as they are.
+    let run = world.invite(&people(100)).await;
+    world.until_over(&run).await;
+    world.terminate_all();
+    for (queue, kind, _) in waiting_rooms {
+        until(kind, async || depth(&channel, queue).await.unwrap() == 1).await;
+        let message = channel.basic_get(queue.into(), BasicGetOptions::default()).await.unwrap().unwrap();
+        assert_eq!(message.properties.kind().as_ref().map(lapin::types::ShortString::as_str), Some(kind));
+        assert_eq!(message.data, br#"{"form":"that nobody knows yet"}"#);
+    }
+    assert_eq!(depth(&channel, "mailrun.dead").await.unwrap(), 1, "one of a hundred fails, and nothing else");
 }

@@ -13,6 +13,7 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 use tokio::time::timeout;
+use tracing::warn;
 use uuid::Uuid;
 
 use crate::{
@@ -150,6 +151,10 @@ async fn read(broker: &Broker) -> Result<Option<EpochMessage>, BrokerError> {
     match looked.await {
         // Only users who may declare queues create it.
         Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::NOTFOUND) => Ok(None),
+        Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::ACCESSREFUSED) => {
+            warn!("no right to read the queue {}: a restored backup is detected only by messages", topology::EPOCH);
+            Ok(None)
+        }
         looked => looked.map(|()| found),
     }
 }

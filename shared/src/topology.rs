@@ -23,10 +23,16 @@ pub const RUNS_WAIT: &str = "mailrun.runs.wait";
 pub const RUNS_PAUSED: &str = "mailrun.runs.paused";
 /// Item messages, one for each email: the first queue of them, and the one that waiting and moved messages come to.
 pub const ITEMS: &str = "mailrun.items";
+/// Item messages of a newer version, which wait for a worker that understands them.
+pub const ITEMS_WAIT: &str = "mailrun.items.wait";
 /// Results on their way to the counters.
 pub const RESULTS: &str = "mailrun.results";
+/// Results of a newer version.
+pub const RESULTS_WAIT: &str = "mailrun.results.wait";
 /// Single mails that somebody sends to look at an invitation.
 pub const TESTS: &str = "mailrun.tests";
+/// Test messages of a newer version.
+pub const TESTS_WAIT: &str = "mailrun.tests.wait";
 /// The latest epoch of the ledger, in the only message: see [`crate::marker`].
 pub const EPOCH: &str = "mailrun.epoch";
 /// The dead letters.
@@ -36,10 +42,23 @@ pub const DEAD: &str = "mailrun.dead";
 const WAIT: Duration = Duration::from_millis(100);
 /// The same for a paused run. Each look costs a transaction, there may be many such runs, and they may stay for weeks.
 const PAUSED: Duration = Duration::from_secs(1);
+/// Before a message of a newer version is looked at again: an upgrade takes minutes.
+const NEWER: Duration = Duration::from_secs(5);
 /// A message that was given back so often has killed that many workers.
 const DELIVERY_LIMIT: i64 = 20;
 /// RabbitMQ 4 defaults to 20 and drops the message beyond it, which would lose a dead letter that is often looked at.
 const DEAD_DELIVERY_LIMIT: i64 = 1_000_000;
+
+/// Where a message waits that is taken off `queue` by a worker too old to understand it.
+#[must_use]
+pub fn waiting_room_of(queue: &str) -> &'static str {
+    match queue {
+        RESULTS => RESULTS_WAIT,
+        RUNS => RUNS_PAUSED,
+        TESTS => TESTS_WAIT,
+        _ => ITEMS_WAIT,
+    }
+}
 
 /// The name of the queue where an item waits for `delay`: one queue for each delay, since a message expires only at the
 /// head of its queue.
@@ -138,10 +157,12 @@ pub fn queues(item_queues: &[Cow<'static, str>], retry_delays: &[Duration]) -> V
     });
     let rungs = retry_delays.iter().map(|delay| Queue::waiting_room(retry_queue(*delay), *delay, ITEMS));
     let runs = [(RUNS_WAIT, WAIT), (RUNS_PAUSED, PAUSED)].map(|(name, ttl)| Queue::waiting_room(name, ttl, RUNS));
+    let newer = [(ITEMS_WAIT, ITEMS), (RESULTS_WAIT, RESULTS), (TESTS_WAIT, TESTS)]
+        .map(|(name, target)| Queue::waiting_room(name, NEWER, target));
     let mut newest = quorum(DEAD_DELIVERY_LIMIT);
     newest.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
     let epoch = Queue::new(EPOCH, newest);
-    [dead, epoch].into_iter().chain(worked_on).chain(runs).chain(rungs).collect()
+    [dead, epoch].into_iter().chain(worked_on).chain(runs).chain(newer).chain(rungs).collect()
 }
 
 /// The exchanges. The dead letters' is a fanout: one arrives whatever routing key it had.

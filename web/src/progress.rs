@@ -132,6 +132,15 @@ fn rate(progress: &Progress) -> Option<f64> {
     }
 }
 
+/// Longer than any limit makes a run wait for its next item: a run's own limit is one a second at least, and an installation's
+/// is shared by the runs that are in progress.
+const STALLED_AFTER: TimeDelta = TimeDelta::minutes(2);
+
+/// Whether the run has items that are due, and none was settled for long. Items that wait for a retry are not due.
+fn is_stalled(progress: &Progress) -> bool {
+    progress.counters.pending > 0 && progress.now - progress.updated_at > STALLED_AFTER
+}
+
 fn note(progress: &Progress, asked: bool) -> String {
     let counters = progress.counters;
     match progress.phase() {
@@ -139,6 +148,11 @@ fn note(progress: &Progress, asked: bool) -> String {
         Phase::Running | Phase::Queued if progress.held_up.is_some() => format!(
             "The mail server takes nothing at the moment ({}). Nobody loses an invitation for it: sending goes on by itself.",
             progress.held_up.as_deref().unwrap_or_default()
+        ),
+        Phase::Running | Phase::Queued if is_stalled(progress) => format!(
+            "Nothing has been sent for {}, and no rate limit or pause explains it. An operator can run “mailrun doctor” to see \
+             why. Nothing is lost.",
+            view::duration(progress.now - progress.updated_at)
         ),
         Phase::Queued => {
             "Accepted and safe. Sending starts by itself; you can close this page and come back.".to_owned()
@@ -248,6 +262,23 @@ mod tests {
             held_up: None,
             now,
         }
+    }
+
+    #[test]
+    fn a_run_that_has_not_progressed_for_long_says_so() {
+        let mut progress = finished(5, 0, 0);
+        progress.counters = Counters { total: 9, sent: 5, pending: 4, ..Counters::default() };
+        assert!(!note(&progress, false).contains("Nothing has been sent"));
+        progress.now += TimeDelta::minutes(3);
+        assert!(note(&progress, false).starts_with("Nothing has been sent for 3 min"), "{}", note(&progress, false));
+        progress.wanted = Wanted::Paused;
+        assert_eq!(note(&progress, false), "Nothing new is sent until you resume.");
+        progress.wanted = Wanted::Running;
+        progress.held_up = Some("421 busy".into());
+        assert!(note(&progress, false).contains("421 busy"));
+        progress.held_up = None;
+        progress.counters = Counters { total: 9, sent: 5, retrying: 4, ..Counters::default() };
+        assert!(!note(&progress, false).contains("Nothing has been sent"), "they wait for their next try");
     }
 
     #[test]

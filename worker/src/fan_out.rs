@@ -134,7 +134,7 @@ impl FanOut {
     async fn handle(&self, delivery: Delivery) {
         let message = match poison::read::<RunMessage>(&delivery) {
             Ok(message) => message,
-            Err(reason) => return poison::bury(&self.publisher, delivery, &reason).await,
+            Err(refusal) => return poison::refuse(&self.publisher, delivery, refusal).await,
         };
         let mut looks = 0;
         let step = loop {

@@ -51,6 +51,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, info, warn};
 
+pub use crate::poison::STALE;
 use crate::{
     consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, permits::Permits, progress::Progress, send::Senders,
     sweep::Sweeper, test_send::TestSends, unsubscribe::Links, watchdog::Watchdog,

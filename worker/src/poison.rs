@@ -1,8 +1,11 @@
 //! Messages that can't be acted on: they go to the dead letters as they came, with the reason.
 
+use std::sync::Once;
+
 use mailrun_shared::{
     broker::{Outgoing, Publisher},
-    message::{DeadReason, Message, decode},
+    message::{DeadReason, DecodeError, Message, decode},
+    topology,
 };
 use tracing::warn;
 
@@ -12,15 +15,54 @@ use crate::consumer::Delivery;
 pub const STALE: &str =
     "it was published before the ledger was restored from a backup, and may have been acted on since";
 
+/// Why a message is not acted on.
+#[derive(Debug)]
+pub enum Refusal {
+    /// It never can be.
+    Dead(String),
+    /// It is of a newer version: it waits here for a worker that understands it.
+    Newer {
+        /// The queue.
+        waiting_room: &'static str,
+    },
+}
+
 /// Reads a message that is to be acted on.
 ///
 /// # Errors
-/// The reason for the dead letter.
-pub fn read<M: Message>(delivery: &Delivery) -> Result<M, String> {
-    if delivery.is_stale {
-        return Err(STALE.to_owned());
+/// Why it must not be.
+pub fn read<M: Message>(delivery: &Delivery) -> Result<M, Refusal> {
+    if delivery.is_stale { Err(Refusal::Dead(STALE.to_owned())) } else { understand(delivery) }
+}
+
+/// Reads a message, whenever it was published.
+///
+/// # Errors
+/// Why it can't be understood.
+pub fn understand<M: Message>(delivery: &Delivery) -> Result<M, Refusal> {
+    decode(delivery.kind(), &delivery.body).map_err(|error| match error {
+        DecodeError::Newer { .. } => Refusal::Newer { waiting_room: topology::waiting_room_of(M::QUEUE) },
+        error => Refusal::Dead(error.to_string()),
+    })
+}
+
+/// Puts `delivery` where it belongs, and acknowledges it once that is confirmed.
+pub async fn refuse(publisher: &Publisher, delivery: Delivery, refusal: Refusal) {
+    match refusal {
+        Refusal::Dead(reason) => bury(publisher, delivery, &reason).await,
+        Refusal::Newer { waiting_room } => put_off(publisher, delivery, waiting_room).await,
     }
-    decode(delivery.kind(), &delivery.body).map_err(|error| error.to_string())
+}
+
+async fn put_off(publisher: &Publisher, delivery: Delivery, waiting_room: &'static str) {
+    // It comes back every few seconds until the workers are upgraded.
+    static SAID: Once = Once::new();
+    let kind = delivery.kind().unwrap_or_default().to_owned();
+    SAID.call_once(|| warn!(kind, "messages of a newer version wait for a worker that understands them"));
+    let same = Outgoing::raw(waiting_room, kind, delivery.body.clone()).with_headers_of(&delivery.properties);
+    if publisher.publish(vec![same]).await.is_ok() {
+        delivery.ack();
+    }
 }
 
 /// Dead-letters `delivery` and acknowledges it once that is confirmed.

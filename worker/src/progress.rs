@@ -6,7 +6,7 @@ use mailrun_shared::{
     broker::{Outgoing, Publisher},
     config::Config,
     item::ItemState,
-    message::{DeadReason, ItemResult, ResultsMessage, decode},
+    message::{DeadReason, ItemResult, ResultsMessage},
     retry::Reconnect,
     store::{
         Session, is_about_data,
@@ -69,13 +69,13 @@ impl Progress {
             let mut received = Vec::new();
             let mut delivery = Some(first);
             while let Some(next) = delivery.take() {
-                match decode::<ResultsMessage>(next.kind(), &next.body) {
+                match poison::understand::<ResultsMessage>(&next) {
                     // A mail that was sent stays sent, whatever the ledger was restored to.
                     Ok(message) if next.is_stale && !message.results.iter().all(is_sent) => {
                         self.take_stale(next, message, &mut received).await;
                     }
                     Ok(message) => received.push(Received { delivery: next, message }),
-                    Err(error) => poison::bury(&self.publisher, next, &error.to_string()).await,
+                    Err(refusal) => poison::refuse(&self.publisher, next, refusal).await,
                 }
                 if received.len() < self.config.progress.batch_messages {
                     delivery = consumer.next_now();

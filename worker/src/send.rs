@@ -318,7 +318,7 @@ impl Senders {
         for delivery in batch.fresh {
             match poison::read::<ItemMessage>(&delivery) {
                 Ok(item) => add(item, vec![delivery]),
-                Err(reason) => poison::bury(&self.publisher, delivery, &reason).await,
+                Err(refusal) => poison::refuse(&self.publisher, delivery, refusal).await,
             }
         }
         (keys, asked)

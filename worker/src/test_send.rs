@@ -76,7 +76,7 @@ impl TestSends {
     async fn handle(&self, delivery: Delivery, stop: &CancellationToken) {
         let test_id = match poison::read::<TestMessage>(&delivery) {
             Ok(TestMessage { test_id }) => test_id,
-            Err(reason) => return poison::bury(&self.publisher, delivery, &reason).await,
+            Err(refusal) => return poison::refuse(&self.publisher, delivery, refusal).await,
         };
         let mut trouble = Reconnect::default();
         let claimed = loop {

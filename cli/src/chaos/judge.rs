@@ -8,14 +8,14 @@ use std::{
 use anyhow::{Result, ensure};
 use lapin::{message::Delivery, options::BasicGetOptions, types::ShortString};
 use mailrun_shared::{
-    broker::{REASON_HEADER, depth},
+    broker::{ERROR_HEADER, REASON_HEADER, depth},
     config::SmtpConfig,
     item::{ItemState, Standing, merge, message_id},
     message::{ItemMessage, ResultsMessage, decode},
     store::{audit, sweep},
     topology::DEAD,
 };
-use mailrun_worker::replay::header_text;
+use mailrun_worker::{STALE, replay::header_text};
 use sqlx::PgPool;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -174,7 +174,7 @@ pub(super) async fn remains(site: &Site<'_>, run_id: Uuid) -> Result<Remains> {
     let mut strange: BTreeMap<String, u64> = BTreeMap::new();
     while let Some(letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
         match Letter::of(&letter.delivery, &standings, run_id) {
-            Letter::Waits | Letter::Foreign => {}
+            Letter::Waits | Letter::Foreign | Letter::Stale => {}
             Letter::Outdated => remains.outdated_dead_letters += 1,
             Letter::Strange => *strange.entry(described(&letter.delivery)).or_default() += 1,
         }
@@ -197,12 +197,17 @@ enum Letter {
     Outdated,
     /// It belongs to a run of another installation.
     Foreign,
+    /// It was published before the ledger was restored.
+    Stale,
     /// Nobody knows what it is for.
     Strange,
 }
 
 impl Letter {
     fn of(letter: &Delivery, standings: &HashMap<i64, Standing>, ours: Uuid) -> Self {
+        if header_text(letter, ERROR_HEADER).is_some_and(|why| why == STALE) {
+            return Self::Stale;
+        }
         let kind = letter.properties.kind().as_ref().map(ShortString::as_str);
         if let Ok(message) = decode::<ResultsMessage>(kind, &letter.data) {
             if message.run_id.is_some_and(|run_id| run_id != ours) {

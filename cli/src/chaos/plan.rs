@@ -17,7 +17,7 @@ const SUBMISSION_MS: u64 = 300;
 pub(super) enum Plan {
     /// One fault, several times.
     One(Fault),
-    /// All that need no cluster, in any order, some at the same moment.
+    /// All that can be mixed, in any order, some at the same moment.
     Mixed,
 }
 
@@ -134,7 +134,7 @@ impl Plan {
                 strikes
             }
             Self::Mixed => {
-                let faults = Fault::value_variants().iter().filter(|fault| !fault.needs_cluster());
+                let faults = Fault::value_variants().iter().filter(|fault| fault.mixes());
                 let strikes = faults.map(|fault| {
                     let moment = match fault.weight() {
                         Weight::Whole => Moment::AfterPost(Duration::ZERO),

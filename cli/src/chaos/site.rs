@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     net::{Ipv4Addr, SocketAddr, TcpListener},
+    process::Stdio,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -16,7 +17,10 @@ use sqlx::{
     PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
-use tokio::time::Instant;
+use tokio::{
+    process::Command,
+    time::{Instant, timeout},
+};
 use url::Url;
 
 use super::{Setting, fault::send_signal, plan::Plan, proxy::Proxy, weather::Weather};
@@ -67,6 +71,8 @@ pub(super) struct Site<'a> {
     /// The rate limit of the installation, in sends a second.
     pub(super) limit: Option<u32>,
     name: String,
+    /// Of the services.
+    environment: Vec<(OsString, OsString)>,
     services: Services,
 }
 
@@ -112,14 +118,27 @@ impl<'a> Site<'a> {
         let mut config = setting.config.clone();
         // Not the next free port from 8080 on: pages that were killed must find theirs free again.
         config.web.listen = free_address().context("no port is free for the pages")?;
-        let services = Services::start(&config, environment, SENDERS, None, log, |_| {}).await?;
+        let services = Services::start(&config, environment.clone(), SENDERS, None, log, |_| {}).await?;
         let options: PgConnectOptions = stack.database_url(&name).parse()?;
         let pool = PgPoolOptions::new()
             .max_connections(8)
             .acquire_timeout(Duration::from_secs(2))
             .connect_lazy_with(options.application_name("mailrun chaos"));
         let visitor = Visitor::new(&config, &services.web_url)?;
-        Ok(Self { stack, sink, weather, pool, visitor, to_broker, to_database, to_mail, limit, name, services })
+        Ok(Self {
+            stack,
+            sink,
+            weather,
+            pool,
+            visitor,
+            to_broker,
+            to_database,
+            to_mail,
+            limit,
+            name,
+            environment,
+            services,
+        })
     }
 
     /// The name of its database and of its virtual host.
@@ -145,10 +164,26 @@ impl<'a> Site<'a> {
         let properties = ConnectionProperties::default().with_connection_name("mailrun chaos".into());
         let url = self.stack.amqp_url(&self.name);
         let connection = Connection::connect(&url, properties);
-        let connection =
-            tokio::time::timeout(Duration::from_secs(10), connection).await.context("RabbitMQ does not answer")??;
+        let connection = timeout(Duration::from_secs(10), connection).await.context("RabbitMQ does not answer")??;
         let channel = connection.create_channel().await?;
         Ok((connection, channel))
+    }
+
+    /// Runs one of Mailrun's commands with the services' settings, on this database, which need not be the services'. It may
+    /// take so long.
+    ///
+    /// # Errors
+    /// When it fails, or does not end in time.
+    pub(super) async fn run(&self, database: &str, args: &[&str], limit: Duration) -> Result<()> {
+        let program = std::env::current_exe().context("the path of this program is unknown")?;
+        let mut command = Command::new(program);
+        command.args(args).envs(self.environment.iter().map(|(key, value)| (key, value)));
+        command.env("DATABASE_URL", self.stack.database_url(database));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+        let ended =
+            timeout(limit, command.status()).await.with_context(|| format!("mailrun {args:?} does not end"))??;
+        anyhow::ensure!(ended.success(), "mailrun {args:?} failed");
+        Ok(())
     }
 
     /// The process of a service.

@@ -11,6 +11,7 @@ mod database;
 mod letters;
 mod lineage;
 mod outbox;
+mod progress;
 mod queues;
 mod report;
 mod workers;
@@ -110,6 +111,8 @@ async fn examine(patient: &Patient) -> Report {
     report.note(claims::CHECK, ended);
     let ended = letters::examine(patient, conveyor, &mut report).await;
     report.note(letters::CHECK, ended);
+    let ended = progress::examine(patient, &mut report).await;
+    report.note(progress::CHECK, ended);
     report
 }
 

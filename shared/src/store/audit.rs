@@ -248,6 +248,45 @@ pub async fn unfinished(conn: &mut PgConnection) -> sqlx::Result<Vec<Unfinished>
     .await
 }
 
+/// A run that has not progressed although it has items that are due.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NoProgress {
+    /// The run.
+    pub run_id: Uuid,
+    /// For how long, in seconds.
+    pub for_s: f64,
+}
+
+/// The runs that are neither paused nor held by a closed relay, have due items, and have not progressed for `after`, or for
+/// three times what their share of the installation's rate limit takes for an item.
+///
+/// # Errors
+/// The database's.
+pub async fn without_progress(
+    conn: &mut PgConnection,
+    after: Duration,
+    per_second: Option<i32>,
+) -> sqlx::Result<Vec<NoProgress>> {
+    sqlx::query_as!(
+        NoProgress,
+        r#"SELECT r.id AS run_id, extract(epoch FROM clock_timestamp() - p.updated_at)::float8 AS "for_s!"
+           FROM run_progress p JOIN runs r ON r.id = p.run_id
+           CROSS JOIN LATERAL (SELECT count(*) AS runs FROM run_progress q JOIN runs s ON s.id = q.run_id
+                               WHERE q.finished_at IS NULL AND s.wanted = 'running') active
+           WHERE p.finished_at IS NULL AND r.wanted = 'running'
+             AND NOT mailrun_is_recent(p.updated_at, greatest($1, coalesce(3 * active.runs / $2::float8, 0)))
+             AND NOT EXISTS (SELECT FROM workers w WHERE w.stopped_at IS NULL AND w.lane_until > clock_timestamp())
+             AND (p.pending > 0
+                  OR EXISTS (SELECT FROM run_items i WHERE i.run_id = r.id AND i.state = 'retrying'
+                             AND (i.due_at IS NULL OR i.due_at < clock_timestamp() - make_interval(secs => $1))))
+           ORDER BY r.created_at, r.id"#,
+        after.as_secs_f64(),
+        per_second.map(f64::from),
+    )
+    .fetch_all(conn)
+    .await
+}
+
 /// Items that a person has to look at: each should have a dead letter, for those who look at the queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Troubled {

@@ -5,6 +5,7 @@ mod broker;
 mod cluster;
 mod conveyor;
 mod database;
+mod ledgers;
 mod mail;
 mod network;
 mod processes;
@@ -115,6 +116,10 @@ pub(super) enum Fault {
     DeleteWorkerRow,
     /// Messages and results of another installation arrive, of items with the same numbers
     ForeignMessages,
+    /// The ledger is replaced by a backup of some seconds ago, and the restore is declared
+    Restore,
+    /// Another installation is set up on the same virtual host, and starts a worker there
+    SecondInstallation,
     /// Every message is published twice
     DuplicateMessages,
     /// RabbitMQ runs out of memory and blocks its publishers for some seconds
@@ -178,6 +183,7 @@ impl Fault {
             | Self::KillRecovery
             | Self::RestartBroker
             | Self::RestartDatabase
+            | Self::Restore
             | Self::HoleBroker
             | Self::HoleDatabase
             | Self::HoleMail => Weight::Heavy,
@@ -190,6 +196,11 @@ impl Fault {
     /// Whether it takes a cluster of RabbitMQ.
     pub(super) fn needs_cluster(self) -> bool {
         matches!(self, Self::KillNode | Self::KillLeader | Self::KillMajority | Self::StopLeader)
+    }
+
+    /// Whether it can be one of many in the same run. A restore settles the whole run, so nothing would be left for others.
+    pub(super) fn mixes(self) -> bool {
+        !self.needs_cluster() && self != Self::Restore
     }
 
     /// Whether the form itself must survive it.
@@ -280,6 +291,8 @@ impl Fault {
             Self::TermSendUncounted => processes::term_uncounted(site, some_seconds(rng)).await,
             Self::DeleteWorkerRow => database::delete_worker_row(site).await,
             Self::ForeignMessages => conveyor::foreign(site, some_seconds(rng), rng).await,
+            Self::Restore => ledgers::restore(site, some_seconds(rng)).await,
+            Self::SecondInstallation => ledgers::second_installation(site).await,
             Self::BrokerAlarm => broker::memory_alarm(site, some_seconds(rng)).await,
             Self::DiskAlarm => broker::disk_alarm(site, some_seconds(rng)).await,
             Self::FullItems => broker::full(site, topology::ITEMS, &senders().collect::<Vec<_>>(), FULL).await,

@@ -28,7 +28,7 @@ pub(super) async fn pause(site: &Site<'_>, time: Duration) -> Result<()> {
     press(site, run_id, "resume", Wanted::Running).await
 }
 
-async fn press(site: &Site<'_>, run_id: Uuid, button: &str, until: Wanted) -> Result<()> {
+pub(super) async fn press(site: &Site<'_>, run_id: Uuid, button: &str, until: Wanted) -> Result<()> {
     let end = Instant::now() + PATIENT_FOR;
     loop {
         let pressed = site.visitor.press(run_id, button).await;
