@@ -4,6 +4,9 @@
 /// reply's code.
 pub type Detail = (u16, u16);
 
+/// A normalized text has at most so many words.
+const LONGEST_WORDS: usize = 40;
+
 /// The words of a text in lower case, without addresses, host names and links, whose parts could be taken for words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Words {
@@ -109,12 +112,8 @@ pub fn normalized(code: u16, text: &str) -> String {
         shown.push_str(&format!(" {}.{subject}.{detail}", code / 100));
     }
     let words = Words::of(text);
-    let mut kept = 0;
-    for word in words.joined.split_whitespace().filter(|word| !word.contains(|c: char| c.is_ascii_digit())) {
-        if kept == 40 {
-            break;
-        }
-        kept += 1;
+    let is_common = |word: &&str| !word.contains(|c: char| c.is_ascii_digit());
+    for word in words.joined.split_whitespace().filter(is_common).take(LONGEST_WORDS) {
         shown.push(' ');
         shown.push_str(word);
     }
