@@ -10,6 +10,7 @@ pub mod local;
 pub mod mail_sink;
 mod people;
 pub mod prune;
+pub mod relay;
 pub mod setup;
 pub mod sink;
 pub mod stack;

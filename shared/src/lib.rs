@@ -14,6 +14,7 @@ pub mod reply;
 pub mod retry;
 pub mod run;
 pub mod shutdown;
+pub mod since;
 pub mod store;
 pub mod telemetry;
 pub mod template;

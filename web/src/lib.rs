@@ -9,6 +9,7 @@ mod guard;
 mod hooks;
 mod progress;
 mod relay;
+mod relay_stops;
 mod report;
 mod results;
 mod runs;
@@ -184,6 +185,10 @@ fn router(app: Arc<App>) -> Router {
         .route("/tests", post(test_sends::ask).get(form::back_to_form))
         .route("/tests/{id}", get(test_sends::show))
         .route("/suppressions", get(suppressions::show).post(suppressions::add))
+        .route("/suppressions/remove", post(suppressions::remove_since).get(suppressions::back_to_list))
+        .route("/suppressions/held/{run_id}", post(suppressions::decide).get(suppressions::back_to_list))
+        .route("/relay", get(relay_stops::show))
+        .route("/relay/{number}", post(relay_stops::answer).get(relay_stops::back))
         .route("/suppressions/{number}/remove", post(suppressions::remove).get(suppressions::back_to_list))
         .route("/u/{token}", get(unsubscribe::show).post(unsubscribe::unsubscribe))
         // Without a key there is no such page, however it is asked for.

@@ -137,14 +137,19 @@ fn note(progress: &Progress, asked: bool) -> String {
     match progress.phase() {
         _ if asked => "Asked to send again. It starts in a moment.".to_owned(),
         Phase::Running | Phase::Queued if progress.held_up.is_some() => format!(
-            "The mail server takes nothing at the moment ({}). Nobody loses an invitation for it: sending goes on by itself.",
+            "Sending is paused: the relay is not accepting mail ({}). It resumes automatically; nothing is lost.",
             progress.held_up.as_deref().unwrap_or_default()
         ),
         Phase::Queued => {
             "Accepted and safe. Sending starts by itself; you can close this page and come back.".to_owned()
         }
         Phase::Running => "You can close this page and come back: sending goes on.".to_owned(),
-        Phase::Paused => "Nothing new is sent until you resume.".to_owned(),
+        Phase::Paused => match &progress.held_up {
+            Some(reason) => {
+                format!("Nothing new is sent until you resume. The relay is not accepting mail ({reason}).")
+            }
+            None => "Nothing new is sent until you resume.".to_owned(),
+        },
         Phase::Cancelling => "What is being sent right now is still finished.".to_owned(),
         Phase::Cancelled => "Cancelled. What had been sent before stays sent.".to_owned(),
         Phase::Finished if counters.sent == counters.total => match counters.total {

@@ -4,6 +4,7 @@
 
 mod relay;
 mod smtp;
+mod suppressions;
 
 use std::{collections::HashMap, ffi::OsString, net::SocketAddr, path::Path, time::Duration};
 
@@ -14,7 +15,8 @@ use serde::Deserialize;
 use crate::public_url::PublicUrl;
 
 pub use relay::{Login, Mechanism, Password, Relay, RelayTls};
-pub use smtp::{DkimConfig, MailerKind, Sender, SmtpConfig};
+pub use smtp::{BreakerConfig, DkimConfig, MailerKind, Sender, SmtpConfig};
+pub use suppressions::SuppressionsConfig;
 
 /// Everything that can be set. Each part is documented where it stands.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -44,6 +46,8 @@ pub struct Config {
     pub heartbeat: HeartbeatConfig,
     /// Who carries the mail.
     pub mailer: MailerConfig,
+    /// When what a run suppresses is held for a person.
+    pub suppressions: SuppressionsConfig,
     /// Logging.
     pub log: LogConfig,
     /// Which servers are named, and not only assumed.
@@ -305,7 +309,7 @@ pub struct WatchdogConfig {
 
 impl Default for WatchdogConfig {
     fn default() -> Self {
-        Self { idle_after_ms: 10_000, stuck_after_ms: 900_000 }
+        Self { idle_after_ms: 10_000, stuck_after_ms: 1_380_000 }
     }
 }
 

@@ -5,12 +5,14 @@
 pub mod attempts;
 pub mod audit;
 mod connections;
+pub mod held_suppressions;
 pub mod outbox;
 pub mod pacing;
 pub mod passes;
 pub mod progress;
 pub mod prune;
 pub mod receipts;
+pub mod relay_stops;
 pub mod runs;
 pub mod schema;
 pub mod submit;
