@@ -40,7 +40,10 @@ impl Limits {
 
     /// The time of an attempt that begins now.
     pub fn begin(self) -> Deadline {
-        let now = Instant::now();
+        self.begin_at(Instant::now())
+    }
+
+    fn begin_at(self, now: Instant) -> Deadline {
         let end = now + LONGEST_ATTEMPT;
         Deadline { limits: self, before_message: end - HAND_OVER - self.message, end }
     }
@@ -64,6 +67,10 @@ pub struct Deadline {
 impl Deadline {
     /// How long a step may take that begins now.
     pub fn limit(&self, stage: Stage) -> Duration {
+        self.limit_at(stage, Instant::now())
+    }
+
+    fn limit_at(&self, stage: Stage, now: Instant) -> Duration {
         let limit = match stage {
             Stage::Connect | Stage::Tls => self.limits.connect,
             Stage::Greeting => self.limits.greeting,
@@ -72,7 +79,7 @@ impl Deadline {
             Stage::Content => self.limits.message,
         };
         let until = if stage == Stage::Content { self.end } else { self.before_message };
-        limit.min(until.saturating_duration_since(Instant::now()))
+        limit.min(until.saturating_duration_since(now))
     }
 
     /// When an attempt that has not begun its message is given up.
@@ -85,19 +92,17 @@ impl Deadline {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn an_attempt_ends_within_its_time() {
-        let deadline = Limits::new(&SmtpConfig::default()).begin();
-        let minutes = |stage| deadline.limit(stage).as_secs() / 60;
-        assert_eq!(
-            [Stage::Greeting, Stage::Mail, Stage::Rcpt, Stage::Data, Stage::Content].map(minutes),
-            [5, 5, 5, 2, 10]
-        );
-        tokio::time::advance(Duration::from_secs(8 * 60)).await;
-        assert_eq!([Stage::Rcpt, Stage::Content].map(minutes), [1, 10], "the answer to the message keeps its time");
-        tokio::time::advance(Duration::from_secs(60 + 1)).await;
-        assert_eq!(deadline.limit(Stage::Data), Duration::ZERO);
-        tokio::time::advance(Duration::from_secs(5 * 60)).await;
-        assert_eq!(minutes(Stage::Content), 5);
+    #[test]
+    fn an_attempt_ends_within_its_time() {
+        let begin = Instant::now();
+        let deadline = Limits::new(&SmtpConfig::default()).begin_at(begin);
+        let seconds = |stage, after| deadline.limit_at(stage, begin + Duration::from_secs(after)).as_secs();
+        let stages = [Stage::Greeting, Stage::Mail, Stage::Rcpt, Stage::Data, Stage::Content];
+        assert_eq!(stages.map(|stage| seconds(stage, 0)), [300, 300, 300, 120, 600]);
+        // The answer to the message keeps its time.
+        assert_eq!([Stage::Rcpt, Stage::Content].map(|stage| seconds(stage, 8 * 60)), [60, 600]);
+        assert_eq!(seconds(Stage::Data, 9 * 60), 0);
+        assert_eq!(seconds(Stage::Content, 15 * 60), 300);
+        assert_eq!(seconds(Stage::Content, 20 * 60), 0);
     }
 }
