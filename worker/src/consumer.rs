@@ -333,6 +333,28 @@ mod tests {
         assert_eq!(watermark.pass([9]), [ack(9, true)]);
     }
 
+    #[tokio::test]
+    async fn only_a_delivery_that_has_waited_is_taken_before_its_turn() {
+        let (sender, deliveries) = mpsc::channel(2);
+        let (acks, _acked) = mpsc::unbounded_channel();
+        for tag in [1, 2] {
+            let delivery = Delivery {
+                properties: BasicProperties::default(),
+                body: Vec::new(),
+                tag,
+                acks: acks.clone(),
+                received_at: Instant::now(),
+            };
+            sender.send(delivery).await.unwrap();
+        }
+        let mut consumer = Consumer { deliveries, ahead: None };
+        let hour = Duration::from_secs(3_600);
+        assert!(consumer.next_older_than(hour).is_none());
+        assert_eq!(consumer.next_older_than(Duration::ZERO).map(|delivery| delivery.tag), Some(1));
+        assert!(consumer.next_older_than(hour).is_none());
+        assert_eq!(consumer.next().await.map(|delivery| delivery.tag), Some(2));
+    }
+
     #[test]
     fn at_the_end_none_waits() {
         let mut watermark = Watermark::new(9);
