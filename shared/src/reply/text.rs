@@ -4,6 +4,24 @@
 /// reply's code.
 pub type Detail = (u16, u16);
 
+/// A text without what stands in brackets, which are often identifiers.
+fn without_brackets(text: &str) -> String {
+    let mut depth = 0u32;
+    let mut kept = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter {
+            '[' | '(' | '<' => depth += 1,
+            ']' | ')' | '>' => {
+                depth = depth.saturating_sub(1);
+                kept.push(' ');
+            }
+            _ if depth == 0 => kept.push(letter),
+            _ => {}
+        }
+    }
+    kept
+}
+
 /// A normalized text has at most so many words.
 const LONGEST_WORDS: usize = 40;
 
@@ -111,7 +129,7 @@ pub fn normalized(code: u16, text: &str) -> String {
     for (subject, detail) in statuses(text, Some(code / 100)) {
         shown.push_str(&format!(" {}.{subject}.{detail}", code / 100));
     }
-    let words = Words::of(text);
+    let words = Words::of(&without_brackets(text));
     let is_common = |word: &&str| !word.contains(|c: char| c.is_ascii_digit());
     for word in words.joined.split_whitespace().filter(is_common).take(LONGEST_WORDS) {
         shown.push(' ');
@@ -154,7 +172,7 @@ mod tests {
     #[test]
     fn the_same_refusal_of_two_recipients_is_the_same_text() {
         let one = normalized(550, "5.7.1 <ann@example.org>: Nope, ref 8842-AB12 (mx1.example.net)");
-        let other = normalized(550, "5.7.1 <bob@example.com>: Nope, ref 9-CD34 (mx2.example.net)");
+        let other = normalized(550, "5.7.1 <bob@example.com>: Nope, ref 9-CD34 (mx2.example.net) [qXyz]");
         assert_eq!(one, other);
         assert_ne!(one, normalized(550, "5.7.1 <bob@example.com>: Never"));
     }

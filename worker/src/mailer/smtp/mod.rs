@@ -379,7 +379,13 @@ fn anonymous(verdict: Verdict, letter: &Letter) -> Verdict {
         Verdict::Away(pause) => Verdict::Away(paused(pause)),
         Verdict::Refused(pause) => Verdict::Refused(paused(pause)),
         Verdict::Deferred(pause) => Verdict::Deferred(paused(pause)),
-        Verdict::Unexplained { reason, alike } => Verdict::Unexplained { reason: clean(reason), alike },
+        Verdict::Unexplained { reason, alike } => {
+            // Some servers name the mailbox without its domain.
+            let local = letter.known_as.split('@').next().unwrap_or_default().to_lowercase();
+            let names: Vec<&str> = local.split(|c: char| !c.is_alphanumeric()).collect();
+            let alike: Vec<&str> = alike.split(' ').filter(|word| !names.contains(word)).collect();
+            Verdict::Unexplained { reason: clean(reason), alike: alike.join(" ") }
+        }
         Verdict::Mail(what) => Verdict::Mail(outcome(what)),
         Verdict::Broken(what) => Verdict::Broken(outcome(what)),
         Verdict::Withdrawn(withdrawn) => Verdict::Withdrawn(withdrawn),

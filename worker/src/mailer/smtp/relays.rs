@@ -182,7 +182,7 @@ impl Ticket<'_> {
         let news = self.endpoint.circuit().away(self.pass, pause, Instant::now());
         if let Some(wait) = news {
             let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-            warn!(relay = %self.endpoint.relay, reason, wait_ms, "the relay accepts no mail, trying again later");
+            warn!(relay = %self.endpoint.relay, reason, wait_ms, "a mail server takes no mail; it is tried again later");
         }
         self.relays.changed.send_replace(());
     }
