@@ -137,7 +137,7 @@ fn note(progress: &Progress, asked: bool) -> String {
     match progress.phase() {
         _ if asked => "Asked to send again. It starts in a moment.".to_owned(),
         Phase::Running | Phase::Queued if progress.held_up.is_some() => format!(
-            "Sending is paused: the relay is not accepting mail ({}). It resumes automatically; nothing is lost.",
+            "The mail server takes nothing at the moment ({}). Nobody loses an invitation for it: sending goes on by itself.",
             progress.held_up.as_deref().unwrap_or_default()
         ),
         Phase::Queued => {
