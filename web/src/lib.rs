@@ -3,10 +3,12 @@
 mod actions;
 mod assets;
 mod body;
+mod client;
 mod error;
 mod form;
 mod guard;
 mod hooks;
+mod logins;
 mod progress;
 mod relay;
 mod report;
@@ -31,7 +33,7 @@ use axum::{
 };
 use mailrun_shared::{
     broker::Broker,
-    config::{Config, MailerKind, WebConfig},
+    config::{Config, ConfigError, MailerKind, WebConfig},
     store,
     unsubscribe::Signer,
 };
@@ -68,6 +70,9 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; scr
 /// Why the pages can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum WebError {
+    /// They would be open to others than they should.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The setting `database.url` is no address.
     #[error("database.url is no address of a PostgreSQL database: {0}")]
     Database(#[from] sqlx::Error),
@@ -93,6 +98,8 @@ struct App {
     config: WebConfig,
     /// Wakes the relay when there is something new in the outbox.
     outbox: Arc<Notify>,
+    /// Who has failed to log in lately.
+    logins: logins::Logins,
     /// The memory for forms that are being read.
     room: body::Room,
     /// What polls were answered lately.
@@ -116,6 +123,7 @@ type Shared = State<Arc<App>>;
 /// # Errors
 /// When the settings can't be used, or serving ended by itself.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError> {
+    config.web.check_access()?;
     let mut database = config.database.clone();
     database.acquire_timeout_ms = database.acquire_timeout_ms.min(ACQUIRE_TIMEOUT_MS);
     let pool = store::open(&database, "mailrun web")?;
@@ -141,6 +149,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         pool: pool.clone(),
         config: config.web,
         outbox,
+        logins: logins::Logins::new(),
         room,
         watched: progress::watched(),
         signer: OnceCell::new(),
@@ -157,7 +166,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
 
 /// Serves until `stop`, then for as long as the requests under way need, up to [`DRAIN`].
 async fn serve(listener: TcpListener, router: Router, stop: &CancellationToken) -> io::Result<()> {
-    let server = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
+    let server = axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned());
     tokio::select! {
         served = server.into_future() => served,
         () = async { stop.cancelled().await; tokio::time::sleep(DRAIN).await } => {
