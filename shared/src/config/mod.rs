@@ -152,6 +152,13 @@ pub struct WebConfig {
     /// The proxies in front of these pages. What their forwarding headers say of a request's client, host, port and scheme is
     /// believed; from any other address those headers are ignored.
     pub trusted_proxies: Vec<Proxy>,
+    /// Connections that are served at once; further ones wait.
+    pub max_connections: usize,
+    /// The head of a request must have arrived after this time, counted from the begin of the connection or from the answer before:
+    /// so it is also how long a connection may be idle.
+    pub header_timeout_ms: u64,
+    /// A connection that is older ends with the request that it serves.
+    pub connection_age_ms: u64,
     /// What a mail provider has to know to report bounces and complaints; none: nobody may.
     pub hook_key: Option<SecretString>,
 }
@@ -167,6 +174,9 @@ impl Default for WebConfig {
             body: "Join us. We have cake.".into(),
             public_url: None,
             trusted_proxies: Vec::new(),
+            max_connections: 512,
+            header_timeout_ms: 20_000,
+            connection_age_ms: 300_000,
             hook_key: None,
         }
     }
@@ -517,6 +527,15 @@ impl Config {
             return wrong("amqp.item_queues", "from 1 to 64");
         }
         self.web.check_password()?;
+        if !(1..=100_000).contains(&self.web.max_connections)
+            || self.web.header_timeout_ms == 0
+            || self.web.connection_age_ms == 0
+        {
+            return wrong(
+                "web",
+                "max_connections is from 1 to 100000, header_timeout_ms and connection_age_ms at least 1",
+            );
+        }
         if self.web.hook_key.as_ref().is_some_and(|key| key.expose_secret().len() < MIN_HOOK_KEY_BYTES) {
             return wrong("web.hook_key", "at least 16 characters, for instance from `openssl rand -hex 24`");
         }
