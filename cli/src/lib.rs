@@ -11,6 +11,7 @@ pub mod local;
 pub mod mail_sink;
 mod people;
 pub mod prune;
+pub mod relay;
 pub mod restored;
 pub mod setup;
 pub mod sink;

@@ -5,10 +5,15 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use mailrun::{
-    backup, bench, chaos, dead_letters, demo, doctor, ledger::Ledger, local::with_database, mail_sink, prune, restored,
-    setup, stack, supervise, suppressions, test_send, up,
+    backup, bench, chaos, dead_letters, demo, doctor, ledger::Ledger, local::with_database, mail_sink, prune, relay,
+    restored, setup, stack, supervise, suppressions, test_send, up,
 };
-use mailrun_shared::{config::Config, shutdown, telemetry};
+use mailrun_shared::{
+    config::Config,
+    shutdown,
+    store::{relay_stops::Fault, suppressions::Reason},
+    telemetry,
+};
 use mailrun_worker::Role;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -68,6 +73,12 @@ enum Command {
         /// Lists them, without a command.
         #[command(subcommand)]
         command: Option<Suppressions>,
+    },
+    /// Shows the relays that are stopped because of refusals that nobody could explain, or says whose fault those were.
+    Relay {
+        /// Shows, without a command.
+        #[command(subcommand)]
+        command: Option<Relay>,
     },
     /// Sends one mail through the configured mailer, with the configured text, and says what became of it.
     TestSend {
@@ -130,8 +141,45 @@ enum Suppressions {
     /// Lets addresses be written to again.
     Remove {
         /// The addresses.
-        #[arg(required = true)]
+        #[arg(required_unless_present = "reason", conflicts_with = "reason")]
         addresses: Vec<String>,
+        /// All that were suppressed for this reason: unsubscribed, complained, bounced or asked.
+        #[arg(long, requires = "since")]
+        reason: Option<Reason>,
+        /// Of these, those since then: 2026-11-28, 2026-11-28T14:30 (UTC), or 90m, 2h or 3d ago.
+        #[arg(long, requires = "reason")]
+        since: Option<String>,
+    },
+    /// Shows the runs whose suppressions are held for review.
+    Held,
+    /// Decides what becomes of the suppressions of a run that are held.
+    Review {
+        /// The run.
+        run: Uuid,
+        /// The addresses do not exist: suppress them.
+        #[arg(long, required_unless_present = "reject", conflicts_with = "reject")]
+        accept: bool,
+        /// They do: drop the suppressions.
+        #[arg(long)]
+        reject: bool,
+    },
+}
+
+#[derive(Subcommand)]
+enum Relay {
+    /// Shows the relays that are stopped.
+    Show,
+    /// The relay refused the sender: goes on, and tries the refused recipients again.
+    ItWasUs {
+        /// Only this stop; without it, all.
+        #[arg(long)]
+        number: Option<i64>,
+    },
+    /// Each recipient was refused for a reason of its own: goes on, and lets those fail.
+    ItWasThem {
+        /// Only this stop; without it, all.
+        #[arg(long)]
+        number: Option<i64>,
     },
 }
 
@@ -212,7 +260,20 @@ async fn run(arguments: Arguments) -> Result<()> {
             match command.unwrap_or(Suppressions::List) {
                 Suppressions::List => suppressions::list(&ledger).await,
                 Suppressions::Add { addresses } => suppressions::add(&ledger, &addresses).await,
-                Suppressions::Remove { addresses } => suppressions::remove(&ledger, &addresses).await,
+                Suppressions::Remove { reason: Some(reason), since, .. } => {
+                    suppressions::remove_since(&ledger, reason, since.as_deref().unwrap_or_default()).await
+                }
+                Suppressions::Remove { addresses, .. } => suppressions::remove(&ledger, &addresses).await,
+                Suppressions::Held => suppressions::held(&ledger).await,
+                Suppressions::Review { run, accept, .. } => suppressions::review(&ledger, run, accept).await,
+            }
+        }
+        Command::Relay { command } => {
+            let ledger = Ledger::reach(&config()?).await?;
+            match command.unwrap_or(Relay::Show) {
+                Relay::Show => relay::show(&ledger).await,
+                Relay::ItWasUs { number } => relay::answer(&ledger, number, Fault::Us).await,
+                Relay::ItWasThem { number } => relay::answer(&ledger, number, Fault::Them).await,
             }
         }
         Command::TestSend { address } => {

@@ -2,11 +2,17 @@
 
 use std::io::{self, Write as _};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
+use chrono::Utc;
 use mailrun_shared::{
     address::{Address, Invalid},
-    store::suppressions::{self, Reason},
+    since,
+    store::{
+        held_suppressions,
+        suppressions::{self, Reason},
+    },
 };
+use uuid::Uuid;
 
 use crate::ledger::Ledger;
 
@@ -67,6 +73,49 @@ pub async fn remove(ledger: &Ledger, addresses: &[String]) -> Result<()> {
     }
     tx.commit().await?;
     println!("{} off the list, and can be invited again{}.", are(removed), rest(emails.len() - removed, "not on it"));
+    Ok(())
+}
+
+/// Lets all addresses be written to again that were suppressed for `reason` since then.
+///
+/// # Errors
+/// When `since` is no moment, or the database's.
+pub async fn remove_since(ledger: &Ledger, reason: Reason, since: &str) -> Result<()> {
+    let moment = since::parse(since, Utc::now()).with_context(|| {
+        format!(
+            "{since:?} is no moment: write 2026-11-28, 2026-11-28T14:30 (UTC), or 90m, 2h or 3d; nothing is changed"
+        )
+    })?;
+    let removed = suppressions::remove_since(&mut *ledger.pool.acquire().await?, reason, moment).await?;
+    println!("{} off the list, and can be invited again.", are(usize::try_from(removed)?));
+    Ok(())
+}
+
+/// Prints the runs whose suppressions are held.
+///
+/// # Errors
+/// The database's.
+pub async fn held(ledger: &Ledger) -> Result<()> {
+    let reviews = held_suppressions::open_reviews(&mut *ledger.pool.acquire().await?).await?;
+    if reviews.is_empty() {
+        println!("No suppressions are held for review.");
+    }
+    for review in reviews {
+        let since = review.held_at.format("%Y-%m-%d %H:%M UTC");
+        println!("{}  {} addresses, held since {since}", review.run_id, review.addresses);
+        println!("    most often: {}", review.detail.unwrap_or_default());
+    }
+    Ok(())
+}
+
+/// Decides what becomes of the suppressions of a run.
+///
+/// # Errors
+/// When nothing of it is held, or the database's.
+pub async fn review(ledger: &Ledger, run_id: Uuid, accept: bool) -> Result<()> {
+    let decided = held_suppressions::decide(&mut *ledger.pool.acquire().await?, run_id, accept).await?;
+    let Some(count) = decided else { bail!("no suppressions of run {run_id} are held for review") };
+    println!("{} {}.", are(count), if accept { "suppressed" } else { "not suppressed, and receive mail" });
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! What web and workers have in common: the messages and tables through which they meet, and the ways to reach both servers.
 //!
-//! `item`, `run`, `message`, `pacing`, `address`, `template`, `unsubscribe` and `retry` are pure; `topology`, `broker` and
-//! `marker` speak to RabbitMQ, `store` to PostgreSQL, and the two don't know each other. `lineage` alone compares the two.
+//! `item`, `run`, `message`, `pacing`, `address`, `template`, `unsubscribe`, `reply` and `retry` are pure; `topology`, `broker`
+//! and `marker` speak to RabbitMQ, `store` to PostgreSQL, and the two don't know each other. `lineage` alone compares the two.
 
 pub mod address;
 pub mod broker;
@@ -13,9 +13,11 @@ pub mod marker;
 pub mod message;
 pub mod pacing;
 pub mod public_url;
+pub mod reply;
 pub mod retry;
 pub mod run;
 pub mod shutdown;
+pub mod since;
 pub mod store;
 pub mod telemetry;
 pub mod template;

@@ -3,15 +3,20 @@
 mod actions;
 mod assets;
 mod body;
+mod client;
 mod error;
 mod form;
 mod guard;
+mod health;
 mod hooks;
+mod logins;
 mod progress;
 mod relay;
+mod relay_stops;
 mod report;
 mod results;
 mod runs;
+mod server;
 mod suppressions;
 mod test_sends;
 mod text;
@@ -24,14 +29,14 @@ use axum::{
     Router,
     body::Body,
     extract::State,
-    http::{HeaderValue, Request, StatusCode, header},
+    http::{HeaderValue, Request, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{any, get, post},
 };
 use mailrun_shared::{
     broker::Broker,
-    config::{Config, MailerKind, WebConfig},
+    config::{Config, ConfigError, MailerKind, WebConfig},
     lineage, store,
     unsubscribe::Signer,
 };
@@ -39,11 +44,11 @@ use sqlx::PgPool;
 use tokio::{
     net::TcpListener,
     sync::{Notify, OnceCell},
-    time::{sleep, timeout},
+    time::sleep,
 };
 use tokio_util::sync::CancellationToken;
 use tower_http::{set_header::SetResponseHeaderLayer, trace::TraceLayer};
-use tracing::{Level, error, info, info_span, warn};
+use tracing::{Level, error, info, info_span};
 
 use self::error::ErrorPage;
 // For pages beside these, which shall look and guard themselves alike.
@@ -57,12 +62,10 @@ pub const ICON: &str = include_str!("../static/icon.svg");
 
 /// A person waits for the page, so the wait for a database connection ends sooner than a worker's.
 const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
+/// Connections for what must not wait for the pages: the outbox relay, and the health check.
+const BACKGROUND_CONNECTIONS: u32 = 2;
 /// Another installation's virtual host is looked at again after this time: it may have been taken over.
 const FOREIGN_RETRY: Duration = Duration::from_secs(10);
-/// How long a health check waits for the database.
-const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
-/// After the stop, requests under way get this long.
-const DRAIN: Duration = Duration::from_secs(10);
 /// Nothing but our own files, and nobody may frame a page.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; \
      img-src 'self' data:; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
@@ -70,6 +73,9 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; scr
 /// Why the pages can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum WebError {
+    /// They would be open to others than they should.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The setting `database.url` is no address.
     #[error("database.url is no address of a PostgreSQL database: {0}")]
     Database(#[from] sqlx::Error),
@@ -81,9 +87,6 @@ pub enum WebError {
         /// What the system says.
         source: io::Error,
     },
-    /// The listening socket broke.
-    #[error("serving the pages ended: {0}")]
-    Serve(#[from] io::Error),
     /// A bug.
     #[error("the outbox relay ended unasked: {0}")]
     Relay(#[from] tokio::task::JoinError),
@@ -92,9 +95,17 @@ pub enum WebError {
 /// What every handler may use.
 struct App {
     pool: PgPool,
+    /// Connections that no page takes.
+    background: PgPool,
+    /// What health checks were answered lately.
+    health: health::Health,
     config: WebConfig,
     /// Wakes the relay when there is something new in the outbox.
     outbox: Arc<Notify>,
+    /// Who has failed to log in lately.
+    logins: logins::Logins,
+    /// Submissions that are under way, or whose end is not known.
+    in_doubt: form::InDoubt,
     /// The memory for forms that are being read.
     room: body::Room,
     /// What polls were answered lately.
@@ -118,13 +129,17 @@ type Shared = State<Arc<App>>;
 /// # Errors
 /// When the settings can't be used, or serving ended by itself.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError> {
+    config.web.check_access()?;
     let mut database = config.database.clone();
     database.acquire_timeout_ms = database.acquire_timeout_ms.min(ACQUIRE_TIMEOUT_MS);
     let pool = store::open(&database, "mailrun web")?;
+    database.max_connections = BACKGROUND_CONNECTIONS;
+    let background = store::open(&database, "mailrun web outbox")?;
     let address = config.web.listen;
-    let listener = TcpListener::bind(address).await.map_err(|source| WebError::Listen { address, source })?;
+    let not_listening = |source| WebError::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(not_listening)?;
     // Port 0 is only known by now.
-    info!(address = %listener.local_addr()?, login = config.web.password.is_some(), "serving the pages");
+    info!(address = %listener.local_addr().map_err(not_listening)?, login = config.web.password.is_some(), "serving the pages");
 
     let outbox = Arc::new(Notify::new());
     let broker = Broker::new(&config, "mailrun web");
@@ -133,7 +148,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     let ending = stop.child_token();
     let limit = database.answer_timeout();
     let relay = tokio::spawn({
-        let (pool, outbox, ending) = (pool.clone(), Arc::clone(&outbox), ending.clone());
+        let (pool, outbox, ending) = (background.clone(), Arc::clone(&outbox), ending.clone());
         async move {
             let _guard = ending.clone().drop_guard();
             tokio::join!(
@@ -143,10 +158,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         }
     });
     let room = body::Room::new(config.web.max_body_bytes);
+    let limits = server::Limits::of(&config.web);
     let app = Arc::new(App {
         pool: pool.clone(),
+        background: background.clone(),
+        health: health::Health::new(),
         config: config.web,
         outbox,
+        logins: logins::Logins::new(),
+        in_doubt: form::nothing_in_doubt(),
         room,
         watched: progress::watched(),
         signer: OnceCell::new(),
@@ -154,11 +174,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
         answer_timeout: limit,
     });
-    let served = serve(listener, router(app), &ending).await;
+    server::serve(listener, router(app), limits, &ending).await;
     ending.cancel();
     relay.await?;
     pool.close().await;
-    Ok(served?)
+    background.close().await;
+    Ok(())
 }
 
 /// Compares ledger and broker. On another installation's virtual host the pages stay, and what is accepted waits in the outbox.
@@ -167,18 +188,6 @@ async fn keep_lineage(pool: &PgPool, broker: &Arc<Broker>, limit: Duration, stop
         error!("{foreign}. Nothing is published until then");
         if stop.run_until_cancelled(sleep(FOREIGN_RETRY)).await.is_none() {
             return;
-        }
-    }
-}
-
-/// Serves until `stop`, then for as long as the requests under way need, up to [`DRAIN`].
-async fn serve(listener: TcpListener, router: Router, stop: &CancellationToken) -> io::Result<()> {
-    let server = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
-    tokio::select! {
-        served = server.into_future() => served,
-        () = async { stop.cancelled().await; sleep(DRAIN).await } => {
-            warn!("some requests did not end in time; leaving them");
-            Ok(())
         }
     }
 }
@@ -200,12 +209,16 @@ fn router(app: Arc<App>) -> Router {
         .route("/tests", post(test_sends::ask).get(form::back_to_form))
         .route("/tests/{id}", get(test_sends::show))
         .route("/suppressions", get(suppressions::show).post(suppressions::add))
+        .route("/suppressions/remove", post(suppressions::remove_since).get(suppressions::back_to_list))
+        .route("/suppressions/held/{run_id}", post(suppressions::decide).get(suppressions::back_to_list))
+        .route("/relay", get(relay_stops::show))
+        .route("/relay/{number}", post(relay_stops::answer).get(relay_stops::back))
         .route("/suppressions/{number}/remove", post(suppressions::remove).get(suppressions::back_to_list))
         .route("/u/{token}", get(unsubscribe::show).post(unsubscribe::unsubscribe))
         // Without a key there is no such page, however it is asked for.
         .route("/hooks/bounces", any(hooks::bounces))
         .route("/static/{name}", get(assets::show))
-        .route("/healthz", get(health))
+        .route("/healthz", get(health::show))
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), in_time))
@@ -240,19 +253,4 @@ async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Resp
     }
     let answer = store::in_time(app.answer_timeout, async { Ok::<_, sqlx::Error>(next.run(request).await) });
     answer.await.unwrap_or_else(|error| ErrorPage::from_database(&error).into_response())
-}
-
-/// `GET /healthz`: whether the database answers.
-async fn health(State(app): Shared) -> Response {
-    match timeout(HEALTH_TIMEOUT, app.pool.acquire()).await {
-        Ok(Ok(mut connection)) => match timeout(HEALTH_TIMEOUT, sqlx::Connection::ping(&mut *connection)).await {
-            Ok(Ok(())) => "ok".into_response(),
-            _ => unhealthy(),
-        },
-        _ => unhealthy(),
-    }
-}
-
-fn unhealthy() -> Response {
-    (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer").into_response()
 }

@@ -158,7 +158,12 @@ fn note(progress: &Progress, asked: bool) -> String {
             "Accepted and safe. Sending starts by itself; you can close this page and come back.".to_owned()
         }
         Phase::Running => "You can close this page and come back: sending goes on.".to_owned(),
-        Phase::Paused => "Nothing new is sent until you resume.".to_owned(),
+        Phase::Paused => match &progress.held_up {
+            Some(reason) => {
+                format!("Nothing new is sent until you resume. The relay is not accepting mail ({reason}).")
+            }
+            None => "Nothing new is sent until you resume.".to_owned(),
+        },
         Phase::Cancelling => "What is being sent right now is still finished.".to_owned(),
         Phase::Cancelled => "Cancelled. What had been sent before stays sent.".to_owned(),
         Phase::Finished if counters.sent == counters.total => match counters.total {

@@ -10,10 +10,15 @@ use axum::{
 use chrono::Utc;
 use mailrun_shared::{
     address::{Address, Invalid},
-    store::suppressions::{self, Reason, Suppression},
+    since,
+    store::{
+        held_suppressions::{self, Review},
+        suppressions::{self, Reason, Suppression},
+    },
 };
 use serde::Deserialize;
 use tracing::info;
+use uuid::Uuid;
 
 use crate::{
     App, Shared,
@@ -41,6 +46,15 @@ struct SuppressionsPage {
     /// What was typed, if it was refused.
     typed: String,
     problem: Option<String>,
+    /// Runs whose suppressions are held.
+    held: Vec<Held>,
+}
+
+struct Held {
+    run_id: Uuid,
+    addresses: i64,
+    detail: String,
+    since: Moment,
 }
 
 struct Row {
@@ -66,6 +80,10 @@ impl Wish {
             "added" => "Added. Nobody writes to it any more, not even in runs that are under way.",
             "known" => "It is on the list already, with the reason it has there.",
             "removed" => "Taken off the list. It can be invited again.",
+            "since" => "Taken off the list. These addresses can be invited again.",
+            "no-moment" => "Enter since when: for instance 2026-11-28T14:30, or 2h.",
+            "accepted" => "Suppressed. These addresses receive no more mail.",
+            "rejected" => "Not suppressed. These addresses receive mail.",
             _ => return None,
         })
     }
@@ -99,6 +117,16 @@ async fn page(app: &App, before: Option<i64>, notice: Option<&'static str>) -> s
         notice,
         typed: String::new(),
         problem: None,
+        held: held_suppressions::open_reviews(&mut *app.pool.acquire().await?)
+            .await?
+            .into_iter()
+            .map(|Review { run_id, held_at, addresses, detail }| Held {
+                run_id,
+                addresses,
+                detail: detail.unwrap_or_default(),
+                since: Moment::new(held_at, now),
+            })
+            .collect(),
     })
 }
 
@@ -138,6 +166,36 @@ pub(crate) async fn remove(State(app): Shared, Path(number): Path<String>) -> Re
         info!(number, removed, "an address is taken off the list of suppressions");
     }
     Ok(Redirect::to("/suppressions?done=removed"))
+}
+
+/// `POST /suppressions/remove`, with a `reason` and `since`: takes off what was suppressed for that reason since then.
+pub(crate) async fn remove_since(State(app): Shared, request: Request<Body>) -> Result<Redirect, ErrorPage> {
+    let (fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let reason = fields.get("reason").and_then(|reason| reason.parse::<Reason>().ok());
+    let since = fields.get("since").and_then(|since| since::parse(since, Utc::now()));
+    let (Some(reason), Some(since)) = (reason, since) else { return Ok(Redirect::to("/suppressions?done=no-moment")) };
+    let removed = suppressions::remove_since(&mut *app.pool.acquire().await?, reason, since).await?;
+    info!(?reason, %since, removed, "addresses are taken off the list of suppressions");
+    Ok(Redirect::to("/suppressions?done=since"))
+}
+
+/// `POST /suppressions/held/{run_id}`, with `decision`: `accept` or `reject`.
+pub(crate) async fn decide(
+    State(app): Shared,
+    Path(run_id): Path<String>,
+    request: Request<Body>,
+) -> Result<Redirect, ErrorPage> {
+    let (fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let accepted = match fields.get("decision") {
+        Some("accept") => true,
+        Some("reject") => false,
+        _ => return Ok(Redirect::to("/suppressions")),
+    };
+    if let Ok(run_id) = run_id.parse() {
+        let decided = held_suppressions::decide(&mut *app.pool.acquire().await?, run_id, accepted).await?;
+        info!(%run_id, accepted, ?decided, "held suppressions are decided");
+    }
+    Ok(Redirect::to(if accepted { "/suppressions?done=accepted" } else { "/suppressions?done=rejected" }))
 }
 
 /// `GET` on the same address: somebody loads it again after a login or from the history.

@@ -110,6 +110,11 @@ impl Attempt {
         self.0.as_ref().map_or(Ok(()), Claim::may_commit)
     }
 
+    /// The run that it belongs to, if any.
+    pub(crate) fn run_id(&self) -> Option<Uuid> {
+        self.0.as_ref().map(|claim| claim.run_id)
+    }
+
     /// How many send times were reserved for it and not used.
     pub(crate) fn unused(&self) -> i32 {
         self.0.as_ref().map_or(0, |claim| {

@@ -49,6 +49,7 @@ pub struct Delivery {
     pub is_stale: bool,
     tag: u64,
     acks: mpsc::UnboundedSender<u64>,
+    received_at: Instant,
 }
 
 impl Delivery {
@@ -71,7 +72,11 @@ impl Delivery {
 
 /// The receiving end of a queue, or of several that are as good as one.
 #[derive(Debug)]
-pub struct Consumer(mpsc::Receiver<Delivery>);
+pub struct Consumer {
+    deliveries: mpsc::Receiver<Delivery>,
+    /// Looked at, and not taken yet.
+    ahead: Option<Delivery>,
+}
 
 impl Consumer {
     /// Consumes `queues` until `stop`, each over a connection of its own; then takes nothing more, waits until each delivery
@@ -89,13 +94,16 @@ impl Consumer {
             let (broker, watchdog) = (Arc::clone(broker), Arc::clone(watchdog));
             tasks.spawn(supervise(broker, queue.clone(), prefetch, sender.clone(), watchdog, stop.clone()));
         }
-        Self(receiver)
+        Self { deliveries: receiver, ahead: None }
     }
 
     /// The next delivery; none: the consumer has stopped.
     pub async fn next(&mut self) -> Option<Delivery> {
         loop {
-            let delivery = self.0.recv().await?;
+            let delivery = match self.ahead.take() {
+                Some(delivery) => delivery,
+                None => self.deliveries.recv().await?,
+            };
             if !delivery.is_outdated() {
                 return Some(delivery);
             }
@@ -104,7 +112,21 @@ impl Consumer {
 
     /// Another delivery, if one is here already.
     pub fn next_now(&mut self) -> Option<Delivery> {
-        iter::from_fn(|| self.0.try_recv().ok()).find(|delivery| !delivery.is_outdated())
+        let ahead = self.ahead.take();
+        ahead
+            .into_iter()
+            .chain(iter::from_fn(|| self.deliveries.try_recv().ok()))
+            .find(|delivery| !delivery.is_outdated())
+    }
+
+    /// A delivery that has waited here for `age`; none: the oldest has not.
+    pub fn next_older_than(&mut self, age: Duration) -> Option<Delivery> {
+        let delivery = self.next_now()?;
+        if delivery.received_at.elapsed() < age {
+            self.ahead = Some(delivery);
+            return None;
+        }
+        Some(delivery)
     }
 }
 
@@ -205,6 +227,7 @@ async fn serve(
                     properties: delivery.properties,
                     body: delivery.data,
                     acks: acks.clone(),
+                    received_at: Instant::now(),
                 };
                 // The channel has room for as many as the broker sends without an acknowledgement.
                 if deliveries.send(delivery).await.is_err() {
@@ -330,6 +353,28 @@ mod tests {
         assert_eq!(watermark.pass([6, 8]), [ack(6, false), ack(8, false)]);
         assert_eq!(watermark.pass([5, 7]), [ack(7, true)]);
         assert_eq!(watermark.pass([9]), [ack(9, true)]);
+    }
+
+    #[tokio::test]
+    async fn only_a_delivery_that_has_waited_is_taken_before_its_turn() {
+        let (sender, deliveries) = mpsc::channel(2);
+        let (acks, _acked) = mpsc::unbounded_channel();
+        for tag in [1, 2] {
+            let delivery = Delivery {
+                properties: BasicProperties::default(),
+                body: Vec::new(),
+                tag,
+                acks: acks.clone(),
+                received_at: Instant::now(),
+            };
+            sender.send(delivery).await.unwrap();
+        }
+        let mut consumer = Consumer { deliveries, ahead: None };
+        let hour = Duration::from_secs(3_600);
+        assert!(consumer.next_older_than(hour).is_none());
+        assert_eq!(consumer.next_older_than(Duration::ZERO).map(|delivery| delivery.tag), Some(1));
+        assert!(consumer.next_older_than(hour).is_none());
+        assert_eq!(consumer.next().await.map(|delivery| delivery.tag), Some(2));
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod permits;
 mod poison;
 mod progress;
 pub mod prune;
+mod relay_stops;
 pub mod replay;
 mod send;
 mod stopped_runs;
@@ -233,6 +234,8 @@ fn start(
                 let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
                 let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, links.clone());
                 parts.spawn(tests.run(consume(&[topology::TESTS.into()], test_send::PREFETCH), stop.clone()));
+                let limit = config.database.answer_timeout();
+                parts.spawn(relay_stops::watch(pool.clone(), Arc::clone(&mailer), limit, stop.clone()));
                 let (beat, links) = (Arc::clone(heartbeat), links.clone());
                 let (config, pool, broker, publisher) =
                     (config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());

@@ -158,7 +158,11 @@ impl Progress {
         let mut trouble = Reconnect::default();
         loop {
             let limit = self.config.database.answer_timeout();
-            match self.session.run(limit, async |conn| progress::apply(conn, reports).await).await {
+            match self
+                .session
+                .run(limit, async |conn| progress::apply(conn, &self.config.suppressions, reports).await)
+                .await
+            {
                 Err(error) if !is_about_data(&error) => {
                     let wait = trouble.next_wait();
                     warn!(%error, wait_ms = wait.as_millis(), "results can't be counted; trying again");

@@ -7,6 +7,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
+    iter,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -28,7 +29,7 @@ use sqlx::{PgConnection, PgPool};
 use tokio::{
     sync::mpsc,
     task::yield_now,
-    time::{sleep, sleep_until, timeout_at},
+    time::{sleep, sleep_until, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -61,6 +62,11 @@ const AHEAD: Duration = Duration::from_millis(100);
 /// How often remembered outcomes are compared with the ledger, and how many at a time.
 const REMEMBER_INTERVAL: Duration = Duration::from_millis(500);
 const REMEMBER_BATCH: usize = 2_000;
+/// A delivery that has waited for a permit for so long is put off. With the longest attempt after it, it would otherwise be held
+/// for longer than RabbitMQ allows.
+const LONGEST_UNCLAIMED: Duration = Duration::from_secs(4 * 60);
+/// How often that is looked for while there is no permit.
+const LOOK_FOR_OLD_EVERY: Duration = Duration::from_secs(10);
 /// Each look at the results queue takes a connection.
 const LOOK_AT_RESULTS_EVERY: Duration = Duration::from_secs(1);
 /// Why a message is dead whose item is not in the ledger.
@@ -193,7 +199,17 @@ impl Senders {
 
     /// Waits for room and a message, then takes as many more of both as come within a moment.
     async fn gather(&self, consumer: &mut Consumer, held: &mut Held<Asked>) -> Option<Batch> {
-        self.permits.some().await;
+        loop {
+            let has_room = timeout(LOOK_FOR_OLD_EVERY, self.permits.some()).await.is_ok();
+            let old: Vec<Delivery> = iter::from_fn(|| consumer.next_older_than(LONGEST_UNCLAIMED)).collect();
+            if !old.is_empty() {
+                debug!(deliveries = old.len(), "no permit became free in time, putting deliveries off");
+                self.put_off(Batch { fresh: old, ..Batch::default() }, Instant::now()).await;
+            }
+            if has_room {
+                break;
+            }
+        }
         // Those that were claimed together end together: let them, or most would wait for the next claim.
         yield_now().await;
         let mut batch = Batch::default();

@@ -38,6 +38,10 @@ pub(super) enum Trouble {
     Drops,
     /// Everybody is asked to come back later.
     Busy,
+    /// It does not relay for us.
+    Refuses,
+    /// A limit of ours is reached.
+    Limits,
     /// An answer takes its time.
     Slow,
 }
@@ -48,6 +52,8 @@ pub(super) struct Weather {
     /// How many want it so at the moment.
     drops: AtomicU32,
     busy: AtomicU32,
+    refuses: AtomicU32,
+    limits: AtomicU32,
     slow: AtomicU32,
     /// Connections that shall still fall silent.
     hangs: AtomicU32,
@@ -75,6 +81,8 @@ impl Weather {
         let level = match trouble {
             Trouble::Drops => &self.drops,
             Trouble::Busy => &self.busy,
+            Trouble::Refuses => &self.refuses,
+            Trouble::Limits => &self.limits,
             Trouble::Slow => &self.slow,
         };
         level.fetch_add(1, Ordering::Relaxed);
@@ -91,7 +99,13 @@ impl Weather {
         match stage {
             Stage::Mail if self.note_offer() => Action::GoOn,
             Stage::Mail if self.busy.load(Ordering::Relaxed) > 0 => Action::Reply(421, "4.3.2 Come back later".into()),
+            Stage::Rcpt(_) if self.refuses.load(Ordering::Relaxed) > 0 => {
+                Action::Reply(550, "relay not permitted".into())
+            }
             Stage::Rcpt(recipient) => self.of_recipient(recipient),
+            Stage::Message if self.limits.load(Ordering::Relaxed) > 0 => {
+                Action::Reply(550, "5.4.5 Daily user sending limit exceeded".into())
+            }
             Stage::Data | Stage::Message if self.hangs() => Action::Hang,
             Stage::Message if self.slow.load(Ordering::Relaxed) > 0 => Action::Wait(SLOW),
             Stage::Message if self.is_dropped() => Action::AcceptThenDrop,

@@ -123,7 +123,7 @@ async fn apply(patient: &Patient, run_id: Uuid, results: &[ItemResult]) -> sqlx:
     let mut conn = patient.pool.acquire().await?;
     let reports: Vec<Reported<'_>> = results.iter().map(|result| Reported { run_id: Some(run_id), result }).collect();
     for reports in reports.chunks(BATCH) {
-        progress::apply(&mut conn, reports).await?;
+        progress::apply(&mut conn, &patient.config.suppressions, reports).await?;
     }
     Ok(())
 }

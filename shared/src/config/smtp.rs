@@ -8,6 +8,9 @@ use serde::Deserialize;
 
 use super::{ConfigError, relay::Relay};
 
+/// No step of an attempt may take longer.
+const MAX_TIMEOUT_MS: u64 = 900_000;
+
 /// Who carries the mail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -37,20 +40,45 @@ pub struct SmtpConfig {
     pub idle_ms: u64,
     /// A relay must accept a connection, and again agree on its encryption, within this time.
     pub connect_timeout_ms: u64,
-    /// A relay must answer each command within this time.
+    /// A relay must greet within this time; none: as for a command.
+    pub greeting_timeout_ms: Option<u64>,
+    /// A relay must answer each command within this time. This limit and those of DATA and the message are by default those of
+    /// RFC 5321, 4.5.3.2.
     pub command_timeout_ms: u64,
-    /// A relay must have taken in a message, and answered it, within this time.
+    /// A relay must answer DATA within this time; none: as for another command, and within two minutes.
+    pub data_timeout_ms: Option<u64>,
+    /// A relay must take a message in within this time, and answer it within the same time again.
     pub message_timeout_ms: u64,
     /// The largest message, headers and all.
     pub max_message_bytes: usize,
     /// Connections of one process that send to the same recipient's domain, at most; 0: as many as there are.
     pub per_domain: usize,
-    /// What the worker calls itself; none: the name of its host.
+    /// What the worker calls itself; none: the name of its host if it has a dot, and its address otherwise.
     pub hello: Option<String>,
     /// Lets mail and passwords go unencrypted to relays beyond this machine.
     pub allow_plaintext: bool,
     /// Signs the mail; none: it is not signed here.
     pub dkim: Option<DkimConfig>,
+    /// When refusals that nobody can explain stop a relay.
+    pub breaker: BreakerConfig,
+}
+
+/// `[mailer.smtp.breaker]`
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BreakerConfig {
+    /// So many different recipients in a row that are refused with the same words; 0: nothing stops a relay.
+    pub in_a_row: usize,
+    /// The last messages, of which a share is looked at.
+    pub window: usize,
+    /// That share, if it was refused for good.
+    pub percent: usize,
+}
+
+impl Default for BreakerConfig {
+    fn default() -> Self {
+        Self { in_a_row: 20, window: 200, percent: 50 }
+    }
 }
 
 impl Default for SmtpConfig {
@@ -63,13 +91,16 @@ impl Default for SmtpConfig {
             messages_per_connection: 100,
             idle_ms: 30_000,
             connect_timeout_ms: 10_000,
-            command_timeout_ms: 30_000,
-            message_timeout_ms: 60_000,
+            greeting_timeout_ms: None,
+            command_timeout_ms: 300_000,
+            data_timeout_ms: None,
+            message_timeout_ms: 600_000,
             max_message_bytes: 1024 * 1024,
             per_domain: 0,
             hello: None,
             allow_plaintext: false,
             dkim: None,
+            breaker: BreakerConfig::default(),
         }
     }
 }
@@ -157,6 +188,18 @@ impl SmtpConfig {
         (1..).zip(&self.relays).map(read).collect()
     }
 
+    /// How long a relay may take to greet.
+    #[must_use]
+    pub fn greeting_timeout_ms(&self) -> u64 {
+        self.greeting_timeout_ms.unwrap_or(self.command_timeout_ms)
+    }
+
+    /// How long a relay may take to answer DATA.
+    #[must_use]
+    pub fn data_timeout_ms(&self) -> u64 {
+        self.data_timeout_ms.unwrap_or(self.command_timeout_ms.min(120_000))
+    }
+
     /// How long an idle connection is kept.
     #[must_use]
     pub fn idle(&self) -> Duration {
@@ -178,11 +221,21 @@ impl SmtpConfig {
                 "at least 1",
             );
         }
-        if self.connect_timeout_ms == 0 || self.command_timeout_ms == 0 || self.message_timeout_ms == 0 {
+        let limits = [
+            self.connect_timeout_ms,
+            self.greeting_timeout_ms(),
+            self.command_timeout_ms,
+            self.data_timeout_ms(),
+            self.message_timeout_ms,
+        ];
+        if limits.iter().any(|limit_ms| !(1..=MAX_TIMEOUT_MS).contains(limit_ms)) {
             return wrong(
-                "mailer.smtp.connect_timeout_ms, mailer.smtp.command_timeout_ms, mailer.smtp.message_timeout_ms",
-                "at least 1",
+                "mailer.smtp.connect_timeout_ms, greeting_timeout_ms, command_timeout_ms, data_timeout_ms, message_timeout_ms",
+                "from 1 to 900000, since an attempt has 20 minutes in all",
             );
+        }
+        if self.breaker.window == 0 || !(1..=100).contains(&self.breaker.percent) {
+            return wrong("mailer.smtp.breaker", "window is at least 1, and percent from 1 to 100");
         }
         let hello = self.hello.as_deref();
         if hello.is_some_and(|name| name.is_empty() || !name.chars().all(|c| c.is_ascii_graphic())) {

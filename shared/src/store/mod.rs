@@ -5,6 +5,7 @@
 pub mod attempts;
 pub mod audit;
 mod connections;
+pub mod held_suppressions;
 pub mod installation;
 pub mod outbox;
 pub mod pacing;
@@ -12,6 +13,7 @@ pub mod passes;
 pub mod progress;
 pub mod prune;
 pub mod receipts;
+pub mod relay_stops;
 pub mod restore;
 pub mod runs;
 pub mod schema;

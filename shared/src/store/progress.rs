@@ -5,8 +5,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use sqlx::{Connection as _, PgConnection, error::DatabaseError};
 use uuid::Uuid;
 
-use super::audit;
+use super::{
+    audit,
+    held_suppressions::{Missing, suppress_missing},
+};
 use crate::{
+    config::SuppressionsConfig,
     item::{CounterDelta, ItemState, Standing, merge},
     message::ItemResult,
 };
@@ -68,12 +72,16 @@ const TRIES: u32 = 20;
 ///
 /// # Errors
 /// The database's. Nothing is applied then, and the batch can be applied again.
-pub async fn apply(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Result<Applied> {
+pub async fn apply(
+    conn: &mut PgConnection,
+    suppressions: &SuppressionsConfig,
+    results: &[Report<'_>],
+) -> sqlx::Result<Applied> {
     let mut recounted = false;
     let mut tries = 0;
     loop {
         tries += 1;
-        match apply_once(conn, results).await {
+        match apply_once(conn, suppressions, results).await {
             Ok(Some(applied)) => return Ok(applied),
             Ok(None) => {}
             // The person of a late `sent` is invited again at this very moment.
@@ -97,7 +105,11 @@ fn violates(error: &sqlx::Error, constraints: &[&str]) -> bool {
 }
 
 /// None: an item was not where it had been read; nothing is applied.
-async fn apply_once(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Result<Option<Applied>> {
+async fn apply_once(
+    conn: &mut PgConnection,
+    suppressions: &SuppressionsConfig,
+    results: &[Report<'_>],
+) -> sqlx::Result<Option<Applied>> {
     let mut tx = conn.begin().await?;
     let mut items = read_items(&mut tx, results).await?;
     let mut applied = Applied::default();
@@ -127,8 +139,8 @@ async fn apply_once(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Re
             return Ok(None);
         }
         mark_emailed(&mut tx, &items).await?;
-        suppress(&mut tx, &items, results).await?;
         update_counters(&mut tx, &moved).await?;
+        suppress(&mut tx, suppressions, &items, results).await?;
         tx.commit().await?;
     }
     Ok(Some(applied))
@@ -226,25 +238,36 @@ async fn mark_emailed(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sq
     Ok(())
 }
 
-/// Nobody writes again to an address that a mail server called wrong.
-async fn suppress(conn: &mut PgConnection, items: &HashMap<i64, Item>, results: &[Report<'_>]) -> sqlx::Result<()> {
+/// Addresses that a mail server called wrong receive no more mail.
+async fn suppress(
+    conn: &mut PgConnection,
+    settings: &SuppressionsConfig,
+    items: &HashMap<i64, Item>,
+    results: &[Report<'_>],
+) -> sqlx::Result<()> {
     let bad = items.values().filter_map(|item| {
         let result = results[item.winner?].result;
-        result.bad_address.then_some((item.user_id, result.error.as_deref()))
+        result.bad_address.then_some((item.run_id, item.user_id, result.error.as_deref()))
     });
-    let (users, details): (Vec<i64>, Vec<Option<&str>>) = bad.unzip();
-    if !users.is_empty() {
-        sqlx::query!(
-            "INSERT INTO suppressions (email, reason, detail)
-             SELECT u.email, 'bounced', bad.detail
-             FROM unnest($1::bigint[], $2::text[]) AS bad (user_id, detail) JOIN users u ON u.id = bad.user_id
-             ORDER BY u.email ON CONFLICT DO NOTHING",
-            &users,
-            &details as _,
-        )
-        .execute(conn)
-        .await?;
+    let bad: Vec<(Uuid, i64, Option<&str>)> = bad.collect();
+    if bad.is_empty() {
+        return Ok(());
     }
+    let users: Vec<i64> = bad.iter().map(|(_, user_id, _)| *user_id).collect();
+    let emails: HashMap<i64, String> = sqlx::query!("SELECT id, email FROM users WHERE id = ANY($1)", &users)
+        .fetch_all(&mut *conn)
+        .await?
+        .into_iter()
+        .map(|row| (row.id, row.email))
+        .collect();
+    let missing: Vec<Missing> = bad
+        .into_iter()
+        .filter_map(|(run_id, user_id, detail)| {
+            let email = emails.get(&user_id)?.clone();
+            Some(Missing { run_id, email, detail: detail.map(str::to_owned) })
+        })
+        .collect();
+    suppress_missing(conn, settings, &missing).await?;
     Ok(())
 }
 

@@ -3,6 +3,8 @@
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool};
 
+pub use super::held_suppressions::{Missing, Suppressed, suppress_missing};
+
 /// Why nobody is to write to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::Type)]
 #[sqlx(type_name = "suppression_reason", rename_all = "snake_case")]
@@ -15,6 +17,20 @@ pub enum Reason {
     Bounced,
     /// An operator added it.
     Asked,
+}
+
+impl std::str::FromStr for Reason {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "unsubscribed" => Self::Unsubscribed,
+            "complained" => Self::Complained,
+            "bounced" => Self::Bounced,
+            "asked" => Self::Asked,
+            _ => return Err(format!("{text:?} is no reason; there are unsubscribed, complained, bounced and asked")),
+        })
+    }
 }
 
 impl Reason {
@@ -139,6 +155,31 @@ pub async fn remove(conn: &mut PgConnection, email: &str) -> sqlx::Result<bool> 
 pub async fn remove_number(conn: &mut PgConnection, number: i64) -> sqlx::Result<bool> {
     let deleted = sqlx::query!("DELETE FROM suppressions WHERE number = $1", number).execute(conn).await?;
     Ok(deleted.rows_affected() == 1)
+}
+
+/// Takes those off the list that came onto it for `reason` at `since` or later. How many that were.
+///
+/// # Errors
+/// The database's.
+pub async fn remove_since(conn: &mut PgConnection, reason: Reason, since: DateTime<Utc>) -> sqlx::Result<u64> {
+    let deleted = sqlx::query!("DELETE FROM suppressions WHERE reason = $1 AND created_at >= $2", reason as _, since)
+        .execute(conn)
+        .await?;
+    Ok(deleted.rows_affected())
+}
+
+/// How many [`remove_since`] would take off.
+///
+/// # Errors
+/// The database's.
+pub async fn count_since(conn: &mut PgConnection, reason: Reason, since: DateTime<Utc>) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        r#"SELECT count(*) AS "count!" FROM suppressions WHERE reason = $1 AND created_at >= $2"#,
+        reason as _,
+        since
+    )
+    .fetch_one(conn)
+    .await
 }
 
 /// The newest ones, or those that are older than the one with the number `before`.

@@ -9,8 +9,10 @@ use std::{sync::Arc, time::Instant};
 use async_trait::async_trait;
 use mailrun_shared::{
     config::{MailerConfig, MailerKind},
+    store::relay_stops::RelayStop,
     template::Template,
 };
+use uuid::Uuid;
 
 use crate::attempt::{Attempt, Withdrawn};
 
@@ -78,6 +80,19 @@ pub enum Lane {
     },
 }
 
+/// A relay that the mailer has stopped, since many refusals could not be explained.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stopped {
+    /// The relay, as host:port.
+    pub relay: String,
+    /// What was counted, and the relay's words.
+    pub reason: String,
+    /// What the refusals have in common.
+    pub alike: Vec<String>,
+    /// The runs whose mail was refused.
+    pub runs: Vec<Uuid>,
+}
+
 /// Sends mail, as many at a time as are asked of it.
 #[async_trait]
 pub trait Mailer: Send + Sync {
@@ -89,6 +104,19 @@ pub trait Mailer: Send + Sync {
     fn lane(&self) -> Lane {
         Lane::Open
     }
+
+    /// Whether it may stop relays: then it has to be told what the ledger knows of that.
+    fn stops_relays(&self) -> bool {
+        false
+    }
+
+    /// Relays that it has stopped since it was asked last.
+    fn take_stopped(&self) -> Vec<Stopped> {
+        Vec::new()
+    }
+
+    /// What the ledger knows of stopped relays, with the answers of operators.
+    fn learn(&self, _stops: &[RelayStop]) {}
 
     /// Whether a mail that failed may be tried again within a moment. Real mail servers take that ill.
     fn bears_repetition(&self) -> bool {

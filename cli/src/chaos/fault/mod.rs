@@ -98,6 +98,10 @@ pub(super) enum Fault {
     MailDrops,
     /// The mail server asks everybody to come back later (421), for some seconds
     MailRefusesEveryone,
+    /// The mail server does not relay for us (550 at RCPT), for some seconds
+    RefuseSender,
+    /// The mail server says that a limit of the day is reached (550 after the message), for some seconds
+    MailLimit,
     /// The mail server falls silent on some connections
     MailHangs,
     /// The mail server takes two seconds for each answer to a message, for some seconds
@@ -278,6 +282,8 @@ impl Fault {
             Self::MailDown => mail::down(site, some_seconds(rng)).await,
             Self::MailDrops => mail::trouble(site, Trouble::Drops, some_seconds(rng)).await,
             Self::MailRefusesEveryone => mail::trouble(site, Trouble::Busy, some_seconds(rng)).await,
+            Self::RefuseSender => mail::trouble(site, Trouble::Refuses, some_seconds(rng)).await,
+            Self::MailLimit => mail::trouble(site, Trouble::Limits, some_seconds(rng)).await,
             Self::MailHangs => {
                 site.weather.hang(HANGING);
                 Ok(())

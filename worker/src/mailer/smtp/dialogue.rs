@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     time::timeout,
@@ -49,11 +50,34 @@ impl Dialogue {
         }
     }
 
+    /// Whether nothing is left unread: what was said ahead would be taken for the answer to the next command.
+    pub fn is_clean(&self) -> bool {
+        self.stream.buffer().is_empty()
+    }
+
+    /// What was said that nobody asked for. None: nothing.
+    async fn unasked(&mut self) -> Option<Trouble> {
+        let said = self.stream.fill_buf().now_or_never()?;
+        match said {
+            Ok([]) => Some(Trouble::Lost("the mail server closed it".into())),
+            Err(error) => Some(Trouble::Lost(error.to_string())),
+            // A server that closes may say so at any time (RFC 5321, 3.8).
+            Ok(bytes) if bytes.starts_with(b"421") && bytes.contains(&b'\n') => match self.reply().await {
+                Ok(reply) => Some(Trouble::Refused(reply)),
+                Err(trouble) => Some(trouble),
+            },
+            Ok(_) => Some(Trouble::Senseless("more than one answer".into())),
+        }
+    }
+
     /// Sends a command and reads the answer. `line` has no line end, and nobody's text that was not checked for one.
     ///
     /// # Errors
     /// When there is none within `limit`. A refusal is an answer.
     pub async fn command(&mut self, stage: Stage, line: &str, limit: Duration) -> Result<Reply, Failure> {
+        if let Some(trouble) = self.unasked().await {
+            return Err(Failure { stage, trouble });
+        }
         self.exchange(stage, format!("{line}\r\n").as_bytes(), limit).await
     }
 
@@ -68,18 +92,37 @@ impl Dialogue {
     /// Sends a message with its end, and reads the answer. `message` has CRLF at the ends of its lines.
     ///
     /// # Errors
-    /// As for [`Self::command`].
-    pub async fn message(&mut self, message: &[u8], limit: Duration) -> Result<Reply, Failure> {
-        self.exchange(Stage::Content, &stuffed(message), limit).await
+    /// As for [`Self::command`]. `limit` holds for handing it over, and again for the answer.
+    pub async fn message(&mut self, message: &[u8], limit: impl Fn() -> Duration) -> Result<Reply, Failure> {
+        // Not a byte of it is sent yet.
+        if let Some(trouble) = self.unasked().await {
+            return Err(Failure { stage: Stage::Data, trouble });
+        }
+        let failed = |trouble| Failure { stage: Stage::Content, trouble };
+        let hand_over = limit();
+        match timeout(hand_over, self.write(&stuffed(message))).await {
+            Ok(Ok(())) => {}
+            // A server that has had enough says why before it hangs up.
+            Ok(Err(error)) => {
+                return match timeout(limit(), self.reply()).await {
+                    Ok(Ok(reply)) if reply.code >= 400 => Ok(reply),
+                    _ => Err(failed(Trouble::Lost(error.to_string()))),
+                };
+            }
+            Err(_) => return Err(failed(Trouble::Slow(hand_over))),
+        }
+        let answer = limit();
+        timeout(answer, self.reply()).await.unwrap_or(Err(Trouble::Slow(answer))).map_err(failed)
+    }
+
+    async fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.stream.write_all(bytes).await?;
+        self.stream.flush().await
     }
 
     async fn exchange(&mut self, stage: Stage, bytes: &[u8], limit: Duration) -> Result<Reply, Failure> {
         let exchange = async {
-            let written = async {
-                self.stream.write_all(bytes).await?;
-                self.stream.flush().await
-            };
-            match written.await {
+            match self.write(bytes).await {
                 Ok(()) => self.reply().await,
                 // A server that has had enough says why before it hangs up.
                 Err(error) => match self.reply().await {
@@ -175,6 +218,33 @@ mod tests {
         let mut dialogue = Dialogue::new(ours);
         dialogue.listen(Stage::StartTls, LIMIT).await.unwrap();
         assert!(matches!(dialogue.into_stream(), Err(Trouble::Senseless(_))));
+    }
+
+    #[tokio::test]
+    async fn what_nobody_asked_for_is_no_answer() {
+        let (ours, mut theirs) = tokio::io::duplex(1024);
+        theirs.write_all(b"220 hi\r\n250 ahead\r\n").await.unwrap();
+        let mut dialogue = Dialogue::new(ours);
+        dialogue.listen(Stage::Greeting, LIMIT).await.unwrap();
+        assert!(!dialogue.is_clean());
+        let failure = dialogue.command(Stage::Mail, "MAIL", LIMIT).await.unwrap_err();
+        assert_eq!(failure.trouble, Trouble::Senseless("more than one answer".into()));
+        // A farewell is one.
+        let (ours, mut theirs) = tokio::io::duplex(1024);
+        let mut dialogue = Dialogue::new(ours);
+        theirs.write_all(b"421 4.4.2 idle for too long\r\n").await.unwrap();
+        let failure = dialogue.command(Stage::Mail, "MAIL", LIMIT).await.unwrap_err();
+        assert!(matches!(failure.trouble, Trouble::Refused(Reply { code: 421, .. })), "{failure}");
+    }
+
+    #[tokio::test]
+    async fn a_message_is_not_begun_after_an_answer_too_many() {
+        let (ours, mut theirs) = tokio::io::duplex(1024);
+        theirs.write_all(b"354 go\r\n250 taken\r\n").await.unwrap();
+        let mut dialogue = Dialogue::new(ours);
+        dialogue.listen(Stage::Data, LIMIT).await.unwrap();
+        let failure = dialogue.message(b"a", || LIMIT).await.unwrap_err();
+        assert_eq!(failure.stage, Stage::Data);
     }
 
     #[test]

@@ -4,10 +4,14 @@
 //! that one turns out to be away. `relays` says where to, `session` holds the conversation, `verdict` says what follows from
 //! what went wrong in it.
 
+mod blame;
+mod breaker;
 mod circuit;
+mod connect;
 mod dialogue;
 mod domains;
 mod idle;
+mod limits;
 mod login;
 mod relays;
 mod reply;
@@ -17,31 +21,37 @@ mod verdict;
 
 use std::{
     sync::{
-        Arc, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
-use mailrun_shared::config::{ConfigError, SmtpConfig};
+use mailrun_shared::{
+    config::{ConfigError, SmtpConfig},
+    store::relay_stops::{Fault, RelayStop},
+};
 use tokio::{
     select,
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::sleep,
+    time::{sleep, sleep_until},
 };
+use tracing::{error, info};
 
 use self::{
+    breaker::{Breaker, Decision, Refusal},
     circuit::Patience,
     domains::Domains,
     idle::Idle,
+    limits::{Deadline, Limits},
     relays::{Choice, Endpoint, Relays},
     reply::reason,
-    session::{Limits, Session},
-    verdict::{Failure, Verdict},
+    session::Session,
+    verdict::{Failure, Pause, Verdict},
 };
 use super::{
-    Lane, Mail, Mailer, Outcome,
+    Lane, Mail, Mailer, Outcome, Stopped,
     message::{Composer, ComposerError, Letter},
 };
 use crate::attempt::Attempt;
@@ -62,6 +72,9 @@ pub enum SmtpError {
     Tls(#[from] TlsError),
 }
 
+/// Why an attempt is put off that waited for a connection for almost all of its time.
+const NO_CONNECTION: &str = "no connection to the mail server became free in time";
+
 /// Sends through relays.
 pub struct Smtp(Arc<Carriers>);
 
@@ -73,7 +86,11 @@ struct Carriers {
     permits: Arc<Semaphore>,
     domains: Domains,
     idle: Idle,
-    hello: String,
+    breaker: Mutex<Breaker>,
+    /// Relays that were stopped here, and not written down yet.
+    stopped: Mutex<Vec<Stopped>>,
+    /// What it calls itself; none: its address on each connection.
+    hello: Option<String>,
     limits: Limits,
     config: SmtpConfig,
     /// Somebody closes connections that waited for too long.
@@ -96,7 +113,9 @@ impl Smtp {
             permits: Arc::new(Semaphore::new(config.connections)),
             domains: Domains::new(config.per_domain),
             idle: Idle::new(config.idle()),
-            hello: config.hello.clone().unwrap_or_else(host_name),
+            breaker: Mutex::new(Breaker::new(config.breaker)),
+            stopped: Mutex::default(),
+            hello: config.hello.clone().or_else(host_name),
             limits: Limits::new(config),
             config: config.clone(),
             tidied: AtomicBool::new(false),
@@ -107,6 +126,11 @@ impl Smtp {
 #[async_trait]
 impl Mailer for Smtp {
     async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome {
+        match self.0.breaker().before(&mail.message_id, Instant::now()) {
+            Some(Decision::Wait(reason)) => return Outcome::Later(reason),
+            Some(Decision::Fail(reason)) => return Outcome::Failed { reason, bad_address: false },
+            None => {}
+        }
         let letter = match self.0.composer.compose(mail) {
             Ok(letter) => letter,
             Err(outcome) => return outcome,
@@ -115,22 +139,59 @@ impl Mailer for Smtp {
             let domain = self.0.domains.enter(&letter.domain).await;
             (domain, Arc::clone(&self.0.permits).acquire_owned().await)
         };
-        // Whoever waits for a connection must not wait for one to a relay that went away.
+        let deadline = self.0.limits.begin();
+        // Whoever waits for a connection must not wait for one to a relay that went away, nor for too long.
         let (_domain, permit) = select! {
             (domain, Ok(permit)) = turn => (domain, permit),
             reason = self.0.relays.closed() => return Outcome::Later(reason),
+            () = sleep_until(deadline.before_message()) => return Outcome::Later(NO_CONNECTION.into()),
         };
-        self.0.carry(&letter, attempt, permit).await
+        self.0.carry(mail, &letter, attempt, permit, &deadline).await
     }
 
     fn lane(&self) -> Lane {
         self.0.relays.lane()
     }
+
+    fn stops_relays(&self) -> bool {
+        true
+    }
+
+    fn take_stopped(&self) -> Vec<Stopped> {
+        std::mem::take(&mut *self.0.stopped())
+    }
+
+    fn learn(&self, stops: &[RelayStop]) {
+        let explained = stops.iter().filter(|stop| stop.fault == Some(Fault::Them)).flat_map(|stop| stop.alike.clone());
+        self.0.breaker().explain(explained);
+        for (number, name) in self.0.relays.names().into_iter().enumerate() {
+            let open = stops.iter().find(|stop| stop.relay == name && stop.fault.is_none());
+            if let Some(stop) = open {
+                self.0.breaker().stopped(number);
+                self.0.relays.stop(number, &stopped_words(&stop.reason));
+            } else if !self.0.stopped().iter().any(|stopped| stopped.relay == name) && self.0.relays.release(number) {
+                info!(relay = name, "an operator has answered, trying the relay again");
+                self.0.breaker().released(number);
+            }
+        }
+    }
+}
+
+/// What the pages say of a stopped relay.
+fn stopped_words(reason: &str) -> String {
+    format!("{reason}. Was it us or them? Answer with `mailrun relay it-was-us` or `it-was-them`, or on the page Relay")
 }
 
 impl Carriers {
     /// Tries one relay after the other.
-    async fn carry(self: &Arc<Self>, letter: &Letter, attempt: &Attempt, permit: OwnedSemaphorePermit) -> Outcome {
+    async fn carry(
+        self: &Arc<Self>,
+        mail: &Mail,
+        letter: &Letter,
+        attempt: &Attempt,
+        permit: OwnedSemaphorePermit,
+        deadline: &Deadline,
+    ) -> Outcome {
         let mut tried = Vec::new();
         let mut why = None;
         loop {
@@ -145,23 +206,49 @@ impl Carriers {
                 Choice::None(reason) => return Outcome::Later(why.unwrap_or(reason)),
             };
             let number = ticket.number;
-            let (result, session) = self.converse(number, ticket.endpoint, letter, attempt).await;
+            let (result, session) = self.converse(number, ticket.endpoint, letter, attempt, deadline).await;
             let Err(failure) = result else {
+                ticket.endpoint.blame().accepted(&letter.known_as);
+                self.breaker().answered(number, Instant::now());
                 ticket.answered();
                 self.put_back(number, session, true, permit);
                 return Outcome::Sent;
             };
-            match anonymous(failure.verdict(), letter) {
-                Verdict::Away(reason) => {
+            let verdict = anonymous(failure.verdict(), letter);
+            let concerns_relay = match &verdict {
+                Verdict::Refused(_) => ticket.endpoint.blame().refused(&letter.known_as),
+                Verdict::Deferred(_) => ticket.endpoint.blame().deferred(&letter.known_as, &letter.domain),
+                _ => false,
+            };
+            match verdict {
+                Verdict::Refused(pause) | Verdict::Deferred(pause) if !concerns_relay => {
+                    ticket.answered();
+                    self.put_back(number, session, false, permit);
+                    return Outcome::Retry(pause.reason);
+                }
+                Verdict::Away(pause) | Verdict::Refused(pause) | Verdict::Deferred(pause) => {
                     drop(session);
-                    ticket.away(&reason);
+                    why = Some(pause.reason.clone());
+                    ticket.away(pause);
                     tried.push(number);
-                    why = Some(reason);
                 }
                 Verdict::Mail(outcome) => {
+                    if matches!(outcome, Outcome::Failed { .. }) {
+                        self.breaker().answered(number, Instant::now());
+                    }
                     ticket.answered();
                     self.put_back(number, session, false, permit);
                     return outcome;
+                }
+                Verdict::Unexplained { reason, alike } => {
+                    ticket.answered();
+                    self.put_back(number, session, false, permit);
+                    let Some(run_id) = attempt.run_id() else {
+                        return Outcome::Failed { reason, bad_address: false };
+                    };
+                    let message_id = mail.message_id.clone();
+                    let recipient = letter.known_as.clone();
+                    return self.refused(number, Refusal { message_id, run_id, recipient, reason, alike });
                 }
                 Verdict::Withdrawn(withdrawn) => {
                     // A trial that is dropped is left to the next mail.
@@ -178,6 +265,33 @@ impl Carriers {
         }
     }
 
+    /// A message was refused for good, and nobody knows why.
+    fn refused(&self, number: usize, refusal: Refusal) -> Outcome {
+        let (decision, trips) = {
+            let mut breaker = self.breaker();
+            (breaker.refused(number, refusal, Instant::now()), breaker.take_trips())
+        };
+        for trip in trips {
+            let relay = self.relays.names().into_iter().nth(trip.relay).unwrap_or_default();
+            error!(%relay, reason = trip.reason, "the relay is stopped until an operator says whose fault the refusals are");
+            self.relays.stop(trip.relay, &stopped_words(&trip.reason));
+            let runs = trip.runs;
+            self.stopped().push(Stopped { relay, reason: trip.reason, alike: trip.alike, runs });
+        }
+        match decision {
+            Decision::Wait(reason) => Outcome::Later(reason),
+            Decision::Fail(reason) => Outcome::Failed { reason, bad_address: false },
+        }
+    }
+
+    fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stopped(&self) -> MutexGuard<'_, Vec<Stopped>> {
+        self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Hands a letter to a relay, over a connection that is there or a new one. What is left of it, if it can be used again.
     async fn converse(
         &self,
@@ -185,9 +299,10 @@ impl Carriers {
         endpoint: &Endpoint,
         letter: &Letter,
         attempt: &Attempt,
+        deadline: &Deadline,
     ) -> (Result<(), Failure>, Option<Session>) {
         if let Some(mut session) = self.idle.take(number, Instant::now()) {
-            match session.deliver(letter, attempt).await {
+            match session.deliver(letter, attempt, deadline).await {
                 // It died while nobody used it, and nothing was handed over yet.
                 Err(failure) if failure.is_stale() => {}
                 result => return left(result, session),
@@ -197,8 +312,8 @@ impl Carriers {
         while let Some(session) = self.idle.beyond(self.permits.available_permits()) {
             session.quit().await;
         }
-        match Session::open(&endpoint.relay, endpoint.tls.as_ref(), &self.hello, self.limits).await {
-            Ok(mut session) => left(session.deliver(letter, attempt).await, session),
+        match Session::open(&endpoint.relay, endpoint.tls.as_ref(), self.hello.as_deref(), deadline).await {
+            Ok(mut session) => left(session.deliver(letter, attempt, deadline).await, session),
             Err(failure) => (Err(failure), None),
         }
     }
@@ -244,7 +359,7 @@ async fn tidy(carriers: Weak<Carriers>, idle: Duration) {
 
 /// What came of it, and the connection if it can go on.
 fn left(result: Result<(), Failure>, session: Session) -> (Result<(), Failure>, Option<Session>) {
-    let goes_on = result.as_ref().err().is_none_or(Failure::leaves_a_connection);
+    let goes_on = result.as_ref().err().is_none_or(Failure::leaves_a_connection) && session.is_clean();
     (result, goes_on.then_some(session))
 }
 
@@ -259,19 +374,31 @@ fn anonymous(verdict: Verdict, letter: &Letter) -> Verdict {
         Outcome::Unknown(text) => Outcome::Unknown(clean(text)),
         Outcome::Withdrawn(withdrawn) => Outcome::Withdrawn(withdrawn),
     };
+    let paused = |pause: Pause| Pause { reason: clean(pause.reason), ..pause };
     match verdict {
-        Verdict::Away(text) => Verdict::Away(clean(text)),
+        Verdict::Away(pause) => Verdict::Away(paused(pause)),
+        Verdict::Refused(pause) => Verdict::Refused(paused(pause)),
+        Verdict::Deferred(pause) => Verdict::Deferred(paused(pause)),
+        Verdict::Unexplained { reason, alike } => {
+            // Some servers name the mailbox without its domain.
+            let local = letter.known_as.split('@').next().unwrap_or_default().to_lowercase();
+            let names: Vec<&str> = local.split(|c: char| !c.is_alphanumeric()).collect();
+            let alike: Vec<&str> = alike.split(' ').filter(|word| !names.contains(word)).collect();
+            Verdict::Unexplained { reason: clean(reason), alike: alike.join(" ") }
+        }
         Verdict::Mail(what) => Verdict::Mail(outcome(what)),
         Verdict::Broken(what) => Verdict::Broken(outcome(what)),
         Verdict::Withdrawn(withdrawn) => Verdict::Withdrawn(withdrawn),
     }
 }
 
-/// What this host calls itself.
-fn host_name() -> String {
+/// The name of this host, if it is a full one: servers refuse bare names.
+fn host_name() -> Option<String> {
     let name = rustix::system::uname();
     let name = name.nodename().to_string_lossy();
-    if !name.is_empty() && name.chars().all(|c| c.is_ascii_graphic()) { name.into_owned() } else { "localhost".into() }
+    let label =
+        |label: &str| !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    (name.contains('.') && name.split('.').all(label)).then(|| name.into_owned())
 }
 
 #[cfg(test)]

@@ -13,8 +13,10 @@ use tracing::{info, warn};
 
 use super::{
     super::Lane,
+    blame::Blame,
     circuit::{Circuit, Pass, Patience},
     tls::{TlsError, connector},
+    verdict::Pause,
 };
 
 /// A relay, and how it is.
@@ -24,11 +26,17 @@ pub struct Endpoint {
     /// Encrypts connections to it; none: they are not encrypted.
     pub tls: Option<TlsConnector>,
     circuit: Mutex<Circuit>,
+    blame: Mutex<Blame>,
 }
 
 impl Endpoint {
     fn circuit(&self) -> MutexGuard<'_, Circuit> {
         self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whose fault refusals are.
+    pub fn blame(&self) -> MutexGuard<'_, Blame> {
+        self.blame.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -68,7 +76,7 @@ impl Relays {
     pub fn new(relays: Vec<Relay>, patience: Patience) -> Result<Self, TlsError> {
         let endpoint = |relay: Relay| {
             let tls = (relay.tls != RelayTls::None).then(|| connector(relay.ca_file.as_ref())).transpose()?;
-            Ok(Endpoint { relay, tls, circuit: Mutex::new(Circuit::new(patience)) })
+            Ok(Endpoint { relay, tls, circuit: Mutex::new(Circuit::new(patience)), blame: Mutex::default() })
         };
         Ok(Self {
             endpoints: relays.into_iter().map(endpoint).collect::<Result<_, TlsError>>()?,
@@ -117,6 +125,28 @@ impl Relays {
         })
     }
 
+    /// Lets no mail through to a relay until [`Self::release`].
+    pub fn stop(&self, number: usize, reason: &str) {
+        if let Some(endpoint) = self.endpoints.get(number) {
+            endpoint.circuit().stop(reason);
+            self.changed.send_replace(());
+        }
+    }
+
+    /// Ends a stop. Whether the relay was stopped.
+    pub fn release(&self, number: usize) -> bool {
+        let was_stopped = self.endpoints.get(number).is_some_and(|endpoint| endpoint.circuit().release(Instant::now()));
+        if was_stopped {
+            self.changed.send_replace(());
+        }
+        was_stopped
+    }
+
+    /// What they are called, by their numbers.
+    pub fn names(&self) -> Vec<String> {
+        self.endpoints.iter().map(|endpoint| endpoint.relay.to_string()).collect()
+    }
+
     /// Tells of changes from now on.
     pub fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
@@ -146,9 +176,10 @@ fn rank(lane: &Lane) -> (u8, Option<Instant>) {
 
 impl Ticket<'_> {
     /// The relay is away.
-    pub fn away(mut self, reason: &str) {
+    pub fn away(mut self, pause: Pause) {
         self.settled = true;
-        let news = self.endpoint.circuit().away(self.pass, reason.to_owned(), Instant::now());
+        let reason = pause.reason.clone();
+        let news = self.endpoint.circuit().away(self.pass, pause, Instant::now());
         if let Some(wait) = news {
             let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
             warn!(relay = %self.endpoint.relay, reason, wait_ms, "a mail server takes no mail; it is tried again later");
@@ -169,7 +200,7 @@ impl Ticket<'_> {
     /// The conversation broke, which settles nothing, unless it was the one to settle it.
     pub fn broken(self, reason: &str) {
         if self.pass == Pass::Trial {
-            self.away(reason);
+            self.away(Pause::new(reason.to_owned()));
         }
     }
 }
@@ -215,7 +246,7 @@ mod tests {
         let relays = relays(&[1, 1]);
         for (number, lane_is_open) in [(1, true), (0, false)] {
             let Choice::Relay(ticket) = relays.choose(&[1 - number]) else { panic!() };
-            ticket.away("gone");
+            ticket.away(Pause::new("gone".into()));
             assert_eq!(relays.lane() == Lane::Open, lane_is_open);
         }
         assert!(matches!(relays.choose(&[]), Choice::None(reason) if reason == "gone"));

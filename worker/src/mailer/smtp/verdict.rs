@@ -1,59 +1,13 @@
-//! What follows from what went wrong: whether it is about the relay, the mail, or the address. Pure functions, with the replies
-//! of real servers in mind.
+//! What follows from what went wrong: whether it is about the relay, the mail, or the recipient. Pure functions.
 
 use std::{fmt, time::Duration};
 
+use mailrun_shared::reply::{Classified, Concern, ReplyClass, classify};
+
+pub use mailrun_shared::reply::Stage;
+
 use super::{super::Outcome, reply::Reply};
 use crate::attempt::Withdrawn;
-
-/// How far a conversation had come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// The connection itself.
-    Connect,
-    /// Its encryption.
-    Tls,
-    /// The server speaks first.
-    Greeting,
-    /// EHLO.
-    Hello,
-    /// STARTTLS.
-    StartTls,
-    /// AUTH.
-    Login,
-    /// MAIL.
-    Mail,
-    /// RCPT.
-    Rcpt,
-    /// DATA, until the server says go ahead. Nothing of the message is sent yet.
-    Data,
-    /// The message, from its first byte to the server's answer.
-    Content,
-}
-
-impl Stage {
-    /// No mail is spoken of yet: whatever goes wrong is the relay's trouble.
-    fn is_before_mail(self) -> bool {
-        !matches!(self, Self::Mail | Self::Rcpt | Self::Data | Self::Content)
-    }
-}
-
-impl fmt::Display for Stage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Connect => "the connection",
-            Self::Tls => "the encryption",
-            Self::Greeting => "the greeting",
-            Self::Hello => "EHLO",
-            Self::StartTls => "STARTTLS",
-            Self::Login => "the login",
-            Self::Mail => "MAIL",
-            Self::Rcpt => "RCPT",
-            Self::Data => "DATA",
-            Self::Content => "the message",
-        })
-    }
-}
 
 /// What went wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,13 +35,65 @@ pub struct Failure {
     pub trouble: Trouble,
 }
 
+/// Why a relay is left alone, and for how long.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pause {
+    /// Why, in the server's words.
+    pub reason: String,
+    /// As long as the server asks for.
+    pub wait: Option<Duration>,
+    /// Otherwise it is tried again sooner and then later, and at last after this time; none: after the usual time.
+    pub longest: Option<Duration>,
+}
+
+impl Pause {
+    /// For the usual time.
+    pub fn new(reason: String) -> Self {
+        Self { reason, ..Self::default() }
+    }
+
+    fn after(reason: String, reply: Classified) -> Self {
+        use ReplyClass::{Authentication, BlockList, Helo, Limit, Relaying, Sender};
+        let longest = match (reply.class, reply.period) {
+            (Limit, Some(period)) => Some(limit_probe(period)),
+            // A person has to act, or a reputation to recover: there is no hurry.
+            (Limit | Sender | BlockList | Relaying | Authentication | Helo, _) => Some(Duration::from_secs(300)),
+            _ => None,
+        };
+        Self { reason, wait: reply.wait, longest }
+    }
+}
+
+/// How seldom a relay is tried at last whose limit holds for this period: its end is not known.
+fn limit_probe(period: Duration) -> Duration {
+    if period >= Duration::from_secs(24 * 3_600) {
+        Duration::from_secs(3_600)
+    } else if period >= Duration::from_secs(3_600) {
+        Duration::from_secs(600)
+    } else {
+        Duration::from_secs(60)
+    }
+}
+
 /// What follows from a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The relay takes no mail at present. The mail was certainly not sent.
-    Away(String),
+    Away(Pause),
+    /// The mail was refused with words that speak of us. It concerns the relay, unless only this recipient meets it again and again.
+    Refused(Pause),
+    /// The recipient was deferred with words that may speak of us. It concerns the relay only if recipients at several domains
+    /// are.
+    Deferred(Pause),
     /// The relay is well; this is what became of the mail.
     Mail(Outcome),
+    /// The mail was refused for good, and it is not known whose fault that is. `alike`: the same for all refusals for this reason.
+    Unexplained {
+        /// The server's words.
+        reason: String,
+        /// What they have in common with others.
+        alike: String,
+    },
     /// The conversation broke. It says nothing for sure about the relay; this is what became of the mail.
     Broken(Outcome),
     /// The attempt must not go on. It says nothing about the relay, and the mail was certainly not sent.
@@ -125,22 +131,40 @@ impl Failure {
     /// What follows.
     pub fn verdict(&self) -> Verdict {
         let reason = self.to_string();
-        if self.stage.is_before_mail() {
-            return Verdict::Away(reason);
-        }
         match &self.trouble {
-            Trouble::Refused(reply) if concerns_relay(self.stage, reply) => Verdict::Away(reason),
-            Trouble::Refused(reply) if reply.code < 500 => Verdict::Mail(Outcome::Retry(reason)),
-            Trouble::Refused(reply) => {
-                Verdict::Mail(Outcome::Failed { reason, bad_address: is_bad_address(self.stage, reply) })
-            }
-            Trouble::Unable(_) => Verdict::Mail(Outcome::Failed { reason, bad_address: false }),
             Trouble::Withdrawn(withdrawn) => Verdict::Withdrawn(*withdrawn),
+            Trouble::Refused(reply) => refusal(self.stage, reply, reason),
+            _ if self.stage.is_before_mail() => Verdict::Away(Pause::new(reason)),
+            Trouble::Unable(_) => Verdict::Mail(Outcome::Failed { reason, bad_address: false }),
             Trouble::Senseless(_) | Trouble::Lost(_) | Trouble::Slow(_) if self.stage == Stage::Content => {
                 Verdict::Broken(Outcome::Unknown(reason))
             }
             Trouble::Senseless(_) | Trouble::Lost(_) | Trouble::Slow(_) => Verdict::Broken(Outcome::Retry(reason)),
         }
+    }
+}
+
+/// What follows from a refusal.
+fn refusal(stage: Stage, reply: &Reply, reason: String) -> Verdict {
+    let classified = classify(stage, reply.code, &reply.lines.join("\n"));
+    let failed = |reason, bad_address| Verdict::Mail(Outcome::Failed { reason, bad_address });
+    if stage.is_before_mail() {
+        return Verdict::Away(Pause::after(reason, classified));
+    }
+    match classified.concern() {
+        // No recipient is named yet.
+        Concern::Relay if stage == Stage::Mail => Verdict::Away(Pause::after(reason, classified)),
+        Concern::Relay if stage == Stage::Rcpt && !classified.permanent => {
+            Verdict::Deferred(Pause::after(reason, classified))
+        }
+        Concern::Relay => Verdict::Refused(Pause::after(reason, classified)),
+        _ if !classified.permanent => Verdict::Mail(Outcome::Retry(reason)),
+        // These pass, whatever the code says.
+        Concern::Recipient if matches!(classified.class, ReplyClass::Greylisted | ReplyClass::RecipientLimit) => {
+            Verdict::Mail(Outcome::Retry(reason))
+        }
+        Concern::Recipient => failed(reason, classified.suppresses()),
+        Concern::Message | Concern::Unknown => Verdict::Unexplained { reason, alike: reply.alike() },
     }
 }
 
@@ -157,66 +181,6 @@ impl fmt::Display for Failure {
             Trouble::Unable(why) => f.write_str(why),
             Trouble::Withdrawn(_) => write!(f, "broken off before {stage}"),
         }
-    }
-}
-
-/// Whether a refusal is about the relay, or about all that we send, and not about this mail.
-pub fn concerns_relay(stage: Stage, reply: &Reply) -> bool {
-    match reply.code {
-        // "Closing the channel", whatever the reason; "temporary authentication failure", which some send for throttling.
-        421 | 454 => true,
-        // Authentication is required, too weak, wrong, or needs encryption: the next mail would fare no better.
-        530 | 534 | 535 | 538 => true,
-        400..500 => is_throttling(stage, reply),
-        _ => false,
-    }
-}
-
-/// Whether a 4xx asks for less mail, or for mail at another time, whoever it is for.
-///
-/// At RCPT, "try again later" alone means this recipient: it is how greylisting is put. Before a recipient is named it can only
-/// mean us.
-fn is_throttling(stage: Stage, reply: &Reply) -> bool {
-    let text = reply.lines.join(" ").to_lowercase();
-    let says = |phrases: &[&str]| phrases.iter().any(|phrase| text.contains(phrase));
-    if says(&["greylist", "graylist", "grey-list", "gray-list", "grey list"]) {
-        return false;
-    }
-    match reply.detail() {
-        // A full or busy mailbox: it says "rate" and "too many" as well, and means its own.
-        Some((1 | 2, _)) => return false,
-        // The system is full or takes no mail; congestion; too many recipients, though we named one.
-        Some((3, 1 | 2) | (4, 5) | (5, 3)) => return true,
-        // The limits of two large providers: too much from this address, server busy.
-        Some((7, 28 | 500..700)) => return true,
-        _ => {}
-    }
-    says(&[
-        "too many",
-        "too much mail",
-        "too fast",
-        "throttl",
-        "rate limit",
-        "rate-limit",
-        "ratelimit",
-        "rate exceeded",
-        "sending rate",
-        "limit exceeded",
-        "exceeded the rate",
-        "quota exceeded",
-        "server busy",
-        "server too busy",
-        "system busy",
-    ]) || (stage == Stage::Mail && says(&["try again later", "try later", "come back later", "retry later"]))
-}
-
-/// Whether a 5xx says that there is no such address.
-pub fn is_bad_address(stage: Stage, reply: &Reply) -> bool {
-    match (stage, reply.detail()) {
-        // No mailbox, no domain, bad syntax, moved without a new address, a domain that takes no mail.
-        (Stage::Rcpt | Stage::Content, Some(detail)) => matches!(detail, (1, 1 | 2 | 3 | 6 | 10)),
-        (Stage::Rcpt, None) => matches!(reply.code, 550 | 551 | 553),
-        _ => false,
     }
 }
 
@@ -241,21 +205,52 @@ mod tests {
             (Mail, 421, "4.7.0 try again later"),
             (Mail, 530, "5.7.0 must issue STARTTLS first"),
             (Mail, 451, "try again later"),
+            (Mail, 451, "4.3.0 text"),
             (Mail, 452, "4.3.1 insufficient system storage"),
-            (Rcpt, 421, "4.7.28 rate limit"),
-            (Rcpt, 450, "4.7.28 our system has detected an unusual rate"),
-            (Rcpt, 451, "4.7.500 server busy"),
-            (Rcpt, 451, "4.7.650 temporarily rate limited"),
-            (Rcpt, 452, "4.5.3 too many recipients"),
-            (Rcpt, 450, "too many connections from your address"),
+            (Mail, 550, "no"),
+            (Mail, 553, "5.1.1 no such user"),
+        ] {
+            let verdict = refused(stage, code, text).verdict();
+            assert!(
+                matches!(&verdict, Verdict::Away(pause) if pause.reason.ends_with(text)),
+                "{code} {text}: {verdict:?}"
+            );
+        }
+        for (stage, code, text) in [
             (Data, 454, "Throttling failure: Maximum sending rate exceeded."),
             (Data, 452, "4.4.5 insufficient disk space"),
             (Content, 451, "4.3.2 please try again later"),
             (Content, 421, "4.3.0 shutting down"),
             (Content, 450, "4.7.1 Error: too much mail from 192.0.2.1"),
+            (Rcpt, 550, "relay not permitted"),
+            (Rcpt, 550, "Please turn on SMTP Authentication in your mail client"),
+            (Rcpt, 550, "5.1.8 sender rejected"),
+            (Rcpt, 504, "5.5.2 <w>: Helo command rejected: need fully-qualified hostname"),
+            (Content, 550, "5.4.5 Daily user sending limit exceeded"),
+            (Content, 554, "5.2.0 SubmissionQuotaExceeded"),
         ] {
             let verdict = refused(stage, code, text).verdict();
-            assert!(matches!(&verdict, Verdict::Away(reason) if reason.ends_with(text)), "{code} {text}: {verdict:?}");
+            assert!(
+                matches!(&verdict, Verdict::Refused(pause) if pause.reason.ends_with(text)),
+                "{code} {text}: {verdict:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_recipient_that_is_deferred_is_not_yet_the_relays_trouble() {
+        for (code, text) in [
+            (421, "4.7.28 rate limit"),
+            (450, "4.7.28 our system has detected an unusual rate"),
+            (451, "4.7.500 server busy"),
+            (451, "4.7.650 temporarily rate limited"),
+            (452, "4.5.3 too many recipients"),
+            (450, "too many connections from your address"),
+            (454, "4.7.1 Relay access denied"),
+            (450, "4.1.8 sender domain not found"),
+        ] {
+            let verdict = refused(Stage::Rcpt, code, text).verdict();
+            assert!(matches!(&verdict, Verdict::Deferred(_)), "{code} {text}: {verdict:?}");
         }
     }
 
@@ -263,14 +258,14 @@ mod tests {
     fn what_may_pass_is_tried_again() {
         use Stage::*;
         for (stage, code, text) in [
-            (Mail, 451, "4.3.0 text"),
             (Rcpt, 450, "4.7.1 Greylisted, please try again in 300 seconds"),
             (Rcpt, 451, "4.7.1 Please try again later"),
             (Rcpt, 450, "4.7.1 <x>: Recipient address rejected: Greylisting in effect: too many tries"),
             (Rcpt, 450, "4.2.1 The user is receiving mail at a rate that is too high; too many"),
+            (Rcpt, 550, "5.2.1 The user is receiving mail at a rate that is too high"),
             (Rcpt, 452, "4.2.2 mailbox full, quota exceeded"),
+            (Rcpt, 452, "too many messages for this recipient"),
             (Rcpt, 451, "Temporary local problem - please try later"),
-            (Rcpt, 450, "4.1.8 sender domain not found"),
             (Data, 451, "local error"),
             (Content, 451, "4.7.1 content scanner not available, try again later"),
         ] {
@@ -290,23 +285,39 @@ mod tests {
             (Rcpt, 556, "5.1.10 null MX", true),
             (Content, 550, "5.1.1 no such user", true),
             (Rcpt, 550, "no such user", true),
-            (Rcpt, 551, "user not local", true),
-            (Rcpt, 553, "not allowed", true),
-            (Rcpt, 550, "5.7.1 blocked", false),
-            (Rcpt, 550, "5.2.1 disabled", false),
-            (Rcpt, 550, "5.1.8 sender rejected", false),
+            (Rcpt, 551, "user not local", false),
+            (Rcpt, 550, "5.2.1 disabled", true),
             (Rcpt, 552, "over quota", false),
-            (Rcpt, 554, "no", false),
-            (Rcpt, 503, "5.5.1 bad sequence", false),
-            (Content, 550, "spam", false),
-            (Content, 554, "5.7.1 spam", false),
-            (Mail, 550, "5.1.1 your sender", false),
-            (Mail, 553, "sender", false),
-            (Data, 554, "no valid recipients", false),
         ] {
             let failed = Outcome::Failed { reason: format!("{code} {text}"), bad_address: bad };
             assert_eq!(refused(stage, code, text).verdict(), Verdict::Mail(failed));
         }
+        for (stage, code, text) in [
+            (Rcpt, 553, "not allowed"),
+            (Rcpt, 550, "no"),
+            (Rcpt, 554, "no"),
+            (Rcpt, 503, "5.5.1 bad sequence"),
+            (Content, 550, "spam"),
+            (Content, 554, "5.7.1 spam"),
+            (Rcpt, 550, "#5.7.1 rejected"),
+        ] {
+            let verdict = refused(stage, code, text).verdict();
+            assert!(matches!(&verdict, Verdict::Unexplained { .. }), "{code} {text}: {verdict:?}");
+        }
+    }
+
+    #[test]
+    fn a_pause_is_as_long_as_the_server_asks_for() {
+        let pause = |text| match refused(Stage::Mail, 452, text).verdict() {
+            Verdict::Away(pause) => {
+                (pause.wait.map(|wait| wait.as_secs()), pause.longest.map(|longest| longest.as_secs()))
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(pause("rate limit, try again in 90 seconds"), (Some(90), Some(300)));
+        assert_eq!(pause("4.7.0 Daily limit exceeded"), (None, Some(3_600)));
+        assert_eq!(pause("hourly limit"), (None, Some(600)));
+        assert_eq!(pause("4.3.1 disk full"), (None, None));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod conversation;
 mod encryption;
 mod pool;
+mod refusals;
 mod server;
 
 use std::{sync::Arc, time::Duration};

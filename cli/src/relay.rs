@@ -1,0 +1,49 @@
+//! `mailrun relay`: relays that are stopped because of refusals that nobody could explain, and whose fault those were.
+
+use anyhow::Result;
+use mailrun_shared::store::relay_stops::{self, Fault};
+
+use crate::ledger::Ledger;
+
+/// Prints the relays that are stopped.
+///
+/// # Errors
+/// The database's.
+pub async fn show(ledger: &Ledger) -> Result<()> {
+    let stops = relay_stops::recent(&mut *ledger.pool.acquire().await?).await?;
+    let mut open = stops.iter().filter(|stop| stop.fault.is_none()).peekable();
+    if open.peek().is_none() {
+        println!("No relay is stopped.");
+        return Ok(());
+    }
+    for stop in open {
+        let since = stop.stopped_at.format("%Y-%m-%d %H:%M UTC");
+        println!("{}  {}  stopped {since}, {} paused", stop.number, stop.relay, runs(stop.runs.len()));
+        println!("    {}", stop.reason);
+    }
+    println!("Answer with `mailrun relay it-was-us` to try the refused recipients again, or with");
+    println!("`mailrun relay it-was-them` to let them fail.");
+    Ok(())
+}
+
+/// Says whose fault the refusals were. Workers act on it within a second.
+///
+/// # Errors
+/// The database's.
+pub async fn answer(ledger: &Ledger, number: Option<i64>, fault: Fault) -> Result<()> {
+    let answered = relay_stops::answer(&mut *ledger.pool.acquire().await?, number, fault).await?;
+    let then = match fault {
+        Fault::Us => "the refused recipients are tried again",
+        Fault::Them => "the refused recipients fail",
+    };
+    match answered {
+        0 => println!("No relay is stopped."),
+        1 => println!("The relay and its runs go on; {then}."),
+        count => println!("{count} relays and their runs go on; {then}."),
+    }
+    Ok(())
+}
+
+fn runs(count: usize) -> String {
+    if count == 1 { "1 run".to_owned() } else { format!("{count} runs") }
+}

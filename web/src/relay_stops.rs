@@ -1,0 +1,74 @@
+//! `/relay`: relays that are stopped because of refusals that nobody could explain, and the operator's answer.
+
+use askama::Template;
+use axum::{
+    body::Body,
+    extract::{Path, Request, State},
+    response::{Redirect, Response},
+};
+use chrono::Utc;
+use mailrun_shared::store::relay_stops::{self, Fault, RelayStop};
+use tracing::info;
+
+use crate::{
+    Shared,
+    body::Room,
+    error::{ErrorPage, html},
+    view::Moment,
+};
+
+/// The form holds one short field.
+const MAX_FORM_BYTES: usize = 16 * 1024;
+
+#[derive(Template)]
+#[template(path = "relay.html")]
+struct RelayPage {
+    stops: Vec<Row>,
+}
+
+struct Row {
+    number: i64,
+    relay: String,
+    reason: String,
+    runs: Vec<uuid::Uuid>,
+    since: Moment,
+}
+
+/// `GET /relay`
+pub(crate) async fn show(State(app): Shared) -> Result<Response, ErrorPage> {
+    let stops = relay_stops::recent(&mut *app.pool.acquire().await?).await?;
+    let now = Utc::now();
+    let row = |RelayStop { number, relay, stopped_at, reason, runs, .. }| Row {
+        number,
+        relay,
+        reason,
+        runs,
+        since: Moment::new(stopped_at, now),
+    };
+    Ok(html(&RelayPage { stops: stops.into_iter().filter(|stop| stop.fault.is_none()).map(row).collect() }))
+}
+
+/// `POST /relay/{number}`, with the `fault`: `us` or `them`. One that is answered already is what was wished for.
+pub(crate) async fn answer(
+    State(app): Shared,
+    Path(number): Path<String>,
+    request: Request<Body>,
+) -> Result<Redirect, ErrorPage> {
+    let (fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let fault = match fields.get("fault") {
+        Some("us") => Some(Fault::Us),
+        Some("them") => Some(Fault::Them),
+        _ => None,
+    };
+    if let (Ok(number), Some(fault)) = (number.parse(), fault) {
+        let answered = relay_stops::answer(&mut *app.pool.acquire().await?, Some(number), fault).await?;
+        app.outbox.notify_one();
+        info!(number, ?fault, answered, "the refusals of a stopped relay are explained");
+    }
+    Ok(Redirect::to("/relay"))
+}
+
+/// `GET` on the same address: somebody loads it again after a login or from the history.
+pub(crate) async fn back() -> Redirect {
+    Redirect::to("/relay")
+}
