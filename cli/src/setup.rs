@@ -1,16 +1,24 @@
-//! `mailrun setup`: the schema and the topology, by users who may create both.
+//! `mailrun setup`: the schema, a role for each process, and the topology, by users who may create them.
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
-use mailrun_shared::{broker::Broker, config::Config, retry::Reconnect, store};
+use anyhow::{Context as _, Result, bail};
+use mailrun_shared::{
+    broker::Broker,
+    config::Config,
+    retry::Reconnect,
+    store::{
+        self,
+        grants::{self, Granted},
+    },
+};
 use tokio::time::{Instant, sleep};
 use tracing::info;
 
 /// The servers may be starting too.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Migrates the database and declares the topology. Repeating it changes nothing.
+/// Migrates the database, grants each process what it writes, and declares the topology. Repeating it changes nothing.
 ///
 /// # Errors
 /// When a server can't be reached within a minute, or its user has no right to.
@@ -19,6 +27,15 @@ pub async fn run(config: &Config) -> Result<()> {
     patiently(async || pool.acquire().await.map(drop), store::may_pass).await.context("PostgreSQL can't be reached")?;
     store::migrate(&pool).await.context("the schema can't be brought up to date")?;
     info!("the schema is up to date");
+    match grants::grant(&pool, &config.database.roles).await.context("the roles can't be made")? {
+        Granted::Yes => info!("the roles have their rights"),
+        Granted::MayNotCreateRoles if config.database.roles.is_used() => {
+            bail!("the roles can't be made: database.url names a user without the right to create roles (CREATEROLE)");
+        }
+        Granted::MayNotCreateRoles => {
+            info!("the roles were not made: this user may not create roles; all processes use one user");
+        }
+    }
     let broker = Broker::new(config, "mailrun setup");
     patiently(async || broker.declare_topology().await, |_| true).await.context("the queues can't be declared")?;
     info!("the queues are declared");

@@ -13,6 +13,7 @@ pub mod public_url;
 pub mod reply;
 pub mod retry;
 pub mod run;
+mod scram;
 pub mod shutdown;
 pub mod store;
 pub mod telemetry;
