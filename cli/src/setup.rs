@@ -1,15 +1,19 @@
-//! `mailrun setup`: the schema and the topology, by users who may create both.
+//! `mailrun setup`: the schema, a role for each process, and the topology, by users who may create them.
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use mailrun_shared::{
     broker::{Broker, BrokerError},
     config::Config,
     lineage::Foreign,
     marker::{self, Claim},
     retry::Reconnect,
-    store::{self, installation},
+    store::{
+        self,
+        grants::{self, Granted},
+        installation,
+    },
 };
 use tokio::time::{Instant, sleep};
 use tracing::info;
@@ -17,8 +21,9 @@ use tracing::info;
 /// The servers may be starting too.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Migrates the database, declares the topology, and marks the virtual host as this installation's. Repeating it changes
-/// nothing. `take_over`: also if it was marked by another installation, which no longer exists.
+/// Migrates the database, grants each process what it writes, declares the topology, and marks the virtual host as this
+/// installation's. Repeating it changes nothing. `take_over`: also if it was marked by another installation, which no longer
+/// exists.
 ///
 /// # Errors
 /// When a server can't be reached within a minute, its user has no right to, or the virtual host belongs to another
@@ -28,6 +33,15 @@ pub async fn run(config: &Config, take_over: bool) -> Result<()> {
     patiently(async || pool.acquire().await.map(drop), store::may_pass).await.context("PostgreSQL can't be reached")?;
     store::migrate(&pool).await.context("the schema can't be brought up to date")?;
     info!("the schema is up to date");
+    match grants::grant(&pool, &config.database.roles).await.context("the roles can't be made")? {
+        Granted::Yes => info!("the roles have their rights"),
+        Granted::MayNotCreateRoles if config.database.roles.is_used() => {
+            bail!("the roles can't be made: database.url names a user without the right to create roles (CREATEROLE)");
+        }
+        Granted::MayNotCreateRoles => {
+            info!("the roles were not made: this user may not create roles; all processes use one user");
+        }
+    }
     let broker = Broker::new(config, "mailrun setup");
     patiently(async || broker.declare_topology().await, |_| true).await.context("the queues can't be declared")?;
     info!("the queues are declared");

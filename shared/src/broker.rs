@@ -8,6 +8,7 @@ use std::{
     borrow::Cow,
     collections::{BTreeMap, HashSet},
     ops::Deref,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -19,6 +20,7 @@ use futures::future::try_join_all;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
     options::{BasicPublishOptions, ConfirmSelectOptions},
+    tcp::OwnedTLSConfig,
     types::{AMQPValue, FieldTable, ShortString},
     uri::AMQPUri,
 };
@@ -32,7 +34,7 @@ use tracing::{debug, warn};
 use uuid::Uuid;
 
 use crate::{
-    config::Config,
+    config::{Config, authorities},
     epoch::Epoch,
     message::{DeadReason, ItemResult, Message, ResultsMessage, RunMessage, TestMessage, encode},
     retry::Reconnect,
@@ -60,9 +62,12 @@ const WAITING_BATCHES: usize = 64;
 /// Why the pipeline can't speak to RabbitMQ at the moment.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
-    /// An address that is none.
-    #[error("amqp.urls holds something that is not amqp://user:password@host:port/vhost: {0}")]
-    Url(String),
+    /// Malformed AMQP URL. It may hold a password, so neither it nor the parser's words are repeated.
+    #[error("amqp.urls holds something that is not amqp://user:password@host:port/vhost")]
+    Url,
+    /// The file with the authorities can't be read.
+    #[error("amqp.ca_file can't be read: {0}")]
+    Authorities(std::io::Error),
     /// No node could be reached, or the broker ended the conversation.
     #[error("RabbitMQ: {0}")]
     Amqp(#[from] lapin::Error),
@@ -106,6 +111,7 @@ pub struct Broker {
     answer_timeout: Duration,
     heartbeat_s: u16,
     epoch: Epoch,
+    ca_file: Option<PathBuf>,
 }
 
 impl Broker {
@@ -124,6 +130,7 @@ impl Broker {
             answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
             heartbeat_s: config.amqp.heartbeat_s,
             epoch: Epoch::default(),
+            ca_file: config.amqp.ca_file.clone(),
         })
     }
 
@@ -145,12 +152,16 @@ impl Broker {
     }
 
     async fn connect_to(&self, url: &SecretString, purpose: &str) -> Result<Link, BrokerError> {
-        let mut uri: AMQPUri = url.expose_secret().parse().map_err(BrokerError::Url)?;
+        let mut uri: AMQPUri = url.expose_secret().parse().map_err(|_| BrokerError::Url)?;
         uri.query.heartbeat = Some(self.heartbeat_s);
         uri.query.connection_timeout = Some(CONNECT_TIMEOUT_MS);
+        let authorities = authorities(self.ca_file.as_ref()).await.map_err(BrokerError::Authorities)?;
+        let tls = OwnedTLSConfig { cert_chain: authorities, ..OwnedTLSConfig::default() };
         let properties =
             ConnectionProperties::default().with_connection_name(format!("{} {purpose}", self.name).into());
-        let connection = Link(Arc::new(Connection::connect_uri(uri, properties).await?));
+        let connection = Link(Arc::new(
+            Connection::connect_uri_with_config(uri, properties, tls, lapin::runtime::default_runtime()?).await?,
+        ));
         if self.declare {
             self.declare_on(&connection).await?;
         }

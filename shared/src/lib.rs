@@ -16,6 +16,7 @@ pub mod public_url;
 pub mod reply;
 pub mod retry;
 pub mod run;
+mod scram;
 pub mod shutdown;
 pub mod since;
 pub mod store;

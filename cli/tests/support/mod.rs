@@ -154,6 +154,15 @@ impl World {
         }
     }
 
+    /// SIGTERM to those that still run.
+    pub fn terminate_rest(&mut self) {
+        for child in 0..self.children.len() {
+            if self.is_running(child) {
+                assert!(self.terminate(child), "{}", self.log());
+            }
+        }
+    }
+
     /// SIGTERM; returns whether the exit code was 0.
     pub fn terminate(&mut self, child: usize) -> bool {
         let pid = rustix::process::Pid::from_child(&self.children[child]);

@@ -4,6 +4,7 @@
 
 mod access;
 mod relay;
+mod servers;
 mod smtp;
 mod suppressions;
 
@@ -17,6 +18,8 @@ use crate::public_url::PublicUrl;
 
 pub use access::Proxy;
 pub use relay::{Login, Mechanism, Password, Relay, RelayTls};
+pub(crate) use servers::authorities;
+pub use servers::{RolesConfig, Writer};
 pub use smtp::{BreakerConfig, DkimConfig, MailerKind, Sender, SmtpConfig};
 pub use suppressions::SuppressionsConfig;
 
@@ -76,6 +79,10 @@ pub struct DatabaseConfig {
     pub max_connections: u32,
     /// How long a request for a connection may wait.
     pub acquire_timeout_ms: u64,
+    /// Lets connections beyond this machine go unencrypted or unverified, as `url` says.
+    pub allow_plaintext: bool,
+    /// The roles that `mailrun setup` makes.
+    pub roles: RolesConfig,
     /// PostgreSQL must answer a statement within this time. A connection on which it does not is given up.
     pub answer_timeout_ms: u64,
 }
@@ -86,6 +93,8 @@ impl Default for DatabaseConfig {
             url: "postgres://mailrun@127.0.0.1:5432/mailrun".into(),
             max_connections: 10,
             acquire_timeout_ms: 10_000,
+            allow_plaintext: false,
+            roles: RolesConfig::default(),
             answer_timeout_ms: 30_000,
         }
     }
@@ -106,6 +115,10 @@ pub struct AmqpConfig {
     /// `amqp://user:password@host:port/vhost`, one for each node of the cluster, tried in turn. `AMQP_URL` wins over it,
     /// with commas between several.
     pub urls: Vec<SecretString>,
+    /// Lets connections beyond this machine go unencrypted.
+    pub allow_plaintext: bool,
+    /// A PEM file with the authorities to trust beside the system's, for `amqps://`.
+    pub ca_file: Option<std::path::PathBuf>,
     /// Connections that a process publishes on, each with one confirm channel.
     pub publish_lanes: usize,
     /// Queues that item messages are spread over. Raise it at the senders first, since they read only what they know of.
@@ -125,6 +138,8 @@ impl Default for AmqpConfig {
     fn default() -> Self {
         Self {
             urls: vec!["amqp://guest:guest@127.0.0.1:5672/%2f".into()],
+            allow_plaintext: false,
+            ca_file: None,
             publish_lanes: 2,
             item_queues: 1,
             declare_topology: true,
@@ -424,7 +439,7 @@ impl Default for LogConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// Unreadable, of the wrong type, or an unknown key.
-    #[error("the settings can't be read: {0}")]
+    #[error("the settings can't be read: {}", without_lines_of_the_file(.0))]
     Read(#[from] config::ConfigError),
     /// Readable, but not sensible.
     #[error("the setting {key} is not usable: {reason}")]
@@ -434,6 +449,15 @@ pub enum ConfigError {
         /// Why not, and what would be.
         reason: String,
     },
+}
+
+/// A syntax error shows the line it is in, which may hold a password.
+fn without_lines_of_the_file(error: &config::ConfigError) -> String {
+    let text = error.to_string();
+    let lines = text.lines().filter(|line| {
+        !line.trim_start().trim_start_matches(|digit: char| digit.is_ascii_digit()).trim_start().starts_with('|')
+    });
+    lines.collect::<Vec<_>>().join("; ")
 }
 
 /// Whoever knows the key can keep people from being written to.
@@ -524,9 +548,8 @@ impl Config {
 
     fn check(&self) -> Result<(), ConfigError> {
         let wrong = |key, reason: &str| Err(ConfigError::Value { key, reason: reason.to_owned() });
-        if self.amqp.urls.is_empty() {
-            return wrong("amqp.urls", "name at least one node, as amqp://user:password@host:port/vhost");
-        }
+        self.database.check()?;
+        self.amqp.check_urls()?;
         if !(1..=64).contains(&self.amqp.item_queues) {
             return wrong("amqp.item_queues", "from 1 to 64");
         }
@@ -619,7 +642,7 @@ mod tests {
             ("MAILRUN_RETRY__RUNGS_MS", "5,10"),
             ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "3"),
             ("MAILRUN_HOME", "/somewhere"),
-            ("AMQP_URL", "amqp://a, amqp://b"),
+            ("AMQP_URL", "amqps://a, amqps://b"),
             ("DATABASE_URL", "postgres://x"),
         ])
         .unwrap();
@@ -627,13 +650,13 @@ mod tests {
         assert_eq!(config.rungs(), [5, 10].map(Duration::from_millis));
         assert_eq!(config.mailer.simulated.latency_ms, 3);
         assert_eq!(config.amqp.urls.len(), 2);
-        assert_eq!(config.amqp.urls[1].expose_secret(), "amqp://b");
+        assert_eq!(config.amqp.urls[1].expose_secret(), "amqps://b");
     }
 
     #[test]
     fn servers_are_named_by_the_environment_or_the_file() {
         assert_eq!(read(&[]).unwrap().named, Named::default());
-        assert_eq!(read(&[("AMQP_URL", "amqp://a")]).unwrap().named, Named { database: false, broker: true });
+        assert_eq!(read(&[("AMQP_URL", "amqps://a")]).unwrap().named, Named { database: false, broker: true });
         let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
         std::fs::write(&file, "[database]\nurl = 'postgres://x'\n").unwrap();
         let config = Config::read(Some(file.path()), HashMap::new()).unwrap();
@@ -649,7 +672,7 @@ mod tests {
     #[test]
     fn a_flag_and_a_list_are_read_from_the_environment() {
         let config =
-            read(&[("MAILRUN_AMQP__PUBLISH_TWICE", "true"), ("MAILRUN_AMQP__URLS", "amqp://a,amqp://b")]).unwrap();
+            read(&[("MAILRUN_AMQP__PUBLISH_TWICE", "true"), ("MAILRUN_AMQP__URLS", "amqps://a,amqps://b")]).unwrap();
         assert!(config.amqp.publish_twice);
         assert_eq!(config.amqp.urls.len(), 2);
     }
@@ -712,10 +735,26 @@ mod tests {
     }
 
     #[test]
+    fn an_error_in_the_file_does_not_print_its_line() {
+        for content in [
+            "[database]\nurl = \"postgres://u:hunter2@h\n",
+            "[web]\npassword = hunter2\n",
+            "[database]\nurl = [\"postgres://u:hunter2@h\"]\n",
+            "[amqp]\nurls = { a = \"hunter2\" }\n",
+            "[web]\npassword = { hunter2 = 1 }\n",
+        ] {
+            let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+            std::fs::write(&file, content).unwrap();
+            let error = Config::read(Some(file.path()), HashMap::new()).unwrap_err().to_string();
+            assert!(!error.contains("hunter2") || content.contains("{ hunter2"), "{error}");
+        }
+    }
+
+    #[test]
     fn secrets_are_not_printed() {
         let config = read(&[
             ("DATABASE_URL", "postgres://u:hunter2@h/d"),
-            ("AMQP_URL", "amqp://u:hunter2@h"),
+            ("AMQP_URL", "amqps://u:hunter2@h"),
             ("MAILRUN_MAILER__SMTP__RELAYS", "smtp://u:hunter2@h"),
         ])
         .unwrap();

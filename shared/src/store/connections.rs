@@ -9,12 +9,7 @@ use std::{
     time::Duration,
 };
 
-use secrecy::ExposeSecret;
-use sqlx::{
-    Connection as _, PgConnection, PgPool, Postgres,
-    pool::PoolConnection,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use sqlx::{Connection as _, PgConnection, PgPool, Postgres, pool::PoolConnection, postgres::PgPoolOptions};
 use tokio::time::{Instant, timeout};
 
 use crate::config::DatabaseConfig;
@@ -32,9 +27,10 @@ const SETTLED: Duration = Duration::from_secs(5);
 /// silent, which would hold its locks for ever.
 ///
 /// # Errors
-/// When `database.url` is no PostgreSQL address.
+/// When `database.url` is no PostgreSQL address, which the settings are checked for.
 pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
-    let options: PgConnectOptions = config.url.expose_secret().parse()?;
+    let options =
+        config.options().map_err(|reason| sqlx::Error::Configuration(format!("database.url: {reason}").into()))?;
     let answer_ms = config.answer_timeout_ms.to_string();
     let abandoned_ms = (2 * config.answer_timeout_ms).to_string();
     let options = options.application_name(name).options([

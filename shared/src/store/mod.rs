@@ -5,6 +5,7 @@
 pub mod attempts;
 pub mod audit;
 mod connections;
+pub mod grants;
 pub mod held_suppressions;
 pub mod installation;
 pub mod outbox;
