@@ -7,6 +7,7 @@ mod error;
 mod form;
 mod guard;
 mod hooks;
+mod people;
 mod progress;
 mod relay;
 mod report;
@@ -30,7 +31,7 @@ use axum::{
     routing::{any, get, post},
 };
 use mailrun_shared::{
-    broker::Broker,
+    broker::{Broker, Rejections},
     config::{Config, MailerKind, WebConfig},
     store,
     unsubscribe::Signer,
@@ -59,6 +60,8 @@ pub const ICON: &str = include_str!("../static/icon.svg");
 const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
 /// How long a health check waits for the database.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
+/// At the end, connections to RabbitMQ are closed within this time or left.
+const CLOSE: Duration = Duration::from_secs(3);
 /// After the stop, requests under way get this long.
 const DRAIN: Duration = Duration::from_secs(10);
 /// Nothing but our own files, and nobody may frame a page.
@@ -105,6 +108,8 @@ struct App {
     dead_after: Duration,
     /// How long the database may take to answer.
     answer_timeout: Duration,
+    /// What RabbitMQ does not take from the outbox.
+    rejections: Rejections,
 }
 
 type Shared = State<Arc<App>>;
@@ -125,7 +130,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     info!(address = %listener.local_addr()?, login = config.web.password.is_some(), "serving the pages");
 
     let outbox = Arc::new(Notify::new());
-    let publisher = Broker::new(&config, "mailrun web").publisher(1);
+    let broker = Broker::new(&config, "mailrun web");
+    let publisher = broker.publisher(1);
     // Whoever of the two ends first takes the other along.
     let ending = stop.child_token();
     let limit = database.answer_timeout();
@@ -147,10 +153,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         simulated: config.mailer.kind == MailerKind::Simulated,
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
         answer_timeout: limit,
+        rejections: broker.rejections().clone(),
     });
     let served = serve(listener, router(app), &ending).await;
     ending.cancel();
     relay.await?;
+    broker.closed(CLOSE).await;
     pool.close().await;
     Ok(served?)
 }
@@ -185,11 +193,13 @@ fn router(app: Arc<App>) -> Router {
         .route("/tests/{id}", get(test_sends::show))
         .route("/suppressions", get(suppressions::show).post(suppressions::add))
         .route("/suppressions/{number}/remove", post(suppressions::remove).get(suppressions::back_to_list))
+        .route("/people/erase", post(people::erase).get(suppressions::back_to_list))
         .route("/u/{token}", get(unsubscribe::show).post(unsubscribe::unsubscribe))
         // Without a key there is no such page, however it is asked for.
         .route("/hooks/bounces", any(hooks::bounces))
         .route("/static/{name}", get(assets::show))
         .route("/healthz", get(health))
+        .route("/readyz", get(ready))
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), in_time))
@@ -215,7 +225,7 @@ fn logged(path: &str) -> &str {
 }
 
 /// What is sent here may take long to arrive, so it sees to that by itself.
-const LONG: [&str; 3] = ["/invites", "/tests", "/hooks/bounces"];
+const LONG: [&str; 4] = ["/invites", "/tests", "/hooks/bounces", "/people/erase"];
 
 /// Answers in time, whatever became of the database: a connection to it that is cut off says nothing.
 async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Response {
@@ -234,6 +244,16 @@ async fn health(State(app): Shared) -> Response {
             _ => unhealthy(),
         },
         _ => unhealthy(),
+    }
+}
+
+/// `GET /readyz`: whether the database answers, and RabbitMQ takes what is in the outbox.
+async fn ready(app: Shared) -> Response {
+    match app.rejections.words() {
+        Some(rejected) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("RabbitMQ rejects messages: {rejected}")).into_response()
+        }
+        None => health(app).await,
     }
 }
 

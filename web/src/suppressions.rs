@@ -65,6 +65,7 @@ impl Wish {
         Some(match self.done.as_deref()? {
             "added" => "Added. Nobody writes to it any more, not even in runs that are under way.",
             "known" => "It is on the list already, with the reason it has there.",
+            "erased" => "Erased. What workers are sending at this moment goes out, and nothing more is sent there.",
             "removed" => "Taken off the list. It can be invited again.",
             _ => return None,
         })

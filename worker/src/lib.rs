@@ -25,6 +25,7 @@ mod poison;
 mod progress;
 pub mod prune;
 pub mod replay;
+pub mod scrub;
 mod send;
 mod stopped_runs;
 pub mod sweep;
@@ -57,6 +58,9 @@ use crate::{
 
 /// Run messages handed out ahead to one pump.
 const FAN_OUT_PREFETCH: u16 = 16;
+
+/// At the end, connections to RabbitMQ are closed within this time or left.
+const CLOSE: Duration = Duration::from_secs(3);
 
 /// What a worker process does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -138,6 +142,7 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     let Some(links) = links else { return Ok(()) };
     let broker = Broker::new(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()));
     let publisher = broker.publisher(config.amqp.publish_lanes);
+    heartbeat.show_rejections(broker.rejections().clone());
     let beating = CancellationToken::new();
     let beat = tokio::spawn({
         let (heartbeat, beating) = (Arc::clone(&heartbeat), beating.clone());
@@ -151,6 +156,7 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     let deadline = Duration::from_millis(config.send.shutdown_deadline_ms);
     let ended = supervise(parts, &consumers, &heartbeat, &stop, deadline).await;
     watchdog.close().await;
+    broker.closed(CLOSE).await;
     beating.cancel();
     let _ = beat.await;
     if ended.is_ok() {
@@ -210,10 +216,12 @@ fn start(
     for role in roles {
         match role {
             Role::FanOut => {
-                let pump = FanOut::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
+                let pump = FanOut::new(config.clone(), pool.clone(), publisher.clone());
                 parts.spawn(pump.run(consume(&[topology::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
                 let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 parts.spawn(sweeper.run(stop.clone()));
+                let (limit, broker) = (config.database.answer_timeout(), Arc::clone(broker));
+                parts.spawn(replay::run(pool.clone(), broker, publisher.clone(), limit, stop.clone()));
                 parts.spawn(prune::run(pool.clone(), config.clone(), stop.clone()));
             }
             Role::Send => {

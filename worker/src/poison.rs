@@ -15,7 +15,17 @@ pub async fn bury(publisher: &Publisher, delivery: Delivery, reason: &str) {
     let dead = Outgoing::raw("", kind, delivery.body.clone())
         .with_headers_of(&delivery.properties)
         .dead(DeadReason::Poison, reason);
-    if publisher.publish(vec![dead]).await.is_ok() {
-        delivery.ack();
+    match publisher.offer(vec![dead]).await {
+        Ok(rejected) if rejected.is_empty() => delivery.ack(),
+        Ok(rejected) => {
+            // The others must not wait for it.
+            let publisher = publisher.clone();
+            tokio::spawn(async move {
+                if publisher.publish(rejected).await.is_ok() {
+                    delivery.ack();
+                }
+            });
+        }
+        Err(_) => {}
     }
 }

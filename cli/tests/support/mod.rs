@@ -154,6 +154,9 @@ impl World {
 
     /// SIGTERM; returns whether the exit code was 0.
     pub fn terminate(&mut self, child: usize) -> bool {
+        if let Some(ended) = self.children[child].try_wait().unwrap() {
+            return ended.success();
+        }
         let pid = rustix::process::Pid::from_child(&self.children[child]);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         self.children[child].wait().unwrap().success()

@@ -41,7 +41,7 @@ pub enum Withheld {
     Cancelled,
     /// The address was suppressed.
     Suppressed,
-    /// The person or the run was deleted from the ledger by hand.
+    /// The person was erased, or the person or the run deleted from the ledger by hand.
     Deleted,
     /// The person got an invitation of an earlier run, which was cancelled, and the news of it came late.
     Invited,
@@ -109,9 +109,9 @@ pub async fn claim(
     let rows = sqlx::query!(
         r#"WITH asked AS MATERIALIZED (
                SELECT asked.item_id, asked.number, i.run_id, i.position, coalesce(u.email, '') AS email, u.name,
-                      CASE WHEN r.wanted = 'cancelled' THEN $5::bigint WHEN s.email IS NOT NULL THEN $6
-                           WHEN u.id IS NULL OR r.id IS NULL THEN $7 WHEN u.emailed_at IS NOT NULL THEN $8
-                           ELSE $1::bigint END
+                      CASE WHEN u.id IS NULL OR r.id IS NULL OR u.erased_at IS NOT NULL THEN $7
+                           WHEN r.wanted = 'cancelled' THEN $5::bigint WHEN s.email IS NOT NULL THEN $6
+                           WHEN u.emailed_at IS NOT NULL THEN $8 ELSE $1::bigint END
                       AS worker_id
                FROM unnest($2::uuid[], $3::bigint[], $4::integer[]) AS asked (run_id, item_id, number)
                JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id

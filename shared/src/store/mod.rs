@@ -5,14 +5,17 @@
 pub mod attempts;
 pub mod audit;
 mod connections;
+pub mod durability;
 pub mod outbox;
 pub mod pacing;
 pub mod passes;
+pub mod people;
 pub mod progress;
 pub mod prune;
 pub mod receipts;
 pub mod runs;
 pub mod schema;
+pub mod settle;
 pub mod submit;
 pub mod suppressions;
 pub mod sweep;

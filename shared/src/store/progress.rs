@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use sqlx::{Connection as _, PgConnection, error::DatabaseError};
 use uuid::Uuid;
 
-use super::audit;
+use super::{
+    audit,
+    people::{self, DELETED, REPLY_ERASED},
+};
 use crate::{
     item::{CounterDelta, ItemState, Standing, merge},
     message::ItemResult,
@@ -122,12 +125,13 @@ async fn apply_once(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Re
     }
     if applied.changed > 0 {
         mark_overtaken(&mut tx, &items).await?;
-        if !update_items(&mut tx, &items, results).await? {
+        let erased = erased(&mut tx, &items, results).await?;
+        if !update_items(&mut tx, &items, results, &erased).await? {
             tx.rollback().await?;
             return Ok(None);
         }
         mark_emailed(&mut tx, &items).await?;
-        suppress(&mut tx, &items, results).await?;
+        suppress(&mut tx, &items, results, &erased).await?;
         update_counters(&mut tx, &moved).await?;
         tx.commit().await?;
     }
@@ -168,16 +172,38 @@ async fn mark_overtaken(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> 
     Ok(())
 }
 
+/// The people of whom a result says something, and who were erased since their attempt began.
+async fn erased(
+    conn: &mut PgConnection,
+    items: &HashMap<i64, Item>,
+    results: &[Report<'_>],
+) -> sqlx::Result<HashSet<i64>> {
+    let says_something = |item: &&Item| item.winner.is_some_and(|index| results[index].result.error.is_some());
+    let users: Vec<i64> = items.values().filter(says_something).map(|item| item.user_id).collect();
+    match users.is_empty() {
+        true => Ok(HashSet::new()),
+        false => Ok(people::erased_of(conn, &users).await?.into_iter().collect()),
+    }
+}
+
+/// The reason that is written down: nothing that a mail server says about a person who was erased.
+fn kept(error: Option<&str>, is_erased: bool) -> Option<&str> {
+    error.map(|error| if is_erased && error != DELETED { REPLY_ERASED } else { error })
+}
+
 /// False: one of them was not where it had been read.
 async fn update_items(
     conn: &mut PgConnection,
     items: &HashMap<i64, Item>,
     results: &[Report<'_>],
+    erased: &HashSet<i64>,
 ) -> sqlx::Result<bool> {
-    let mut changed: Vec<(&ItemResult, Standing)> =
-        items.values().filter_map(|item| item.winner.map(|index| (results[index].result, item.was))).collect();
+    let mut changed: Vec<(&ItemResult, &Item)> =
+        items.values().filter_map(|item| item.winner.map(|index| (results[index].result, item))).collect();
     changed.sort_unstable_by_key(|(result, _)| result.item_id);
-    let (winners, were): (Vec<&ItemResult>, Vec<Standing>) = changed.into_iter().unzip();
+    let (winners, changed): (Vec<&ItemResult>, Vec<&Item>) = changed.into_iter().unzip();
+    let were: Vec<Standing> = changed.iter().map(|item| item.was).collect();
+    let is_erased: Vec<bool> = changed.iter().map(|item| erased.contains(&item.user_id)).collect();
     let ids: Vec<i64> = winners.iter().map(|result| result.item_id).collect();
     let old_attempts: Vec<i32> = were.iter().map(|standing| standing.attempt).collect();
     let old_states: Vec<ItemState> = were.iter().map(|standing| standing.state).collect();
@@ -185,7 +211,8 @@ async fn update_items(
     let tries: Vec<i16> = winners.iter().map(|result| result.tries).collect();
     let replays: Vec<i16> = winners.iter().map(|result| result.replays).collect();
     let states: Vec<ItemState> = winners.iter().map(|result| result.state).collect();
-    let errors: Vec<Option<&str>> = winners.iter().map(|result| result.error.as_deref()).collect();
+    let errors: Vec<Option<&str>> =
+        winners.iter().zip(is_erased).map(|(result, is_erased)| kept(result.error.as_deref(), is_erased)).collect();
     let due_in_s: Vec<Option<f64>> =
         winners.iter().map(|result| result.due_in_ms.map(|ms| ms as f64 / 1000.0)).collect();
     let updated = sqlx::query!(
@@ -227,10 +254,16 @@ async fn mark_emailed(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sq
 }
 
 /// Nobody writes again to an address that a mail server called wrong.
-async fn suppress(conn: &mut PgConnection, items: &HashMap<i64, Item>, results: &[Report<'_>]) -> sqlx::Result<()> {
+async fn suppress(
+    conn: &mut PgConnection,
+    items: &HashMap<i64, Item>,
+    results: &[Report<'_>],
+    erased: &HashSet<i64>,
+) -> sqlx::Result<()> {
     let bad = items.values().filter_map(|item| {
         let result = results[item.winner?].result;
-        result.bad_address.then_some((item.user_id, result.error.as_deref()))
+        let detail = kept(result.error.as_deref(), erased.contains(&item.user_id));
+        result.bad_address.then_some((item.user_id, detail))
     });
     let (users, details): (Vec<i64>, Vec<Option<&str>>) = bad.unzip();
     if !users.is_empty() {

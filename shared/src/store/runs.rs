@@ -325,6 +325,13 @@ pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<usize> {
     )
     .fetch_all(&mut *tx)
     .await?;
+    // Those that are pruned at this very moment are gone; the others stay until the replay has begun.
+    let runs = sqlx::query_scalar!(
+        "SELECT run_id FROM run_progress WHERE run_id = ANY($1) ORDER BY run_id FOR KEY SHARE",
+        &runs
+    )
+    .fetch_all(&mut *tx)
+    .await?;
     for run_id in &runs {
         let replay = Replay {
             command_id: Uuid::new_v5(&wish.token, run_id.as_bytes()),

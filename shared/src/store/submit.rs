@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::{
     address::{self, Address},
     message::{Command, RunMessage, Step},
-    store::{may_pass, outbox},
+    store::{may_pass, outbox, people},
 };
 
 /// How many invalid entries are kept to be shown; all of them are counted.
@@ -200,6 +200,7 @@ async fn copy_list(conn: &mut PgConnection, submission: Submission<'_>) -> sqlx:
     sqlx::query(r#"CREATE TEMP TABLE listed (place integer, email text COLLATE "C", name text) ON COMMIT DROP"#)
         .execute(&mut *conn)
         .await?;
+    let blocked = people::blocked(&mut *conn).await?;
     let mut tally = Tally::default();
     let mut place: i32 = 0;
     let mut rows = String::with_capacity(COPY_BYTES + 1024);
@@ -212,7 +213,13 @@ async fn copy_list(conn: &mut PgConnection, submission: Submission<'_>) -> sqlx:
                     copy.abort("too many addresses").await?;
                     return Ok(None);
                 }
-                push_row(&mut rows, place, &address);
+                // Who was erased is in the ledger under another name, and stays out of this list under it.
+                match blocked.as_ref().and_then(|blocked| blocked.name(&address.email)) {
+                    Some(tombstone) => {
+                        push_row(&mut rows, place, &Address { email: tombstone.to_owned(), name: None });
+                    }
+                    None => push_row(&mut rows, place, &address),
+                }
                 if rows.len() >= COPY_BYTES {
                     copy.send(rows.as_bytes()).await?;
                     rows.clear();
