@@ -67,7 +67,7 @@ fn refuse(app: &App, request: &Request) -> Option<Response> {
 /// asks for a key of its own. The style of a page is no secret either, see above.
 fn is_for_everybody(path: &str) -> bool {
     let is_link = path.strip_prefix("/u/").is_some_and(|token| !token.is_empty() && !token.contains('/'));
-    is_link || path == "/healthz" || path == "/hooks/bounces"
+    is_link || ["/healthz", "/readyz", "/hooks/bounces"].contains(&path)
 }
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
@@ -169,7 +169,7 @@ mod tests {
 
     #[test]
     fn strangers_reach_links_and_hooks_and_nothing_else() {
-        for path in ["/u/AAAA", "/hooks/bounces", "/healthz"] {
+        for path in ["/u/AAAA", "/hooks/bounces", "/healthz", "/readyz"] {
             assert!(is_for_everybody(path), "{path}");
         }
         for path in

@@ -22,7 +22,10 @@ use mailrun_shared::{
     topology,
 };
 use sqlx::{PgConnection, PgPool};
-use tokio::{sync::Semaphore, time::sleep};
+use tokio::{
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 use uuid::Uuid;
@@ -50,6 +53,8 @@ const PUT_BACK: i64 = 1_000;
 const PUT_BACK_EVERY: Duration = Duration::from_secs(1);
 /// A message may arrive before progress has written down when its attempt is due, by this time at most.
 const PROGRESS_LAG: Duration = Duration::from_secs(10);
+/// While its queue is missing, a message is held for so long.
+const INSIST: Duration = Duration::from_secs(60);
 /// Before a step that failed is tried again.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(500);
 
@@ -179,7 +184,8 @@ impl FanOut {
                 let publisher = self.publisher.clone();
                 tokio::spawn(async move {
                     sleep(topology::waiting_time(waiting_room)).await;
-                    if publisher.publish(vec![message]).await.is_ok() {
+                    // Given up, it comes again when the consumer connects anew.
+                    if let Ok(Ok(())) = timeout(INSIST, publisher.publish(vec![message])).await {
                         delivery.ack();
                     }
                 });
