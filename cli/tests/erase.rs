@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use lapin::options::BasicGetOptions;
 use mailrun::sink::{Action, Options, Rule, Sink, Stage};
+use mailrun_shared::broker::ERROR_HEADER;
+use mailrun_worker::replay::header_text;
 use serde_json::Value;
 use sqlx::AssertSqlSafe;
 use support::{World, people, until};
@@ -51,13 +53,13 @@ async fn tables_with(world: &World, text: &str) -> Vec<String> {
     found
 }
 
-/// The dead letters, with their headers and bodies as text.
+/// The dead letters: their errors and bodies.
 async fn letters(world: &World) -> Vec<String> {
     let channel = world.channel().await;
     let mut letters = Vec::new();
     while let Some(letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
         let body = String::from_utf8_lossy(&letter.data).into_owned();
-        letters.push(format!("{:?} {body}", letter.properties.headers()));
+        letters.push(format!("{} {body}", header_text(&letter, ERROR_HEADER).unwrap_or_default()));
     }
     channel.close(200, "looked".into()).await.unwrap();
     letters
@@ -206,7 +208,7 @@ async fn what_is_unknown_can_be_settled_and_then_its_run_can_be_pruned() {
     let run_id = id(&invitation).to_owned();
     let said = run(&world, &["unknown", "settle", "--not-sent", "--by", "Zoë", "--run", &run_id]);
     assert!(said.contains("3 unknown invitations are settled as failed"), "{said}");
-    let end = world.progress(&invitation).await;
+    let end = world.until_progress(&invitation, "settled", |progress| count(progress, "unknown") == 0).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (2, 3, 0), "{end}");
     let reasons = "SELECT count(*) FROM run_items WHERE error LIKE 'settled by Zoë: it %'";
     assert_eq!(number(&world, reasons).await, 5);

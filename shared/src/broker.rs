@@ -10,16 +10,17 @@ mod rejections;
 
 use std::{
     borrow::Cow,
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use lapin::{
-    BasicProperties, Channel, Connection, ConnectionProperties,
+    BasicProperties, Channel, Connection, ConnectionProperties, ErrorKind,
+    protocol::{AMQPErrorKind, AMQPSoftError},
     types::{AMQPValue, FieldTable, ShortString},
     uri::AMQPUri,
 };
@@ -43,6 +44,8 @@ use crate::{
 
 const CONNECT_TIMEOUT_MS: u64 = 5_000;
 const PERSISTENT: u8 = 2;
+/// A queue that was missing is asked for again after this time.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
 /// Headers go in one frame, of 128 KB at most: a message whose headers are larger can never be published. So much of others'
 /// headers is kept.
 const MAX_HEADERS_BYTES: usize = 64 * 1024;
@@ -89,6 +92,8 @@ pub struct Broker {
     answer_timeout: Duration,
     heartbeat_s: u16,
     rejections: Rejections,
+    /// Queues that were found missing, and when.
+    missing: Mutex<HashMap<String, Instant>>,
     /// Publishing, and connections that are being closed.
     tasks: TaskTracker,
 }
@@ -109,6 +114,7 @@ impl Broker {
             answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
             heartbeat_s: config.amqp.heartbeat_s,
             rejections: Rejections::default(),
+            missing: Mutex::default(),
             tasks: TaskTracker::new(),
         })
     }
@@ -201,16 +207,33 @@ impl Broker {
     async fn waiting(&self, queues: &[Cow<'static, str>]) -> Result<u32, BrokerError> {
         let link = self.connect("look").await?;
         let look = async {
-            let channel = link.channel().await?;
+            let mut channel = link.channel().await?;
             let mut waiting = 0;
-            for queue in queues {
-                waiting += depth(&channel, queue).await?;
+            for queue in queues.iter().filter(|queue| !self.was_missing(queue)) {
+                match depth(&channel, queue).await {
+                    Ok(messages) => waiting += messages,
+                    // Nothing waits on a queue that does not exist. The question has cost the channel.
+                    Err(error) if is_not_found(&error) => {
+                        self.missing().insert(queue.to_string(), Instant::now());
+                        channel = link.channel().await?;
+                    }
+                    Err(error) => return Err(error),
+                }
             }
             Ok::<_, lapin::Error>(waiting)
         };
         let waiting = timeout(self.answer_timeout, look).await;
         link.close().await;
         Ok(waiting.map_err(|_| BrokerError::Timeout)??)
+    }
+
+    fn missing(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+        self.missing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a queue was found missing just now: asking for it ends a channel, with an error in the AMQP library's log.
+    fn was_missing(&self, queue: &str) -> bool {
+        self.missing().get(queue).is_some_and(|at| at.elapsed() < ASK_AGAIN)
     }
 
     /// How long the broker may take to answer.
@@ -406,6 +429,12 @@ pub const REASON_HEADER: &str = "x-mailrun-reason";
 pub const ERROR_HEADER: &str = "x-mailrun-error";
 /// The header with the moment of death, in milliseconds since 1970.
 pub const DIED_AT_HEADER: &str = "x-mailrun-died-at";
+
+/// Whether the broker has said that there is no such queue.
+fn is_not_found(error: &lapin::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(error)
+        if *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND))
+}
 
 /// How many messages wait in `queue`, not counting those that are delivered and not acknowledged.
 ///
