@@ -22,7 +22,7 @@ pub async fn run(config: &Config, ledger: &Ledger, address: &str) -> Result<()> 
     let erased = people::erase(&mut *ledger.pool.acquire().await?, &email).await?;
     match (erased.known, erased.suppressed) {
         (true, _) => {
-            println!("The person is erased. A keyed hash of the address is kept, so that nothing is sent there twice.")
+            println!("The person is erased. A keyed hash of the address is kept, so that nothing is sent there twice.");
         }
         (false, true) => println!("The address was only on the suppression list. It is kept there as a keyed hash."),
         (false, false) => println!("Nobody with this address was in the ledger."),

@@ -286,6 +286,7 @@ mod tests {
             dead: false,
             silent_s: 0.5,
             closed: closed.map(Into::into),
+            rejected: None,
         }
     }
 

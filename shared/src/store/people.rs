@@ -187,7 +187,7 @@ async fn erase_items(conn: &mut PgConnection, user_ids: &[i64]) -> sqlx::Result<
 
 /// Replaces the address wherever else it may stand. Returns how many rows that was in.
 async fn scrub(conn: &mut PgConnection, email: &str) -> sqlx::Result<u64> {
-    let pattern = pattern(email, |text| text.to_owned());
+    let pattern = pattern(email, str::to_owned);
     // Within JSON, quotes and backslashes are written otherwise.
     let in_json = self::pattern(email, |text| {
         let quoted = serde_json::to_string(text).unwrap_or_default();
