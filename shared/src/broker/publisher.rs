@@ -37,6 +37,8 @@ const WAITING_BATCHES: usize = 64;
 /// A rejected message is published again after the first of these waits, which double up to the second.
 const FIRST_AGAIN: Duration = Duration::from_millis(200);
 const LAST_AGAIN: Duration = Duration::from_secs(10);
+/// A channel is given up for another one at most so often.
+const RENEW_EVERY: Duration = Duration::from_secs(1);
 /// What is missing is declared at most so often.
 const DECLARE_EVERY: Duration = Duration::from_secs(1);
 
@@ -239,7 +241,7 @@ impl Broker {
             // At first before there is anything to say, so that the first message need not wait.
             let error = match self.confirm_channel().await {
                 Ok((link, channel)) => {
-                    let ended = self.publish_on(&link, &channel, &receiver, &mut in_hand, &mut reconnect).await;
+                    let ended = self.publish_on(&link, channel, &receiver, &mut in_hand, &mut reconnect).await;
                     link.close().await;
                     match ended {
                         Ok(()) => return,
@@ -265,28 +267,52 @@ impl Broker {
 
     async fn confirm_channel(&self) -> Result<(Link, Channel), BrokerError> {
         let link = self.connect("publish").await?;
+        let channel = self.confirm_on(&link).await?;
+        Ok((link, channel))
+    }
+
+    async fn confirm_on(&self, link: &Link) -> Result<Channel, BrokerError> {
         let open = async {
             let channel = link.channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             Ok::<_, lapin::Error>(channel)
         };
-        let channel = timeout(self.answer_timeout, open).await.map_err(|_| BrokerError::Timeout)??;
-        Ok((link, channel))
+        Ok(timeout(self.answer_timeout, open).await.map_err(|_| BrokerError::Timeout)??)
+    }
+
+    /// Goes on over another channel after a queue has rejected messages: RabbitMQ 3.10 goes on rejecting those of the same channel
+    /// when the queue's limit is lifted.
+    async fn renew(
+        &self,
+        link: &Link,
+        channel: &mut Channel,
+        rejected: &HashMap<Uuid, &'static str>,
+        renewed: &mut Option<Instant>,
+    ) -> Result<(), BrokerError> {
+        let is_due = renewed.is_none_or(|at| at.elapsed() >= RENEW_EVERY);
+        if is_due && rejected.values().any(|why| *why == NO_ROOM) {
+            *renewed = Some(Instant::now());
+            let old = std::mem::replace(channel, self.confirm_on(link).await?);
+            timeout(self.answer_timeout, old.close(200, "renewed".into()))
+                .await
+                .map_err(|_| BrokerError::Timeout)??;
+        }
+        Ok(())
     }
 
     /// Publishes burst after burst, until the publisher is dropped (`Ok`) or something goes wrong (`Err`).
     async fn publish_on(
         &self,
         link: &Link,
-        channel: &Channel,
+        mut channel: Channel,
         receiver: &Mutex<mpsc::Receiver<Batch>>,
         in_hand: &mut InHand,
         reconnect: &mut Reconnect,
     ) -> Result<(), BrokerError> {
-        let mut declared: Option<Instant> = None;
+        let (mut declared, mut renewed): (Option<Instant>, Option<Instant>) = (None, None);
         while in_hand.fill(receiver).await {
             if !in_hand.batches.is_empty() {
-                let mut rejected = self.burst(channel, &in_hand.batches).await?;
+                let mut rejected = self.burst(&channel, &in_hand.batches).await?;
                 reconnect.reset();
                 if rejected.values().any(|why| *why == NO_QUEUE) {
                     in_hand.batches = self.settle(std::mem::take(&mut in_hand.batches), &rejected, OnRejection::Repeat);
@@ -297,23 +323,29 @@ impl Broker {
                         }
                     }
                     // It may be there now, and another queue may do as well.
-                    rejected = self.burst(channel, &in_hand.batches).await?;
+                    rejected = self.burst(&channel, &in_hand.batches).await?;
                 }
+                self.renew(link, &mut channel, &rejected, &mut renewed).await?;
                 let batches = std::mem::take(&mut in_hand.batches);
                 for batch in self.settle(batches, &rejected, OnRejection::Tell) {
                     in_hand.set_aside(batch, Reconnect::between(FIRST_AGAIN, LAST_AGAIN));
                 }
             }
-            self.publish_aside(channel, in_hand).await?;
+            let rejected = self.publish_aside(&channel, in_hand).await?;
+            self.renew(link, &mut channel, &rejected, &mut renewed).await?;
         }
         Ok(())
     }
 
-    /// Publishes what was set aside and is due, in a burst of its own.
-    async fn publish_aside(&self, channel: &Channel, in_hand: &mut InHand) -> Result<(), BrokerError> {
+    /// Publishes what was set aside and is due, in a burst of its own. Returns what was rejected again.
+    async fn publish_aside(
+        &self,
+        channel: &Channel,
+        in_hand: &mut InHand,
+    ) -> Result<HashMap<Uuid, &'static str>, BrokerError> {
         let due = in_hand.take_due(Instant::now());
         if due.is_empty() {
-            return Ok(());
+            return Ok(HashMap::new());
         }
         let (batches, waits): (Vec<Batch>, Vec<Reconnect>) =
             due.into_iter().map(|aside| (aside.batch, aside.waits)).unzip();
@@ -324,7 +356,7 @@ impl Broker {
                         in_hand.set_aside(batch, waits);
                     }
                 }
-                Ok(())
+                Ok(rejected)
             }
             Err(error) => {
                 batches.into_iter().zip(waits).for_each(|(batch, waits)| in_hand.set_aside(batch, waits));

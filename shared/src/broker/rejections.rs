@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tracing::{error, info};
+use tracing::{debug, error};
 
 /// While a queue's messages are rejected, that is logged as often as this.
 const LOG_EVERY: Duration = Duration::from_secs(60);
@@ -34,6 +34,8 @@ pub struct Rejection {
 #[derive(Debug)]
 struct Entry {
     why: &'static str,
+    /// Whether nothing was taken for this queue since the newest rejection.
+    is_current: bool,
     since: Instant,
     newest: Instant,
     logged: Option<Instant>,
@@ -61,8 +63,17 @@ impl Rejections {
     pub(super) fn add(&self, queue: &str, why: &'static str, now: Instant) {
         self.0.any.store(true, Ordering::Relaxed);
         let mut queues = self.queues();
-        let entry =
-            queues.entry(queue.to_owned()).or_insert(Entry { why, since: now, newest: now, logged: None, count: 0 });
+        let entry = queues.entry(queue.to_owned()).or_insert(Entry {
+            why,
+            is_current: false,
+            since: now,
+            newest: now,
+            logged: None,
+            count: 0,
+        });
+        if !entry.is_current {
+            (entry.is_current, entry.since) = (true, now);
+        }
         (entry.why, entry.newest, entry.count) = (why, now, entry.count + 1);
         if entry.logged.is_none_or(|logged| now.duration_since(logged) >= LOG_EVERY) {
             error!(queue, why, rejected = entry.count, "RabbitMQ rejects messages; others go on, and these are kept");
@@ -78,10 +89,12 @@ impl Rejections {
     /// A message for this queue was taken.
     pub(super) fn end(&self, queue: &str) {
         let mut queues = self.queues();
-        if let Some(entry) = queues.remove(queue) {
-            info!(queue, why = entry.why, "RabbitMQ takes messages for this queue again");
+        // It stays for a while: a queue that takes some messages and rejects others is not logged each time.
+        if let Some(entry) = queues.get_mut(queue).filter(|entry| entry.is_current) {
+            entry.is_current = false;
+            debug!(queue, why = entry.why, "RabbitMQ takes messages for this queue again");
         }
-        self.0.any.store(!queues.is_empty(), Ordering::Relaxed);
+        self.0.any.store(queues.values().any(|entry| entry.is_current), Ordering::Relaxed);
     }
 
     /// The queues whose messages are rejected at present.
@@ -93,9 +106,10 @@ impl Rejections {
     fn at(&self, now: Instant) -> Vec<Rejection> {
         let mut queues = self.queues();
         queues.retain(|_, entry| now.saturating_duration_since(entry.newest) < FORGOTTEN_AFTER);
-        self.0.any.store(!queues.is_empty(), Ordering::Relaxed);
+        self.0.any.store(queues.values().any(|entry| entry.is_current), Ordering::Relaxed);
         queues
             .iter()
+            .filter(|(_, entry)| entry.is_current)
             .map(|(queue, entry)| Rejection {
                 queue: queue.clone(),
                 why: entry.why,
@@ -139,6 +153,8 @@ mod tests {
         let logged = |rejections: &Rejections| rejections.queues()["a"].logged;
         for second in 0..100 {
             rejections.add("a", NO_QUEUE, now + Duration::from_secs(second));
+            // Also if some are taken in between.
+            rejections.end("a");
         }
         assert_eq!(logged(&rejections), Some(now + LOG_EVERY));
         assert_eq!(rejections.queues()["a"].count, 39);
