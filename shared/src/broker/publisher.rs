@@ -318,18 +318,20 @@ impl Broker {
                     in_hand.batches = self.settle(std::mem::take(&mut in_hand.batches), &rejected, OnRejection::Repeat);
                     if self.declare && declared.is_none_or(|at| at.elapsed() >= DECLARE_EVERY) {
                         declared = Some(Instant::now());
-                        if let Err(error) = self.declare_on(link).await {
-                            debug!(%error, "what is missing can't be declared");
+                        match timeout(self.answer_timeout, self.declare_on(link)).await {
+                            Ok(Ok(())) => {}
+                            Ok(Err(error)) => debug!(%error, "what is missing can't be declared"),
+                            Err(_) => return Err(BrokerError::Timeout),
                         }
                     }
                     // It may be there now, and another queue may do as well.
                     rejected = self.burst(&channel, &in_hand.batches).await?;
                 }
-                self.renew(link, &mut channel, &rejected, &mut renewed).await?;
                 let batches = std::mem::take(&mut in_hand.batches);
                 for batch in self.settle(batches, &rejected, OnRejection::Tell) {
                     in_hand.set_aside(batch, Reconnect::between(FIRST_AGAIN, LAST_AGAIN));
                 }
+                self.renew(link, &mut channel, &rejected, &mut renewed).await?;
             }
             let rejected = self.publish_aside(&channel, in_hand).await?;
             self.renew(link, &mut channel, &rejected, &mut renewed).await?;
