@@ -9,7 +9,7 @@ use mailrun_shared::{
     message::{ItemMessage, ResultsMessage, decode},
     store::{
         in_time,
-        people::{self, REPLY_ERASED},
+        people::{self, Finder, REPLY_ERASED},
     },
 };
 use sqlx::PgPool;
@@ -44,28 +44,33 @@ pub async fn scrub(
         return Ok(in_flight.len());
     }
     let items: HashSet<i64> = ready.iter().flat_map(|person| &person.item_ids).copied().collect();
-    let walked = walk_over(broker, publisher, |letter| fate(letter, &items)).await?;
+    let user_ids: Vec<i64> = ready.iter().map(|person| person.user_id).collect();
+    let finder = in_time(limit, async { Finder::of(&mut *pool.acquire().await?, &user_ids).await }).await?;
+    let walked = walk_over(broker, publisher, |letter| fate(letter, &items, &finder)).await?;
     if walked.left > 0 {
         return Ok(in_flight.len() + ready.len());
     }
-    let user_ids: Vec<i64> = ready.iter().map(|person| person.user_id).collect();
     in_time(limit, async { people::mark_scrubbed(&mut *pool.acquire().await?, &user_ids).await }).await?;
     info!(people = ready.len(), letters = walked.changed, "nothing is left of erased people on the dead-letter queue");
     Ok(in_flight.len())
 }
 
-/// A letter of one of these items loses its reply. A result that could not be counted goes: it holds the reply in its body.
-fn fate(letter: &Delivery, items: &HashSet<i64>) -> Fate {
+/// A letter of one of these items loses its reply, and another one what quotes an address. A result that could not be counted goes:
+/// it holds the reply in its body.
+fn fate(letter: &Delivery, items: &HashSet<i64>, finder: &Finder) -> Fate {
     let kind = letter.properties.kind().as_ref().map(ShortString::as_str);
-    if let Ok(item) = decode::<ItemMessage>(kind, &letter.data) {
-        let quotes = header_text(letter, ERROR_HEADER).is_some_and(|error| error != REPLY_ERASED);
-        return match items.contains(&item.item_id) && quotes {
-            true => Fate::Becomes(Box::new(to_the_tail(letter).header(ERROR_HEADER, REPLY_ERASED))),
-            false => Fate::Stays,
-        };
+    if let Ok(message) = decode::<ResultsMessage>(kind, &letter.data)
+        && message.results.iter().any(|result| items.contains(&result.item_id))
+    {
+        return Fate::Goes;
     }
-    match decode::<ResultsMessage>(kind, &letter.data) {
-        Ok(message) if message.results.iter().any(|result| items.contains(&result.item_id)) => Fate::Goes,
+    let Some(error) = header_text(letter, ERROR_HEADER) else { return Fate::Stays };
+    let is_about = decode::<ItemMessage>(kind, &letter.data).is_ok_and(|item| items.contains(&item.item_id));
+    let scrubbed = if is_about { Some(REPLY_ERASED.to_owned()) } else { finder.scrubbed(&error) };
+    match scrubbed {
+        Some(scrubbed) if scrubbed != error => {
+            Fate::Becomes(Box::new(to_the_tail(letter).header(ERROR_HEADER, &scrubbed)))
+        }
         _ => Fate::Stays,
     }
 }

@@ -3,11 +3,18 @@
 //!
 //! The items stay, so counters and runs don't change. Their next claim is withheld.
 
-use std::{collections::HashMap, fmt::Write as _, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+    fmt::Write as _,
+    time::Duration,
+};
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+
+use crate::address::Address;
 
 /// What tombstones begin with. No address does: it holds no @.
 const ERASED: &str = "erased:";
@@ -55,6 +62,57 @@ impl Tombs {
     }
 }
 
+/// Finds the addresses of erased people in texts, by their tombstones: so nobody has to keep the addresses for that.
+pub struct Finder {
+    tombs: Tombs,
+    tombstones: HashSet<String>,
+}
+
+impl Finder {
+    /// One for these people.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn of(conn: &mut PgConnection, user_ids: &[i64]) -> sqlx::Result<Self> {
+        let tombs = Tombs::read(&mut *conn).await?;
+        let names = sqlx::query_scalar::<_, String>("SELECT email FROM users WHERE id = ANY($1)").bind(user_ids);
+        let names = names.fetch_all(conn).await?;
+        Ok(Self { tombs, tombstones: names.iter().map(|name| hash_of(name).to_owned()).collect() })
+    }
+
+    /// The text without their addresses. None: it holds none of them.
+    #[must_use]
+    pub fn scrubbed(&self, text: &str) -> Option<String> {
+        let words = text.split_inclusive(|character: char| !may_be_of_address(character));
+        let mut found = false;
+        let scrubbed = words
+            .map(|word| {
+                let address = word.trim_end_matches(|character| !may_be_of_address(character) || character == '.');
+                if address.contains('@') && self.is_of_erased(address) {
+                    found = true;
+                    return Cow::Owned(format!("{REPLACEMENT}{}", &word[address.len()..]));
+                }
+                Cow::Borrowed(word)
+            })
+            .collect();
+        found.then_some(scrubbed)
+    }
+
+    fn is_of_erased(&self, address: &str) -> bool {
+        address.parse::<Address>().is_ok_and(|Address { email, .. }| self.tombstones.contains(&self.tombs.of(&email)))
+    }
+}
+
+/// What stands in addresses without quotes, and not around them.
+fn may_be_of_address(character: char) -> bool {
+    character.is_alphanumeric() || "@.!#$%&*+/=?^_{|}~-".contains(character)
+}
+
+/// The tombstone in a name: behind that of somebody who was erased more than once stands a number.
+fn hash_of(name: &str) -> &str {
+    name.split('.').next().unwrap_or_default()
+}
+
 /// Whether this is a tombstone, and no address.
 #[must_use]
 pub fn is_tombstone(email: &str) -> bool {
@@ -93,9 +151,7 @@ pub async fn blocked(conn: &mut PgConnection) -> sqlx::Result<Option<Blocked>> {
     if names.is_empty() {
         return Ok(None);
     }
-    // One that was erased more than once has a number behind the hash.
-    let tombstone = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
-    let names = names.into_iter().map(|name| (tombstone(&name), name)).collect();
+    let names = names.into_iter().map(|name| (hash_of(&name).to_owned(), name)).collect();
     Ok(Some(Blocked { tombs: Tombs::read(conn).await?, names }))
 }
 
@@ -311,6 +367,24 @@ mod tests {
         assert_ne!(mine.of("ann@x.org"), mine.of("bob@x.org"));
         assert!(is_tombstone(&mine.of("ann@x.org")) && !mine.of("ann@x.org").contains("ann"));
         assert_eq!(mine.of("ann@x.org").len(), ERASED.len() + 64);
+    }
+
+    #[test]
+    fn addresses_are_found_in_texts_by_their_tombstones() {
+        let tombs = Tombs::new(b"key");
+        let tombstones = HashSet::from([tombs.of("ann@x.org")]);
+        let finder = Finder { tombs, tombstones };
+        for (text, scrubbed) in [
+            ("550 5.1.1 <Ann@X.org>: user unknown", "550 5.1.1 <[erased]>: user unknown"),
+            ("only ann@x.org.", "only [erased]."),
+            ("ann@x.org", "[erased]"),
+            ("to=ann@y.org, (ann@x.org)", "to=ann@y.org, ([erased])"),
+        ] {
+            assert_eq!(finder.scrubbed(text).as_deref(), Some(scrubbed));
+        }
+        for text in ["", "joann@x.org", "ann@x.org.uk", "ann at x.org", "@", "a@b@c"] {
+            assert_eq!(finder.scrubbed(text), None, "{text}");
+        }
     }
 
     #[test]
