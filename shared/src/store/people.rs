@@ -87,7 +87,8 @@ impl Finder {
         let mut found = false;
         let scrubbed = words
             .map(|word| {
-                let address = word.trim_end_matches(|character| !may_be_of_address(character) || character == '.');
+                let address =
+                    word.trim_end_matches(|character: char| !may_be_of_address(character) || character == '.');
                 if address.contains('@') && self.is_of_erased(address) {
                     found = true;
                     return Cow::Owned(format!("{REPLACEMENT}{}", &word[address.len()..]));
