@@ -1,6 +1,6 @@
 //! What web and workers have in common: the messages and tables through which they meet, and the ways to reach both servers.
 //!
-//! `item`, `run`, `message`, `pacing`, `address`, `template`, `unsubscribe` and `retry` are pure; `topology` and `broker` speak to RabbitMQ, `store` to
+//! `item`, `run`, `message`, `pacing`, `address`, `template`, `signed_id`, `message_id`, `unsubscribe` and `retry` are pure; `topology` and `broker` speak to RabbitMQ, `store` to
 //! PostgreSQL, and the two don't know each other.
 
 pub mod address;
@@ -8,11 +8,13 @@ pub mod broker;
 pub mod config;
 pub mod item;
 pub mod message;
+pub mod message_id;
 pub mod pacing;
 pub mod public_url;
 pub mod retry;
 pub mod run;
 pub mod shutdown;
+pub mod signed_id;
 pub mod store;
 pub mod telemetry;
 pub mod template;
