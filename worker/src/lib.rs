@@ -148,7 +148,8 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
 
     let consumers = TaskTracker::new();
     let watchdog = Watchdog::new(&config, Arc::clone(&broker), pool.clone(), Arc::clone(&heartbeat));
-    let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, ids, &watchdog, &consumers, &stop)?;
+    let parts =
+        start(&config, &roles, &pool, &broker, &publisher, &heartbeat, ids.as_ref(), &watchdog, &consumers, &stop)?;
     drop(publisher);
     let deadline = Duration::from_millis(config.send.shutdown_deadline_ms);
     let ended = supervise(parts, &consumers, &heartbeat, &stop, deadline).await;
@@ -201,7 +202,7 @@ fn start(
     broker: &Arc<Broker>,
     publisher: &Publisher,
     heartbeat: &Arc<Heartbeat>,
-    ids: Option<Ids>,
+    ids: Option<&Ids>,
     watchdog: &Arc<Watchdog>,
     consumers: &TaskTracker,
     stop: &CancellationToken,
@@ -220,7 +221,7 @@ fn start(
             }
             Role::Send => {
                 // Senders have read them.
-                let Some(ids) = ids.clone() else { continue };
+                let Some(ids) = ids.cloned() else { continue };
                 let mailer = mailer::mailer(&config.mailer)?;
                 let permits = Arc::new(Permits::new(config.permits()));
                 heartbeat.tell_of(Arc::clone(&mailer), Arc::clone(&permits));
