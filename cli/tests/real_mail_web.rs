@@ -17,6 +17,13 @@ use uuid::Uuid;
 
 const KEY: &str = "a-key-for-the-hook";
 const PUBLIC: (&str, &str) = ("MAILRUN_WEB__PUBLIC_URL", "https://invites.example.org/");
+const PASSWORD: (&str, &str) = ("MAILRUN_WEB__PASSWORD", "let me in");
+
+fn logged_in() -> Client {
+    let login = HeaderValue::from_static("Basic OmxldCBtZSBpbg==");
+    let client = Client::builder().no_proxy().redirect(redirect::Policy::none());
+    client.default_headers([(AUTHORIZATION, login)].into_iter().collect()).build().unwrap()
+}
 
 /// The link that an address got in its invitation, under the address where the pages really are.
 async fn link(world: &World, email: &str) -> String {
@@ -27,13 +34,6 @@ async fn link(world: &World, email: &str) -> String {
             .await
             .unwrap();
     format!("{}/u/{}", world.web, signer(world).await.token(Named { run_id, item_id }))
-}
-
-/// With the password `let me in`.
-fn logged_in() -> Client {
-    let login = HeaderValue::from_static("Basic OmxldCBtZSBpbg==");
-    let client = Client::builder().no_proxy().redirect(redirect::Policy::none());
-    client.default_headers([(AUTHORIZATION, login)].into_iter().collect()).build().unwrap()
 }
 
 async fn signer(world: &World) -> Signer {
@@ -73,7 +73,7 @@ async fn one_click(world: &World, link: &str) -> (u16, String) {
 
 #[tokio::test]
 async fn one_click_unsubscribes_and_later_runs_leave_the_person_out() {
-    let mut world = World::new(&[PUBLIC, ("MAILRUN_WEB__PASSWORD", "let me in")]).await;
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
     let stranger = mem::replace(&mut world.client, logged_in());
     world.workers();
     let run = world.invite("ann@example.org\nbob@example.org").await;
@@ -119,7 +119,7 @@ async fn one_click_unsubscribes_and_later_runs_leave_the_person_out() {
 
 #[tokio::test]
 async fn a_link_works_however_a_mail_program_cut_it() {
-    let mut world = World::new(&[PUBLIC, ("MAILRUN_WEB__PASSWORD", "let me in")]).await;
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
     let stranger = mem::replace(&mut world.client, logged_in());
     world.invite("ann@example.org\nbob@example.org\ncarol@example.org").await;
     world.client = stranger;
@@ -147,7 +147,8 @@ async fn a_link_works_however_a_mail_program_cut_it() {
 
 #[tokio::test]
 async fn a_link_of_another_run_unsubscribes_nobody() {
-    let world = World::new(&[PUBLIC]).await;
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
+    world.client = logged_in();
     world.invite("ann@example.org").await;
     let item_id: i64 = sqlx::query_scalar("SELECT id FROM run_items").fetch_one(&world.pool).await.unwrap();
     // As after a restore: the number belongs to another person now.
@@ -158,7 +159,8 @@ async fn a_link_of_another_run_unsubscribes_nobody() {
 
 #[tokio::test]
 async fn a_link_of_an_earlier_version_still_works() {
-    let world = World::new(&[PUBLIC]).await;
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
+    world.client = logged_in();
     sqlx::query("UPDATE signing_key SET key = 'key'").execute(&world.pool).await.unwrap();
     sqlx::query("ALTER TABLE run_items ALTER COLUMN id RESTART WITH 42").execute(&world.pool).await.unwrap();
     world.invite("ann@example.org").await;
@@ -195,7 +197,8 @@ async fn a_list_tells_who_is_not_written_to() {
 
 #[tokio::test]
 async fn who_is_suppressed_while_a_run_is_under_way_is_skipped() {
-    let mut world = World::new(&[PUBLIC]).await;
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
+    world.client = logged_in();
     let run = world.invite(&people(40)).await;
     world.client.post(format!("{run}/pause")).send().await.unwrap();
     world.workers();
