@@ -16,6 +16,7 @@ pub mod receipts;
 pub mod runs;
 pub mod schema;
 pub mod settle;
+pub mod signing;
 pub mod submit;
 pub mod suppressions;
 pub mod sweep;
