@@ -27,7 +27,7 @@ const NOT_DUE: &str = "not sent yet: the rate limit left no send time";
 
 /// The reasons shown for items that are skipped.
 const SUPPRESSED: &str = "the address is on the list of those that nobody writes to any more";
-const INVITED: &str = "already invited: an earlier run had sent its invitation after all";
+const INVITED: &str = "already invited: another run has this person's invitation";
 /// The reason shown for an item whose person or run was deleted by hand.
 const DELETED: &str = "the person or the run was deleted from the database";
 

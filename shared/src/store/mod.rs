@@ -5,6 +5,7 @@
 pub mod attempts;
 pub mod audit;
 mod connections;
+pub mod mailboxes;
 pub mod outbox;
 pub mod pacing;
 pub mod passes;
