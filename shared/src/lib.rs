@@ -1,6 +1,6 @@
 //! What web and workers have in common: the messages and tables through which they meet, and the ways to reach both servers.
 //!
-//! `item`, `run`, `message`, `pacing`, `address`, `template`, `unsubscribe` and `retry` are pure; `topology` and `broker` speak to RabbitMQ, `store` to
+//! `item`, `run`, `message`, `pacing`, `address`, `template`, `unsubscribe`, `reply` and `retry` are pure; `topology` and `broker` speak to RabbitMQ, `store` to
 //! PostgreSQL, and the two don't know each other.
 
 pub mod address;
@@ -10,6 +10,7 @@ pub mod item;
 pub mod message;
 pub mod pacing;
 pub mod public_url;
+pub mod reply;
 pub mod retry;
 pub mod run;
 pub mod shutdown;
