@@ -28,6 +28,8 @@ pub struct Options {
 /// # Errors
 /// What could not be started or stopped.
 pub async fn run(config: Config, file: Option<&Path>, options: Options) -> Result<()> {
+    // The pages would refuse to start, again and again.
+    config.web.check_access()?;
     let home = stack::home();
     let lock = match UpLock::acquire(&home).await {
         Ok(lock) => lock,

@@ -150,3 +150,24 @@ async fn the_count_is_a_guess_until_the_server_has_read_the_list() {
     }
     page.close().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_page_whose_login_is_refused_stops_asking_and_says_why() {
+    let mut world = World::new(&[]).await;
+    let run = world.invite("ann@example.org").await;
+    let (_driver, page) = browser(&world.folder.path().join("profile")).await;
+    page.goto(&run).await.unwrap();
+    until("the page is up to date", async || !text(&page, "#progress-text").await.is_empty()).await;
+    // The pages get a password: what the open page asks is answered by 401 from now on.
+    world.kill(0);
+    world.set("MAILRUN_WEB__PASSWORD", "correct horse".to_owned());
+    world.start(&["web"]);
+    until("it explains itself", async || text(&page, "#connection").await.contains("Reload it to log in")).await;
+    // It asks no more, even when the browser has reason to.
+    let asked = "return performance.getEntriesByType('resource').length";
+    let before = page.execute(asked, Vec::new()).await.unwrap();
+    page.execute("window.dispatchEvent(new Event('online'))", Vec::new()).await.unwrap();
+    assert_eq!(page.execute(asked, Vec::new()).await.unwrap(), before);
+    assert!(text(&page, "#connection").await.contains("Reload it to log in"));
+    page.close().await.unwrap();
+}

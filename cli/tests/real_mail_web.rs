@@ -16,6 +16,13 @@ use support::{World, field, people, until};
 
 const KEY: &str = "a-key-for-the-hook";
 const PUBLIC: (&str, &str) = ("MAILRUN_WEB__PUBLIC_URL", "https://invites.example.org/");
+const PASSWORD: (&str, &str) = ("MAILRUN_WEB__PASSWORD", "let me in");
+
+fn logged_in() -> Client {
+    let login = HeaderValue::from_static("Basic OmxldCBtZSBpbg==");
+    let client = Client::builder().no_proxy().redirect(redirect::Policy::none());
+    client.default_headers([(AUTHORIZATION, login)].into_iter().collect()).build().unwrap()
+}
 
 /// The link that an address got in its invitation, under the address where the pages really are.
 async fn link(world: &World, email: &str) -> String {
@@ -62,11 +69,8 @@ async fn one_click(world: &World, link: &str) -> (u16, String) {
 
 #[tokio::test]
 async fn one_click_unsubscribes_and_later_runs_leave_the_person_out() {
-    let mut world = World::new(&[PUBLIC, ("MAILRUN_WEB__PASSWORD", "let me in")]).await;
-    let login = HeaderValue::from_static("Basic OmxldCBtZSBpbg==");
-    let logged_in = Client::builder().no_proxy().redirect(redirect::Policy::none());
-    let logged_in = logged_in.default_headers([(AUTHORIZATION, login)].into_iter().collect()).build().unwrap();
-    let stranger = mem::replace(&mut world.client, logged_in);
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
+    let stranger = mem::replace(&mut world.client, logged_in());
     world.workers();
     let run = world.invite("ann@example.org\nbob@example.org").await;
     world.until_over(&run).await;
@@ -137,7 +141,8 @@ async fn a_list_tells_who_is_not_written_to() {
 
 #[tokio::test]
 async fn who_is_suppressed_while_a_run_is_under_way_is_skipped() {
-    let mut world = World::new(&[PUBLIC]).await;
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
+    world.client = logged_in();
     let run = world.invite(&people(40)).await;
     world.client.post(format!("{run}/pause")).send().await.unwrap();
     world.workers();

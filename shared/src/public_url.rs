@@ -1,11 +1,12 @@
 //! The address under which others reach the pages, as it stands in links: checked once, when the settings are read.
 
-use std::fmt;
+use std::{fmt, net::IpAddr};
 
 use serde::Deserialize;
 use url::Url;
 
-/// An `http` or `https` address without query and fragment, and without a slash at its end: a path can be put behind it.
+/// An `http` or `https` origin, without a slash at its end: a path can be put behind it. It has no path of its own, since the
+/// pages link to each other from the root.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct PublicUrl(String);
@@ -13,7 +14,7 @@ pub struct PublicUrl(String);
 /// Why an address can't be the public one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the public address is like https://invites.example.org: it begins with https:// (or http://), and has neither a login nor a query"
+    "the public address is like https://invites.example.org: it begins with https:// (or http://), and has neither a login nor a path nor a query; give the pages a host name of their own"
 )]
 pub struct NotPublic;
 
@@ -26,6 +27,7 @@ impl TryFrom<String> for PublicUrl {
             && url.has_host()
             && url.username().is_empty()
             && url.password().is_none()
+            && url.path().trim_matches('/').is_empty()
             && url.query().is_none()
             && url.fragment().is_none();
         if plain { Ok(Self(url.as_str().trim_end_matches('/').to_owned())) } else { Err(NotPublic) }
@@ -38,6 +40,26 @@ impl PublicUrl {
     pub fn page(&self, path: &str) -> String {
         format!("{}{path}", self.0)
     }
+
+    /// Scheme, host and port as a browser's `Origin` has them: without the scheme's own port.
+    #[must_use]
+    pub fn origin(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether it names this machine, so that others can't follow it.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        Url::parse(&self.0).is_ok_and(|url| is_this_machine(url.host_str().unwrap_or_default()))
+    }
+}
+
+/// Whether a host's name or address, in brackets or not, is this machine's own.
+#[must_use]
+pub fn is_this_machine(host: &str) -> bool {
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    bare.eq_ignore_ascii_case("localhost")
+        || bare.parse().is_ok_and(|address: IpAddr| address.to_canonical().is_loopback())
 }
 
 impl fmt::Display for PublicUrl {
@@ -59,7 +81,24 @@ mod tests {
         for text in ["https://a.example", "https://a.example/", " HTTPS://A.example// "] {
             assert_eq!(read(text).as_deref(), Ok("https://a.example/u/x"), "{text}");
         }
-        assert_eq!(read("http://a.example:8080/mail/").as_deref(), Ok("http://a.example:8080/mail/u/x"));
+        assert_eq!(read("http://a.example:8080/").as_deref(), Ok("http://a.example:8080/u/x"));
+    }
+
+    #[test]
+    fn an_origin_is_as_browsers_send_it() {
+        let url = PublicUrl::try_from("HTTPS://A.example:443/".to_owned()).unwrap();
+        assert_eq!(url.origin(), "https://a.example");
+    }
+
+    #[test]
+    fn only_this_machine_is_local() {
+        let local = |text: &str| PublicUrl::try_from(text.to_owned()).unwrap().is_local();
+        for url in ["http://localhost:8080", "http://127.0.0.1", "http://127.9.9.9:1", "http://[::1]:8080"] {
+            assert!(local(url), "{url}");
+        }
+        for url in ["https://a.example", "http://192.0.2.1", "http://localhost.example", "http://0.0.0.0:8080"] {
+            assert!(!local(url), "{url}");
+        }
     }
 
     #[test]
@@ -68,6 +107,8 @@ mod tests {
             "a.example",
             "ftp://a.example",
             "https://",
+            "https://a.example/mail",
+            "https://a.example/mail/",
             "https://a.example/?x",
             "https://a.example/#x",
             "https://u:p@a.example",

@@ -1,6 +1,10 @@
 //! Reads a submitted form, large or small, within a bounded amount of memory, and decodes it strictly.
 
-use std::{mem, sync::Arc, time::Duration};
+use std::{
+    mem,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     body::Body,
@@ -14,12 +18,19 @@ use tokio::{
 
 use crate::error::ErrorPage;
 
-/// So many of the largest forms are read at once; what comes on top waits for its turn.
+/// So many of the largest forms fit at once beside one another.
 const LARGEST_AT_ONCE: usize = 2;
-/// How long a form may wait for its turn.
+/// So much of each form is not counted, so that a usual form never waits. The number of connections bounds what that takes.
+const UNCOUNTED_BYTES: usize = 64 * 1024;
+/// Memory is taken in steps of at least this size as a form arrives, and not by what it announces: a slow sender holds
+/// only what it has sent.
+const STEP_BYTES: usize = 64 * 1024;
+/// How long a form may wait for memory.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// A sender that is silent for so long has gone.
 const SILENCE: Duration = Duration::from_secs(30);
+/// A form must arrive at this speed on average, after the time of one silence.
+const SLOWEST_BYTES_PER_S: u64 = 4 * 1024;
 /// Of a form that is too large, so much is read and thrown away: a browser shows the answer only when it was let finish.
 const DISCARDED_PER_LIMIT: usize = 8;
 /// Memory is counted in units of this size.
@@ -27,52 +38,96 @@ const UNIT_BYTES: usize = 1024;
 
 /// The memory that forms may take together.
 pub(crate) struct Room {
-    free: Arc<Semaphore>,
+    /// For whoever comes.
+    shared: Arc<Semaphore>,
+    /// For one form, whatever its size. So there is always one that can be read to its end, and forms that hold all of the
+    /// rest can't wait for each other for ever.
+    reserve: Arc<Semaphore>,
     limit: usize,
+}
+
+/// What a form has taken of it, until it is dropped.
+pub(crate) struct Taken {
+    bytes: usize,
+    shared: Option<OwnedSemaphorePermit>,
+    reserve: Option<OwnedSemaphorePermit>,
 }
 
 impl Room {
     /// For forms of at most `limit` bytes.
     pub(crate) fn new(limit: usize) -> Self {
-        Self { free: Arc::new(Semaphore::new(LARGEST_AT_ONCE * units(limit) as usize)), limit }
+        let shared = Arc::new(Semaphore::new(LARGEST_AT_ONCE * units(limit) as usize));
+        Self { shared, reserve: Arc::new(Semaphore::new(1)), limit }
     }
 
-    /// Room for `bytes`; a small form hardly ever waits, whatever large ones are being read.
-    async fn take(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ErrorPage> {
-        let taken = timeout(PATIENCE, Arc::clone(&self.free).acquire_many_owned(units(bytes))).await;
-        taken.ok().and_then(Result::ok).ok_or_else(|| {
-            ErrorPage::new(
+    /// Nothing is taken yet.
+    fn enter(&self) -> Taken {
+        Taken { bytes: UNCOUNTED_BYTES, shared: None, reserve: None }
+    }
+
+    /// Takes what a form of so many bytes needs beyond what it has.
+    async fn grow(&self, taken: &mut Taken, bytes: usize) -> Result<(), ErrorPage> {
+        if bytes <= taken.bytes || taken.reserve.is_some() {
+            return Ok(());
+        }
+        let step = (bytes - taken.bytes).max(STEP_BYTES);
+        let (shared, reserve) = (Arc::clone(&self.shared), Arc::clone(&self.reserve));
+        let more = timeout(PATIENCE, async {
+            tokio::select! {
+                biased;
+                Ok(permit) = shared.acquire_many_owned(units(step)) => Some((Some(permit), None)),
+                Ok(permit) = reserve.acquire_owned() => Some((None, Some(permit))),
+                else => None,
+            }
+        });
+        match more.await {
+            Ok(Some((Some(permit), _))) => {
+                taken.bytes += step;
+                match &mut taken.shared {
+                    Some(shared) => shared.merge(permit),
+                    none => *none = Some(permit),
+                }
+                Ok(())
+            }
+            Ok(Some((None, reserve))) => {
+                taken.reserve = reserve;
+                Ok(())
+            }
+            Ok(None) | Err(_) => Err(ErrorPage::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "Too many lists at once",
                 "Other large lists are being taken in at the moment. Your list was not taken: \
                  go back and send it again in a minute.",
-            )
-        })
+            )),
+        }
     }
 
-    /// Reads the whole form. The permit is to be kept for as long as the form is.
+    /// Reads the whole form. What it has taken is to be kept for as long as the form is.
     ///
     /// # Errors
     /// A page that says what is wrong with the request.
-    pub(crate) async fn read(&self, request: Request<Body>) -> Result<(Fields, OwnedSemaphorePermit), ErrorPage> {
+    pub(crate) async fn read(&self, request: Request<Body>) -> Result<(Fields, Taken), ErrorPage> {
         let (parts, mut body) = request.into_parts();
         check_content_type(&parts.headers)?;
-        let announced = content_length(&parts.headers);
-        if announced.is_some_and(|length| length > self.limit) {
+        if content_length(&parts.headers).is_some_and(|length| length > self.limit) {
             discard(&mut body, self.limit * DISCARDED_PER_LIMIT).await;
             return Err(self.too_large());
         }
-        let permit = self.take(announced.unwrap_or(self.limit)).await?;
-        let mut bytes = Vec::with_capacity(announced.unwrap_or_default());
+        let (begun, mut taken, mut bytes) = (Instant::now(), self.enter(), Vec::new());
         while let Some(piece) = next_piece(&mut body).await? {
-            if bytes.len() + piece.len() > self.limit {
+            let length = bytes.len() + piece.len();
+            if length > self.limit {
                 drop(bytes);
                 discard(&mut body, self.limit * DISCARDED_PER_LIMIT).await;
                 return Err(self.too_large());
             }
+            if is_too_slow(length, begun.elapsed()) {
+                return Err(did_not_arrive("It arrived too slowly, so nothing was taken. Go back and send it again."));
+            }
+            self.grow(&mut taken, length).await?;
             bytes.extend_from_slice(&piece);
         }
-        Ok((Fields::decode(&bytes)?, permit))
+        Ok((Fields::decode(&bytes)?, taken))
     }
 
     fn too_large(&self) -> ErrorPage {
@@ -86,6 +141,15 @@ impl Room {
             ),
         )
     }
+}
+
+/// Whether a form of which so much has come in this time would take for ever.
+fn is_too_slow(bytes: usize, elapsed: Duration) -> bool {
+    (bytes as u64) < elapsed.saturating_sub(SILENCE).as_secs() * SLOWEST_BYTES_PER_S
+}
+
+fn did_not_arrive(message: &'static str) -> ErrorPage {
+    ErrorPage::new(StatusCode::REQUEST_TIMEOUT, "The form did not arrive", message)
 }
 
 fn units(bytes: usize) -> u32 {
@@ -110,9 +174,7 @@ async fn next_piece(body: &mut Body) -> Result<Option<axum::body::Bytes>, ErrorP
                 return Err(bad_request("The form did not arrive completely. Go back and send it again."));
             }
             Err(_) => {
-                return Err(ErrorPage::new(
-                    StatusCode::REQUEST_TIMEOUT,
-                    "The form did not arrive",
+                return Err(did_not_arrive(
                     "Nothing came for half a minute, so nothing was taken. Go back and send it again.",
                 ));
             }
@@ -230,12 +292,59 @@ mod tests {
         assert_eq!(Fields::decode(b"emails=\xE4@x.org").unwrap_err().status(), StatusCode::BAD_REQUEST);
     }
 
+    /// A form of so many bytes of which all but the last have come. The rest comes, or not, as `rest` says.
+    fn form(bytes: usize, rest: impl Future<Output = ()> + Send + 'static) -> Request<Body> {
+        let most = vec![b'x'; bytes - 1];
+        let pieces = most.chunks(100_000).map(|piece| Ok(piece.to_vec())).collect::<Vec<_>>();
+        let last = futures::stream::once(async {
+            rest.await;
+            Ok::<_, std::io::Error>(vec![b'x'])
+        });
+        let body = futures::StreamExt::chain(futures::stream::iter(pieces), last);
+        let request = Request::post("/").header("content-type", "application/x-www-form-urlencoded");
+        request.header("content-length", bytes).body(Body::from_stream(body)).unwrap()
+    }
+
     #[tokio::test]
-    async fn a_small_form_does_not_wait_behind_a_large_one() {
-        let room = Room::new(64 * 1024);
-        let _large = room.take(64 * 1024).await.unwrap_or_else(|_| panic!("room for the first"));
-        let small = timeout(Duration::from_secs(1), room.take(100)).await;
-        assert!(small.is_ok_and(|taken| taken.is_ok()));
+    async fn slow_uploads_do_not_block_other_forms() {
+        const LIMIT: usize = 1_000_000;
+        let room = Arc::new(Room::new(LIMIT));
+        let stalled: Vec<_> = (0..2)
+            .map(|_| {
+                let room = Arc::clone(&room);
+                tokio::spawn(async move { room.read(form(LIMIT, std::future::pending())).await.map(drop) })
+            })
+            .collect();
+        while room.shared.available_permits() > 2 * UNCOUNTED_BYTES / UNIT_BYTES {
+            tokio::task::yield_now().await;
+        }
+        // The largest ones one after another, small ones at any time.
+        for bytes in [LIMIT, 100, LIMIT, 50_000] {
+            let read = timeout(PATIENCE, room.read(form(bytes, async {}))).await;
+            assert!(read.is_ok_and(|read| read.is_ok()), "{bytes}");
+        }
+        stalled.into_iter().for_each(|stalled| stalled.abort());
+    }
+
+    #[tokio::test]
+    async fn forms_that_hold_all_memory_do_not_wait_for_each_other_for_ever() {
+        const LIMIT: usize = 1_000_000;
+        let room = Arc::new(Room::new(LIMIT));
+        let read = |_| {
+            let room = Arc::clone(&room);
+            async move { room.read(form(LIMIT, tokio::task::yield_now())).await.map(drop) }
+        };
+        let all = timeout(PATIENCE, futures::future::join_all((0..12).map(read))).await;
+        assert!(all.is_ok_and(|all| all.iter().all(Result::is_ok)));
+        assert_eq!(room.shared.available_permits(), LARGEST_AT_ONCE * units(LIMIT) as usize);
+    }
+
+    #[test]
+    fn a_sender_must_keep_a_pace() {
+        assert!(!is_too_slow(0, SILENCE));
+        assert!(!is_too_slow(50_000, SILENCE + Duration::from_secs(12)));
+        assert!(is_too_slow(49_000, SILENCE + Duration::from_secs(12)));
+        assert!(!is_too_slow(64 * 1024 * 1024, Duration::from_secs(4 * 3_600)));
     }
 
     #[tokio::test]

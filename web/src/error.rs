@@ -7,7 +7,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{Html, IntoResponse, Response},
 };
-use mailrun_shared::store::may_pass;
+use mailrun_shared::store::{may_pass, submit::NotSubmitted};
 use tracing::{error, warn};
 
 /// PostgreSQL's code for a table that is not there.
@@ -42,19 +42,22 @@ impl ErrorPage {
         )
     }
 
-    /// For a submission: the person must know whether the list is safe.
-    pub(crate) fn not_taken(error: &sqlx::Error) -> Self {
-        let mut page = Self::from_database(error);
-        page.title = "Your list was not taken";
-        page.message = match page.status {
-            StatusCode::SERVICE_UNAVAILABLE => format!(
-                "{} Nothing was kept: go back and send it again in a moment. Sending it twice invites nobody twice.",
-                page.message
+    /// For a submission: the person must know whether the list is safe, and what is not certain is not said.
+    pub(crate) fn not_taken(failed: &NotSubmitted) -> Self {
+        let page = Self::from_database(&failed.error);
+        let (title, rest) = match (failed.nothing_kept, page.status) {
+            (true, StatusCode::SERVICE_UNAVAILABLE) => (
+                "Your list was not taken",
+                "Nothing was kept: go back and send it again in a moment. Sending it twice invites nobody twice.",
             ),
-            _ => format!("{} Nothing was kept.", page.message),
-        }
-        .into();
-        page
+            (true, _) => ("Your list was not taken", "Nothing was kept."),
+            (false, _) => (
+                "Not known whether your list was taken",
+                "It is not known whether the list was accepted. Send it again: nobody will be mailed twice.",
+            ),
+        };
+        let message = if failed.nothing_kept { format!("{} {rest}", page.message) } else { rest.to_owned() };
+        Self { title, message: message.into(), ..page }
     }
 
     pub(crate) fn from_database(error: &sqlx::Error) -> Self {
@@ -125,4 +128,27 @@ pub(crate) async fn method_not_allowed() -> ErrorPage {
         "Not like this",
         "This address exists, but doesn't understand that kind of request.",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_was_kept_is_said_only_when_it_is_certain() {
+        let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+        let certain = ErrorPage::not_taken(&NotSubmitted::before_commit(lost()));
+        assert!(certain.message.contains("Nothing was kept"), "{certain:?}");
+        let unknown = ErrorPage::not_taken(&lost().into());
+        assert!(!unknown.message.contains("Nothing was kept"), "{unknown:?}");
+        assert!(
+            unknown
+                .message
+                .contains("It is not known whether the list was accepted. Send it again: nobody will be mailed twice.")
+        );
+        assert_eq!(
+            (certain.status, unknown.status),
+            (StatusCode::SERVICE_UNAVAILABLE, StatusCode::SERVICE_UNAVAILABLE)
+        );
+    }
 }

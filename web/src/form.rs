@@ -1,5 +1,7 @@
 //! `GET /` and `POST /invites`: the form, and taking its list into the ledger.
 
+use std::time::Duration;
+
 use askama::Template;
 use axum::{
     body::Body,
@@ -7,11 +9,15 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Redirect, Response},
 };
+use mailrun_shared::run::Wanted;
 use mailrun_shared::store::{
     in_time, runs,
-    submit::{InvalidEntry, Refusal, SUBMISSION, Submission, Submitted, Tally, submit as take_in},
+    submit::{
+        Earlier, InvalidEntry, NotSubmitted, Refusal, SUBMISSION, Submission, Submitted, Tally, submit as take_in,
+    },
     test_sends,
 };
+use moka::sync::Cache;
 use serde::Deserialize;
 use tracing::info;
 use uuid::Uuid;
@@ -99,6 +105,8 @@ pub(crate) struct Problem {
     reasons: Vec<String>,
     /// Some of them can be retried in an earlier run.
     failed_earlier: Option<String>,
+    /// The same list was sent before, as this run.
+    earlier_run: Option<Uuid>,
     /// How many entries are no address.
     invalid_title: Option<String>,
     invalid: Vec<InvalidEntry>,
@@ -111,6 +119,20 @@ pub(crate) struct Problem {
 pub(crate) struct Wish {
     /// The test whose text to go on with.
     test: Option<String>,
+}
+
+/// Submissions of which a click may have been accepted without an answer. A page that was left, or a connection that was lost, ends
+/// the handler and not the commit.
+pub(crate) type InDoubt = Cache<Uuid, ()>;
+
+/// Submissions remembered at most.
+const IN_DOUBT: u64 = 10_000;
+/// And how long.
+const DOUBT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// None is.
+pub(crate) fn nothing_in_doubt() -> InDoubt {
+    Cache::builder().max_capacity(IN_DOUBT).time_to_live(DOUBT).build()
 }
 
 /// `GET /`
@@ -159,8 +181,6 @@ pub(crate) async fn submit(State(app): Shared, request: Request<Body>) -> Result
         Ok(limit) if text.is_empty() => limit,
         rate => return Ok(refused(&app, &typed, Problems { text, rate: rate.err(), ..Problems::default() }).await),
     };
-    // A submission that loses its connection is tried again for a while; a database that is down is told at once.
-    drop(app.pool.acquire().await.map_err(|error| ErrorPage::not_taken(&error))?);
     let submission = Submission {
         token: typed.token,
         text: &typed.emails,
@@ -169,19 +189,53 @@ pub(crate) async fn submit(State(app): Shared, request: Request<Body>) -> Result
         sends_per_second,
         max_addresses: app.config.max_addresses,
     };
-    let taken = in_time(SUBMISSION, take_in(&app.pool, submission)).await;
-    match taken.map_err(|error| ErrorPage::not_taken(&error))? {
+    match take(&app, submission).await.map_err(|failed| ErrorPage::not_taken(&failed))? {
         Submitted::Accepted(run_id) => {
             app.outbox.notify_one();
             info!(%run_id, "a run is accepted");
             Ok(Redirect::to(&format!("/runs/{run_id}")).into_response())
         }
-        Submitted::Before(run_id) => Ok(Redirect::to(&format!("/runs/{run_id}")).into_response()),
+        Submitted::Before(Earlier { run_id, wanted: Wanted::Cancelled, .. }) => {
+            let list = Some(Problem::cancelled(run_id));
+            // A submission of its own, if it is sent once more.
+            let typed = Typed { token: Uuid::new_v4(), ..typed };
+            Ok(refused(&app, &typed, Problems { list, ..Problems::default() }).await)
+        }
+        Submitted::Before(earlier) => Ok(Redirect::to(&earlier_run(&earlier, sends_per_second)).into_response()),
         Submitted::Refused(refusal) => {
             let list = Some(Problem::of(refusal));
             Ok(refused(&app, &typed, Problems { list, ..Problems::default() }).await)
         }
     }
+}
+
+/// Takes the list in. A submission of which an earlier click had no certain end is in doubt until it has one.
+async fn take(app: &App, submission: Submission<'_>) -> Result<Submitted, NotSubmitted> {
+    let run_id = submission.run_id();
+    let in_doubt = app.in_doubt.contains_key(&run_id);
+    app.in_doubt.insert(run_id, ());
+    let taken = async {
+        // A submission that loses its connection is tried again for a while; a database that is down is told at once.
+        drop(app.pool.acquire().await.map_err(NotSubmitted::before_commit)?);
+        in_time(SUBMISSION, take_in(&app.pool, submission)).await
+    };
+    match taken.await {
+        Err(failed) if failed.nothing_kept && in_doubt => Err(NotSubmitted { nothing_kept: false, ..failed }),
+        Err(failed) if !failed.nothing_kept => Err(failed),
+        certain => {
+            app.in_doubt.invalidate(&run_id);
+            certain
+        }
+    }
+}
+
+/// The page of a run that was made before. It says so if another rate was wished for this time.
+fn earlier_run(earlier: &Earlier, sends_per_second: Option<i32>) -> String {
+    let run_id = earlier.run_id;
+    if earlier.sends_per_second == sends_per_second {
+        return format!("/runs/{run_id}");
+    }
+    format!("/runs/{run_id}?rate={}", sends_per_second.map_or("none".to_owned(), |limit| limit.to_string()))
 }
 
 /// The form again, with what was typed, and what is wrong with it.
@@ -203,6 +257,18 @@ fn parse_rate(field: &str) -> Result<Option<i32>, &'static str> {
 }
 
 impl Problem {
+    /// The same form made a run that was cancelled since. Whether it is to be sent after all, only the person knows.
+    fn cancelled(run_id: Uuid) -> Self {
+        Self {
+            title: "This list was sent before, and its run was cancelled.".to_owned(),
+            reasons: vec![
+                "Nothing was sent now. Send it again to start a new run with everyone who was not mailed.".to_owned(),
+            ],
+            earlier_run: Some(run_id),
+            ..Self::default()
+        }
+    }
+
     fn of(refusal: Refusal) -> Self {
         match refusal {
             Refusal::Empty => Self {
@@ -255,6 +321,7 @@ impl Problem {
             title: title.to_owned(),
             reasons,
             failed_earlier,
+            earlier_run: None,
             invalid_title,
             invalid: tally.invalid_entries,
             more_invalid,
@@ -273,6 +340,15 @@ mod tests {
         for wrong in ["0", "-1", "1.5", "many", "100001", "99999999999"] {
             assert!(parse_rate(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_run_that_was_made_before_says_which_rate_applies() {
+        let earlier = Earlier { run_id: Uuid::from_u128(7), wanted: Wanted::Running, sends_per_second: Some(10) };
+        let run = format!("/runs/{}", earlier.run_id);
+        assert_eq!(earlier_run(&earlier, Some(10)), run);
+        assert_eq!(earlier_run(&earlier, Some(50)), format!("{run}?rate=50"));
+        assert_eq!(earlier_run(&earlier, None), format!("{run}?rate=none"));
     }
 
     #[test]

@@ -1,66 +1,163 @@
-//! Who may ask: the login, requests from other sites, and names that are not ours.
+//! Who may ask: the login, requests from other sites, requests through proxies, and names that are not ours.
 
-use std::sync::Arc;
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Instant,
+};
 
 use axum::{
-    extract::{Request, State},
-    http::{HeaderMap, HeaderValue, Method, StatusCode, header, uri::Authority},
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, uri::Authority},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use mailrun_shared::public_url::is_this_machine;
 use secrecy::ExposeSecret;
 use subtle::ConstantTimeEq;
+use tokio::time::sleep;
+use tracing::{debug, warn};
 
-use crate::{App, error::ErrorPage};
+use crate::{
+    App,
+    client::{Asked, forwarding_header, is_origin_of, name_of},
+    error::ErrorPage,
+    logins::Logins,
+};
 
 /// Lets a request pass, or answers it.
 pub(crate) async fn check(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    match refuse(&app, &request) {
-        Some(refusal) => refusal,
-        None => next.run(request).await,
+    let path = request.uri().path();
+    if is_for_everybody(path) {
+        return next.run(request).await;
+    }
+    let (headers, method, version) = (request.headers(), request.method(), request.version());
+    let host = request.uri().authority().map(Authority::as_str).or_else(|| text(headers, "host"));
+    let is_style = path.starts_with("/static/");
+    let refusal = match &app.config.password {
+        _ if is_style => None,
+        None => reached_by_others(version, headers, host).map(IntoResponse::into_response),
+        Some(password) => log_in(&app.logins, client(&app, &request), headers, password.expose_secret()).await,
+    };
+    if let Some(refusal) = refusal {
+        return refusal;
+    }
+    let reads = matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+    if !reads && !is_ours(&app, &request, host) {
+        return from_another_site().into_response();
+    }
+    next.run(request).await
+}
+
+/// The address that a request's failed logins count for.
+fn client(app: &App, request: &Request) -> IpAddr {
+    asked(app, request, None).client
+}
+
+fn asked(app: &App, request: &Request, host: Option<&str>) -> Asked {
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0.ip());
+    // The server says it with every request; without a peer there is nobody to trust.
+    let peer = peer.unwrap_or(IpAddr::from([0; 4]));
+    Asked::of(peer, host, request.headers(), &app.config.trusted_proxies)
+}
+
+/// Whether a request that changes something was made by one of our own pages, under the name that its browser knows us by.
+fn is_ours(app: &App, request: &Request, host: Option<&str>) -> bool {
+    let headers = request.headers();
+    let (site, origin) = (text(headers, "sec-fetch-site"), text(headers, "origin"));
+    let asked = asked(app, request, host);
+    let is_public = |origin| app.config.public_url.as_ref().is_some_and(|url| url.origin() == origin);
+    match (site, origin) {
+        (None, Some(origin)) if is_public(origin) => true,
+        (None, Some(origin)) => asked.host.is_some_and(|host| is_origin_of(origin, &host, asked.scheme.as_deref())),
+        (site, origin) => is_same_origin(site, origin, asked.host.as_deref()),
     }
 }
 
-fn refuse(app: &App, request: &Request) -> Option<Response> {
-    let path = request.uri().path();
-    if is_for_everybody(path) {
-        return None;
-    }
-    let headers = request.headers();
-    let host = request.uri().authority().map(Authority::as_str).or_else(|| text(headers, "host"));
-    match &app.config.password {
-        // A page of another site can point a name of its own at this machine; without a login, the name is what tells.
-        None if app.config.listen.ip().is_loopback()
-            && !path.starts_with("/static/")
-            && !host.is_some_and(is_local) =>
-        {
-            return Some(
-                ErrorPage::new(
-                    StatusCode::FORBIDDEN,
-                    "Not under this name",
-                    "Without a password, these pages answer only to localhost. Set web.password to use another name.",
-                )
-                .into_response(),
-            );
-        }
-        Some(password) if !path.starts_with("/static/") && !knows(headers, password.expose_secret()) => {
-            return Some(log_in());
-        }
-        _ => {}
-    }
-    let reads = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
-    if !reads && !is_same_origin(text(headers, "sec-fetch-site"), text(headers, "origin"), host) {
-        return Some(
-            ErrorPage::new(
-                StatusCode::FORBIDDEN,
-                "Sent from another site",
-                "This form was sent by a page of another site, so it was not taken. Open Mailrun and send it from there.",
-            )
-            .into_response(),
+fn from_another_site() -> ErrorPage {
+    ErrorPage::new(
+        StatusCode::FORBIDDEN,
+        "Sent from another site",
+        "This form was sent by a page of another site, so it was not taken. Open Mailrun and send it from there. \
+         Behind a proxy, set web.public_url, or web.trusted_proxies.",
+    )
+}
+
+/// Why a request may come from beyond this machine, where there is no password: its name is another one, or it shows signs
+/// of a proxy. A page of another site can point a name of its own at this machine, and a proxy passes on everybody's requests.
+fn reached_by_others(version: Version, headers: &HeaderMap, host: Option<&str>) -> Option<ErrorPage> {
+    let refused = |title, why: String| {
+        let message = format!(
+            "Without a password, these pages answer only to this machine. {why} Set web.password to open them to others."
         );
+        Some(ErrorPage::new(StatusCode::FORBIDDEN, title, message))
+    };
+    if !host.is_some_and(is_local) {
+        return refused("Host not allowed", "This request names another host than localhost.".to_owned());
+    }
+    let proxied = |sign: &str| refused("Proxy not allowed", format!("This request came through a proxy ({sign})."));
+    if let Some(name) = forwarding_header(headers) {
+        return proxied(name);
+    }
+    // No browser speaks it; nginx does, with the name it was configured with as the host, unless it is told otherwise.
+    if version < Version::HTTP_11 {
+        return proxied("HTTP/1.0");
+    }
+    // The browser believes to be on this site, under another name than the one that arrived here.
+    let is_elsewhere = |url: &str| {
+        url.split_once("://").is_some_and(|(_, rest)| !is_local(rest.split(['/', '?', '#']).next().unwrap_or_default()))
+    };
+    if text(headers, "sec-fetch-site") == Some("same-origin")
+        && ["origin", "referer"].iter().any(|name| text(headers, name).is_some_and(is_elsewhere))
+    {
+        return proxied("its page has another name");
     }
     None
+}
+
+/// None: the request carries the password. Every failed attempt is answered late, and too many are not looked at for a while.
+async fn log_in(logins: &Logins, client: IpAddr, headers: &HeaderMap, password: &str) -> Option<Response> {
+    if headers.get(header::AUTHORIZATION).is_none() {
+        return Some(ask_for_password(headers));
+    }
+    if let Some(refusal) = turn_away(logins, client) {
+        return Some(refusal);
+    }
+    if knows(headers, password) {
+        return None;
+    }
+    delay_failed(logins, client).await;
+    Some(ask_for_password(headers))
+}
+
+/// The answer to a client that has failed too often, whatever it knows now.
+fn turn_away(logins: &Logins, client: IpAddr) -> Option<Response> {
+    let wait = logins.wait(client, Instant::now())?;
+    debug!("a login was not looked at: too many have failed");
+    let seconds = wait.as_secs() + 1;
+    let mut response = ErrorPage::new(
+        StatusCode::TOO_MANY_REQUESTS,
+        "Too many failed logins",
+        format!("Too many logins from your address have failed. Wait for {seconds} seconds, then reload the page."),
+    )
+    .into_response();
+    response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    Some(response)
+}
+
+/// Counts and logs a failed attempt, and takes its time. Neither the address nor what was tried is logged.
+async fn delay_failed(logins: &Logins, client: IpAddr) {
+    let failed = logins.failed(client, Instant::now());
+    if failed.limited {
+        warn!(
+            failures = failed.failures,
+            "login failed; further attempts of this client are not looked at for a while"
+        );
+    } else {
+        warn!(failures = failed.failures, "login failed");
+    }
+    sleep(failed.delay).await;
 }
 
 /// What strangers call: the health check, the links in mails, which mail providers follow as well, and the bounce hook, which
@@ -82,11 +179,7 @@ pub fn is_same_origin(fetch_site: Option<&str>, origin: Option<&str>, host: Opti
     match (fetch_site, origin) {
         // `none`: the person did it, not a page.
         (Some(site), _) => matches!(site, "same-origin" | "none"),
-        // The scheme may differ behind a proxy that speaks TLS; the host and port may not.
-        (None, Some(origin)) => {
-            let from = origin.split_once("://").map(|(_, authority)| authority);
-            from.zip(host).is_some_and(|(from, host)| from.eq_ignore_ascii_case(host))
-        }
+        (None, Some(origin)) => host.is_some_and(|host| is_origin_of(origin, host, None)),
         (None, None) => true,
     }
 }
@@ -94,11 +187,8 @@ pub fn is_same_origin(fetch_site: Option<&str>, origin: Option<&str>, host: Opti
 /// Whether a `Host` names this machine, with or without a port.
 #[must_use]
 pub fn is_local(host: &str) -> bool {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
-        _ => host,
-    };
-    name.eq_ignore_ascii_case("localhost") || name == "127.0.0.1" || name == "[::1]"
+    // An IPv6 address in a `Host` stands in brackets.
+    is_this_machine(name_of(host)) && !host.starts_with(':')
 }
 
 /// Whether the request carries the password, under any user name.
@@ -124,16 +214,18 @@ pub(crate) fn is_same(given: &[u8], secret: &str) -> bool {
     given.ct_eq(secret.as_bytes()).into()
 }
 
-fn log_in() -> Response {
+/// A browser asks for the password when it is told the scheme. A page's own request for its numbers is told another one, which
+/// no browser knows: the page explains what to do, and no dialog opens over it.
+fn ask_for_password(headers: &HeaderMap) -> Response {
+    let by_script = text(headers, "sec-fetch-dest") == Some("empty");
+    let scheme = if by_script { r#"MailrunPage realm="Mailrun""# } else { r#"Basic realm="Mailrun", charset="UTF-8""# };
     let mut response = ErrorPage::new(
         StatusCode::UNAUTHORIZED,
-        "Please log in",
+        "Login required",
         "These pages need a password. Reload the page to be asked for it; any user name will do.",
     )
     .into_response();
-    response
-        .headers_mut()
-        .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(r#"Basic realm="Mailrun", charset="UTF-8""#));
+    response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(scheme));
     response
 }
 
@@ -148,6 +240,7 @@ mod tests {
         assert!(is_same_origin(Some("none"), None, host));
         assert!(is_same_origin(None, Some("http://LOCALHOST:8080"), host));
         assert!(is_same_origin(None, Some("https://mail.example.org"), Some("mail.example.org")));
+        assert!(is_same_origin(None, Some("https://mail.example.org"), Some("mail.example.org:443")));
     }
 
     #[test]
@@ -187,6 +280,37 @@ mod tests {
         for host in ["evil.example", "localhost.evil.example:8080", "127.0.0.1.evil.example", "", "0.0.0.0", "::1"] {
             assert!(!is_local(host), "{host}");
         }
+    }
+
+    #[test]
+    fn without_a_password_signs_of_a_proxy_are_refused() {
+        let refused = |version, pairs: &[(&'static str, &str)], host| {
+            let pair = |(name, value): &(&'static str, &str)| {
+                (header::HeaderName::from_static(name), HeaderValue::from_str(value).unwrap())
+            };
+            reached_by_others(version, &pairs.iter().map(pair).collect(), host).is_some()
+        };
+        let local = Some("localhost:8080");
+        for pairs in [
+            &[][..],
+            &[("sec-fetch-site", "cross-site"), ("referer", "http://wiki.example/")],
+            &[("sec-fetch-site", "same-origin"), ("referer", "http://localhost:8080/runs?x=http://a.example/")],
+            &[("sec-fetch-site", "same-origin"), ("origin", "http://127.0.0.1:8080")],
+        ] {
+            assert!(!refused(Version::HTTP_11, pairs, local), "{pairs:?}");
+        }
+        for pairs in [
+            &[("x-forwarded-for", "192.0.2.7")][..],
+            &[("forwarded", "for=192.0.2.7")],
+            &[("via", "1.1 proxy")],
+            &[("x-real-ip", "127.0.0.1")],
+            &[("sec-fetch-site", "same-origin"), ("referer", "https://a.example/")],
+            &[("sec-fetch-site", "same-origin"), ("origin", "https://a.example")],
+        ] {
+            assert!(refused(Version::HTTP_11, pairs, local), "{pairs:?}");
+        }
+        assert!(refused(Version::HTTP_10, &[], local), "nginx, unless it is told otherwise");
+        assert!(refused(Version::HTTP_11, &[], Some("a.example")) && refused(Version::HTTP_11, &[], None));
     }
 
     #[test]

@@ -3,16 +3,20 @@
 mod actions;
 mod assets;
 mod body;
+mod client;
 mod count;
 mod error;
 mod form;
 mod guard;
+mod health;
 mod hooks;
+mod logins;
 mod progress;
 mod relay;
 mod report;
 mod results;
 mod runs;
+mod server;
 mod suppressions;
 mod test_sends;
 mod text;
@@ -25,14 +29,14 @@ use axum::{
     Router,
     body::Body,
     extract::State,
-    http::{HeaderValue, Request, StatusCode, header},
+    http::{HeaderValue, Request, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{any, get, post},
 };
 use mailrun_shared::{
     broker::Broker,
-    config::{Config, MailerKind, WebConfig},
+    config::{Config, ConfigError, MailerKind, WebConfig},
     store,
     unsubscribe::Signer,
 };
@@ -40,11 +44,10 @@ use sqlx::PgPool;
 use tokio::{
     net::TcpListener,
     sync::{Notify, OnceCell},
-    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 use tower_http::{set_header::SetResponseHeaderLayer, trace::TraceLayer};
-use tracing::{Level, info, info_span, warn};
+use tracing::{Level, info, info_span};
 
 use self::error::ErrorPage;
 // For pages beside these, which shall look and guard themselves alike.
@@ -58,10 +61,8 @@ pub const ICON: &str = include_str!("../static/icon.svg");
 
 /// A person waits for the page, so the wait for a database connection ends sooner than a worker's.
 const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
-/// How long a health check waits for the database.
-const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
-/// After the stop, requests under way get this long.
-const DRAIN: Duration = Duration::from_secs(10);
+/// Connections for what must not wait for the pages: the outbox relay, and the health check.
+const BACKGROUND_CONNECTIONS: u32 = 2;
 /// Nothing but our own files, and nobody may frame a page.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; \
      img-src 'self' data:; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
@@ -69,6 +70,9 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; scr
 /// Why the pages can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum WebError {
+    /// They would be open to others than they should.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The setting `database.url` is no address.
     #[error("database.url is no address of a PostgreSQL database: {0}")]
     Database(#[from] sqlx::Error),
@@ -80,9 +84,6 @@ pub enum WebError {
         /// What the system says.
         source: io::Error,
     },
-    /// The listening socket broke.
-    #[error("serving the pages ended: {0}")]
-    Serve(#[from] io::Error),
     /// A bug.
     #[error("the outbox relay ended unasked: {0}")]
     Relay(#[from] tokio::task::JoinError),
@@ -91,9 +92,17 @@ pub enum WebError {
 /// What every handler may use.
 struct App {
     pool: PgPool,
+    /// Connections that no page takes.
+    background: PgPool,
+    /// What health checks were answered lately.
+    health: health::Health,
     config: WebConfig,
     /// Wakes the relay when there is something new in the outbox.
     outbox: Arc<Notify>,
+    /// Who has failed to log in lately.
+    logins: logins::Logins,
+    /// Submissions that are under way, or whose end is not known.
+    in_doubt: form::InDoubt,
     /// The memory for forms that are being read.
     room: body::Room,
     /// What polls were answered lately.
@@ -117,13 +126,17 @@ type Shared = State<Arc<App>>;
 /// # Errors
 /// When the settings can't be used, or serving ended by itself.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError> {
+    config.web.check_access()?;
     let mut database = config.database.clone();
     database.acquire_timeout_ms = database.acquire_timeout_ms.min(ACQUIRE_TIMEOUT_MS);
     let pool = store::open(&database, "mailrun web")?;
+    database.max_connections = BACKGROUND_CONNECTIONS;
+    let background = store::open(&database, "mailrun web outbox")?;
     let address = config.web.listen;
-    let listener = TcpListener::bind(address).await.map_err(|source| WebError::Listen { address, source })?;
+    let not_listening = |source| WebError::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(not_listening)?;
     // Port 0 is only known by now.
-    info!(address = %listener.local_addr()?, login = config.web.password.is_some(), "serving the pages");
+    info!(address = %listener.local_addr().map_err(not_listening)?, login = config.web.password.is_some(), "serving the pages");
 
     let outbox = Arc::new(Notify::new());
     let publisher = Broker::new(&config, "mailrun web").publisher(1);
@@ -131,17 +144,22 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     let ending = stop.child_token();
     let limit = database.answer_timeout();
     let relay = tokio::spawn({
-        let (pool, outbox, ending) = (pool.clone(), Arc::clone(&outbox), ending.clone());
+        let (pool, outbox, ending) = (background.clone(), Arc::clone(&outbox), ending.clone());
         async move {
             let _guard = ending.clone().drop_guard();
             relay::run(&pool, limit, &publisher, &outbox, &ending).await;
         }
     });
     let room = body::Room::new(config.web.max_body_bytes);
+    let limits = server::Limits::of(&config.web);
     let app = Arc::new(App {
         pool: pool.clone(),
+        background: background.clone(),
+        health: health::Health::new(),
         config: config.web,
         outbox,
+        logins: logins::Logins::new(),
+        in_doubt: form::nothing_in_doubt(),
         room,
         watched: progress::watched(),
         signer: OnceCell::new(),
@@ -149,23 +167,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
         answer_timeout: limit,
     });
-    let served = serve(listener, router(app), &ending).await;
+    server::serve(listener, router(app), limits, &ending).await;
     ending.cancel();
     relay.await?;
     pool.close().await;
-    Ok(served?)
-}
-
-/// Serves until `stop`, then for as long as the requests under way need, up to [`DRAIN`].
-async fn serve(listener: TcpListener, router: Router, stop: &CancellationToken) -> io::Result<()> {
-    let server = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
-    tokio::select! {
-        served = server.into_future() => served,
-        () = async { stop.cancelled().await; tokio::time::sleep(DRAIN).await } => {
-            warn!("some requests did not end in time; leaving them");
-            Ok(())
-        }
-    }
+    background.close().await;
+    Ok(())
 }
 
 fn router(app: Arc<App>) -> Router {
@@ -191,7 +198,7 @@ fn router(app: Arc<App>) -> Router {
         // Without a key there is no such page, however it is asked for.
         .route("/hooks/bounces", any(hooks::bounces))
         .route("/static/{name}", get(assets::show))
-        .route("/healthz", get(health))
+        .route("/healthz", get(health::show))
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), in_time))
@@ -226,19 +233,4 @@ async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Resp
     }
     let answer = store::in_time(app.answer_timeout, async { Ok::<_, sqlx::Error>(next.run(request).await) });
     answer.await.unwrap_or_else(|error| ErrorPage::from_database(&error).into_response())
-}
-
-/// `GET /healthz`: whether the database answers.
-async fn health(State(app): Shared) -> Response {
-    match timeout(HEALTH_TIMEOUT, app.pool.acquire()).await {
-        Ok(Ok(mut connection)) => match timeout(HEALTH_TIMEOUT, sqlx::Connection::ping(&mut *connection)).await {
-            Ok(Ok(())) => "ok".into_response(),
-            _ => unhealthy(),
-        },
-        _ => unhealthy(),
-    }
-}
-
-fn unhealthy() -> Response {
-    (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer").into_response()
 }

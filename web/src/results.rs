@@ -38,6 +38,9 @@ pub(crate) struct Wish {
     /// `cancel`: ask whether that is really meant.
     #[serde(default)]
     confirm: Option<String>,
+    /// The same form was sent again, with this rate limit: a number, or `none`.
+    #[serde(default)]
+    rate: Option<String>,
 }
 
 #[derive(Template)]
@@ -51,6 +54,8 @@ struct ResultsPage {
     asked: Option<Uuid>,
     after: i32,
     confirming: bool,
+    /// Which rate applies, if another one was wished for.
+    other_rate: Option<String>,
     actions: Actions,
     troubles: Troubles,
     repaired: Option<String>,
@@ -155,6 +160,25 @@ fn legend(now: &Snapshot) -> [Legend; 7] {
     ]
 }
 
+/// What is said to someone who has sent the same form again with another rate limit; none: the limit is the same.
+fn other_rate(wished: &str, limit: Option<i32>) -> Option<String> {
+    let wished = match wished {
+        "none" => None,
+        wished => Some(wished.parse::<i32>().ok().filter(|wished| *wished > 0)?),
+    };
+    let words = |limit: Option<i32>| match limit {
+        Some(limit) => format!("the rate limit {} a second", view::grouped(limit)),
+        None => "no rate limit".to_owned(),
+    };
+    (wished != limit).then(|| {
+        format!(
+            "This list had been accepted before, with {}, which still applies. Sending it again with {} changed nothing.",
+            words(limit),
+            words(wished)
+        )
+    })
+}
+
 /// What the sweeper did for the run, in a sentence; none: nothing had to be done.
 fn repaired(repairs: Repairs) -> Option<String> {
     let counted = |count, one, many| view::counted(i32::try_from(count).unwrap_or(i32::MAX), one, many);
@@ -183,6 +207,10 @@ pub(crate) async fn show(
 ) -> Result<Response, ErrorPage> {
     let (progress, now) = load_snapshot(&app, &id, wish.asked.as_deref()).await?;
     let summary = runs::summary(&app.pool, progress.run_id).await?.ok_or_else(ErrorPage::no_such_run)?;
+    let other_rate = match wish.rate.as_deref() {
+        Some(wished) => other_rate(wished, runs::rate_limit(&app.pool, progress.run_id).await?),
+        None => None,
+    };
     let actions = Actions::of(&progress, &now, wish.confirming());
     let troubles = Troubles::load(&app, &now, wish.after()).await?;
     let shown = i32::try_from(summary.invalid_entries.len()).unwrap_or(i32::MAX);
@@ -194,6 +222,7 @@ pub(crate) async fn show(
         asked: wish.asked.as_ref().and_then(|asked| asked.parse().ok()),
         after: wish.after(),
         confirming: actions.confirming,
+        other_rate,
         actions,
         troubles,
         repaired: repaired(sweep::repairs(&app.pool, progress.run_id).await?),
@@ -224,6 +253,17 @@ pub(crate) async fn troubles(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_form_sent_again_with_another_rate_says_which_one_applies() {
+        assert_eq!(other_rate("50", Some(50)), None);
+        assert_eq!(other_rate("none", None), None);
+        assert_eq!(other_rate("<b>", Some(50)), None, "an address that was tampered with");
+        let note = other_rate("1000", Some(50)).unwrap();
+        assert!(note.contains("with the rate limit 50 a second, which still applies"), "{note}");
+        assert!(note.contains("again with the rate limit 1,000 a second changed nothing"), "{note}");
+        assert!(other_rate("none", Some(50)).unwrap().contains("again with no rate limit"));
+    }
 
     #[test]
     fn what_the_sweeper_did_is_a_sentence() {

@@ -110,11 +110,20 @@ const troubles = part("troubles", ["after"], TROUBLES_EVERY);
 let timer = 0;
 let polling = false;
 let failures = 0;
+// An answer after which asking again is of no use.
+let ended = false;
 let changed = Date.now();
 let last = "";
 
+// Why asking ends, by the status of the answer; all others may be another next time.
+const FINAL = {
+  401: "Your login is no longer accepted, so this page has stopped updating. Reload it to log in. Sending is not affected.",
+  403: "Mailrun no longer answers this page, so it has stopped updating. Reload it to see why. Sending is not affected.",
+  404: "This run no longer exists.",
+};
+
 const poll = async () => {
-  if (polling) return;
+  if (polling || ended) return;
   polling = true;
   let wait = null;
   try {
@@ -136,8 +145,9 @@ const poll = async () => {
   } catch (error) {
     failures += 1;
     find("connection").hidden = false;
-    say(find("connection"), error.status === 404 ? "This run is no longer there." : "Connection lost, trying again…");
-    if (error.status !== 404) wait = Math.min(LONGEST_BACKOFF, 500 * 2 ** Math.min(failures, 6));
+    ended = error.status in FINAL;
+    say(find("connection"), FINAL[error.status] ?? "Connection lost, trying again…");
+    if (!ended) wait = Math.min(LONGEST_BACKOFF, 500 * 2 ** Math.min(failures, 6));
   }
   polling = false;
   if (wait !== null && !document.hidden) timer = setTimeout(poll, wait);

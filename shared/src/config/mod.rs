@@ -2,6 +2,7 @@
 //!
 //! Every key has its unit in its name, unknown keys are refused, and secrets are redacted wherever settings are printed.
 
+mod access;
 mod relay;
 mod smtp;
 
@@ -13,6 +14,7 @@ use serde::Deserialize;
 
 use crate::public_url::PublicUrl;
 
+pub use access::Proxy;
 pub use relay::{Login, Mechanism, Password, Relay, RelayTls};
 pub use smtp::{DkimConfig, MailerKind, Sender, SmtpConfig};
 
@@ -147,6 +149,16 @@ pub struct WebConfig {
     pub body: String,
     /// Where others reach these pages, for links in mails; none: mails have no link to unsubscribe with.
     pub public_url: Option<PublicUrl>,
+    /// The proxies in front of these pages. What their forwarding headers say of a request's client, host, port and scheme is
+    /// believed; from any other address those headers are ignored.
+    pub trusted_proxies: Vec<Proxy>,
+    /// Connections that are served at once; further ones wait.
+    pub max_connections: usize,
+    /// The head of a request must have arrived after this time, counted from the begin of the connection or from the answer before:
+    /// so it is also how long a connection may be idle.
+    pub header_timeout_ms: u64,
+    /// A connection that is older ends with the request that it serves.
+    pub connection_age_ms: u64,
     /// What a mail provider has to know to report bounces and complaints; none: nobody may.
     pub hook_key: Option<SecretString>,
 }
@@ -161,6 +173,10 @@ impl Default for WebConfig {
             subject: "You are invited!".into(),
             body: "Join us. We have cake.".into(),
             public_url: None,
+            trusted_proxies: Vec::new(),
+            max_connections: 512,
+            header_timeout_ms: 20_000,
+            connection_age_ms: 300_000,
             hook_key: None,
         }
     }
@@ -442,6 +458,7 @@ impl Config {
         let amqp_urls = nonempty("AMQP_URL").or_else(|| nonempty("MAILRUN_AMQP__URLS"));
         let rungs = nonempty("MAILRUN_RETRY__RUNGS_MS");
         let relays = nonempty("MAILRUN_MAILER__SMTP__RELAYS");
+        let proxies = nonempty("MAILRUN_WEB__TRUSTED_PROXIES");
         // Only names with a section are settings; MAILRUN_HOME and MAILRUN_CONFIG are none.
         let ours = environment
             .into_iter()
@@ -453,7 +470,12 @@ impl Config {
         if let Some(url) = database_url {
             builder = builder.set_override("database.url", url)?;
         }
-        for (key, list) in [("amqp.urls", amqp_urls), ("retry.rungs_ms", rungs), ("mailer.smtp.relays", relays)] {
+        for (key, list) in [
+            ("amqp.urls", amqp_urls),
+            ("retry.rungs_ms", rungs),
+            ("mailer.smtp.relays", relays),
+            ("web.trusted_proxies", proxies),
+        ] {
             if let Some(list) = list {
                 builder = builder.set_override(key, list.split(',').map(str::trim).collect::<Vec<_>>())?;
             }
@@ -504,10 +526,14 @@ impl Config {
         if !(1..=64).contains(&self.amqp.item_queues) {
             return wrong("amqp.item_queues", "from 1 to 64");
         }
-        if !self.web.listen.ip().is_loopback() && self.web.password.is_none() {
+        self.web.check_password()?;
+        if !(1..=100_000).contains(&self.web.max_connections)
+            || self.web.header_timeout_ms == 0
+            || self.web.connection_age_ms == 0
+        {
             return wrong(
-                "web.listen",
-                "others can reach this address: set web.password as well, or listen on 127.0.0.1",
+                "web",
+                "max_connections is from 1 to 100000, header_timeout_ms and connection_age_ms at least 1",
             );
         }
         if self.web.hook_key.as_ref().is_some_and(|key| key.expose_secret().len() < MIN_HOOK_KEY_BYTES) {
@@ -612,8 +638,8 @@ mod tests {
 
     #[test]
     fn a_password_of_digits_keeps_its_zeros() {
-        let config = read(&[("MAILRUN_WEB__PASSWORD", "0123")]).unwrap();
-        assert_eq!(config.web.password.unwrap().expose_secret(), "0123");
+        let config = read(&[("MAILRUN_WEB__PASSWORD", "01234567")]).unwrap();
+        assert_eq!(config.web.password.unwrap().expose_secret(), "01234567");
     }
 
     #[test]
@@ -633,7 +659,7 @@ mod tests {
     fn an_address_others_can_reach_needs_a_password() {
         let error = read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80")]).unwrap_err().to_string();
         assert!(error.contains("web.password"), "{error}");
-        read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80"), ("MAILRUN_WEB__PASSWORD", "letmein")]).unwrap();
+        read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80"), ("MAILRUN_WEB__PASSWORD", "let me in")]).unwrap();
     }
 
     #[test]

@@ -183,6 +183,15 @@ pub async fn summary(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Summary
     }))
 }
 
+/// The rate limit a run was accepted with; none: it has none.
+///
+/// # Errors
+/// The database's.
+pub async fn rate_limit(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<i32>> {
+    let limit = sqlx::query_scalar("SELECT sends_per_second FROM runs WHERE id = $1").bind(run_id);
+    Ok(limit.fetch_optional(pool).await?.flatten())
+}
+
 /// What a run says: its subject and text.
 ///
 /// # Errors

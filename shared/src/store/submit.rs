@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::{
     address::{self, Address},
     message::{Command, RunMessage, Step},
+    run::Wanted,
     store::{may_pass, outbox},
 };
 
@@ -55,10 +56,58 @@ impl Submission<'_> {
 pub enum Submitted {
     /// Committed: nothing that happens from here on can lose it.
     Accepted(Uuid),
-    /// This very submission was accepted before.
-    Before(Uuid),
+    /// This very submission was accepted before, perhaps with another rate limit.
+    Before(Earlier),
     /// No run was made.
     Refused(Refusal),
+}
+
+/// A run that the same submission has made before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Earlier {
+    /// The run.
+    pub run_id: Uuid,
+    /// What a person wants of it by now.
+    pub wanted: Wanted,
+    /// Its rate limit, which stays.
+    pub sends_per_second: Option<i32>,
+}
+
+/// A submission that has no answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct NotSubmitted {
+    /// The database's.
+    #[source]
+    pub error: sqlx::Error,
+    /// Whether it is certain that nothing was kept. Otherwise the connection was lost while the database was committing, and the
+    /// same submission tells, once it is made again.
+    pub nothing_kept: bool,
+}
+
+/// An error that came from elsewhere, such as the end of all patience, says nothing about a commit.
+impl From<sqlx::Error> for NotSubmitted {
+    fn from(error: sqlx::Error) -> Self {
+        Self { error, nothing_kept: false }
+    }
+}
+
+impl NotSubmitted {
+    /// Nothing had been committed, nor asked to be.
+    #[must_use]
+    pub fn before_commit(error: sqlx::Error) -> Self {
+        Self { error, nothing_kept: true }
+    }
+
+    /// The commit had been asked for. It is undone for certain only if the database says why it refused it: a conflict of
+    /// transactions (class 40), or data (22, 23, 25).
+    fn at_commit(error: sqlx::Error) -> Self {
+        let refused = error
+            .as_database_error()
+            .and_then(DatabaseError::code)
+            .is_some_and(|code| ["22", "23", "25", "40"].iter().any(|class| code.starts_with(class)));
+        Self { error, nothing_kept: refused }
+    }
 }
 
 /// Why no run was made.
@@ -111,18 +160,24 @@ pub const SUBMISSION: Duration = Duration::from_secs(300);
 /// Takes a submission in.
 ///
 /// # Errors
-/// The database's. Nothing is written then.
-pub async fn submit(pool: &PgPool, submission: Submission<'_>) -> sqlx::Result<Submitted> {
+/// The database's, and whether it is certain that nothing is kept.
+pub async fn submit(pool: &PgPool, submission: Submission<'_>) -> Result<Submitted, NotSubmitted> {
     if address::parse(submission.text).next().is_none() {
         return Ok(Submitted::Refused(Refusal::Empty));
     }
     let mut tries = 1;
     let mut insert = Insert::Plain;
+    // An earlier try's commit may have been carried out, unless a later one has found nothing of it.
+    let mut in_doubt = false;
     loop {
-        match submit_once(pool, submission, insert).await {
-            Err(error) if insert == Insert::Plain && is_unique_violation(&error) => insert = Insert::Checked,
-            Err(error) if tries < TRIES && may_pass(&error) => tries += 1,
-            result => return result,
+        match submit_once(pool, submission, insert, &mut in_doubt).await {
+            Err(failed) if insert == Insert::Plain && is_unique_violation(&failed.error) => insert = Insert::Checked,
+            Err(failed) if tries < TRIES && may_pass(&failed.error) => {
+                in_doubt |= !failed.nothing_kept;
+                tries += 1;
+            }
+            Err(failed) => return Err(NotSubmitted { nothing_kept: failed.nothing_kept && !in_doubt, ..failed }),
+            Ok(submitted) => return Ok(submitted),
         }
     }
 }
@@ -149,37 +204,63 @@ fn is_unique_violation(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(DatabaseError::is_unique_violation)
 }
 
-async fn submit_once(pool: &PgPool, submission: Submission<'_>, insert: Insert) -> sqlx::Result<Submitted> {
+async fn submit_once(
+    pool: &PgPool,
+    submission: Submission<'_>,
+    insert: Insert,
+    in_doubt: &mut bool,
+) -> Result<Submitted, NotSubmitted> {
+    let mut tx = pool.begin().await.map_err(NotSubmitted::before_commit)?;
+    let submitted = take_in(&mut tx, submission, insert, in_doubt).await.map_err(NotSubmitted::before_commit)?;
+    if matches!(submitted, Submitted::Accepted(_)) {
+        tx.commit().await.map_err(NotSubmitted::at_commit)?;
+    }
+    Ok(submitted)
+}
+
+/// Everything but the commit. Whatever is not accepted is rolled back.
+async fn take_in(
+    tx: &mut PgConnection,
+    submission: Submission<'_>,
+    insert: Insert,
+    in_doubt: &mut bool,
+) -> sqlx::Result<Submitted> {
     let run_id = submission.run_id();
-    let mut tx = pool.begin().await?;
     // A statement for a million people takes longer than others may.
     let timeout = format!("SET LOCAL statement_timeout = {}", SUBMISSION.as_millis());
     sqlx::query(AssertSqlSafe(timeout)).execute(&mut *tx).await?;
     // First of all, so that the second of two simultaneous clicks waits here for the first one's end.
-    if !insert_run(&mut tx, run_id, submission).await? {
-        return Ok(Submitted::Before(run_id));
+    if !insert_run(tx, run_id, submission).await? {
+        return earlier(tx, run_id).await.map(Submitted::Before);
     }
-    let (listed, mut tally) = match copy_list(&mut tx, submission).await? {
+    // It waits for the end of an earlier try as well: that one has left nothing behind.
+    *in_doubt = false;
+    let (listed, mut tally) = match copy_list(tx, submission).await? {
         Some(copied) => copied,
         None => {
             return Ok(Submitted::Refused(Refusal::TooMany { limit: submission.max_addresses }));
         }
     };
-    let distinct = deduplicate(&mut tx).await?;
+    let distinct = deduplicate(tx).await?;
     tally.repeated = listed - distinct;
-    insert_users(&mut tx, insert).await?;
-    tally.accepted = insert_items(&mut tx, run_id, insert).await?;
+    insert_users(tx, insert).await?;
+    tally.accepted = insert_items(tx, run_id, insert).await?;
     if tally.accepted < distinct {
-        count_others(&mut tx, run_id, &mut tally).await?;
+        count_others(tx, run_id, &mut tally).await?;
     }
     if tally.accepted == 0 {
         return Ok(Submitted::Refused(Refusal::NothingNew(tally)));
     }
-    complete_run(&mut tx, run_id, &tally).await?;
+    complete_run(tx, run_id, &tally).await?;
     let start = Command::Release(Step { pass: Some(1), step: Some(0) });
-    outbox::put(&mut tx, &RunMessage { run_id, command: start }).await?;
-    tx.commit().await?;
+    outbox::put(tx, &RunMessage { run_id, command: start }).await?;
     Ok(Submitted::Accepted(run_id))
+}
+
+async fn earlier(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Earlier> {
+    let (wanted, sends_per_second) =
+        sqlx::query_as("SELECT wanted, sends_per_second FROM runs WHERE id = $1").bind(run_id).fetch_one(conn).await?;
+    Ok(Earlier { run_id, wanted, sends_per_second })
 }
 
 async fn insert_run(conn: &mut PgConnection, run_id: Uuid, submission: Submission<'_>) -> sqlx::Result<bool> {
@@ -381,6 +462,14 @@ mod tests {
         ] {
             assert_ne!(first.run_id(), other.run_id());
         }
+    }
+
+    #[test]
+    fn only_what_was_refused_or_never_committed_is_certainly_not_kept() {
+        let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+        assert!(NotSubmitted::before_commit(lost()).nothing_kept);
+        assert!(!NotSubmitted::at_commit(lost()).nothing_kept);
+        assert!(!NotSubmitted::from(sqlx::Error::PoolTimedOut).nothing_kept);
     }
 
     #[test]

@@ -1,0 +1,121 @@
+//! Failed logins: each is answered later than the one before, and a client with too many of them is turned away for a while.
+
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use moka::sync::Cache;
+
+/// Failures that a client may have at once.
+const BURST: u32 = 10;
+/// It may have another one after each such time.
+const REGAIN: Duration = Duration::from_secs(20);
+/// How long the answer to the first failure takes; to each further one, twice as long.
+const FIRST_DELAY: Duration = Duration::from_millis(250);
+/// But no longer than this.
+const LONGEST_DELAY: Duration = Duration::from_secs(4);
+/// Clients that are remembered at most.
+const CLIENTS: u64 = 10_000;
+
+/// What clients have failed lately.
+#[derive(Debug)]
+pub(crate) struct Logins(Cache<IpAddr, Failures>);
+
+/// A client's failures, of which one is forgotten after each [`REGAIN`]: so all that has to be kept is when the last one will be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Failures {
+    forgotten_at: Instant,
+}
+
+/// What follows from a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Failed {
+    /// The answer waits for so long.
+    pub(crate) delay: Duration,
+    /// How many failures of the client are remembered.
+    pub(crate) failures: u32,
+    /// Whether further attempts are turned away for now.
+    pub(crate) limited: bool,
+}
+
+impl Failures {
+    fn count(self, now: Instant) -> u32 {
+        let left = self.forgotten_at.saturating_duration_since(now);
+        u32::try_from(left.as_nanos().div_ceil(REGAIN.as_nanos())).unwrap_or(u32::MAX)
+    }
+
+    /// How long the client has to wait for its next attempt; none: it need not.
+    fn wait(self, now: Instant) -> Option<Duration> {
+        let wait = self.forgotten_at.saturating_duration_since(now).saturating_sub(REGAIN * (BURST - 1));
+        (!wait.is_zero()).then_some(wait)
+    }
+
+    fn after_another(known: Option<Self>, now: Instant) -> Self {
+        Self { forgotten_at: known.map_or(now, |known| known.forgotten_at.max(now)) + REGAIN }
+    }
+}
+
+impl Logins {
+    pub(crate) fn new() -> Self {
+        Self(Cache::builder().max_capacity(CLIENTS).time_to_idle(REGAIN * 2 * BURST).build())
+    }
+
+    /// How long this client has to wait before its next attempt is looked at; none: it need not.
+    pub(crate) fn wait(&self, client: IpAddr, now: Instant) -> Option<Duration> {
+        self.0.get(&site(client))?.wait(now)
+    }
+
+    /// Counts a failure, before its answer is delayed: so attempts at the same time count as well.
+    pub(crate) fn failed(&self, client: IpAddr, now: Instant) -> Failed {
+        let entry = self.0.entry(site(client));
+        let failures = entry.and_upsert_with(|known| Failures::after_another(known.map(moka::Entry::into_value), now));
+        let failures = failures.into_value();
+        let count = failures.count(now);
+        let delay = FIRST_DELAY.saturating_mul(1 << count.saturating_sub(1).min(16)).min(LONGEST_DELAY);
+        Failed { delay, failures: count, limited: failures.wait(now).is_some() }
+    }
+}
+
+/// Whoever has an IPv6 address has all of its /64.
+fn site(client: IpAddr) -> IpAddr {
+    match client.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6((u128::from(address) >> 64 << 64).into()),
+        address => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn answers_take_longer_with_each_failure_until_no_more_are_looked_at() {
+        let (logins, client, now) = (Logins::new(), ip("192.0.2.7"), Instant::now());
+        let failed: Vec<_> = (0..BURST).map(|_| logins.failed(client, now)).collect();
+        assert!(failed.windows(2).all(|pair| pair[0].delay <= pair[1].delay));
+        assert_eq!((failed[0].delay, failed[9].delay), (FIRST_DELAY, LONGEST_DELAY));
+        assert!(failed[..9].iter().all(|failed| !failed.limited) && failed[9].limited);
+        assert_eq!(logins.wait(client, now), Some(REGAIN));
+        assert_eq!(logins.wait(ip("192.0.2.8"), now), None, "another client");
+        let later = now + REGAIN;
+        assert_eq!(logins.wait(client, later), None);
+        assert!(logins.failed(client, later).limited, "one attempt at a time from then on");
+        assert_eq!(logins.failed(client, later + REGAIN * BURST).failures, 1, "all of them are forgotten");
+    }
+
+    #[test]
+    fn an_ipv6_network_is_one_client() {
+        let (logins, now) = (Logins::new(), Instant::now());
+        for host in 0..BURST {
+            logins.failed(ip(&format!("2001:db8::{host:x}")), now);
+        }
+        assert!(logins.wait(ip("2001:db8::ffff"), now).is_some());
+        assert!(logins.wait(ip("2001:db8:0:1::1"), now).is_none());
+        assert_eq!(site(ip("::ffff:192.0.2.7")), ip("192.0.2.7"));
+    }
+}
