@@ -76,7 +76,7 @@ fn continuation(line: &str, after: &str) -> Option<(usize, u32)> {
 /// Whether the line ends within a quoted cell.
 fn opens_a_cell(line: &str) -> bool {
     let Some(last) = line.rfind('"') else { return false };
-    if line.matches('"').count() % 2 == 0 {
+    if line.matches('"').count().is_multiple_of(2) {
         return false;
     }
     let before = line[..last].trim_end_matches(' ');

@@ -195,7 +195,7 @@ impl<'a> Pieces<'a> {
                 Some(';') => return (end, Some(End::Semicolon)),
                 Some('(') if let Some(behind) = self.behind_comment(at + 1) => (at, end) = (behind, behind),
                 Some(mark) if !mark.is_alphanumeric() && !matches!(mark, '"' | '<' | '\'' | '(') => {
-                    at += mark.len_utf8()
+                    at += mark.len_utf8();
                 }
                 Some(_) => return (end, None),
             }
