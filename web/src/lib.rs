@@ -4,6 +4,7 @@ mod actions;
 mod assets;
 mod body;
 mod client;
+mod count;
 mod error;
 mod form;
 mod guard;
@@ -187,6 +188,7 @@ fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/", get(form::show))
         .route("/invites", post(form::submit).get(form::back_to_form))
+        .route("/invites/count", post(count::count).get(form::back_to_form))
         .route("/runs", get(runs::show))
         .route("/runs/{id}", get(results::show))
         .route("/runs/{id}/progress", get(progress::show))
@@ -233,7 +235,7 @@ fn logged(path: &str) -> &str {
 }
 
 /// What is sent here may take long to arrive, so it sees to that by itself.
-const LONG: [&str; 4] = ["/invites", "/tests", "/hooks/bounces", "/people/erase"];
+const LONG: [&str; 5] = ["/invites", "/invites/count", "/tests", "/hooks/bounces", "/people/erase"];
 
 /// Answers in time, whatever became of the database: a connection to it that is cut off says nothing.
 async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Response {

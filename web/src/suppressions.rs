@@ -9,7 +9,7 @@ use axum::{
 };
 use chrono::Utc;
 use mailrun_shared::{
-    address::{Address, Invalid},
+    address::{Address, Invalid, shown},
     store::suppressions::{self, Reason, Suppression},
 };
 use serde::Deserialize;
@@ -87,7 +87,7 @@ async fn page(app: &App, before: Option<i64>, notice: Option<&'static str>) -> s
     let now = Utc::now();
     let row = |Suppression { number, email, reason, detail, created_at }| Row {
         number,
-        email,
+        email: shown(&email).into_owned(),
         why: why(reason),
         detail,
         since: Moment::new(created_at, now),

@@ -10,6 +10,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use mailrun_shared::{
+    address::shown,
     store::{
         signing,
         suppressions::{self, Reason},
@@ -112,7 +113,7 @@ async fn target(app: &App, conn: &mut PgConnection, token: &str) -> sqlx::Result
 
 /// `a…@example.org`
 fn masked(email: &str) -> String {
-    match email.rsplit_once('@') {
+    match shown(email).rsplit_once('@') {
         Some((name, domain)) => format!("{}…@{domain}", name.chars().next().unwrap_or('…')),
         None => "…".to_owned(),
     }
@@ -126,6 +127,7 @@ mod tests {
     fn an_address_is_masked_but_recognised_by_its_owner() {
         assert_eq!(masked("ann.lee@example.org"), "a…@example.org");
         assert_eq!(masked("ärgernis@пример.рф"), "ä…@пример.рф");
+        assert_eq!(masked("ann@xn--bcher-kva.example"), "a…@bücher.example");
         assert_eq!(masked(r#""a@b"@x.org"#), "\"…@x.org");
     }
 }

@@ -6,6 +6,7 @@ pub mod attempts;
 pub mod audit;
 mod connections;
 pub mod durability;
+pub mod mailboxes;
 pub mod outbox;
 pub mod pacing;
 pub mod passes;

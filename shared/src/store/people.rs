@@ -228,11 +228,13 @@ async fn suppress_tombstone(conn: &mut PgConnection, email: &str, tombstone: &st
     Ok(true)
 }
 
-/// Replaces what mail servers replied about these people.
+/// Replaces what mail servers replied about these people, and what lists said of them.
 async fn erase_items(conn: &mut PgConnection, user_ids: &[i64]) -> sqlx::Result<()> {
     sqlx::query!(
-        "UPDATE run_items SET error = $2
-         WHERE user_id = ANY($1) AND error IS NOT NULL AND error NOT IN ($2, $3)",
+        "UPDATE run_items
+         SET name = '', typed = NULL,
+             error = CASE WHEN error = $3 THEN error WHEN error IS NOT NULL THEN $2 END
+         WHERE user_id = ANY($1)",
         user_ids,
         REPLY_ERASED,
         DELETED,

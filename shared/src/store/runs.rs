@@ -78,7 +78,7 @@ pub struct Summary {
 pub struct Trouble {
     /// Its place in the run, from 1.
     pub position: i32,
-    /// The recipient.
+    /// The recipient, as the list wrote it.
     pub email: String,
     /// `failed` or `unknown`.
     pub state: ItemState,
@@ -208,7 +208,7 @@ pub async fn text(pool: &PgPool, run_id: Uuid) -> sqlx::Result<(String, String)>
 pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sqlx::Result<Vec<Trouble>> {
     sqlx::query_as!(
         Trouble,
-        r#"SELECT i.position, u.email, i.state AS "state: ItemState", i.attempt AS attempts, i.error, i.finished_at
+        r#"SELECT i.position, coalesce(i.typed, u.email) AS "email!", i.state AS "state: ItemState", i.attempt AS attempts, i.error, i.finished_at
            FROM run_items i JOIN users u ON u.id = i.user_id
            WHERE i.run_id = $1 AND i.position > $2 AND i.troubled
            ORDER BY i.position LIMIT $3"#,

@@ -16,6 +16,7 @@ mod tls;
 mod verdict;
 
 use std::{
+    panic::resume_unwind,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering},
@@ -28,6 +29,7 @@ use mailrun_shared::config::{ConfigError, SmtpConfig};
 use tokio::{
     select,
     sync::{OwnedSemaphorePermit, Semaphore},
+    task::spawn_blocking,
     time::sleep,
 };
 
@@ -107,7 +109,7 @@ impl Smtp {
 #[async_trait]
 impl Mailer for Smtp {
     async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome {
-        let letter = match self.0.composer.compose(mail) {
+        let letter = match self.0.compose(mail).await {
             Ok(letter) => letter,
             Err(outcome) => return outcome,
         };
@@ -129,6 +131,19 @@ impl Mailer for Smtp {
 }
 
 impl Carriers {
+    /// Writes a mail. What takes long is done on a thread for such work, so that it delays no conversation and no heartbeat.
+    async fn compose(self: &Arc<Self>, mail: &Mail) -> Result<Letter, Outcome> {
+        if !self.composer.takes_long(mail) {
+            return self.composer.compose(mail);
+        }
+        let (this, mail) = (Arc::clone(self), mail.clone());
+        match spawn_blocking(move || this.composer.compose(&mail)).await {
+            Ok(letter) => letter,
+            Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
+            Err(_) => Err(Outcome::Later("the process is stopping".into())),
+        }
+    }
+
     /// Tries one relay after the other.
     async fn carry(self: &Arc<Self>, letter: &Letter, attempt: &Attempt, permit: OwnedSemaphorePermit) -> Outcome {
         let mut tried = Vec::new();
