@@ -5,13 +5,13 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use mailrun::{
-    backup, bench, chaos, dead_letters, demo, doctor, ledger::Ledger, local::with_database, mail_sink, prune, relay,
-    restored, setup, stack, supervise, suppressions, test_send, up,
+    backup, bench, chaos, dead_letters, demo, doctor, erase, ledger::Ledger, local::with_database, mail_sink, prune,
+    relay, restored, setup, stack, supervise, suppressions, test_send, unknown, up,
 };
 use mailrun_shared::{
     config::Config,
     shutdown,
-    store::{relay_stops::Fault, suppressions::Reason},
+    store::{relay_stops::Fault, settle::Found, suppressions::Reason},
     telemetry,
 };
 use mailrun_worker::Role;
@@ -79,6 +79,18 @@ enum Command {
         /// Shows, without a command.
         #[command(subcommand)]
         command: Option<Relay>,
+    },
+    /// The people in the ledger.
+    People {
+        /// What to do.
+        #[command(subcommand)]
+        command: People,
+    },
+    /// The invitations of which nobody could know whether they arrived.
+    Unknown {
+        /// What to do.
+        #[command(subcommand)]
+        command: Unknown,
     },
     /// Sends one mail through the configured mailer, with the configured text, and says what became of it.
     TestSend {
@@ -183,6 +195,44 @@ enum Relay {
     },
 }
 
+#[derive(Subcommand)]
+enum People {
+    /// Erases somebody: name, address, and every reply and entry in which it stands. A keyed hash stays, so that nothing is sent
+    /// there twice, and a suppression holds.
+    Erase {
+        /// The address.
+        address: String,
+    },
+}
+
+#[derive(Subcommand)]
+enum Unknown {
+    /// Settles them, once somebody has found out what became of them.
+    Settle(Settle),
+}
+
+#[derive(Args)]
+#[group(id = "found", required = true)]
+struct Settle {
+    /// They arrived: they count as sent.
+    #[arg(long, group = "found")]
+    arrived: bool,
+    /// They were not sent: they count as failed, and can be retried.
+    #[arg(long, group = "found")]
+    not_sent: bool,
+    /// Only this run's.
+    #[arg(long, required_unless_present_any = ["all", "addresses"])]
+    run: Option<Uuid>,
+    /// Those of every run.
+    #[arg(long, conflicts_with_all = ["run", "addresses"])]
+    all: bool,
+    /// Who has found it out; without it, the user of this command.
+    #[arg(long)]
+    by: Option<String>,
+    /// Only those to these addresses.
+    addresses: Vec<String>,
+}
+
 #[derive(Args)]
 struct Replay {
     /// Only this run's.
@@ -202,11 +252,21 @@ struct Replay {
     restored: bool,
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
     arguments.broker.choose();
-    match run(arguments).await {
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("mailrun: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = runtime.block_on(run(arguments));
+    // It ends with the process. Shut down before that, it would take from the AMQP library's threads what they may still be waiting
+    // for, such as a connection that is just being made, and they panic over that.
+    std::mem::forget(runtime);
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("mailrun: {error:#}");
@@ -275,6 +335,15 @@ async fn run(arguments: Arguments) -> Result<()> {
                 Relay::ItWasUs { number } => relay::answer(&ledger, number, Fault::Us).await,
                 Relay::ItWasThem { number } => relay::answer(&ledger, number, Fault::Them).await,
             }
+        }
+        Command::People { command: People::Erase { address } } => {
+            let config = config()?;
+            erase::run(&config, &Ledger::reach(&config).await?, &address).await
+        }
+        Command::Unknown { command: Unknown::Settle(settle) } => {
+            let found = if settle.arrived { Found::Arrived } else { Found::NotSent };
+            let ledger = Ledger::reach(&config()?).await?;
+            unknown::settle(&ledger, settle.run, &settle.addresses, found, settle.by).await
         }
         Command::TestSend { address } => {
             let config = config()?;

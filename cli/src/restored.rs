@@ -9,8 +9,8 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use mailrun_shared::{
-    item,
-    store::{installation, restore, schema},
+    message_id::{MessageIds, find_unsigned},
+    store::{installation, restore, schema, signing},
 };
 use uuid::Uuid;
 
@@ -40,7 +40,7 @@ pub async fn run(ledger: &Ledger, options: &Options) -> Result<()> {
         bail!("stop the workers first: {} is connected to the ledger", workers.join(", "));
     }
     let sent = match &options.sent_log {
-        Some(file) => read_sent_log(file).with_context(|| format!("{} can't be read", file.display()))?,
+        Some(file) => read_sent_log(file, &MessageIds::new(&signing::key(&mut conn).await?)).with_context(|| format!("{} can't be read", file.display()))?,
         None => Vec::new(),
     };
     let backup = installation::read(&mut conn).await?;
@@ -86,11 +86,13 @@ pub async fn run(ledger: &Ledger, options: &Options) -> Result<()> {
 }
 
 /// The invitations whose Message-IDs stand in a file, each once.
-fn read_sent_log(file: &Path) -> Result<Vec<(Uuid, i64)>> {
+fn read_sent_log(file: &Path, ids: &MessageIds) -> Result<Vec<(Uuid, i64)>> {
     let mut reader = BufReader::new(File::open(file)?);
     let (mut sent, mut line) = (Vec::new(), Vec::new());
     while reader.read_until(b'\n', &mut line)? > 0 {
-        sent.extend(item::message_ids_in(&String::from_utf8_lossy(&line)));
+        let text = String::from_utf8_lossy(&line);
+        let found = ids.find(&text).into_iter().chain(find_unsigned(&text));
+        sent.extend(found.map(|named| (named.run_id, named.item_id)));
         line.clear();
     }
     sent.sort_unstable();

@@ -69,3 +69,19 @@ async fn patiently<T, E>(attempt: impl AsyncFn() -> Result<T, E>, may_pass: impl
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    /// Who declares the queues has to know the mailer, and so have the pages.
+    #[test]
+    fn every_container_of_ours_reads_the_same_settings() {
+        let compose = include_str!("../../docker-compose.yml");
+        let (_, common) = compose.split_once("x-mailrun: &mailrun\n").unwrap();
+        let (common, _) = common.split_once("\nx-").unwrap();
+        assert!(common.contains("  env_file:\n    - path: mailrun.env\n      required: false\n"), "{common}");
+        for service in ["setup", "web", "fan-out", "worker", "progress"] {
+            let (_, settings) = compose.split_once(&format!("\n  {service}:\n")).unwrap();
+            assert!(settings.starts_with("    <<: *mailrun\n"), "{service}");
+        }
+    }
+}

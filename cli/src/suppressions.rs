@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use anyhow::{Context as _, Result, bail};
 use chrono::Utc;
 use mailrun_shared::{
-    address::{Address, Invalid},
+    address::{Address, Invalid, shown},
     since,
     store::{
         held_suppressions,
@@ -33,7 +33,7 @@ pub async fn list(ledger: &Ledger) -> Result<()> {
         before = Some(last.number);
         count += page.len();
         for row in &page {
-            writeln!(out, "{}  {:<20}  {}", row.created_at.format("%Y-%m-%d"), row.reason.words(), row.email)?;
+            writeln!(out, "{}  {:<20}  {}", row.created_at.format("%Y-%m-%d"), row.reason.words(), shown(&row.email))?;
         }
     }
     match count {

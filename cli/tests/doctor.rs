@@ -3,7 +3,7 @@
 
 mod support;
 
-use mailrun_shared::broker::depth;
+use mailrun_shared::{broker::depth, config::DatabaseConfig, store};
 use serde_json::{Value, json};
 use support::{World, people, until};
 
@@ -140,6 +140,27 @@ async fn what_was_broken_is_named_and_repaired() {
     world.channel().await.queue_delete("mailrun.retry.200ms".into(), Default::default()).await.unwrap();
     let (_, report) = doctor(&world, &[], &[("DATABASE_URL", "postgres://127.0.0.1:1/none")]);
     assert!(found(&report, "PostgreSQL", "can't be used") && found(&report, "queues", "200ms"), "{report}");
+}
+
+#[tokio::test]
+async fn our_sessions_commit_synchronously_whatever_the_database_says() {
+    let world = World::new(&[]).await;
+    let name = &world.name;
+    for statement in [
+        format!("ALTER DATABASE \"{name}\" SET synchronous_commit = off"),
+        format!("ALTER ROLE CURRENT_USER IN DATABASE \"{name}\" SET synchronous_commit = off"),
+    ] {
+        sqlx::query(sqlx::AssertSqlSafe(statement)).execute(&world.pool).await.unwrap();
+    }
+    let setting = async |pool: &sqlx::PgPool| -> String {
+        sqlx::query_scalar("SHOW synchronous_commit").fetch_one(pool).await.unwrap()
+    };
+    let url = world.stack.database_url(name);
+    assert_eq!(setting(&sqlx::PgPool::connect(&url).await.unwrap()).await, "off", "the database says so");
+    let config = DatabaseConfig { url: url.into(), ..DatabaseConfig::default() };
+    assert_eq!(setting(&store::open(&config, "test").unwrap()).await, "on");
+    let (_, text) = world.output(&["doctor"], &[]);
+    assert!(text.contains("fsync, full_page_writes and synchronous_commit are on; there is no standby"), "{text}");
 }
 
 #[tokio::test]

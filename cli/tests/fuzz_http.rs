@@ -180,7 +180,7 @@ impl Fuzz {
                 "/runs/{id}/{}",
                 self.one(&["progress", "actions", "troubles", "retry", "pause", "resume", "cancel", "x"])
             ),
-            8 => "/tests".into(),
+            8 => self.one(&["/tests", "/invites/count"]).into(),
             9 => format!("/tests/{id}"),
             10 => self
                 .one(&[

@@ -118,6 +118,40 @@ async fn a_slip_of_the_finger_invites_nobody_and_a_test_leaves_the_form_as_it_is
 }
 
 #[tokio::test]
+async fn the_count_is_a_guess_until_the_server_has_read_the_list() {
+    let world = World::new(&[]).await;
+    let (_driver, page) = browser(&world.folder.path().join("profile")).await;
+    page.goto(&world.web).await.unwrap();
+    let watch = "window.seen = []; const count = document.getElementById('count');
+                 new MutationObserver(() => window.seen.push(count.textContent)).observe(count, { childList: true });";
+    page.execute(watch, vec![]).await.unwrap();
+    let list = "Ann <ann@bücher.example> Bob <bob@x.org>\nann@xn--bcher-kva.example\nnobody";
+    let paste = "const emails = document.getElementById('emails'); emails.value = arguments[0];
+                 emails.dispatchEvent(new Event('input'));";
+    page.execute(paste, vec![json!(list)]).await.unwrap();
+    until("the server has counted", async || {
+        text(&page, "#count").await == "2 people, 1 address repeated, 1 invalid entry"
+    })
+    .await;
+    assert_eq!(page.execute("return window.seen[0]", vec![]).await.unwrap(), json!("about 3 addresses"));
+
+    // A file in the code page of Windows, and one in UTF-16.
+    let utf16: Vec<u8> = "\u{feff}Groß <g@x.org>".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for (bytes, last) in [(b"Ren\xe9e <r@x.org>".to_vec(), "Renée <r@x.org>"), (utf16, "Groß <g@x.org>")] {
+        let file = world.folder.path().join("list.txt");
+        std::fs::write(&file, bytes).unwrap();
+        let input = page.find(Locator::Css("#from-file input")).await.unwrap();
+        input.send_keys(file.to_str().unwrap()).await.unwrap();
+        let emails = page.find(Locator::Id("emails")).await.unwrap();
+        until("the file is read", async || {
+            emails.prop("value").await.unwrap().is_some_and(|value| value.ends_with(last))
+        })
+        .await;
+    }
+    page.close().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_page_whose_login_is_refused_stops_asking_and_says_why() {
     let mut world = World::new(&[]).await;
     let run = world.invite("ann@example.org").await;

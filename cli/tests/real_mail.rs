@@ -56,7 +56,7 @@ async fn two_thousand_get_one_mail_each_and_it_is_as_it_should_be() {
     let subject = ("MAILRUN_WEB__SUBJECT", "Überraschung für {{ name or 'dich' }} 🎉");
     let body = ("MAILRUN_WEB__BODY", "Hello {{ name or 'there' }},\n\nthere is **cake**.\n.\nA line with a dot alone.");
     let world = world(&sink, &[subject, body]).await;
-    let run = world.invite(&format!("Łukasz <b> \"Q\" <guest-000001@example.org>\n{}", people(2000))).await;
+    let run = world.invite(&format!("Łukasz & Co \"Q\" <guest-000001@example.org>\n{}", people(2000))).await;
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "2,000 successful of 2,000");
     world.counters_equal_counts().await;
@@ -75,7 +75,7 @@ async fn two_thousand_get_one_mail_each_and_it_is_as_it_should_be() {
         assert!(matches!(parsed.header("Auto-Submitted"), Some(HeaderValue::Text(text)) if text == "auto-generated"));
         assert!(parsed.is_content_type("multipart", "alternative"));
         let named = to.address() == Some("guest-000001@example.org");
-        let (whose, whom) = if named { ("Łukasz <b> \"Q\"", "Łukasz <b> \"Q\"") } else { ("dich", "there") };
+        let (whose, whom) = if named { ("Łukasz & Co \"Q\"", "Łukasz & Co \"Q\"") } else { ("dich", "there") };
         assert_eq!(parsed.subject(), Some(format!("Überraschung für {whose} 🎉").as_str()));
         let (text, html) = (parsed.body_text(0).unwrap(), parsed.body_html(0).unwrap());
         assert!(text.starts_with(&format!("Hello {whom},")), "{text}");

@@ -10,6 +10,7 @@ use mailrun_shared::{
     address,
     item::{ItemState, Standing, merge},
     message::{ItemMessage, ResultsMessage, decode, encode},
+    template::{Recipient, Template},
 };
 use uuid::Uuid;
 
@@ -77,5 +78,18 @@ fn messages(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(hot_paths, addresses, merging, messages);
+/// What a sender does with each mail.
+fn rendering(criterion: &mut Criterion) {
+    let ann =
+        Recipient { email: "ann@example.org", name: Some("Ann"), unsubscribe_url: Some("https://example.org/u/a_b") };
+    let short = "Dear {{ name }},\n\nsee https://example.org/a_b_c and **come**!\n".to_owned();
+    let mut group = criterion.benchmark_group("template::render");
+    for (name, text) in [("a short text", short), ("50,000 lines", "a\n".repeat(50_000))] {
+        let template = Template::new("Hello {{ name }}", &text).expect("the text is valid");
+        group.bench_function(name, |bencher| bencher.iter(|| template.render(black_box(&ann)).is_ok()));
+    }
+    group.finish();
+}
+
+criterion_group!(hot_paths, addresses, merging, messages, rendering);
 criterion_main!(hot_paths);

@@ -1,15 +1,16 @@
 //! Reads what people paste: addresses one to a line, or between commas and semicolons, with or without names. Pure and lazy: a million addresses are never held at once.
+//!
+//! What could be read in two ways is never read as an invitation: it is an invalid entry, which the page shows.
+
+mod entry;
+mod lines;
+mod mailbox;
+mod name;
+mod split;
 
 use std::{borrow::Cow, str::FromStr};
 
-use email_address::{EmailAddress, Error as Syntax, Options};
-
-/// The longest address that mail servers accept (RFC 5321, 4.5.3.1.3, less the angle brackets).
-const MAX_ADDRESS_BYTES: usize = 254;
-/// A display name is cut beyond this, so that a pasted paragraph is no name.
-const MAX_NAME_CHARS: usize = 200;
-/// How much of an invalid entry is shown back.
-const MAX_SHOWN_CHARS: usize = 80;
+use crate::store::people::is_tombstone;
 
 /// One entry of the pasted text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,8 +24,10 @@ pub struct Entry {
 /// A person to invite.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address {
-    /// In lower case: two spellings are one person.
+    /// The mailbox: two spellings are one person. See [`mailbox()`].
     pub email: String,
+    /// How it was typed, if that is not the mailbox itself: in NFC and without invisible characters.
+    pub typed: Option<String>,
     /// The display name, if one was given.
     pub name: Option<String>,
 }
@@ -38,148 +41,35 @@ pub struct Invalid {
     pub reason: &'static str,
 }
 
-/// Nobody sees these, and they come along when text is copied: byte order marks, hyphens and spaces without width, marks of
-/// direction.
-fn is_invisible(character: char) -> bool {
-    matches!(
-        character,
-        '\u{ad}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}'
-    )
+/// The mailbox of an address without a name: what people, suppressions, unsubscribe links and bounces are compared by.
+///
+/// It is in NFC and lower case, with the domain in ASCII form and without invisible characters. The mailbox of a mailbox is
+/// itself.
+///
+/// # Errors
+/// What is wrong with the address.
+pub fn mailbox(address: &str) -> Result<String, &'static str> {
+    let address = entry::unwrap(address);
+    mailbox::read(&address).map(|spelling| spelling.mailbox.into_owned())
 }
 
-/// What a person sees of `text`.
-fn trim(text: &str) -> &str {
-    text.trim_matches(|character: char| character.is_whitespace() || is_invisible(character))
+/// A mailbox as people read it: with its domain in the domain's own script. Nobody can read a tombstone.
+#[must_use]
+pub fn shown(mailbox: &str) -> Cow<'_, str> {
+    if is_tombstone(mailbox) { "erased person".into() } else { mailbox::shown(mailbox) }
 }
 
 /// Reads all entries of `text`, in their order. Blank lines, empty entries and what is invisible around them are nothing.
 pub fn parse(text: &str) -> impl Iterator<Item = Entry> + '_ {
-    text.lines()
-        // A lone carriage return ends a line too: old spreadsheets write it.
-        .flat_map(|line| line.split('\r'))
-        .zip(1u32..)
-        .flat_map(|(content, line)| entries(content).map(move |entry| Entry { line, parsed: parse_entry(entry) }))
-}
-
-/// Splits a line at commas and semicolons, but not within quotes or angle brackets.
-fn entries(line: &str) -> impl Iterator<Item = &str> {
-    let mut rest = Some(line);
-    std::iter::from_fn(move || {
-        let text = rest?;
-        let (mut quoted, mut angled, mut escaped) = (false, false, false);
-        let end = text.find(|character| {
-            if std::mem::take(&mut escaped) {
-                return false;
-            }
-            match character {
-                '\\' if quoted => escaped = true,
-                '"' => quoted = !quoted,
-                '<' if !quoted => angled = true,
-                '>' if !quoted => angled = false,
-                ',' | ';' => return !quoted && !angled,
-                _ => {}
-            }
-            false
-        });
-        // A quote or bracket that is never closed protects nothing.
-        let end = end.or_else(|| if quoted || angled { text.find([',', ';']) } else { None });
-        let (entry, after) = match end {
-            Some(end) => (&text[..end], Some(&text[end + 1..])),
-            None => (text, None),
-        };
-        rest = after;
-        Some(trim(entry))
+    lines::lines(text).flat_map(|(first, line)| {
+        split::entries(line).map(move |split| {
+            let text = split.unwrap_or_else(|(text, _)| text);
+            // Both are parts of the same text.
+            let before = text.as_ptr().addr().saturating_sub(line.as_ptr().addr()).min(line.len());
+            let parsed = split.map_err(|(text, reason)| entry::invalid(text, reason)).and_then(entry::parse);
+            Entry { line: first + lines::breaks(&line[..before]), parsed }
+        })
     })
-    .flat_map(words)
-    .filter(|entry| !entry.is_empty())
-}
-
-/// `a@x.org b@y.org` is two entries; `Ann <a@x.org>` is one.
-fn words(entry: &str) -> impl Iterator<Item = &str> {
-    let several = !entry.contains(['<', '"'])
-        && entry.contains(char::is_whitespace)
-        && entry.split_whitespace().all(|word| word.contains('@'));
-    let (one, many) = if several { (None, Some(entry.split_whitespace())) } else { (Some(entry), None) };
-    one.into_iter().chain(many.into_iter().flatten())
-}
-
-fn parse_entry(entry: &str) -> Result<Address, Invalid> {
-    let (name, address) = match entry.rsplit_once('<') {
-        Some((name, address)) => (clean_name(name), trim(address.strip_suffix('>').unwrap_or(address))),
-        None => (None, trim(entry)),
-    };
-    // What is kept is what is checked: a letter may have another form in lower case than the address allows.
-    let email = address.to_lowercase();
-    match check(&email) {
-        Ok(()) => Ok(Address { email, name }),
-        Err(reason) => Err(Invalid { text: shorten(entry), reason }),
-    }
-}
-
-fn check(address: &str) -> Result<(), &'static str> {
-    if address.chars().any(char::is_control) {
-        return Err("has a control character in it");
-    }
-    if address.contains(char::is_whitespace) {
-        return Err("has a space in it");
-    }
-    if address.contains(is_invisible) {
-        return Err("has an invisible character in it");
-    }
-    if address.len() > MAX_ADDRESS_BYTES {
-        return Err("is longer than 254 characters");
-    }
-    let options = Options::default().with_required_tld().without_display_text().without_domain_literal();
-    EmailAddress::parse_with_options(address, options).map_err(|error| match error {
-        Syntax::MissingSeparator => "has no @ sign",
-        Syntax::LocalPartEmpty => "has nothing before the @ sign",
-        Syntax::LocalPartTooLong => "has more than 64 characters before the @ sign",
-        Syntax::DomainEmpty => "has nothing after the @ sign",
-        Syntax::DomainTooLong | Syntax::SubDomainTooLong => "has a domain that is too long",
-        Syntax::DomainTooFew => "has a domain without a dot",
-        Syntax::DomainInvalidSeparator | Syntax::SubDomainEmpty => "has a misplaced dot in its domain",
-        Syntax::UnbalancedQuotes => "has an unclosed quote",
-        _ => "is not an email address",
-    })?;
-    Ok(())
-}
-
-fn clean_name(name: &str) -> Option<String> {
-    let name = name.trim();
-    let name = match name.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
-        Some(quoted) if quoted.contains('\\') => Cow::Owned(unescape(quoted)),
-        Some(quoted) => Cow::Borrowed(quoted),
-        None => Cow::Borrowed(name),
-    };
-    // A control character in a name would end up in a mail header.
-    let name: String = name
-        .chars()
-        .map(|character| if character.is_control() { ' ' } else { character })
-        .take(MAX_NAME_CHARS)
-        .collect();
-    let name = name.trim();
-    (!name.is_empty()).then(|| name.to_owned())
-}
-
-fn unescape(quoted: &str) -> String {
-    let mut characters = quoted.chars();
-    std::iter::from_fn(|| match characters.next()? {
-        '\\' => characters.next(),
-        character => Some(character),
-    })
-    .collect()
-}
-
-fn shorten(entry: &str) -> String {
-    let mut shown: String = entry
-        .chars()
-        .take(MAX_SHOWN_CHARS)
-        .map(|character| if character.is_control() { '\u{fffd}' } else { character })
-        .collect();
-    if entry.chars().nth(MAX_SHOWN_CHARS).is_some() {
-        shown.push('…');
-    }
-    shown
 }
 
 impl FromStr for Address {
@@ -187,14 +77,19 @@ impl FromStr for Address {
 
     /// Reads a single entry, `ann@example.org` or `Ann <ann@example.org>`.
     fn from_str(text: &str) -> Result<Self, Invalid> {
-        parse_entry(trim(text))
+        entry::parse(entry::trim(text))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::{
+        mailbox::{MAX_ADDRESS_BYTES, is_invisible},
+        name::MAX_NAME_CHARS,
+        *,
+    };
 
     fn emails(text: &str) -> Vec<String> {
         parse(text).map(|entry| entry.parsed.unwrap().email).collect()
@@ -235,7 +130,8 @@ mod tests {
 
     #[test]
     fn addresses_in_any_script_are_accepted() {
-        assert_eq!(emails("Пётр@пример.рф\nmüller@bücher.example"), ["пётр@пример.рф", "müller@bücher.example"]);
+        let text = "Пётр@пример.рф\nmüller@bücher.example";
+        assert_eq!(emails(text), ["пётр@xn--e1afmkfd.xn--p1ai", "müller@xn--bcher-kva.example"]);
     }
 
     #[test]
@@ -246,12 +142,132 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_sees_makes_no_other_person() {
+    fn invisible_characters_make_no_other_person() {
         let text = "\u{feff}a@x.org\n\u{feff}b@x.org\u{200b}, \u{200e}<\u{200b}c@x.org\u{ad}>\n\u{feff}\n";
         assert_eq!(emails(text), ["a@x.org", "b@x.org", "c@x.org"]);
-        assert_eq!(reason("a\u{200b}b@x.org"), "has an invisible character in it");
+        assert_eq!(emails("a\u{200b}b@x.org"), ["ab@x.org"]);
         // In lower case this is an i with a second dot, which is no letter of an address.
         assert_eq!(reason("İ@x.org"), "is not an email address");
+    }
+
+    /// What each entry says: the address as typed with its name, or a question mark for what is invalid.
+    fn read(text: &str) -> Vec<String> {
+        let say = |entry: Entry| match entry.parsed {
+            Ok(Address { email, typed, name: Some(name) }) => format!("{name} = {}", typed.unwrap_or(email)),
+            Ok(Address { email, typed, name: None }) => typed.unwrap_or(email),
+            Err(_) => "?".to_owned(),
+        };
+        parse(text).map(say).collect()
+    }
+
+    #[test]
+    fn people_beside_each_other_are_several_people() {
+        for (text, people) in [
+            ("Ann Lee <ann@x.org> Bob Ray <bob@y.org>", &["Ann Lee = ann@x.org", "Bob Ray = bob@y.org"][..]),
+            ("<ann@x.org> <bob@y.org>", &["ann@x.org", "bob@y.org"]),
+            (
+                "\"Lee, Ann\" <ann@x.org> \"Ray\" <bob@y.org>, c@x.org",
+                &["Lee, Ann = ann@x.org", "Ray = bob@y.org", "c@x.org"],
+            ),
+            ("Ann <ann@x.org> bob@y.org", &["Ann = ann@x.org", "bob@y.org"]),
+            ("Ann <ann@x.org>Bob <bob@y.org>", &["Ann = ann@x.org", "Bob = bob@y.org"]),
+            ("Ann <ann@x.org, Bob <bob@y.org>", &["Ann = ann@x.org", "Bob = bob@y.org"]),
+            ("Ann <ann@x.org> Sales", &["Ann = ann@x.org", "?"]),
+            ("To: Ann <ann@x.org>, bob@y.org", &["Ann = ann@x.org", "bob@y.org"]),
+        ] {
+            assert_eq!(read(text), people, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_never_holds_another_address() {
+        for text in [
+            "bob@y.org Ann <ann@x.org>",
+            "\"bob@y.org\" <ann@x.org>",
+            "Ann <Sales> <ann@x.org>",
+            "\"Ann > Bob\" <ann@x.org>",
+            "Ann @work <ann@x.org>",
+            "=?utf-8?Q?bob=40y.org?= <ann@x.org>",
+        ] {
+            assert_eq!(read(text), ["?"], "{text}");
+        }
+        assert_eq!(read("'zoe@x.org' <Zoe@x.org>; \"'max@x.org'\" <'max@x.org'>"), ["Zoe@x.org", "max@x.org"]);
+        assert_eq!(read("kim@x.org<mailto:kim@x.org>"), ["kim@x.org"]);
+    }
+
+    #[test]
+    fn a_comma_belongs_to_the_name_before_an_address() {
+        for (text, people) in [
+            ("Ann Lee, PhD <ann@x.org>", &["Ann Lee, PhD = ann@x.org"][..]),
+            ("Lee, Ann <ann@x.org>; Ray, Bob <bob@y.org>", &["Lee, Ann = ann@x.org", "Ray, Bob = bob@y.org"]),
+            ("Lee, Ann <ann@x.org>, Ray, Bob, Jr. <bob@y.org>", &["Lee, Ann = ann@x.org", "Ray, Bob, Jr. = bob@y.org"]),
+            ("c@x.org, Ann Lee, MD, PhD <ann@x.org>", &["c@x.org", "Ann Lee, MD, PhD = ann@x.org"]),
+            ("\"Lee, Ann\", PhD <ann@x.org>", &["Lee, Ann, PhD = ann@x.org"]),
+            ("=?utf-8?Q?Lee,_Ann?= <ann@x.org>", &["Lee, Ann = ann@x.org"]),
+            ("nobody; Ann <ann@x.org>", &["?", "Ann = ann@x.org"]),
+            ("a, b, c, d, e, Ann <ann@x.org>", &["?", "?", "?", "?", "?", "Ann = ann@x.org"]),
+        ] {
+            assert_eq!(read(text), people, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_address_in_a_note_is_no_invitation() {
+        for (text, people) in [
+            ("Zoe <zoe@x.org> (ask bob@y.org, kim@y.org)", &["Zoe = zoe@x.org"][..]),
+            ("zoe@x.org (boss@y.org)", &["zoe@x.org"]),
+            ("zoe@x.org (see <boss@y.org>; kim@y.org)", &["zoe@x.org"]),
+            ("Zoe <zoe@x.org>, ask boss@y.org", &["Zoe = zoe@x.org", "?"]),
+            ("Zoe <zoe@x.org>, \"met 2019, boss@y.org\"", &["Zoe = zoe@x.org", "?"]),
+            ("zoe@x.org,\"met 2019,\nboss@y.org\nkim@y.org\"", &["zoe@x.org", "?"]),
+            ("Bob,Ray,boss@y.org,Friends,,bob@x.org,,", &["?"]),
+            ("zoe@x.org ask boss@y.org", &["?"]),
+            ("ann@x.org ::: ann.lee@y.org", &["?"]),
+        ] {
+            assert_eq!(read(text), people, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_read_in_every_wrapping() {
+        for (text, person) in [
+            ("mailto:ann@x.org", "ann@x.org"),
+            ("Ann <mailto:ann@x.org>", "Ann = ann@x.org"),
+            ("MAILTO:bob%2Bx@y.org?subject=Hello", "bob+x@y.org"),
+            ("[zoe@x.org]", "zoe@x.org"),
+            ("(kim@x.org)", "kim@x.org"),
+            ("'max@x.org'", "max@x.org"),
+            ("\"eve@x.org\"", "eve@x.org"),
+            ("lou@x.org (Lou Lee)", "Lou Lee = lou@x.org"),
+            ("\u{201c}ida@x.org\u{201d}", "ida@x.org"),
+            ("<'ina@x.org'>", "ina@x.org"),
+        ] {
+            assert_eq!(read(text), [person], "{text}");
+        }
+    }
+
+    #[test]
+    fn undecodable_text_is_reported() {
+        for text in
+            ["J\u{fffd}rgen <j@x.org>", "j\u{fffd}@x.org", "J\u{81}rgen <j@x.org>", "=?utf-8?Q?J=FCrgen?= <j@x.org>"]
+        {
+            assert_eq!(reason(text), "has characters that could not be decoded: save the list as UTF-8", "{text}");
+        }
+    }
+
+    #[test]
+    fn spellings_of_a_mailbox_are_one_person_and_shown_as_typed() {
+        let text = "ann@bücher.example\nann@xn--bcher-kva.example\nANN@BÜCHER.EXAMPLE\nann@bu\u{308}cher.example\na\u{ad}nn@bücher.example";
+        assert_eq!(emails(text), ["ann@xn--bcher-kva.example"; 5]);
+        assert_eq!(read(text)[..3], ["ann@bücher.example", "ann@xn--bcher-kva.example", "ANN@BÜCHER.EXAMPLE"]);
+        assert_eq!(mailbox("<Ann@X.org>"), Ok("ann@x.org".to_owned()));
+        assert_eq!(mailbox("Ann"), Err("has no @ sign"));
+    }
+
+    #[test]
+    fn an_entry_names_the_line_that_it_stands_on() {
+        let lines = |text| parse(text).map(|entry| entry.line).collect::<Vec<_>>();
+        assert_eq!(lines("a@x.org, b@x.org\r\n\n\"c,\nd\";e@x.org\nf@x.org"), [1, 1, 3, 4, 5]);
     }
 
     fn valid() -> impl Strategy<Value = String> {
@@ -266,7 +282,7 @@ mod tests {
                 prop_assert!(entry.line >= last);
                 last = entry.line;
                 match entry.parsed {
-                    Ok(address) => prop_assert_eq!(check(&address.email), Ok(())),
+                    Ok(address) => prop_assert_eq!(mailbox(&address.email), Ok(address.email)),
                     Err(invalid) => prop_assert!(!invalid.text.chars().any(char::is_control)),
                 }
             }
@@ -276,14 +292,17 @@ mod tests {
         fn an_accepted_address_is_one_wherever_it_is_read_again(
             text in "([a-cA-C@.,;<>\"\\\\ \t\r\n\u{feff}\u{200b}\u{85}éİß()\\[\\]:\\-]|@x\\.org|\"a b\"){0,24}"
         ) {
-            for Address { email, name } in parse(&text).filter_map(|entry| entry.parsed.ok()) {
+            for Address { email, name, typed } in parse(&text).filter_map(|entry| entry.parsed.ok()) {
                 // On the wire: RCPT TO:<…>, and a header.
                 prop_assert!(!email.contains(|c: char| c.is_control() || c.is_whitespace() || is_invisible(c)), "{email:?}");
                 prop_assert!(!email.contains('<') && (!email.contains('>') || email.starts_with('"')), "{email:?}");
                 prop_assert!(email.len() <= MAX_ADDRESS_BYTES);
                 prop_assert!(name.iter().all(|name| !name.contains(char::is_control) && name.chars().count() <= MAX_NAME_CHARS));
                 let again: Vec<_> = parse(&email).map(|entry| entry.parsed).collect();
-                prop_assert_eq!(again, [Ok(Address { email, name: None })]);
+                prop_assert_eq!(again, [Ok(Address { email: email.clone(), typed: None, name: None })]);
+                if let Some(typed) = typed {
+                    prop_assert_eq!(mailbox(&typed), Ok(email));
+                }
             }
         }
 
@@ -301,7 +320,7 @@ mod tests {
                     Some(name) => format!("{name} <{email}>"),
                     None => email.clone(),
                 });
-                let parsed = Ok(Address { email: email.clone(), name: name.clone() });
+                let parsed = Ok(Address { email: email.clone(), typed: None, name: name.clone() });
                 expected.push(Entry { line: u32::try_from(lines.len()).unwrap(), parsed });
                 lines.push("nobody".into());
                 let parsed = Err(Invalid { text: "nobody".into(), reason: "has no @ sign" });

@@ -1,63 +1,59 @@
 //! RabbitMQ: connections over a list of nodes, and a publisher that returns when the broker has the message on disk.
 //!
-//! Supervision is our own, not lapin's: any error, timeout or refused message tears the connection down and builds a new
-//! one, because a channel error would otherwise leave its users waiting for ever. Publishing has its own connections,
+//! Supervision is our own, not lapin's: any error or timeout tears the connection down and builds a new one, because a channel
+//! error would otherwise leave its users waiting for ever. Publishing has its own connections,
 //! since a broker that blocks a publisher stops everything else on that connection too, acks and heartbeats included.
+
+mod link;
+mod publisher;
+mod rejections;
 
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, HashSet},
-    ops::Deref,
+    collections::{BTreeMap, HashMap},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use futures::future::try_join_all;
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
-    options::{BasicPublishOptions, ConfirmSelectOptions},
+    BasicProperties, Channel, Connection, ConnectionProperties, ErrorKind,
+    protocol::{AMQPErrorKind, AMQPSoftError},
     tcp::OwnedTLSConfig,
     types::{AMQPValue, FieldTable, ShortString},
     uri::AMQPUri,
 };
 use secrecy::{ExposeSecret, SecretString};
-use tokio::{
-    runtime::Handle,
-    sync::{Mutex, mpsc, oneshot},
-    time::{sleep, timeout},
-};
-use tracing::{debug, warn};
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
 use uuid::Uuid;
+
+use self::publisher::CONFIRMED_SOON;
+pub use self::{
+    link::Link,
+    publisher::Publisher,
+    rejections::{Rejection, Rejections},
+};
 
 use crate::{
     config::{Config, authorities},
     epoch::Epoch,
     message::{DeadReason, ItemResult, Message, ResultsMessage, RunMessage, TestMessage, encode},
-    retry::Reconnect,
     telemetry, topology,
 };
 
 const CONNECT_TIMEOUT_MS: u64 = 5_000;
 const PERSISTENT: u8 = 2;
-/// A broker that does not answer to the end of a connection is not waited for.
-const HANG_UP: Duration = Duration::from_secs(1);
-/// A burst is published, then all of its confirms are awaited: so a returned message is always told within its burst.
-const BURST: usize = 1_536;
-/// Publishes polled together: one system call for many frames.
-const POLLED_TOGETHER: usize = 64;
-/// How long those wait for a confirm who hold a transaction open meanwhile.
-const CONFIRMED_SOON: Duration = Duration::from_secs(10);
+/// A queue that was missing is asked for again after this time.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
 /// Headers go in one frame, of 128 KB at most: a message whose headers are larger can never be published. So much of others'
 /// headers is kept.
 const MAX_HEADERS_BYTES: usize = 64 * 1024;
 /// So much of an error is kept in the header of a dead letter.
 const MAX_ERROR_CHARS: usize = 1_000;
-/// Batches that may wait for a lane before `publish` makes its callers wait.
-const WAITING_BATCHES: usize = 64;
 
 /// Why the pipeline can't speak to RabbitMQ at the moment.
 #[derive(Debug, thiserror::Error)]
@@ -74,9 +70,9 @@ pub enum BrokerError {
     /// The broker is silent: overloaded, blocked by an alarm, or cut off.
     #[error("RabbitMQ did not answer in time")]
     Timeout,
-    /// The broker did not take a message.
-    #[error("RabbitMQ did not take a message for {0}: {1}")]
-    Refused(String, &'static str),
+    /// The broker has returned or rejected a message: its queue is missing, or full.
+    #[error("RabbitMQ did not take a message for {0}")]
+    Rejected(String),
     /// The caller could not wait any longer; the messages may still arrive.
     #[error("RabbitMQ has confirmed nothing for {} s", CONFIRMED_SOON.as_secs())]
     Unconfirmed,
@@ -112,6 +108,11 @@ pub struct Broker {
     heartbeat_s: u16,
     epoch: Epoch,
     ca_file: Option<PathBuf>,
+    rejections: Rejections,
+    /// Queues that were found missing, and when.
+    missing: Mutex<HashMap<String, Instant>>,
+    /// Publishing, and connections that are being closed.
+    tasks: TaskTracker,
 }
 
 impl Broker {
@@ -125,12 +126,15 @@ impl Broker {
             name: name.into(),
             declare: config.amqp.declare_topology,
             item_queues: topology::item_queues(config.amqp.item_queues).into(),
-            retry_delays: config.rungs(),
+            retry_delays: config.all_rungs(),
             publish_twice: config.amqp.publish_twice,
             answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
             heartbeat_s: config.amqp.heartbeat_s,
             epoch: Epoch::default(),
             ca_file: config.amqp.ca_file.clone(),
+            rejections: Rejections::default(),
+            missing: Mutex::default(),
+            tasks: TaskTracker::new(),
         })
     }
 
@@ -159,17 +163,17 @@ impl Broker {
         let tls = OwnedTLSConfig { cert_chain: authorities, ..OwnedTLSConfig::default() };
         let properties =
             ConnectionProperties::default().with_connection_name(format!("{} {purpose}", self.name).into());
-        let connection = Link(Arc::new(
-            Connection::connect_uri_with_config(uri, properties, tls, lapin::runtime::default_runtime()?).await?,
-        ));
+        let connection =
+            Connection::connect_uri_with_config(uri, properties, tls, lapin::runtime::default_runtime()?).await?;
+        let link = Link::new(connection, &self.tasks);
         if self.declare {
-            self.declare_on(&connection).await?;
+            self.declare_on(&link).await?;
         }
-        Ok(connection)
+        Ok(link)
     }
 
-    async fn declare_on(&self, connection: &Connection) -> Result<(), BrokerError> {
-        let channel = connection.create_channel().await?;
+    async fn declare_on(&self, link: &Link) -> Result<(), BrokerError> {
+        let channel = link.channel().await?;
         topology::declare(&channel, &self.item_queues, &self.retry_delays).await?;
         channel.close(200, "declared".into()).await?;
         Ok(())
@@ -180,12 +184,25 @@ impl Broker {
     /// # Errors
     /// The broker's, for instance when the user has no right to.
     pub async fn declare_topology(&self) -> Result<(), BrokerError> {
-        let connection = self.connect("setup").await?;
+        let link = self.connect("setup").await?;
         if !self.declare {
-            timeout(self.answer_timeout, self.declare_on(&connection)).await.map_err(|_| BrokerError::Timeout)??;
+            timeout(self.answer_timeout, self.declare_on(&link)).await.map_err(|_| BrokerError::Timeout)??;
         }
-        hang_up(&connection).await;
+        link.close().await;
         Ok(())
+    }
+
+    /// Returns when all publishers have ended and all connections that are being closed are closed, or after `limit`: for the end
+    /// of the process, after whatever holds a publisher or a connection has ended.
+    pub async fn closed(&self, limit: Duration) {
+        self.tasks.close();
+        let _ = timeout(limit, self.tasks.wait()).await;
+    }
+
+    /// What the broker rejects at present.
+    #[must_use]
+    pub fn rejections(&self) -> &Rejections {
+        &self.rejections
     }
 
     /// The queues that item messages are spread over.
@@ -211,17 +228,25 @@ impl Broker {
     }
 
     async fn waiting(&self, queues: &[Cow<'static, str>]) -> Result<u32, BrokerError> {
-        let connection = self.connect("look").await?;
+        let link = self.connect("look").await?;
         let look = async {
-            let channel = connection.create_channel().await?;
+            let mut channel = link.channel().await?;
             let mut waiting = 0;
-            for queue in queues {
-                waiting += depth(&channel, queue).await?;
+            for queue in queues.iter().filter(|queue| !self.was_missing(queue)) {
+                match depth(&channel, queue).await {
+                    Ok(messages) => waiting += messages,
+                    // Nothing waits on a queue that does not exist. The question has cost the channel.
+                    Err(error) if is_not_found(&error) => {
+                        self.missing().insert(queue.to_string(), Instant::now());
+                        channel = link.channel().await?;
+                    }
+                    Err(error) => return Err(error),
+                }
             }
             Ok::<_, lapin::Error>(waiting)
         };
         let waiting = timeout(self.answer_timeout, look).await;
-        hang_up(&connection).await;
+        link.close().await;
         Ok(waiting.map_err(|_| BrokerError::Timeout)??)
     }
 
@@ -237,89 +262,19 @@ impl Broker {
         self.declare
     }
 
+    fn missing(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+        self.missing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a queue was found missing just now: asking for it ends a channel, with an error in the AMQP library's log.
+    fn was_missing(&self, queue: &str) -> bool {
+        self.missing().get(queue).is_some_and(|at| at.elapsed() < ASK_AGAIN)
+    }
+
     /// How long the broker may take to answer.
     #[must_use]
     pub fn answer_timeout(&self) -> Duration {
         self.answer_timeout
-    }
-
-    /// Starts a publisher with `lanes` connections. It lives until every clone of it is dropped.
-    #[must_use]
-    pub fn publisher(self: &Arc<Self>, lanes: usize) -> Publisher {
-        let (sender, receiver) = mpsc::channel(WAITING_BATCHES);
-        let receiver = Arc::new(Mutex::new(receiver));
-        for _ in 0..lanes {
-            tokio::spawn(Arc::clone(self).publish_lane(Arc::clone(&receiver)));
-        }
-        Publisher {
-            lanes: sender,
-            lane_count: lanes,
-            item_queues: Arc::clone(&self.item_queues),
-            twice: self.publish_twice,
-        }
-    }
-
-    /// One publishing task: its connection, its confirm channel, and what it has not got a confirm for yet.
-    async fn publish_lane(self: Arc<Self>, receiver: Arc<Mutex<mpsc::Receiver<Batch>>>) {
-        let mut reconnect = Reconnect::default();
-        let mut batches = Vec::new();
-        loop {
-            // At first before there is anything to say, so that the first message need not wait.
-            let error = match self.confirm_channel().await {
-                Ok((connection, channel)) => {
-                    let ended = self.publish_on(&channel, &receiver, &mut batches, &mut reconnect).await;
-                    hang_up(&connection).await;
-                    match ended {
-                        Ok(()) => return,
-                        Err(error) => error,
-                    }
-                }
-                Err(error) => error,
-            };
-            // Told once, not with each of the tries that follow.
-            if reconnect.is_under_way() {
-                debug!(%error, "publishing is still interrupted");
-            } else {
-                warn!(%error, "publishing is interrupted; it is tried again until it works");
-            }
-            let wait = reconnect.next_wait();
-            sleep(wait).await;
-            batches.retain(|batch: &Batch| !batch.done.is_closed());
-            // Again only for something to say.
-            if batches.is_empty() && !fill(&receiver, &mut batches).await {
-                return;
-            }
-        }
-    }
-
-    async fn confirm_channel(&self) -> Result<(Link, Channel), BrokerError> {
-        let connection = self.connect("publish").await?;
-        let open = async {
-            let channel = connection.create_channel().await?;
-            channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok::<_, lapin::Error>(channel)
-        };
-        let channel = timeout(self.answer_timeout, open).await.map_err(|_| BrokerError::Timeout)??;
-        Ok((connection, channel))
-    }
-
-    /// Publishes burst after burst, until the publisher is dropped (`Ok`) or something goes wrong (`Err`).
-    async fn publish_on(
-        &self,
-        channel: &Channel,
-        receiver: &Mutex<mpsc::Receiver<Batch>>,
-        batches: &mut Vec<Batch>,
-        reconnect: &mut Reconnect,
-    ) -> Result<(), BrokerError> {
-        loop {
-            if batches.is_empty() && !fill(receiver, batches).await {
-                return Ok(());
-            }
-            timeout(self.answer_timeout, burst(channel, batches, &self.epoch))
-                .await
-                .map_err(|_| BrokerError::Timeout)??;
-            reconnect.reset();
-        }
     }
 }
 
@@ -327,132 +282,6 @@ impl Broker {
 fn in_turn<T>(nodes: &[T], turn: usize) -> impl Iterator<Item = &T> {
     let (before, from) = nodes.split_at(turn % nodes.len().max(1));
     from.iter().chain(before)
-}
-
-/// Waits for a batch, then takes what else is there, up to a burst. False: the publisher is gone, and all is published.
-async fn fill(receiver: &Mutex<mpsc::Receiver<Batch>>, batches: &mut Vec<Batch>) -> bool {
-    let mut receiver = receiver.lock().await;
-    let Some(first) = receiver.recv().await else {
-        return false;
-    };
-    let mut messages = first.messages.len();
-    batches.push(first);
-    while messages < BURST
-        && let Ok(next) = receiver.try_recv()
-    {
-        messages += next.messages.len();
-        batches.push(next);
-    }
-    true
-}
-
-/// Publishes all messages of `batches` and awaits their confirms. What is confirmed leaves `batches`; what is not stays,
-/// to be published again: a message too many is absorbed by the fence and the join, one too few would be lost.
-async fn burst(channel: &Channel, batches: &mut Vec<Batch>, epoch: &Epoch) -> Result<(), BrokerError> {
-    let epoch = epoch.present();
-    let mut confirms = Vec::new();
-    let messages: Vec<&Outgoing> = batches.iter().flat_map(|batch| &batch.messages).collect();
-    for together in messages.chunks(POLLED_TOGETHER) {
-        confirms.extend(try_join_all(together.iter().map(|message| message.publish(channel, epoch))).await?);
-    }
-    let mut refused: HashSet<Uuid> = HashSet::new();
-    let mut refusal = None;
-    for (message, confirm) in messages.into_iter().zip(confirms) {
-        let (taken, returned) = match confirm.await? {
-            Confirmation::Ack(returned) => (true, returned),
-            Confirmation::Nack(returned) => (false, returned),
-            Confirmation::NotRequested => (false, None),
-        };
-        if !taken {
-            refused.insert(message.id);
-            refusal = Some((message.queue.to_string(), "it is full, or its disk or memory is"));
-        }
-        // The broker returns a message before it confirms it, so lapin may attach it to a neighbour's confirm.
-        let returned = returned.and_then(|returned| {
-            let id = returned.properties.message_id().as_ref()?.as_str().parse().ok()?;
-            Some((id, returned.routing_key.to_string()))
-        });
-        if let Some((id, queue)) = returned {
-            refused.insert(id);
-            refusal = Some((queue, "there is no such queue"));
-        }
-    }
-    let waiting = std::mem::take(batches);
-    for mut batch in waiting {
-        batch.messages.retain(|message| refused.contains(&message.id));
-        if batch.messages.is_empty() {
-            // Nobody waits any more if this fails.
-            let _ = batch.done.send(());
-        } else {
-            batches.push(batch);
-        }
-    }
-    refusal.map_or(Ok(()), |(queue, why)| Err(BrokerError::Refused(queue, why)))
-}
-
-/// How many of `messages` go to a lane at a time: few stay together, many end at the same moment on all `lanes`.
-fn part(messages: usize, lanes: usize) -> usize {
-    if messages <= POLLED_TOGETHER {
-        return messages;
-    }
-    messages.div_ceil(messages.div_ceil(BURST).next_multiple_of(lanes))
-}
-
-/// Messages that are confirmed together.
-#[derive(Debug)]
-struct Batch {
-    messages: Vec<Outgoing>,
-    done: oneshot::Sender<()>,
-}
-
-/// Publishes messages and waits for the broker's confirms. Clones share the same lanes.
-#[derive(Clone, Debug)]
-pub struct Publisher {
-    lanes: mpsc::Sender<Batch>,
-    lane_count: usize,
-    item_queues: Arc<[Cow<'static, str>]>,
-    twice: bool,
-}
-
-impl Publisher {
-    /// As [`Self::publish`], but gives up after ten seconds: for callers that hold a transaction open meanwhile.
-    ///
-    /// # Errors
-    /// When the publisher is closed, or nothing was confirmed in time.
-    pub async fn publish_soon(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
-        timeout(CONFIRMED_SOON, self.publish(messages)).await.map_err(|_| BrokerError::Unconfirmed)?
-    }
-
-    /// Returns when the broker has every message on disk: publishes again after every interruption, for as long as it
-    /// takes. Dropping the future gives up on what is not confirmed yet.
-    ///
-    /// # Errors
-    /// Only when the publisher is closed.
-    pub async fn publish(&self, mut messages: Vec<Outgoing>) -> Result<(), BrokerError> {
-        if messages.is_empty() {
-            return Ok(());
-        }
-        for message in &mut messages {
-            message.spread_over(&self.item_queues);
-        }
-        if self.twice {
-            messages.extend(messages.clone());
-        }
-        // Spread evenly over the lanes: each publishes and awaits its confirms for itself.
-        let part = part(messages.len(), self.lane_count);
-        let mut confirms = Vec::new();
-        while !messages.is_empty() {
-            let rest = messages.split_off(messages.len().min(part));
-            let (done, confirmed) = oneshot::channel();
-            confirms.push(confirmed);
-            self.lanes.send(Batch { messages, done }).await.map_err(|_| BrokerError::Closed)?;
-            messages = rest;
-        }
-        for confirmed in confirms {
-            confirmed.await.map_err(|_| BrokerError::Closed)?;
-        }
-        Ok(())
-    }
 }
 
 /// Why a message in the outbox can't be published by this program.
@@ -585,30 +414,10 @@ impl Outgoing {
         self
     }
 
-    /// Chooses one of several queues, evenly and always the same, if it is to be spread.
-    fn spread_over(&mut self, queues: &[Cow<'static, str>]) {
-        if let Some(key) = self.spread_by {
-            // Less than their number.
-            self.queue = queues[(key % queues.len() as u64) as usize].clone();
-        }
-    }
-
-    /// A message that does not carry an epoch gets `epoch`.
-    async fn publish(&self, channel: &Channel, epoch: Option<i64>) -> lapin::Result<lapin::PublisherConfirm> {
-        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        let mut headers = self.headers.clone();
-        if let Some(epoch) = epoch.filter(|_| !headers.contains_key(EPOCH_HEADER)) {
-            headers.insert(EPOCH_HEADER.into(), AMQPValue::LongLongInt(epoch));
-        }
-        channel
-            .basic_publish(
-                topology::EXCHANGE.into(),
-                self.queue.as_ref().into(),
-                options,
-                &self.body,
-                self.properties().with_headers(headers),
-            )
-            .await
+    /// Which message it is.
+    #[must_use]
+    pub fn id(&self) -> Uuid {
+        self.id
     }
 
     /// The queue that it is for.
@@ -669,37 +478,10 @@ pub fn epoch_of(properties: &BasicProperties) -> Option<i64> {
     }
 }
 
-/// A connection that is closed when it is dropped, whatever became of what it was for.
-///
-/// lapin's own outlives everybody who has it if an answer is due on one of its channels: a consumer that the broker sets up
-/// after our patience has ended would be given messages, and hold them until the broker's patience ends, half an hour later.
-/// Whoever can wait for the end says so with [`hang_up`].
-#[derive(Debug)]
-pub struct Link(Arc<Connection>);
-
-impl Deref for Link {
-    type Target = Connection;
-
-    fn deref(&self) -> &Connection {
-        &self.0
-    }
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        if self.status().connected()
-            && let Ok(runtime) = Handle::try_current()
-        {
-            let connection = Arc::clone(&self.0);
-            runtime.spawn(async move { hang_up(&connection).await });
-        }
-    }
-}
-
-/// Closes a connection of which nothing more is needed. It may be in any state by now, and whatever matters is confirmed or
-/// acknowledged before: so this is a courtesy to the broker, and how it ends is of no importance.
-pub async fn hang_up(connection: &Connection) {
-    let _ = timeout(HANG_UP, connection.close(200, "done".into())).await;
+/// Whether the broker has said that there is no such queue.
+fn is_not_found(error: &lapin::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(error)
+        if *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND))
 }
 
 /// How many messages wait in `queue`, not counting those that are delivered and not acknowledged.
@@ -719,14 +501,6 @@ mod tests {
         let turns: Vec<Vec<_>> = (4..7).map(|turn| in_turn(&["a", "b", "c"], turn).copied().collect()).collect();
         assert_eq!(turns, [["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]);
         assert_eq!(in_turn::<&str>(&[], 7).count(), 0);
-    }
-
-    #[test]
-    fn many_messages_are_spread_evenly_over_the_lanes() {
-        assert_eq!(part(64, 2), 64);
-        assert_eq!(part(2_501, 2), 1_251);
-        assert_eq!(part(2_501, 1), 1_251);
-        assert_eq!(part(10_000, 3), 1_112);
     }
 
     #[test]

@@ -3,23 +3,6 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// The `Message-ID` of an invitation, without its angle brackets: the same on every attempt, and of no other invitation.
-#[must_use]
-pub fn message_id(item_id: i64, run_id: Uuid, domain: &str) -> String {
-    format!("{item_id}.{}@{domain}", run_id.simple())
-}
-
-/// The invitations whose Message-IDs stand in a text, for instance a line of a relay's log.
-pub fn message_ids_in(text: &str) -> impl Iterator<Item = (Uuid, i64)> {
-    let parts = text.split(|letter: char| !(letter.is_ascii_alphanumeric() || letter == '.' || letter == '@'));
-    parts.filter_map(|part| {
-        let (id, _) = part.split_once('@')?;
-        let (item_id, run_id) = id.split_once('.')?;
-        let is_simple = run_id.len() == uuid::fmt::Simple::LENGTH;
-        Some((run_id.parse().ok().filter(|_| is_simple)?, item_id.parse().ok()?))
-    })
-}
-
 /// Where an invitation stands, in order of rank.
 ///
 /// The order is the protocol: between two reports of the same attempt, the greater one wins.
@@ -152,17 +135,6 @@ pub fn merge(current: Standing, incoming: Standing) -> (Standing, CounterDelta) 
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    #[test]
-    fn message_ids_are_found_in_the_log_of_a_relay() {
-        let run_id = Uuid::from_u128(7);
-        let log = format!(
-            "Nov 29 04:12:00 mx postfix/cleanup[1]: 4F2: message-id=<{}>\n2026-11-29 => a@example.org id={} S=900 x.y@z",
-            message_id(12, run_id, "mail.example.org"),
-            message_id(13, run_id, "example.org"),
-        );
-        assert_eq!(message_ids_in(&log).collect::<Vec<_>>(), [(run_id, 12), (run_id, 13)]);
-    }
 
     fn standing() -> impl Strategy<Value = Standing> {
         (1..6i32, prop::sample::select(&ItemState::ALL[..])).prop_map(|(attempt, state)| Standing { attempt, state })

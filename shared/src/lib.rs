@@ -1,7 +1,8 @@
 //! What web and workers have in common: the messages and tables through which they meet, and the ways to reach both servers.
 //!
-//! `item`, `run`, `message`, `pacing`, `address`, `template`, `unsubscribe`, `reply` and `retry` are pure; `topology`, `broker`
-//! and `marker` speak to RabbitMQ, `store` to PostgreSQL, and the two don't know each other. `lineage` alone compares the two.
+//! `item`, `run`, `message`, `pacing`, `address`, `template`, `signed_id`, `message_id`, `unsubscribe`, `reply` and `retry` are
+//! pure; `topology`, `broker` and `marker` speak to RabbitMQ, `store` to PostgreSQL, and the two don't know each other.
+//! `lineage` alone compares the two.
 
 pub mod address;
 pub mod broker;
@@ -11,6 +12,7 @@ pub mod item;
 pub mod lineage;
 pub mod marker;
 pub mod message;
+pub mod message_id;
 pub mod pacing;
 pub mod public_url;
 pub mod reply;
@@ -18,6 +20,7 @@ pub mod retry;
 pub mod run;
 mod scram;
 pub mod shutdown;
+pub mod signed_id;
 pub mod since;
 pub mod store;
 pub mod telemetry;

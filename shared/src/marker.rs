@@ -17,7 +17,7 @@ use tracing::warn;
 use uuid::Uuid;
 
 use crate::{
-    broker::{Broker, BrokerError, Link, hang_up},
+    broker::{Broker, BrokerError},
     message::{EpochMessage, Message as _, decode, encode},
     topology,
 };
@@ -183,9 +183,9 @@ pub async fn write_epoch(broker: &Broker, installation: Uuid, epoch: i64) -> Res
 
 /// Does `work` on a channel of a connection of its own.
 async fn on_channel(broker: &Broker, work: impl AsyncFnOnce(Channel) -> lapin::Result<()>) -> Result<(), BrokerError> {
-    let connection: Link = broker.connect("marker").await?;
-    let done = timeout(broker.answer_timeout(), async { work(connection.create_channel().await?).await }).await;
-    hang_up(&connection).await;
+    let link = broker.connect("marker").await?;
+    let done = timeout(broker.answer_timeout(), async { work(link.channel().await?).await }).await;
+    link.close().await;
     Ok(done.map_err(|_| BrokerError::Timeout)??)
 }
 

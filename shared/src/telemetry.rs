@@ -7,12 +7,16 @@ use uuid::Uuid;
 
 use crate::config::LogConfig;
 
+/// The AMQP library logs the bodies of messages that the broker returns: never, whatever the filter says.
+const BODIES: [&str; 1] = ["lapin::returned_messages=off"];
+
 /// Installs the log for the whole process. `RUST_LOG` wins over the configuration.
 ///
 /// # Panics
 /// When called twice.
 pub fn init(config: &LogConfig) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(&config.filter));
+    let filter = BODIES.into_iter().filter_map(|silent| silent.parse().ok()).fold(filter, EnvFilter::add_directive);
     let registry = tracing_subscriber::registry().with(filter);
     if config.json {
         registry.with(fmt::layer().json().with_writer(std::io::stderr)).init();

@@ -5,6 +5,7 @@
 
 use std::{borrow::Cow, iter, time::Duration};
 
+use futures::future::try_join_all;
 use lapin::{
     Channel, ExchangeKind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
@@ -66,6 +67,12 @@ pub fn waiting_room_of(queue: &str) -> &'static str {
 pub fn retry_queue(delay: Duration) -> String {
     let ms = delay.as_millis();
     if ms.is_multiple_of(1000) { format!("mailrun.retry.{}s", ms / 1000) } else { format!("mailrun.retry.{ms}ms") }
+}
+
+/// How long messages stay in a waiting room of runs.
+#[must_use]
+pub fn waiting_time(waiting_room: &str) -> Duration {
+    if waiting_room == RUNS_PAUSED { PAUSED } else { WAIT }
 }
 
 /// The queues that item messages are spread over: a queue is one core's work in the broker. Any message may be on any of
@@ -202,10 +209,10 @@ pub async fn declare(
     retry_delays: &[Duration],
 ) -> lapin::Result<()> {
     declare_exchanges(channel).await?;
-    for queue in queues(item_queues, retry_delays) {
-        queue.declare(channel).await?;
-        queue.bind(channel).await?;
-    }
+    // The broker answers in order: so all of them take little longer than one.
+    let queues = queues(item_queues, retry_delays);
+    try_join_all(queues.iter().map(|queue| queue.declare(channel))).await?;
+    try_join_all(queues.iter().map(|queue| queue.bind(channel))).await?;
     Ok(())
 }
 

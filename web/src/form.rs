@@ -176,7 +176,7 @@ pub(crate) async fn submit(State(app): Shared, request: Request<Body>) -> Result
         ));
     }
     let typed = Typed::take(&app, &mut fields);
-    let (rate, text) = (parse_rate(&typed.sends_per_second), text::check(&typed.subject, &typed.body));
+    let (rate, text) = (parse_rate(&typed.sends_per_second), text::check_aside(&typed.subject, &typed.body).await);
     let sends_per_second = match rate {
         Ok(limit) if text.is_empty() => limit,
         rate => return Ok(refused(&app, &typed, Problems { text, rate: rate.err(), ..Problems::default() }).await),

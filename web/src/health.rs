@@ -1,4 +1,4 @@
-//! `GET /healthz`: whether the database answers, asked once a second however many want to know.
+//! `GET /healthz`: whether the database answers, asked once a second however many want to know; `GET /readyz`.
 
 use std::time::Duration;
 
@@ -39,6 +39,16 @@ pub(crate) async fn show(State(app): Shared) -> Response {
         "ok".into_response()
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer").into_response()
+    }
+}
+
+/// `GET /readyz`: the same, and whether RabbitMQ takes what is in the outbox.
+pub(crate) async fn ready(app: Shared) -> Response {
+    match app.rejections.words() {
+        Some(rejected) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("RabbitMQ rejects messages: {rejected}")).into_response()
+        }
+        None => show(app).await,
     }
 }
 

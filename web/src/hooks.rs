@@ -79,17 +79,13 @@ pub(crate) async fn bounces(State(app): Shared, request: Request<Body>) -> Respo
 
 /// Returns how many of them were not on the list before.
 async fn suppress(pool: &PgPool, verdicts: &[Verdict]) -> sqlx::Result<usize> {
-    let mut spellings: Vec<_> = verdicts
-        .iter()
-        .flat_map(|verdict| verdict.spellings().into_iter().map(move |email| (email, verdict)))
-        .collect();
+    let mut verdicts: Vec<_> = verdicts.iter().collect();
     // In one order for everybody, so that two reports of the same people wait for each other and don't deadlock.
-    spellings.sort_by(|a, b| a.0.cmp(&b.0));
+    verdicts.sort_by(|a, b| a.email.cmp(&b.email));
     let mut tx = pool.begin().await?;
     let mut new = 0;
-    for (email, Verdict { email: reported, reason, detail }) in spellings {
-        let inserted = suppressions::suppress(&mut tx, &email, *reason, detail.as_deref()).await?;
-        new += usize::from(inserted && email == *reported);
+    for Verdict { email, reason, detail } in verdicts {
+        new += usize::from(suppressions::suppress(&mut tx, email, *reason, detail.as_deref()).await?);
     }
     tx.commit().await?;
     Ok(new)

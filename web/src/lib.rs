@@ -4,12 +4,15 @@ mod actions;
 mod assets;
 mod body;
 mod client;
+mod count;
 mod error;
 mod form;
 mod guard;
 mod health;
 mod hooks;
+mod ids;
 mod logins;
+mod people;
 mod progress;
 mod relay;
 mod relay_stops;
@@ -35,10 +38,9 @@ use axum::{
     routing::{any, get, post},
 };
 use mailrun_shared::{
-    broker::Broker,
+    broker::{Broker, Rejections},
     config::{Config, ConfigError, MailerKind, WebConfig},
     lineage, store,
-    unsubscribe::Signer,
 };
 use sqlx::PgPool;
 use tokio::{
@@ -62,6 +64,8 @@ pub const ICON: &str = include_str!("../static/icon.svg");
 
 /// A person waits for the page, so the wait for a database connection ends sooner than a worker's.
 const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
+/// At the end, connections to RabbitMQ are closed within this time or left.
+const CLOSE: Duration = Duration::from_secs(3);
 /// Connections for what must not wait for the pages: the outbox relay, and the health check.
 const BACKGROUND_CONNECTIONS: u32 = 2;
 /// Another installation's virtual host is looked at again after this time: it may have been taken over.
@@ -110,14 +114,16 @@ struct App {
     room: body::Room,
     /// What polls were answered lately.
     watched: progress::Watched,
-    /// What unsubscribe links are verified with, once the ledger has told.
-    signer: OnceCell<Signer>,
+    /// What ids of ours are verified with, once the ledger was read.
+    ids: OnceCell<ids::Ids>,
     /// Whether no mail leaves this machine.
     simulated: bool,
     /// When a worker is taken for dead.
     dead_after: Duration,
     /// How long the database may take to answer.
     answer_timeout: Duration,
+    /// What RabbitMQ does not take from the outbox.
+    rejections: Rejections,
 }
 
 type Shared = State<Arc<App>>;
@@ -169,14 +175,16 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         in_doubt: form::nothing_in_doubt(),
         room,
         watched: progress::watched(),
-        signer: OnceCell::new(),
+        ids: OnceCell::new(),
         simulated: config.mailer.kind == MailerKind::Simulated,
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
         answer_timeout: limit,
+        rejections: broker.rejections().clone(),
     });
     server::serve(listener, router(app), limits, &ending).await;
     ending.cancel();
     relay.await?;
+    broker.closed(CLOSE).await;
     pool.close().await;
     background.close().await;
     Ok(())
@@ -197,6 +205,7 @@ fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/", get(form::show))
         .route("/invites", post(form::submit).get(form::back_to_form))
+        .route("/invites/count", post(count::count).get(form::back_to_form))
         .route("/runs", get(runs::show))
         .route("/runs/{id}", get(results::show))
         .route("/runs/{id}/progress", get(progress::show))
@@ -214,11 +223,14 @@ fn router(app: Arc<App>) -> Router {
         .route("/relay", get(relay_stops::show))
         .route("/relay/{number}", post(relay_stops::answer).get(relay_stops::back))
         .route("/suppressions/{number}/remove", post(suppressions::remove).get(suppressions::back_to_list))
-        .route("/u/{token}", get(unsubscribe::show).post(unsubscribe::unsubscribe))
+        .route("/people/erase", post(people::erase).get(suppressions::back_to_list))
+        // With whatever a mail program took for a part of the link.
+        .route("/u/{*token}", get(unsubscribe::show).post(unsubscribe::unsubscribe))
         // Without a key there is no such page, however it is asked for.
         .route("/hooks/bounces", any(hooks::bounces))
         .route("/static/{name}", get(assets::show))
         .route("/healthz", get(health::show))
+        .route("/readyz", get(health::ready))
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), in_time))
@@ -244,7 +256,7 @@ fn logged(path: &str) -> &str {
 }
 
 /// What is sent here may take long to arrive, so it sees to that by itself.
-const LONG: [&str; 3] = ["/invites", "/tests", "/hooks/bounces"];
+const LONG: [&str; 5] = ["/invites", "/invites/count", "/tests", "/hooks/bounces", "/people/erase"];
 
 /// Answers in time, whatever became of the database: a connection to it that is cut off says nothing.
 async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Response {

@@ -1,6 +1,6 @@
 //! The outbox relay: takes messages that were committed to PostgreSQL and marks them once RabbitMQ has confirmed them.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use mailrun_shared::{
     broker::{BrokerError, Outgoing, Publisher},
@@ -19,6 +19,11 @@ use tracing::{info, warn};
 const BATCH: i64 = 100;
 /// Other processes put messages into the outbox as well, and nobody wakes the relay for them.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// A message that this program does not understand is left for so long, …
+const NOT_UNDERSTOOD: Duration = Duration::from_secs(60);
+/// … and one that RabbitMQ rejects for so long: the others go on meanwhile.
+const REJECTED: Duration = Duration::from_secs(5);
 
 /// Why nothing can be handed over at the moment.
 #[derive(Debug, thiserror::Error)]
@@ -83,12 +88,12 @@ async fn relay(pool: &PgPool, publisher: &Publisher) -> Result<usize, RelayError
         return Ok(0);
     }
     let count = waiting.len();
-    let (mut messages, mut published, mut postponed) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut messages, mut offered, mut postponed) = (Vec::new(), HashMap::new(), Vec::new());
     for Waiting { id, kind, message } in waiting {
         match Outgoing::read(&kind, message) {
             Ok(message) => {
+                offered.insert(message.id(), id);
                 messages.push(message);
-                published.push(id);
             }
             // A newer Mailrun wrote it, which may understand it as well; the others must not wait for that.
             Err(error) => {
@@ -97,9 +102,13 @@ async fn relay(pool: &PgPool, publisher: &Publisher) -> Result<usize, RelayError
             }
         }
     }
-    publisher.publish_soon(messages).await?;
+    // The limit of this batch ends the wait.
+    let rejected = publisher.offer(messages).await?;
+    let rejected: Vec<i64> = rejected.iter().filter_map(|message| offered.remove(&message.id())).collect();
+    let published: Vec<i64> = offered.into_values().collect();
     outbox::mark_published(&mut tx, &published).await?;
-    outbox::postpone(&mut tx, &postponed).await?;
+    outbox::postpone(&mut tx, &postponed, NOT_UNDERSTOOD).await?;
+    outbox::postpone(&mut tx, &rejected, REJECTED).await?;
     tx.commit().await?;
     Ok(count)
 }

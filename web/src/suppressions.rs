@@ -9,7 +9,7 @@ use axum::{
 };
 use chrono::Utc;
 use mailrun_shared::{
-    address::{Address, Invalid},
+    address::{Address, Invalid, shown},
     since,
     store::{
         held_suppressions::{self, Review},
@@ -79,6 +79,7 @@ impl Wish {
         Some(match self.done.as_deref()? {
             "added" => "Added. Nobody writes to it any more, not even in runs that are under way.",
             "known" => "It is on the list already, with the reason it has there.",
+            "erased" => "Erased. What workers are sending at this moment goes out, and nothing more is sent there.",
             "removed" => "Taken off the list. It can be invited again.",
             "since" => "Taken off the list. These addresses can be invited again.",
             "no-moment" => "Enter since when: for instance 2026-11-28T14:30, or 2h.",
@@ -104,7 +105,7 @@ async fn page(app: &App, before: Option<i64>, notice: Option<&'static str>) -> s
     let now = Utc::now();
     let row = |Suppression { number, email, reason, detail, created_at }| Row {
         number,
-        email,
+        email: shown(&email).into_owned(),
         why: why(reason),
         detail,
         since: Moment::new(created_at, now),

@@ -8,7 +8,7 @@ use axum::{
     response::{IntoResponse, Redirect, Response},
 };
 use mailrun_shared::{
-    address::{Address, Invalid},
+    address::{Address, Invalid, shown},
     store::{
         in_time,
         suppressions::Reason,
@@ -44,7 +44,7 @@ impl TestPage {
 pub(crate) async fn ask(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
     let (mut fields, _room) = app.room.read(request).await?;
     let typed = Typed::take(&app, &mut fields);
-    let text = text::check(&typed.subject, &typed.body);
+    let text = text::check_aside(&typed.subject, &typed.body).await;
     let to = match typed.test_email.parse() {
         Ok(Address { email, .. }) => Ok(email),
         Err(_) if typed.test_email.trim().is_empty() => Err("Enter the address that the test goes to.".to_owned()),
@@ -78,12 +78,13 @@ pub(crate) async fn show(State(app): Shared, Path(id): Path<String>) -> Result<R
         Ok(test_id) => test_sends::read(&app.pool, test_id, app.dead_after).await?.map(|test| (test_id, test)),
         Err(_) => None,
     };
-    let (test_id, test) = found.ok_or_else(|| {
+    let (test_id, mut test) = found.ok_or_else(|| {
         ErrorPage::new(
             StatusCode::NOT_FOUND,
             "No such test",
             "There is no test at this address. It may be mistyped; and tests are deleted after a day.",
         )
     })?;
+    test.email = shown(&test.email).into_owned();
     Ok(html(&TestPage { test_id, test, simulated: app.simulated }))
 }

@@ -1,13 +1,20 @@
-//! What an invitation says, as it was typed: checked before anything is written. Pure.
+//! What an invitation says, as it was typed: checked before anything is written.
 
-use std::fmt::Display;
+use std::{fmt::Display, panic::resume_unwind};
 
 use mailrun_shared::template::Template;
+use tokio::task::spawn_blocking;
 
 /// Longer subjects are cut by every mail program.
 const MAX_SUBJECT_CHARS: usize = 200;
 /// Some mail programs cut a longer mail off.
 const MAX_BODY_BYTES: usize = 100_000;
+/// Checking a longer text takes milliseconds.
+const LONG_BODY_BYTES: usize = 16 * 1024;
+
+/// Said of a text that some program could not decode on its way here.
+const UNDECODABLE: &str =
+    "It has characters that could not be decoded (\u{fffd}). Replace them with what they should be.";
 
 /// What is wrong, beside the field that it is wrong in.
 #[derive(Debug, Default, PartialEq)]
@@ -27,6 +34,18 @@ pub(crate) fn with_plain_line_ends(text: &str) -> String {
     text.replace("\r\n", "\n").replace('\r', "\n")
 }
 
+/// The same as [`check`], beside the runtime if the text is long: it is rendered several times.
+pub(crate) async fn check_aside(subject: &str, body: &str) -> TextProblems {
+    if body.len() <= LONG_BODY_BYTES {
+        return check(subject, body);
+    }
+    let (subject, body) = (subject.to_owned(), body.to_owned());
+    match spawn_blocking(move || check(&subject, &body)).await {
+        Ok(problems) => problems,
+        Err(error) => resume_unwind(error.into_panic()),
+    }
+}
+
 /// Checks a subject and a text, with their placeholders.
 pub(crate) fn check(subject: &str, body: &str) -> TextProblems {
     TextProblems { subject: check_subject(subject), body: check_body(body) }
@@ -38,6 +57,9 @@ fn check_subject(subject: &str) -> Option<String> {
     }
     if subject.chars().any(char::is_control) {
         return Some("The subject is one line, without control characters.".to_owned());
+    }
+    if subject.contains(char::REPLACEMENT_CHARACTER) {
+        return Some(UNDECODABLE.to_owned());
     }
     if subject.chars().count() > MAX_SUBJECT_CHARS {
         return Some(format!("The subject is too long: at most {MAX_SUBJECT_CHARS} characters."));
@@ -53,6 +75,9 @@ fn check_body(body: &str) -> Option<String> {
     // PostgreSQL keeps no text with it.
     if body.contains('\0') {
         return Some("The message has a character in it that is no text (NUL).".to_owned());
+    }
+    if body.contains(char::REPLACEMENT_CHARACTER) {
+        return Some(UNDECODABLE.to_owned());
     }
     if body.len() > MAX_BODY_BYTES {
         return Some("The message is too long: at most 100 kB.".to_owned());
@@ -81,6 +106,8 @@ mod tests {
         assert!(check("Hello", "a\0b").body.is_some_and(|problem| problem.contains("NUL")));
         assert_eq!(check(&"ä".repeat(200), "Come!"), TextProblems::default());
         assert!(check(&"ä".repeat(201), "Come!").subject.is_some_and(|problem| problem.contains("200")));
+        let garbled = check("J\u{fffd}rgen", "Gr\u{fffd}n");
+        assert!(garbled.subject.is_some_and(|problem| problem.contains("decoded")) && garbled.body.is_some());
         assert_eq!(check("Hello", &"x".repeat(100_000)), TextProblems::default());
         assert!(check("Hello", &"x".repeat(100_001)).body.is_some_and(|problem| problem.contains("100 kB")));
     }

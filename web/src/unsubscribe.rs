@@ -10,14 +10,21 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use mailrun_shared::{
-    store::suppressions::{self, Reason},
-    unsubscribe::{Signer, TEST_ITEM},
+    address::shown,
+    store::{
+        signing,
+        suppressions::{self, Reason},
+    },
+    unsubscribe::Token,
 };
+use sqlx::PgConnection;
 use tracing::info;
+use uuid::Uuid;
 
 use crate::{
     App, Shared,
     error::{ErrorPage, html},
+    ids::ids,
 };
 
 #[derive(Template)]
@@ -55,10 +62,10 @@ impl IntoResponse for Answer {
 
 /// `GET /u/{token}`
 pub(crate) async fn show(State(app): Shared, Path(token): Path<String>) -> Result<Response, ErrorPage> {
-    let answer = match signer(&app).await?.verify(&token) {
-        None => Answer::NoSuchLink,
-        Some(TEST_ITEM) => Answer::Test,
-        Some(item_id) => match suppressions::invited(&mut *app.pool.acquire().await?, item_id).await? {
+    let mut conn = app.pool.acquire().await?;
+    let answer = match target(&app, &mut conn, &token).await? {
+        Err(answer) => answer,
+        Ok(Target { run_id, item_id }) => match suppressions::invited(&mut conn, run_id, item_id).await? {
             None => Answer::Gone,
             Some(invited) if invited.suppressed.is_some() => Answer::Before(masked(&invited.email)),
             Some(invited) => Answer::Ask(masked(&invited.email)),
@@ -69,12 +76,11 @@ pub(crate) async fn show(State(app): Shared, Path(token): Path<String>) -> Resul
 
 /// `POST /u/{token}`
 pub(crate) async fn unsubscribe(State(app): Shared, Path(token): Path<String>) -> Result<Response, ErrorPage> {
-    let answer = match signer(&app).await?.verify(&token) {
-        None => Answer::NoSuchLink,
-        Some(TEST_ITEM) => Answer::Test,
-        Some(item_id) => {
-            let mut conn = app.pool.acquire().await?;
-            match suppressions::suppress_item(&mut conn, item_id, Reason::Unsubscribed).await? {
+    let mut conn = app.pool.acquire().await?;
+    let answer = match target(&app, &mut conn, &token).await? {
+        Err(answer) => answer,
+        Ok(Target { run_id, item_id }) => {
+            match suppressions::suppress_item(&mut conn, run_id, item_id, Reason::Unsubscribed).await? {
                 None => Answer::Gone,
                 Some(invited) => {
                     info!(item_id, before = invited.suppressed.is_some(), "somebody has unsubscribed");
@@ -86,15 +92,28 @@ pub(crate) async fn unsubscribe(State(app): Shared, Path(token): Path<String>) -
     Ok(answer.into_response())
 }
 
-/// The ledger's key is read when it is first needed: the pages are served before PostgreSQL answers.
-async fn signer(app: &App) -> sqlx::Result<&Signer> {
-    let read = async || Ok(Signer::new(&suppressions::signing_key(&mut *app.pool.acquire().await?).await?));
-    app.signer.get_or_try_init(read).await
+/// The invitation that a link belongs to.
+struct Target {
+    /// None: the link was made by an earlier version, and names the item only.
+    run_id: Option<Uuid>,
+    item_id: i64,
+}
+
+/// What a link is for, or what is to be answered at once.
+async fn target(app: &App, conn: &mut PgConnection, token: &str) -> sqlx::Result<Result<Target, Answer>> {
+    Ok(match ids(app).await?.links.read(token) {
+        None => Err(Answer::NoSuchLink),
+        Some(Token::Test) => Err(Answer::Test),
+        Some(Token::Item(named)) => Ok(Target { run_id: Some(named.run_id), item_id: named.item_id }),
+        // The number may be another person's by now.
+        Some(Token::Former(_)) if signing::was_restored(conn).await? => Err(Answer::Gone),
+        Some(Token::Former(item_id)) => Ok(Target { run_id: None, item_id }),
+    })
 }
 
 /// `a…@example.org`
 fn masked(email: &str) -> String {
-    match email.rsplit_once('@') {
+    match shown(email).rsplit_once('@') {
         Some((name, domain)) => format!("{}…@{domain}", name.chars().next().unwrap_or('…')),
         None => "…".to_owned(),
     }
@@ -108,6 +127,7 @@ mod tests {
     fn an_address_is_masked_but_recognised_by_its_owner() {
         assert_eq!(masked("ann.lee@example.org"), "a…@example.org");
         assert_eq!(masked("ärgernis@пример.рф"), "ä…@пример.рф");
+        assert_eq!(masked("ann@xn--bcher-kva.example"), "a…@bücher.example");
         assert_eq!(masked(r#""a@b"@x.org"#), "\"…@x.org");
     }
 }

@@ -43,17 +43,41 @@ if (emails) {
   // Beyond this, counting at every pause of typing would be felt.
   const countable = 4_000_000;
   let pause = 0;
+  let asking = null;
 
-  const tell = () => {
+  // A guess while the list is written.
+  const guess = () => {
     const text = emails.value;
     const found = text.length > countable ? null : text.match(/[^\s,;<>"]+@[^\s,;<>"]+/g);
     count.hidden = !found;
-    if (found) count.textContent = found.length === 1 ? "1 address" : `${found.length.toLocaleString("en")} addresses`;
+    if (found) count.textContent = `about ${found.length === 1 ? "1 address" : `${found.length.toLocaleString("en")} addresses`}`;
   };
-  emails.addEventListener("input", () => {
+  // What the list is read as, by the server, once typing pauses.
+  const ask = async () => {
+    const list = emails.value;
+    if (list.length > countable || list.trim() === "") return;
+    asking = new AbortController();
+    try {
+      const body = new URLSearchParams({ emails: list });
+      const answer = await fetch("invites/count", { method: "POST", body, signal: asking.signal });
+      if (!answer.ok) return;
+      const { text } = await answer.json();
+      if (emails.value !== list) return;
+      count.hidden = false;
+      count.textContent = text;
+    } catch {
+      // Given up, or the server is away: the guess stays.
+    }
+  };
+  const tell = () => {
     clearTimeout(pause);
-    pause = setTimeout(tell, 150);
-  });
+    asking?.abort();
+    pause = setTimeout(() => {
+      guess();
+      pause = setTimeout(ask, 450);
+    }, 150);
+  };
+  emails.addEventListener("input", tell);
   tell();
   // A form that was refused: begin at the top, where the list does, with the message in view.
   if (emails.getAttribute("aria-invalid")) emails.setSelectionRange(0, 0);
@@ -61,9 +85,19 @@ if (emails) {
   const label = document.getElementById("from-file");
   const input = label.querySelector("input");
   label.hidden = false;
+  // Spreadsheets write UTF-16 with a mark, UTF-8, or the code page of Windows, in which every byte is a letter.
+  const decode = (bytes) => {
+    const marked = bytes[0] === 0xff && bytes[1] === 0xfe ? "utf-16le" : bytes[0] === 0xfe && bytes[1] === 0xff ? "utf-16be" : null;
+    if (marked) return new TextDecoder(marked).decode(bytes);
+    try {
+      return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+    } catch {
+      return new TextDecoder("windows-1252").decode(bytes);
+    }
+  };
   const add = async (file) => {
     if (!file) return;
-    const text = await file.text();
+    const text = decode(new Uint8Array(await file.arrayBuffer()));
     emails.value = emails.value.trim() === "" ? text : `${emails.value.trimEnd()}\n${text}`;
     tell();
     emails.focus();

@@ -18,7 +18,7 @@ use lapin::{
     types::FieldTable,
 };
 use mailrun_shared::{
-    broker::{Broker, BrokerError, Link, epoch_of, hang_up},
+    broker::{Broker, BrokerError, Link, epoch_of},
     epoch::{Admission, Epoch},
     retry::Reconnect,
 };
@@ -143,18 +143,19 @@ async fn supervise(
     // A ledger that is older than the messages must not act on any: they stay on the queue until it is current.
     while stop.run_until_cancelled(broker.epoch().current()).await.is_some() {
         let ended = async {
-            let (connection, channel, consumer) = open(&broker, &queue, prefetch).await?;
+            // lapin cancels a consumer that is dropped, which fails while its connection is being closed: so it stays until then.
+            let (link, channel, mut consumer) = open(&broker, &queue, prefetch).await?;
             info!(%queue, "consuming");
             reconnect.reset();
             let tally = Tally::default();
             let useless = watchdog.watch(&mut watch, &queue, prefetch, &tally, || deliveries.capacity());
             let ended = tokio::select! {
-                ended = serve(&channel, prefetch, consumer, &deliveries, &tally, &stop, &broker) => ended,
+                ended = serve(&channel, prefetch, &mut consumer, &deliveries, &tally, &stop, &broker) => ended,
                 () = broker.epoch().behind() => Err(BrokerError::Useless(BEHIND)),
                 // Whoever stops wants nothing more.
                 Some(why) = stop.run_until_cancelled(useless) => Err(BrokerError::Useless(why)),
             };
-            hang_up(&connection).await;
+            link.close().await;
             ended
         };
         let Err(error) = ended.await else { return };
@@ -168,9 +169,9 @@ async fn supervise(
 }
 
 async fn open(broker: &Broker, queue: &str, prefetch: u16) -> Result<(Link, Channel, lapin::Consumer), BrokerError> {
-    let connection = broker.connect(&format!("consume {queue}")).await?;
+    let link = broker.connect(&format!("consume {queue}")).await?;
     let open = async {
-        let channel = connection.create_channel().await?;
+        let channel = link.channel().await?;
         channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
         let consumer = channel
             .basic_consume(queue.into(), CONSUMER_TAG.into(), BasicConsumeOptions::default(), FieldTable::default())
@@ -178,7 +179,7 @@ async fn open(broker: &Broker, queue: &str, prefetch: u16) -> Result<(Link, Chan
         Ok::<_, lapin::Error>((channel, consumer))
     };
     let (channel, consumer) = timeout(broker.answer_timeout(), open).await.map_err(|_| BrokerError::Timeout)??;
-    Ok((connection, channel, consumer))
+    Ok((link, channel, consumer))
 }
 
 /// Hands deliveries out and acknowledgements back, until told to stop and all are accounted for (`Ok`), or until the
@@ -186,7 +187,7 @@ async fn open(broker: &Broker, queue: &str, prefetch: u16) -> Result<(Link, Chan
 async fn serve(
     channel: &Channel,
     prefetch: u16,
-    mut consumer: lapin::Consumer,
+    consumer: &mut lapin::Consumer,
     deliveries: &mpsc::Sender<Delivery>,
     tally: &Tally,
     stop: &CancellationToken,

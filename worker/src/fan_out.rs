@@ -3,32 +3,36 @@
 //! Each step publishes its chunk and the message for the next step, and commits cursor and step last. A crash anywhere
 //! repeats the step, which the fence absorbs; a message that speaks of another step than the present one is stale.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use mailrun_shared::{
-    broker::{Broker, BrokerError, Outgoing, Publisher},
+    broker::{BrokerError, Outgoing, Publisher},
     config::Config,
     item::{ItemState, Key},
     message::{Command, ItemMessage, ItemResult, RunMessage, Step},
     pacing::Rate,
     run::{Budget, Flow, Wanted, outstanding, room},
     store::{
-        attempts, in_time, may_pass,
+        attempts::{self, Withheld},
+        in_time, may_pass,
         passes::{self, Advance, Item, Pass, PassKind, Situation},
         receipts::Receipt,
     },
     topology,
 };
 use sqlx::{PgConnection, PgPool};
-use tokio::{sync::Semaphore, time::sleep};
+use tokio::{
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 use crate::{
     consumer::{Consumer, Delivery},
-    poison, replay,
+    outcome, poison,
 };
 
 /// Runs that one process works on at the same time.
@@ -49,6 +53,8 @@ const PUT_BACK: i64 = 1_000;
 const PUT_BACK_EVERY: Duration = Duration::from_secs(1);
 /// A message may arrive before progress has written down when its attempt is due, by this time at most.
 const PROGRESS_LAG: Duration = Duration::from_secs(10);
+/// While its queue is missing, a message is held for so long.
+const INSIST: Duration = Duration::from_secs(60);
 /// Before a step that failed is tried again.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(500);
 
@@ -57,7 +63,6 @@ const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(500);
 pub struct FanOut {
     config: Config,
     pool: PgPool,
-    broker: Arc<Broker>,
     publisher: Publisher,
 }
 
@@ -103,15 +108,13 @@ enum After {
     Paused,
     /// The run goes on after a pause: put back what senders have dropped.
     PutBack,
-    /// A replay has gone over the whole run: its dead letters can be taken off the queue.
-    TidyDeadLetters(Box<Pass>),
 }
 
 impl FanOut {
     /// The pump of this process.
     #[must_use]
-    pub fn new(config: Config, pool: PgPool, broker: Arc<Broker>, publisher: Publisher) -> Arc<Self> {
-        Arc::new(Self { config, pool, broker, publisher })
+    pub fn new(config: Config, pool: PgPool, publisher: Publisher) -> Arc<Self> {
+        Arc::new(Self { config, pool, publisher })
     }
 
     /// Carries out run messages until the consumer stops, then finishes those under way.
@@ -157,34 +160,38 @@ impl FanOut {
                 After::Wait
             }
         };
-        let done = match after {
-            After::Nothing => true,
-            After::Soon | After::Wait => self.again(&message, topology::RUNS_WAIT).await,
-            After::Paused => self.again(&message, topology::RUNS_PAUSED).await,
+        match after {
+            After::Nothing => delivery.ack(),
+            After::Soon | After::Wait => self.again(&message, delivery, topology::RUNS_WAIT).await,
+            After::Paused => self.again(&message, delivery, topology::RUNS_PAUSED).await,
             After::PutBack => match self.put_back(message.run_id).await {
-                Ok(()) => true,
+                Ok(()) => delivery.ack(),
                 Err(error) => {
                     warn!(run_id = %message.run_id, %error, "a resumed run's items can't be put back; trying again");
                     sleep(PAUSE_AFTER_ERROR).await;
-                    self.again(&message, topology::RUNS_WAIT).await
+                    self.again(&message, delivery, topology::RUNS_WAIT).await;
                 }
             },
-            After::TidyDeadLetters(pass) => {
-                if let Err(error) = replay::tidy_dead_letters(&self.broker, &self.publisher, &pass).await {
-                    // The ledger is the truth: a dead letter that stays behind is refused by the fence.
-                    warn!(run_id = %message.run_id, %error, "some replayed dead letters stay on the queue");
-                }
-                true
-            }
-        };
-        if done {
-            delivery.ack();
         }
     }
 
-    /// Sends a message round by a waiting room; says whether it is there.
-    async fn again(&self, message: &RunMessage, waiting_room: &'static str) -> bool {
-        self.publisher.publish(vec![Outgoing::new(message).to(waiting_room).of_run(message.run_id)]).await.is_ok()
+    /// Sends a message round by a waiting room. Without that, it waits here, and takes nobody's place meanwhile.
+    async fn again(&self, message: &RunMessage, delivery: Delivery, waiting_room: &'static str) {
+        let message = Outgoing::new(message).of_run(message.run_id);
+        match self.publisher.offer(vec![message.clone().to(waiting_room)]).await {
+            Ok(rejected) if rejected.is_empty() => delivery.ack(),
+            Ok(_) => {
+                let publisher = self.publisher.clone();
+                tokio::spawn(async move {
+                    sleep(topology::waiting_time(waiting_room)).await;
+                    // Given up, it comes again when the consumer connects anew.
+                    if let Ok(Ok(())) = timeout(INSIST, publisher.publish(vec![message])).await {
+                        delivery.ack();
+                    }
+                });
+            }
+            Err(_) => {}
+        }
     }
 
     /// Carries out one message. None: there is no such run.
@@ -292,8 +299,7 @@ impl FanOut {
         let Some(last) = items.last() else {
             passes::finish(conn, pass).await?;
             debug!(run_id = %pass.run_id, pass = pass.number, "the pass has gone over the whole run");
-            let replayed = pass.kind == PassKind::Replay;
-            return Ok(if replayed { After::TidyDeadLetters(Box::new(pass.clone())) } else { After::Nothing });
+            return Ok(After::Nothing);
         };
         let released = i32::try_from(items.len()).unwrap_or(i32::MAX);
         let advance = Advance {
@@ -388,12 +394,10 @@ impl FanOut {
         let keys: Vec<Key> = next.iter().map(|item| item.key()).collect();
         // The run is cancelled, so no claim is granted to this worker: its id is of no importance.
         let claimed = attempts::claim(conn, 0, &keys, &Receipt::default()).await?;
-        let claimed: HashSet<Key> = claimed.iter().map(|claim| claim.key).collect();
-        let results: Vec<ItemResult> = next
-            .iter()
-            .filter(|item| claimed.contains(&item.key()))
-            .map(|item| item.result(ItemState::Cancelled, None))
-            .collect();
+        let withheld: HashMap<Key, Withheld> =
+            claimed.iter().filter_map(|claim| Some((claim.key, claim.withheld?))).collect();
+        let results: Vec<ItemResult> =
+            next.iter().filter_map(|item| Some(outcome::withheld(*item, *withheld.get(&item.key())?))).collect();
         Ok(Outgoing::results(pass.run_id, &results, self.config.send.result_batch))
     }
 

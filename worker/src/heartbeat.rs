@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun_shared::{config::HeartbeatConfig, store::workers};
+use mailrun_shared::{broker::Rejections, config::HeartbeatConfig, store::workers};
 use rustix::time::{ClockId, clock_gettime};
 use sqlx::PgPool;
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -39,6 +39,8 @@ pub struct Heartbeat {
     /// Cancelled when its row is gone or declares it dead: for good, since others act on that.
     fenced: CancellationToken,
     rebuilds: AtomicI32,
+    /// What RabbitMQ does not take from it.
+    rejections: OnceLock<Rejections>,
     /// What it sends through and with, if it does.
     sender: OnceLock<(Arc<dyn Mailer>, Arc<Permits>)>,
 }
@@ -68,6 +70,7 @@ impl Heartbeat {
             last: Mutex::new(last),
             fenced: CancellationToken::new(),
             rebuilds: AtomicI32::new(0),
+            rejections: OnceLock::new(),
             sender: OnceLock::new(),
         })
     }
@@ -166,7 +169,13 @@ impl Heartbeat {
             _ => None,
         };
         let rebuilds = self.rebuilds.load(Ordering::Relaxed);
-        workers::heartbeat(&mut conn, self.worker_id, self.in_flight(), rebuilds, closed).await
+        let rejected = self.rejections.get().and_then(Rejections::words);
+        workers::heartbeat(&mut conn, self.worker_id, self.in_flight(), rebuilds, closed, rejected).await
+    }
+
+    /// Has the heartbeats show what RabbitMQ rejects.
+    pub fn show_rejections(&self, rejections: Rejections) {
+        let _ = self.rejections.set(rejections);
     }
 
     fn in_flight(&self) -> i32 {

@@ -14,6 +14,7 @@ mod consumer;
 mod fan_out;
 mod heartbeat;
 mod held;
+mod ids;
 pub mod mailer;
 #[cfg(test)]
 mod model;
@@ -26,12 +27,12 @@ mod progress;
 pub mod prune;
 mod relay_stops;
 pub mod replay;
+pub mod scrub;
 mod send;
 mod stopped_runs;
 pub mod sweep;
 mod templates;
 pub mod test_send;
-mod unsubscribe;
 mod watchdog;
 
 use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
@@ -54,12 +55,15 @@ use tracing::{error, info, warn};
 
 pub use crate::poison::STALE;
 use crate::{
-    consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, permits::Permits, progress::Progress, send::Senders,
-    sweep::Sweeper, test_send::TestSends, unsubscribe::Links, watchdog::Watchdog,
+    consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, ids::Ids, permits::Permits, progress::Progress,
+    send::Senders, sweep::Sweeper, test_send::TestSends, watchdog::Watchdog,
 };
 
 /// Run messages handed out ahead to one pump.
 const FAN_OUT_PREFETCH: u16 = 16;
+
+/// At the end, connections to RabbitMQ are closed within this time or left.
+const CLOSE: Duration = Duration::from_secs(3);
 
 /// What a worker process does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,13 +141,16 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     let permits = if roles.contains(&Role::Send) { config.permits() } else { 0 };
     let Some(heartbeat) = register(&pool, &names, permits, &config, &stop).await else { return Ok(()) };
     info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
-    let links = match roles.contains(&Role::Send) {
-        true => Links::read(&pool, &config, &stop).await,
-        false => Some(Links::default()),
+    let ids = match roles.contains(&Role::Send) {
+        true => match Ids::read(&pool, &config, &stop).await {
+            None => return Ok(()),
+            ids => ids,
+        },
+        false => None,
     };
-    let Some(links) = links else { return Ok(()) };
     let broker = Broker::new(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()));
     let publisher = broker.publisher(config.amqp.publish_lanes);
+    heartbeat.show_rejections(broker.rejections().clone());
     let beating = CancellationToken::new();
     let beat = tokio::spawn({
         let (heartbeat, beating) = (Arc::clone(&heartbeat), beating.clone());
@@ -157,11 +164,13 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     });
     let consumers = TaskTracker::new();
     let watchdog = Watchdog::new(&config, Arc::clone(&broker), pool.clone(), Arc::clone(&heartbeat));
-    let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, &links, &watchdog, &consumers, &stop)?;
+    let parts =
+        start(&config, &roles, &pool, &broker, &publisher, &heartbeat, ids.as_ref(), &watchdog, &consumers, &stop)?;
     drop(publisher);
     let deadline = Duration::from_millis(config.send.shutdown_deadline_ms);
     let ended = supervise(parts, lineage, &consumers, &heartbeat, &stop, deadline).await;
     watchdog.close().await;
+    broker.closed(CLOSE).await;
     beating.cancel();
     let _ = beat.await;
     if ended.is_ok() {
@@ -210,7 +219,7 @@ fn start(
     broker: &Arc<Broker>,
     publisher: &Publisher,
     heartbeat: &Arc<Heartbeat>,
-    links: &Links,
+    ids: Option<&Ids>,
     watchdog: &Arc<Watchdog>,
     consumers: &TaskTracker,
     stop: &CancellationToken,
@@ -221,26 +230,30 @@ fn start(
     for role in roles {
         match role {
             Role::FanOut => {
-                let pump = FanOut::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
+                let pump = FanOut::new(config.clone(), pool.clone(), publisher.clone());
                 parts.spawn(pump.run(consume(&[topology::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
                 let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 parts.spawn(sweeper.run(stop.clone()));
+                let (limit, broker) = (config.database.answer_timeout(), Arc::clone(broker));
+                parts.spawn(replay::run(pool.clone(), broker, publisher.clone(), limit, stop.clone()));
                 parts.spawn(prune::run(pool.clone(), config.clone(), stop.clone()));
             }
             Role::Send => {
+                // Senders have read them.
+                let Some(ids) = ids.cloned() else { continue };
                 let mailer = mailer::mailer(&config.mailer)?;
                 let permits = Arc::new(Permits::new(config.permits()));
                 heartbeat.tell_of(Arc::clone(&mailer), Arc::clone(&permits));
                 let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
-                let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, links.clone());
+                let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, ids.clone());
                 parts.spawn(tests.run(consume(&[topology::TESTS.into()], test_send::PREFETCH), stop.clone()));
                 let limit = config.database.answer_timeout();
                 parts.spawn(relay_stops::watch(pool.clone(), Arc::clone(&mailer), limit, stop.clone()));
-                let (beat, links) = (Arc::clone(heartbeat), links.clone());
+                let beat = Arc::clone(heartbeat);
                 let (config, pool, broker, publisher) =
                     (config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 let (queues, prefetch) = (broker.item_queues().to_vec(), config.send.prefetch);
-                let senders = Senders::new(config, pool, broker, publisher, beat, mailer, permits, links);
+                let senders = Senders::new(config, pool, broker, publisher, beat, mailer, permits, ids);
                 parts.spawn(senders.run(consume(&queues, prefetch), stop.clone()));
             }
             Role::Progress => {

@@ -9,7 +9,10 @@ use mailrun_shared::{
     message::{DeadReason, ItemMessage, ItemResult},
     retry::rung,
     run::Wanted,
-    store::attempts::{Fate, Found, Owner, Withheld},
+    store::{
+        attempts::{Fate, Found, Owner, Withheld},
+        people::DELETED,
+    },
     topology::retry_queue,
 };
 
@@ -27,9 +30,7 @@ const NOT_DUE: &str = "not sent yet: the rate limit left no send time";
 
 /// The reasons shown for items that are skipped.
 const SUPPRESSED: &str = "the address is on the list of those that nobody writes to any more";
-const INVITED: &str = "already invited: an earlier run had sent its invitation after all";
-/// The reason shown for an item whose person or run was deleted by hand.
-const DELETED: &str = "the person or the run was deleted from the database";
+const INVITED: &str = "already invited: another run has this person's invitation";
 
 /// What an attempt leaves behind: the next attempt, if there is one, and the result. Published in this order, so that a
 /// crash between the two loses nothing.

@@ -1,16 +1,19 @@
 //! Messages that can't be acted on: they go to the dead letters as they came, with the reason.
 
-use std::sync::Once;
+use std::{sync::Once, time::Duration};
 
 use mailrun_shared::{
     broker::{Outgoing, Publisher},
     message::{DeadReason, DecodeError, Message, decode},
     topology,
 };
+use tokio::time::timeout;
 use tracing::warn;
 
 use crate::consumer::Delivery;
 
+/// While there is no dead-letter queue, a message is held for so long.
+const INSIST: Duration = Duration::from_secs(60);
 /// Why a message of an earlier state of the ledger is dead.
 pub const STALE: &str =
     "it was published before the ledger was restored from a backup, and may have been acted on since";
@@ -60,7 +63,8 @@ async fn put_off(publisher: &Publisher, delivery: Delivery, waiting_room: &'stat
     let kind = delivery.kind().unwrap_or_default().to_owned();
     SAID.call_once(|| warn!(kind, "messages of a newer version wait for a worker that understands them"));
     let same = Outgoing::raw(waiting_room, kind, delivery.body.clone()).with_headers_of(&delivery.properties);
-    if publisher.publish(vec![same]).await.is_ok() {
+    // Rejected, it comes again when the consumer connects anew.
+    if publisher.offer(vec![same]).await.is_ok_and(|rejected| rejected.is_empty()) {
         delivery.ack();
     }
 }
@@ -72,7 +76,18 @@ pub async fn bury(publisher: &Publisher, delivery: Delivery, reason: &str) {
     let dead = Outgoing::raw("", kind, delivery.body.clone())
         .with_headers_of(&delivery.properties)
         .dead(DeadReason::Poison, reason);
-    if publisher.publish(vec![dead]).await.is_ok() {
-        delivery.ack();
+    match publisher.offer(vec![dead]).await {
+        Ok(rejected) if rejected.is_empty() => delivery.ack(),
+        Ok(rejected) => {
+            // The others must not wait for it.
+            let publisher = publisher.clone();
+            tokio::spawn(async move {
+                // Given up, it comes again when the consumer connects anew.
+                if let Ok(Ok(())) = timeout(INSIST, publisher.publish(rejected)).await {
+                    delivery.ack();
+                }
+            });
+        }
+        Err(_) => {}
     }
 }

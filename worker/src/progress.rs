@@ -144,7 +144,11 @@ impl Progress {
             error!(item_id, attempt, reason, "a result can't be counted; it goes to the dead letters");
             let message = ResultsMessage { run_id: report.run_id, results: vec![report.result.clone()] };
             let dead = Outgoing::new(&message).dead(DeadReason::Poison, reason);
-            stop.run_until_cancelled(self.publisher.publish(vec![dead])).await?.ok()?;
+            let rejected = stop.run_until_cancelled(self.publisher.offer(vec![dead])).await?.ok()?;
+            if !rejected.is_empty() {
+                // There is no dead-letter queue at present: the sender repeats the result, which is buried then.
+                continue;
+            }
             let noted = self.session.run(limit, async |conn| progress::note_buried(conn, *report, reason).await).await;
             if let Err(error) = noted {
                 warn!(%error, item_id, "a buried result can't be noted; if it is repeated, it is buried again");

@@ -1,6 +1,9 @@
 //! Retention: deletes old runs, on a schedule or at an operator's word, in steps that leave room for live ones.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use mailrun_shared::{
     config::Config,
@@ -18,6 +21,8 @@ const ITEMS: i64 = 1_000;
 /// After each of those, a rest that is so many times as long while other runs are under way, so that they hardly notice; else
 /// it is as long: at least half of the database is for the others.
 const REST_BESIDE_OTHERS: u32 = 19;
+/// So often runs are tried to be deleted while somebody holds up the claims.
+const TRIES: u32 = 5;
 /// The first look after a start: not in the rush of a restart.
 const FIRST_LOOK: Duration = Duration::from_secs(60);
 
@@ -44,12 +49,17 @@ pub async fn prune(
     let mut pruned = Pruned::default();
     loop {
         let runs = match after {
-            Some(after) => in_time(limit, prune::delete_runs(pool, after, RUNS)).await?,
+            Some(after) => delete_runs(pool, after, limit).await?,
             None => 0,
         };
         pruned.runs += runs;
         let mut begun = Instant::now();
+        let mut waiting = HashSet::new();
         while let Some(step) = in_time(limit, prune::step(pool, ITEMS)).await? {
+            if step.waits && !waiting.insert(step.run_id) {
+                // All that is left is being sent: the next prune deletes it.
+                break;
+            }
             pruned.items += step.items;
             progress(pruned);
             sleep(begun.elapsed() * if step.beside_others { REST_BESIDE_OTHERS } else { 1 }).await;
@@ -61,6 +71,17 @@ pub async fn prune(
     }
     while in_time(limit, prune::scraps(pool, ITEMS)).await? > 0 {}
     Ok(pruned)
+}
+
+/// Tries again where somebody holds up the claims for a moment.
+async fn delete_runs(pool: &PgPool, after: Duration, limit: Duration) -> sqlx::Result<usize> {
+    let mut tries = 1;
+    loop {
+        match in_time(limit, prune::delete_runs(pool, after, RUNS)).await {
+            Err(error) if tries < TRIES && prune::is_held_up(&error) => tries += 1,
+            deleted => return deleted,
+        }
+    }
 }
 
 /// Prunes on schedule until `stop`.

@@ -6,7 +6,7 @@
 //! themselves: each takes what has gathered while the one before was under way.
 
 use std::{
-    collections::{BTreeMap, HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
     iter,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -15,9 +15,10 @@ use std::{
 use mailrun_shared::{
     broker::{Broker, Outgoing, Publisher},
     config::Config,
-    item::{ItemState, Key, message_id},
+    item::{ItemState, Key},
     message::{ItemMessage, ItemResult},
     retry::{Reconnect, in_process},
+    signed_id::Named,
     store::{
         Session,
         attempts::{self, Claimed, Found, Paced},
@@ -31,7 +32,7 @@ use tokio::{
     task::yield_now,
     time::{sleep, sleep_until, timeout, timeout_at},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 use uuid::Uuid;
 
@@ -41,6 +42,7 @@ use crate::{
     consumer::{Consumer, Delivery},
     heartbeat::Heartbeat,
     held::Held,
+    ids::Ids,
     mailer::{Lane, Mail, Mailer, Outcome},
     outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
     pace::Pace,
@@ -48,7 +50,6 @@ use crate::{
     poison,
     stopped_runs::StoppedRuns,
     templates::{Read, Templates, TemplatesError},
-    unsubscribe::Links,
 };
 
 /// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
@@ -67,6 +68,9 @@ const REMEMBER_BATCH: usize = 2_000;
 const LONGEST_UNCLAIMED: Duration = Duration::from_secs(4 * 60);
 /// How often that is looked for while there is no permit.
 const LOOK_FOR_OLD_EVERY: Duration = Duration::from_secs(10);
+/// For so long messages that the broker rejects are published again, before the sweeper is left to replace them. Their items keep
+/// their permits meanwhile, and a deployment or a full queue may pass within it.
+const INSIST: Duration = Duration::from_secs(10);
 /// Each look at the results queue takes a connection.
 const LOOK_AT_RESULTS_EVERY: Duration = Duration::from_secs(1);
 /// Why a message is dead whose item is not in the ledger.
@@ -80,10 +84,8 @@ pub struct Senders {
     publisher: Publisher,
     heartbeat: Arc<Heartbeat>,
     mailer: Arc<dyn Mailer>,
-    /// Behind the @ of a Message-ID.
-    domain: String,
     templates: Templates,
-    links: Links,
+    ids: Ids,
     claims: Mutex<Claims>,
     permits: Arc<Permits>,
     pace: Arc<Pace>,
@@ -134,7 +136,7 @@ impl Senders {
         heartbeat: Arc<Heartbeat>,
         mailer: Arc<dyn Mailer>,
         permits: Arc<Permits>,
-        links: Links,
+        ids: Ids,
     ) -> Arc<Self> {
         let stopped = StoppedRuns::new(pool.clone(), config.database.answer_timeout());
         let pace = Pace::new(&config, pool.clone());
@@ -145,14 +147,13 @@ impl Senders {
             pace: Arc::clone(&pace),
         };
         Arc::new(Self {
-            links,
+            ids,
             templates: Templates::new(pool.clone(), config.database.answer_timeout()),
             pool,
             broker,
             publisher,
             heartbeat,
             mailer,
-            domain: config.message_id_domain(),
             claims: Mutex::default(),
             permits,
             pace,
@@ -172,7 +173,7 @@ impl Senders {
         let remember = tokio::spawn(Arc::clone(&self).remember(ending.clone()));
         let watch = tokio::spawn(Arc::clone(&self.stopped).watch(ending.clone()));
         // Ends when the intake and the last send have dropped their end.
-        self.report(outcomes).await;
+        Arc::clone(&self).report(outcomes).await;
         ending.cancel();
         let _ = (intake.await, remember.await, watch.await);
         self.last_receipt().await;
@@ -296,7 +297,12 @@ impl Senders {
     }
 
     /// Keeps messages whose send time is not near until it is. What has to wait longer, or has no room, waits on a retry queue.
-    async fn hold(&self, not_due: Vec<(Key, Duration)>, asked: &mut HashMap<Key, Asked>, held: &mut Held<Asked>) {
+    async fn hold(
+        self: &Arc<Self>,
+        not_due: Vec<(Key, Duration)>,
+        asked: &mut HashMap<Key, Asked>,
+        held: &mut Held<Asked>,
+    ) {
         let now = Instant::now();
         let mut beyond: BTreeMap<Duration, Vec<Asked>> = BTreeMap::new();
         for (key, wait) in not_due {
@@ -311,7 +317,7 @@ impl Senders {
     }
 
     /// Claims nothing, so that nobody's attempt is used up: what has come waits on a rung until then.
-    async fn put_off(&self, batch: Batch, until: Instant) {
+    async fn put_off(self: &Arc<Self>, batch: Batch, until: Instant) {
         let (_, asked) = self.understand(batch).await;
         let wait = self.rules.rung_within(until.saturating_duration_since(Instant::now()));
         self.park(asked.into_values().collect(), wait).await;
@@ -392,12 +398,13 @@ impl Senders {
                 };
             }
         };
+        let named = Named { run_id: claimed.key.run_id, item_id: claimed.key.item_id };
         let mail = Mail {
-            message_id: format!("<{}>", message_id(claimed.key.item_id, claimed.key.run_id, &self.domain)),
+            message_id: self.ids.message_id(named),
             email: claimed.email,
             name: claimed.name,
             template,
-            unsubscribe: self.links.of(claimed.key.item_id),
+            unsubscribe: self.ids.link(named),
             position: claimed.position,
             tries: item.tries,
             replays: item.replays,
@@ -430,8 +437,9 @@ impl Senders {
     }
 
     /// Publishes follow-ups, then results, then acknowledges; batch after batch.
-    async fn report(&self, mut outcomes: mpsc::Receiver<Finished>) {
+    async fn report(self: Arc<Self>, mut outcomes: mpsc::Receiver<Finished>) {
         let mut batch = Vec::new();
+        let late = TaskTracker::new();
         while outcomes.recv_many(&mut batch, self.config.send.result_batch).await > 0 {
             let until = Instant::now() + GATHER_OUTCOMES;
             while batch.len() < self.config.send.result_batch
@@ -440,26 +448,57 @@ impl Senders {
                 batch.push(finished);
             }
             let mut follow_ups = Vec::new();
-            let mut results = Vec::with_capacity(batch.len());
+            let mut of_follow_up = HashMap::new();
             for finished in &mut batch {
-                follow_ups.extend(finished.next.follow_up.take().map(Outgoing::from));
-                results.push((finished.key.run_id, finished.next.result.clone()));
+                if let Some(follow_up) = finished.next.follow_up.take().map(Outgoing::from) {
+                    of_follow_up.insert(follow_up.id(), finished.key);
+                    follow_ups.push(follow_up);
+                }
             }
-            if !self.publish(follow_ups).await || !self.publish(self.results(results)).await {
+            let Ok(rejected) = self.publisher.offer(follow_ups).await else { return };
+            let held: HashSet<Key> =
+                rejected.iter().filter_map(|message| of_follow_up.get(&message.id())).copied().collect();
+            let (held, batch): (Vec<Finished>, Vec<Finished>) =
+                batch.drain(..).partition(|finished| held.contains(&finished.key));
+            if !held.is_empty() {
+                let this = Arc::clone(&self);
+                late.spawn(async move {
+                    this.insist(rejected).await;
+                    this.settle(held).await;
+                });
+            }
+            if !self.settle(batch).await {
                 return;
             }
-            // All at once, so that the next claim is as large as this report.
-            self.permits.confirmed(batch.iter().map(|Finished { key, next }| (*key, next.result.state)));
-            let now = Instant::now();
-            let mut claims = self.claims();
-            for Finished { key, next } in batch.drain(..) {
-                claims.done(key, next.result, now).into_iter().for_each(Delivery::ack);
-            }
         }
+        late.close();
+        late.wait().await;
+    }
+
+    /// Publishes messages that the broker has rejected, for a while. Without them their items are found by the sweeper, and sent
+    /// by what it puts back; a dead letter that is missing is no loss.
+    async fn insist(&self, rejected: Vec<Outgoing>) {
+        let _ = timeout(INSIST, self.publisher.publish(rejected)).await;
+    }
+
+    /// Publishes results, gives the permits back and acknowledges. False: the process is ending.
+    async fn settle(&self, batch: Vec<Finished>) -> bool {
+        let results = batch.iter().map(|finished| (finished.key.run_id, finished.next.result.clone())).collect();
+        if !self.publish(self.results(results)).await {
+            return false;
+        }
+        // All at once, so that the next claim is as large as this report.
+        self.permits.confirmed(batch.iter().map(|Finished { key, next }| (*key, next.result.state)));
+        let now = Instant::now();
+        let mut claims = self.claims();
+        for Finished { key, next } in batch {
+            claims.done(key, next.result, now).into_iter().for_each(Delivery::ack);
+        }
+        true
     }
 
     /// Finds out why claims were refused, and does what that calls for.
-    async fn settle_refused(&self, mut asked: HashMap<Key, Asked>) {
+    async fn settle_refused(self: &Arc<Self>, mut asked: HashMap<Key, Asked>) {
         let found = match self.find(&asked).await {
             Ok(found) => found,
             Err(error) => {
@@ -533,8 +572,18 @@ impl Senders {
             done.extend(deliveries);
         }
         self.park(later, self.rules.shortest()).await;
-        if self.publish(follow_ups).await && self.publish(self.results(results)).await {
-            done.into_iter().for_each(Delivery::ack);
+        let Ok(rejected) = self.publisher.offer(follow_ups).await else { return };
+        let (this, is_taken) = (Arc::clone(self), rejected.is_empty());
+        let report = async move {
+            this.insist(rejected).await;
+            if this.publish(this.results(results)).await {
+                done.into_iter().for_each(Delivery::ack);
+            }
+        };
+        if is_taken {
+            report.await;
+        } else {
+            tokio::spawn(report);
         }
     }
 
@@ -568,12 +617,24 @@ impl Senders {
     }
 
     /// Looks again later, through a rung: a delivery is never held through a wait.
-    async fn park(&self, asked: Vec<Asked>, wait: Duration) {
+    async fn park(self: &Arc<Self>, asked: Vec<Asked>, wait: Duration) {
         let queue = retry_queue(wait);
-        let messages =
+        let messages: Vec<Outgoing> =
             asked.iter().map(|Asked { item, .. }| Outgoing::new(item).of_run(item.run_id).to(queue.clone())).collect();
-        if self.publish(messages).await {
-            asked.into_iter().flat_map(|asked| asked.deliveries).for_each(Delivery::ack);
+        let ids: Vec<Uuid> = messages.iter().map(Outgoing::id).collect();
+        let Ok(rejected) = self.publisher.offer(messages).await else { return };
+        let held: HashSet<Uuid> = rejected.iter().map(Outgoing::id).collect();
+        let (held, taken): (Vec<_>, Vec<_>) = ids.into_iter().zip(asked).partition(|(id, _)| held.contains(id));
+        let ack = |asked: Vec<(Uuid, Asked)>| {
+            asked.into_iter().flat_map(|(_, asked)| asked.deliveries).for_each(Delivery::ack);
+        };
+        ack(taken);
+        if !held.is_empty() {
+            let this = Arc::clone(self);
+            tokio::spawn(async move {
+                this.insist(rejected).await;
+                ack(held);
+            });
         }
     }
 

@@ -6,7 +6,7 @@
 //! each sweep that did not get it moving.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -22,7 +22,7 @@ use mailrun_shared::{
         sweep::{self, OpenItem, Repairs, Stalled},
     },
 };
-use sqlx::PgPool;
+use sqlx::{Connection as _, PgConnection, PgPool};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -57,13 +57,15 @@ pub struct Sweeper {
     broker: Arc<Broker>,
     publisher: Publisher,
     resting: HashMap<Uuid, Rest>,
+    /// Runs that could not be swept the last time, of which that is logged already.
+    failing: HashSet<Uuid>,
 }
 
 impl Sweeper {
     /// The sweeper of this process.
     #[must_use]
     pub fn new(config: Config, pool: PgPool, broker: Arc<Broker>, publisher: Publisher) -> Self {
-        Self { config, pool, broker, publisher, resting: HashMap::new() }
+        Self { config, pool, broker, publisher, resting: HashMap::new(), failing: HashSet::new() }
     }
 
     /// Sweeps until `stop`.
@@ -109,12 +111,19 @@ impl Sweeper {
             return Ok(());
         }
         let taken = self.queues_are_empty().await? && !in_time(limit, sweep::all_lanes_closed(&mut tx)).await?;
+        self.failing.retain(|run_id| due.iter().any(|run| run.run_id == *run_id));
         for run in due {
-            let mut repairs = Repairs { driven: self.drive(&run).await?, ..Repairs::default() };
-            if taken {
-                self.repair_items(&mut tx, &run, &mut repairs).await?;
+            match self.sweep_run(&mut tx, &run, taken).await {
+                Ok(()) => {
+                    self.failing.remove(&run.run_id);
+                }
+                // The others must not wait for it.
+                Err(error) => {
+                    if self.failing.insert(run.run_id) {
+                        warn!(run_id = %run.run_id, %error, "a run can't be swept; trying again later");
+                    }
+                }
             }
-            in_time(limit, sweep::record(&mut tx, run.run_id, repairs)).await?;
             if !taken {
                 continue;
             }
@@ -123,6 +132,19 @@ impl Sweeper {
             self.resting.insert(run.run_id, Rest { until: Instant::now() + length, length });
         }
         in_time(limit, tx.commit()).await?;
+        Ok(())
+    }
+
+    /// Sweeps one run. What goes wrong with it in the ledger is undone, and does not spoil the sweep's transaction.
+    async fn sweep_run(&self, conn: &mut PgConnection, run: &Stalled, taken: bool) -> Result<(), SweepError> {
+        let limit = self.config.database.answer_timeout();
+        let mut point = in_time(limit, conn.begin()).await?;
+        let mut repairs = Repairs { driven: self.drive(run).await?, ..Repairs::default() };
+        if taken {
+            self.repair_items(&mut point, run, &mut repairs).await?;
+        }
+        in_time(limit, sweep::record(&mut point, run.run_id, repairs)).await?;
+        in_time(limit, point.commit()).await?;
         Ok(())
     }
 
@@ -140,12 +162,7 @@ impl Sweeper {
         Ok(1)
     }
 
-    async fn repair_items(
-        &self,
-        conn: &mut sqlx::PgConnection,
-        run: &Stalled,
-        all: &mut Repairs,
-    ) -> Result<(), SweepError> {
+    async fn repair_items(&self, conn: &mut PgConnection, run: &Stalled, all: &mut Repairs) -> Result<(), SweepError> {
         let run_id = run.run_id;
         let batch = self.config.sweep.batch_items;
         let mut after = 0;

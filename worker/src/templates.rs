@@ -1,6 +1,6 @@
 //! What the runs under way say: read once for each run, and not with every claim.
 
-use std::{sync::Arc, time::Duration};
+use std::{panic::resume_unwind, sync::Arc, time::Duration};
 
 use mailrun_shared::{
     store::{in_time, runs},
@@ -8,6 +8,7 @@ use mailrun_shared::{
 };
 use moka::future::Cache;
 use sqlx::PgPool;
+use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
 /// Runs that are sent at the same time, and a good many more.
@@ -46,7 +47,12 @@ impl Templates {
         let read = async {
             let text = in_time(self.answer_timeout, runs::text(&self.pool, run_id)).await;
             let (subject, body) = text.map_err(TemplatesError::Ledger)?;
-            Ok(Arc::new(Template::new(&subject, &body)?))
+            // Reading a long text takes as long as writing some mails.
+            match spawn_blocking(move || Template::new(&subject, &body)).await {
+                Ok(template) => Ok(Arc::new(template?)),
+                Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
+                Err(_) => Err(TemplatesError::Ledger(sqlx::Error::WorkerCrashed)),
+            }
         };
         self.read.try_get_with(run_id, read).await
     }

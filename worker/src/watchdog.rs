@@ -14,7 +14,7 @@ use std::{
 
 use lapin::Channel;
 use mailrun_shared::{
-    broker::{Broker, Link, depth, hang_up},
+    broker::{Broker, Link, depth},
     config::Config,
     store::{in_time, sweep},
 };
@@ -242,9 +242,9 @@ impl Watchdog {
         let mut outlook = self.outlook.lock().await;
         if outlook.is_none() {
             let open = async {
-                let connection = self.broker.connect("look").await.ok()?;
-                let channel = connection.create_channel().await.ok()?;
-                Some((connection, channel))
+                let link = self.broker.connect("look").await.ok()?;
+                let channel = link.channel().await.ok()?;
+                Some((link, channel))
             };
             *outlook = timeout(self.broker.answer_timeout(), open).await.ok()?;
         }
@@ -253,8 +253,8 @@ impl Watchdog {
             Ok(Ok(ready)) => Some(ready),
             _ => {
                 debug!(queue, "the queue can't be looked at");
-                if let Some((connection, _)) = outlook.take() {
-                    hang_up(&connection).await;
+                if let Some((link, _)) = outlook.take() {
+                    link.close().await;
                 }
                 None
             }
@@ -276,8 +276,8 @@ impl Watchdog {
     /// Closes what it has opened.
     pub async fn close(&self) {
         let outlook = self.outlook.lock().await.take();
-        if let Some((connection, _)) = outlook {
-            hang_up(&connection).await;
+        if let Some((link, _)) = outlook {
+            link.close().await;
         }
     }
 }

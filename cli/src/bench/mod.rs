@@ -101,7 +101,7 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
     let program = std::env::current_exe().context("the path of this program is unknown")?;
     let stack = Stack::start(&home, &program, Duration::ZERO, |step| eprintln!("{step} …")).await?;
     let settings = Settings { config: &config, file, home: &home };
-    let measured = stop.run_until_cancelled(measure(&stack, &settings, options)).await;
+    let measured = stop.run_until_cancelled(Box::pin(measure(&stack, &settings, options))).await;
     for purpose in PURPOSES {
         Place::drop_leftover(&stack, purpose).await?;
     }

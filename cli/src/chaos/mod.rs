@@ -238,7 +238,7 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     });
     let (weather, limit) = (Arc::clone(&site.weather), site.limit);
     let (site, in_good_order) = site.stop().await;
-    let verdict = judge(&site.pool, &site.sink, run_id, setting.recipients).await?;
+    let verdict = judge(&site.pool, &site.sink, run_id, setting.recipients, &weather.erased()).await?;
     site.drop().await?;
     let kept = limit.zip(weather.meter.get()).map(|(limit, meter)| meter.judge(allowed(limit))).unwrap_or_default();
     if limit.is_some() {

@@ -67,6 +67,8 @@ pub(super) struct Weather {
     pub(super) meter: OnceLock<Arc<RateMeter>>,
     /// From when to when the run was paused, as far as a person can know.
     pub(super) pauses: Mutex<Vec<(Instant, Instant)>>,
+    /// The people who were erased: by tombstone, the address, which the sink knows.
+    pub(super) erased: Mutex<HashMap<String, String>>,
 }
 
 impl Weather {
@@ -127,6 +129,11 @@ impl Weather {
         let pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(meter) = self.meter.get() else { return 0 };
         pauses.iter().map(|(from, until)| meter.offered_between(*from + PAUSE_ACTS, *until) as u64).sum()
+    }
+
+    /// The people who were erased: by tombstone, the address.
+    pub(super) fn erased(&self) -> HashMap<String, String> {
+        self.erased.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn of_recipient(&self, recipient: &str) -> Action {

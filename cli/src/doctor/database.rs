@@ -3,12 +3,15 @@
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use mailrun_shared::store::schema::{self, Difference};
+use mailrun_shared::store::{
+    durability::{self as store_durability, Durability},
+    schema::{self, Difference},
+};
 use sqlx::{Connection as _, PgConnection};
 use tokio::time::timeout;
 
 use super::{
-    Patient,
+    Patient, durability,
     report::{Finding, Report},
 };
 
@@ -21,21 +24,25 @@ const TOLERANCE: TimeDelta = TimeDelta::seconds(5);
 /// Looks at it. False: the ledger can't be read.
 pub(super) async fn examine(patient: &Patient, report: &mut Report) -> bool {
     match timeout(PATIENCE, look(patient)).await {
-        Ok(Ok((difference, apart))) => tell(&difference, apart, report),
+        Ok(Ok((difference, apart, durability))) => {
+            durability::tell(&durability, report);
+            tell(&difference, apart, report)
+        }
         Ok(Err(error)) => does_not_answer(&error.to_string(), report),
         Err(_) => does_not_answer("it is silent", report),
     }
 }
 
 /// On a connection of its own: the pool would wait for a server that is not there, and then not say why.
-async fn look(patient: &Patient) -> sqlx::Result<(Difference, TimeDelta)> {
+async fn look(patient: &Patient) -> sqlx::Result<(Difference, TimeDelta, Durability)> {
     let mut conn = PgConnection::connect_with(&patient.pool.connect_options()).await?;
     let difference = schema::difference(&mut conn).await?;
     let before = Utc::now();
     let theirs = schema::now(&mut conn).await?;
     let apart = apart(before, theirs, Utc::now());
+    let durability = store_durability::read(&mut conn).await?;
     conn.close().await?;
-    Ok((difference, apart))
+    Ok((difference, apart, durability))
 }
 
 /// How far their clock is from ours, at least: when they looked at it is known to lie between two looks at ours.

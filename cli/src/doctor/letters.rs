@@ -14,7 +14,7 @@ use mailrun_shared::{
     store::audit::{self, Subject, Troubled},
     topology::DEAD,
 };
-use mailrun_worker::replay::{header_text, take_off};
+use mailrun_worker::replay::{Fate, Walked, header_text, walk_over};
 use tokio::time::timeout;
 
 use super::{
@@ -171,8 +171,9 @@ fn outdated(count: usize) -> Finding {
 async fn remove(conveyor: &Conveyor, outdated: &HashSet<Key>) -> Result<()> {
     let publisher = conveyor.publisher.as_ref().context("RabbitMQ takes no messages")?;
     let goes = |letter: &Delivery| key(letter).is_some_and(|key| outdated.contains(&key));
-    let (taken, left) = take_off(&conveyor.broker, publisher, goes).await?;
-    ensure!(left == 0, "{taken} are off the queue, and {left} letters were not reached: run it again");
+    let fate = |letter: &Delivery| if goes(letter) { Fate::Goes } else { Fate::Stays };
+    let Walked { changed, left } = walk_over(&conveyor.broker, publisher, fate).await?;
+    ensure!(left == 0, "{changed} are off the queue, and {left} letters were not reached: run it again");
     Ok(())
 }
 

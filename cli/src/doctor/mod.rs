@@ -8,6 +8,7 @@
 mod claims;
 mod counters;
 mod database;
+mod durability;
 mod letters;
 mod lineage;
 mod outbox;

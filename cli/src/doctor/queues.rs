@@ -3,12 +3,12 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, ErrorKind,
+    BasicProperties, Channel, Confirmation, ErrorKind,
     options::{BasicPublishOptions, ConfirmSelectOptions},
     protocol::AMQPErrorKind,
 };
 use mailrun_shared::{
-    broker::{Broker, BrokerError, Link, Publisher, hang_up},
+    broker::{Broker, BrokerError, Link, Publisher},
     config::{AmqpConfig, Config},
     topology::{self, DEAD, EXCHANGE, ITEMS, Queue, RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT, TESTS},
 };
@@ -60,7 +60,7 @@ impl Conveyor {
     /// # Errors
     /// The broker's.
     pub(super) async fn channel(&self) -> lapin::Result<Channel> {
-        self.connection.create_channel().await
+        self.connection.channel().await
     }
 
     /// What is on a queue; nothing, if it is not there.
@@ -125,7 +125,7 @@ async fn look(patient: &Patient, report: &mut Report) -> Result<Conveyor, Broker
     // On a connection of its own: one that is blocked by an alarm does not even let go of what it has.
     let connection = conveyor.broker.connect("try").await?;
     let taken = timeout(LONGEST_LOOK, takes_messages(&connection)).await;
-    hang_up(&connection).await;
+    connection.close().await;
     match taken.map_err(|_| BrokerError::Timeout)?? {
         Taken::Yes => conveyor.publisher = Some(conveyor.broker.publisher(1)),
         Taken::NoExchange => {}
@@ -220,7 +220,7 @@ async fn put_back_exchanges(conveyor: &Conveyor) -> lapin::Result<()> {
 }
 
 async fn examine_topology(patient: &Patient, conveyor: &mut Conveyor, report: &mut Report) -> Result<(), BrokerError> {
-    let queues = topology::queues(conveyor.broker.item_queues(), &patient.config.rungs());
+    let queues = topology::queues(conveyor.broker.item_queues(), &patient.config.all_rungs());
     match find_exchanges(conveyor).await? {
         Found::Right(_) => {}
         Found::Missing => report.add(patient.mend(exchange_missing(), put_back_exchanges(conveyor)).await),
@@ -328,8 +328,8 @@ enum Taken {
 
 /// Publishes messages that lead nowhere. A broker in an alarm tells nobody who does not publish: it still takes the first
 /// message of a connection, and reads nothing more from it then.
-async fn takes_messages(connection: &Connection) -> lapin::Result<Taken> {
-    let channel = connection.create_channel().await?;
+async fn takes_messages(connection: &Link) -> lapin::Result<Taken> {
+    let channel = connection.channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await?;
     let publish = async || {
         let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());

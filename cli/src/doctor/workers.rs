@@ -51,6 +51,11 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
     for trouble in troubles(&alive, &runs, waits) {
         report.add(finding(&trouble));
     }
+    for worker in &alive {
+        if let Some(rejected) = &worker.rejected {
+            report.add(rejection(worker, rejected));
+        }
+    }
     if let Some(conveyor) = conveyor {
         look_for_consumers(conveyor, Some(&alive), report).await;
     }
@@ -163,6 +168,18 @@ fn finding(trouble: &Trouble) -> Finding {
     }
 }
 
+fn rejection(worker: &Worker, rejected: &str) -> Finding {
+    Finding::new(
+        CHECK,
+        format!("RabbitMQ rejects messages of worker {}", worker.id),
+        format!(
+            "{rejected}. Other messages go on, and nothing is lost: these are published again, and what is missing for long the              sweeper puts back. Until then their recipients wait"
+        ),
+        "A missing queue is declared by mailrun setup or mailrun doctor --fix; for a full one, see the policies of the virtual \
+         host, and rabbitmq-diagnostics alarms",
+    )
+}
+
 /// Finds queues with messages that nobody reads, and workers that live and don't read their queue. `alive`: None: nobody
 /// knows who lives.
 pub(super) async fn look_for_consumers(conveyor: &Conveyor, alive: Option<&[&Worker]>, report: &mut Report) {
@@ -269,6 +286,7 @@ mod tests {
             dead: false,
             silent_s: 0.5,
             closed: closed.map(Into::into),
+            rejected: None,
         }
     }
 

@@ -47,6 +47,15 @@ impl World {
     }
 
     pub async fn on(home: &Path, settings: &[(&str, &str)]) -> Self {
+        Self::prepared(home, settings, async |_| {}).await
+    }
+
+    /// On the shared stack, with a ledger that is there already and brought up to date.
+    pub async fn on_ledger(settings: &[(&str, &str)], prepare: impl AsyncFnOnce(&PgPool)) -> Self {
+        Self::prepared(&stack::home(), settings, prepare).await
+    }
+
+    async fn prepared(home: &Path, settings: &[(&str, &str)], prepare: impl AsyncFnOnce(&PgPool)) -> Self {
         ensure_servers(say).await.unwrap();
         let stack = Stack::start(home, Path::new(MAILRUN), LINGER, |step| eprintln!("{step}")).await.unwrap();
         let name = format!("test-{}", Uuid::new_v4().simple());
@@ -68,6 +77,7 @@ impl World {
         ];
         environment.extend(settings.iter().map(|(key, value)| set(key, (*value).to_owned())));
         let pool = PgPool::connect_lazy(&stack.database_url(&name)).unwrap();
+        prepare(&pool).await;
         let client = Client::builder().no_proxy().redirect(redirect::Policy::none()).build().unwrap();
         let web = format!("http://127.0.0.1:{port}");
         let mut world = Self { stack, pool, web, client, name, folder, environment, children: Vec::new() };
@@ -165,6 +175,9 @@ impl World {
 
     /// SIGTERM; returns whether the exit code was 0.
     pub fn terminate(&mut self, child: usize) -> bool {
+        if let Some(ended) = self.children[child].try_wait().unwrap() {
+            return ended.success();
+        }
         let pid = rustix::process::Pid::from_child(&self.children[child]);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         self.children[child].wait().unwrap().success()

@@ -8,7 +8,13 @@ mod servers;
 mod smtp;
 mod suppressions;
 
-use std::{collections::HashMap, ffi::OsString, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ffi::OsString,
+    net::SocketAddr,
+    path::Path,
+    time::Duration,
+};
 
 use config::{Environment, File, FileFormat};
 use secrecy::{ExposeSecret, SecretString};
@@ -539,11 +545,16 @@ impl Config {
     /// hours; the simulated one means a moment.
     #[must_use]
     pub fn rungs(&self) -> Vec<Duration> {
-        let suits: &[u64] = match self.mailer.kind {
-            MailerKind::Simulated => &[250, 1_000, 5_000],
-            MailerKind::Smtp => &[1_000, 5_000, 30_000, 300_000, 1_800_000, 7_200_000, 28_800_000],
-        };
+        let suits = self.mailer.kind.rungs_ms();
         self.retry.rungs_ms.as_deref().unwrap_or(suits).iter().copied().map(Duration::from_millis).collect()
+    }
+
+    /// The rungs of every mailer there is, and those of the settings: each needs its queue, since who declares the queues may
+    /// know nothing of the mailer that the senders use.
+    #[must_use]
+    pub fn all_rungs(&self) -> Vec<Duration> {
+        let all = MailerKind::ALL.into_iter().flat_map(MailerKind::rungs_ms).copied().map(Duration::from_millis);
+        all.chain(self.rungs()).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     fn check(&self) -> Result<(), ConfigError> {

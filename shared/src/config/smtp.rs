@@ -22,6 +22,20 @@ pub enum MailerKind {
     Smtp,
 }
 
+impl MailerKind {
+    /// All there are.
+    pub const ALL: [Self; 2] = [Self::Simulated, Self::Smtp];
+
+    /// The rungs that suit it, in milliseconds.
+    #[must_use]
+    pub fn rungs_ms(self) -> &'static [u64] {
+        match self {
+            Self::Simulated => &[250, 1_000, 5_000],
+            Self::Smtp => &[1_000, 5_000, 30_000, 300_000, 1_800_000, 7_200_000, 28_800_000],
+        }
+    }
+}
+
 /// `[mailer.smtp]`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]

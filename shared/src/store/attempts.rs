@@ -26,9 +26,9 @@ pub struct Claimed {
     pub key: Key,
     /// The item's place in its run, from 1.
     pub position: i32,
-    /// The recipient; empty if the person was deleted, and then the claim is withheld.
+    /// The recipient as the list wrote it; empty if the person was deleted, and then the claim is withheld.
     pub email: String,
-    /// The recipient's name.
+    /// The name that the list gave.
     pub name: Option<String>,
     /// Why the claim is nobody's, and the attempt is not to be carried out. None: it is the worker's.
     pub withheld: Option<Withheld>,
@@ -41,9 +41,10 @@ pub enum Withheld {
     Cancelled,
     /// The address was suppressed.
     Suppressed,
-    /// The person or the run was deleted from the ledger by hand.
+    /// The person was erased, or the person or the run deleted from the ledger by hand.
     Deleted,
-    /// The person got an invitation of an earlier run, which was cancelled, and the news of it came late.
+    /// The person has another invitation: that of an earlier run, which was cancelled, and the news that it was sent came late;
+    /// or that of another spelling of the same mailbox.
     Invited,
 }
 
@@ -108,10 +109,11 @@ pub async fn claim(
     let asked = Columns::of(keys);
     let rows = sqlx::query!(
         r#"WITH asked AS MATERIALIZED (
-               SELECT asked.item_id, asked.number, i.run_id, i.position, coalesce(u.email, '') AS email, u.name,
-                      CASE WHEN r.wanted = 'cancelled' THEN $5::bigint WHEN s.email IS NOT NULL THEN $6
-                           WHEN u.id IS NULL OR r.id IS NULL THEN $7 WHEN u.emailed_at IS NOT NULL THEN $8
-                           ELSE $1::bigint END
+               SELECT asked.item_id, asked.number, i.run_id, i.position, coalesce(i.typed, u.email, '') AS email,
+                      nullif(coalesce(i.name, u.name), '') AS name,
+                      CASE WHEN u.id IS NULL OR r.id IS NULL OR u.erased_at IS NOT NULL THEN $7
+                           WHEN r.wanted = 'cancelled' THEN $5::bigint WHEN s.email IS NOT NULL THEN $6
+                           WHEN u.emailed_at IS NOT NULL OR i.overtaken THEN $8 ELSE $1::bigint END
                       AS worker_id
                FROM unnest($2::uuid[], $3::bigint[], $4::integer[]) AS asked (run_id, item_id, number)
                JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id

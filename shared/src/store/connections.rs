@@ -36,6 +36,8 @@ pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
     let options = options.application_name(name).options([
         ("plan_cache_mode", "force_generic_plan"),
         ("jit", "off"),
+        // What is accepted is on disk, whatever the role or the database says otherwise.
+        ("synchronous_commit", "on"),
         ("statement_timeout", &answer_ms),
         ("idle_in_transaction_session_timeout", &abandoned_ms),
         ("tcp_keepalives_idle", "30"),

@@ -55,15 +55,19 @@ pub async fn mark_published(conn: &mut PgConnection, ids: &[i64]) -> sqlx::Resul
     Ok(())
 }
 
-/// Leaves messages for a minute.
+/// Leaves messages for some time.
 ///
 /// # Errors
 /// The database's.
-pub async fn postpone(conn: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> {
+pub async fn postpone(conn: &mut PgConnection, ids: &[i64], time: Duration) -> sqlx::Result<()> {
     if !ids.is_empty() {
-        sqlx::query!("UPDATE outbox SET publish_at = now() + interval '1 minute' WHERE id = ANY($1)", ids)
-            .execute(conn)
-            .await?;
+        sqlx::query!(
+            "UPDATE outbox SET publish_at = now() + make_interval(secs => $2) WHERE id = ANY($1)",
+            ids,
+            time.as_secs_f64(),
+        )
+        .execute(conn)
+        .await?;
     }
     Ok(())
 }

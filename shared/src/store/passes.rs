@@ -373,6 +373,63 @@ pub async fn finish(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
     Ok(())
 }
 
+/// A replay that has gone over the whole run, and whose dead letters may still be on their queue.
+#[derive(Clone, Debug)]
+pub struct Replayed {
+    /// The run.
+    pub run_id: Uuid,
+    /// The pass.
+    pub number: i32,
+    /// The states asked for.
+    pub states: Vec<ItemState>,
+    /// The error asked for; none: all.
+    pub error: Option<String>,
+    /// When it began.
+    pub created_at: DateTime<Utc>,
+}
+
+/// All such replays.
+///
+/// # Errors
+/// The database's.
+pub async fn to_tidy(conn: &mut PgConnection) -> sqlx::Result<Vec<Replayed>> {
+    sqlx::query_as!(
+        Replayed,
+        r#"SELECT run_id, number, states AS "states: Vec<ItemState>", error, created_at FROM run_passes
+           WHERE kind = 'replay' AND done_at IS NOT NULL AND tidied_at IS NULL"#
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// Any number will do, as long as it is the same for all processes.
+const TIDYING: i64 = 0x6d61_696c_7275_6e02;
+
+/// Makes the connection the only one that takes dead letters off, until it is closed. False: there is one.
+///
+/// # Errors
+/// The database's.
+pub async fn lock_tidying(conn: &mut PgConnection) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(r#"SELECT pg_try_advisory_lock($1) AS "locked!""#, TIDYING).fetch_one(conn).await
+}
+
+/// Notes that the dead letters of these replays are off their queue.
+///
+/// # Errors
+/// The database's.
+pub async fn mark_tidied(conn: &mut PgConnection, replays: &[Replayed]) -> sqlx::Result<()> {
+    let (runs, numbers): (Vec<Uuid>, Vec<i32>) = replays.iter().map(|replay| (replay.run_id, replay.number)).unzip();
+    sqlx::query!(
+        "UPDATE run_passes p SET tidied_at = clock_timestamp() FROM unnest($1::uuid[], $2::integer[]) AS done (run_id, number)
+         WHERE p.run_id = done.run_id AND p.number = done.number",
+        &runs,
+        &numbers,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
 /// Notes that a message for this pass goes round, though it releases nothing yet. At most once a second, since a waiting
 /// run comes by ten times as often.
 ///

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::{
     audit,
     held_suppressions::{Missing, suppress_missing},
+    people::{self, DELETED, REPLY_ERASED},
 };
 use crate::{
     config::SuppressionsConfig,
@@ -134,13 +135,14 @@ async fn apply_once(
     }
     if applied.changed > 0 {
         mark_overtaken(&mut tx, &items).await?;
-        if !update_items(&mut tx, &items, results).await? {
+        let erased = erased(&mut tx, &items, results).await?;
+        if !update_items(&mut tx, &items, results, &erased).await? {
             tx.rollback().await?;
             return Ok(None);
         }
         mark_emailed(&mut tx, &items).await?;
         update_counters(&mut tx, &moved).await?;
-        suppress(&mut tx, suppressions, &items, results).await?;
+        suppress(&mut tx, suppressions, &items, results, &erased).await?;
         tx.commit().await?;
     }
     Ok(Some(applied))
@@ -180,16 +182,38 @@ async fn mark_overtaken(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> 
     Ok(())
 }
 
+/// The people of whom a result says something, and who were erased since their attempt began.
+async fn erased(
+    conn: &mut PgConnection,
+    items: &HashMap<i64, Item>,
+    results: &[Report<'_>],
+) -> sqlx::Result<HashSet<i64>> {
+    let says_something = |item: &&Item| item.winner.is_some_and(|index| results[index].result.error.is_some());
+    let users: Vec<i64> = items.values().filter(says_something).map(|item| item.user_id).collect();
+    match users.is_empty() {
+        true => Ok(HashSet::new()),
+        false => Ok(people::erased_of(conn, &users).await?.into_iter().collect()),
+    }
+}
+
+/// The reason that is written down: nothing that a mail server says about a person who was erased.
+fn kept(error: Option<&str>, is_erased: bool) -> Option<&str> {
+    error.map(|error| if is_erased && error != DELETED { REPLY_ERASED } else { error })
+}
+
 /// False: one of them was not where it had been read.
 async fn update_items(
     conn: &mut PgConnection,
     items: &HashMap<i64, Item>,
     results: &[Report<'_>],
+    erased: &HashSet<i64>,
 ) -> sqlx::Result<bool> {
-    let mut changed: Vec<(&ItemResult, Standing)> =
-        items.values().filter_map(|item| item.winner.map(|index| (results[index].result, item.was))).collect();
+    let mut changed: Vec<(&ItemResult, &Item)> =
+        items.values().filter_map(|item| item.winner.map(|index| (results[index].result, item))).collect();
     changed.sort_unstable_by_key(|(result, _)| result.item_id);
-    let (winners, were): (Vec<&ItemResult>, Vec<Standing>) = changed.into_iter().unzip();
+    let (winners, changed): (Vec<&ItemResult>, Vec<&Item>) = changed.into_iter().unzip();
+    let were: Vec<Standing> = changed.iter().map(|item| item.was).collect();
+    let is_erased: Vec<bool> = changed.iter().map(|item| erased.contains(&item.user_id)).collect();
     let ids: Vec<i64> = winners.iter().map(|result| result.item_id).collect();
     let old_attempts: Vec<i32> = were.iter().map(|standing| standing.attempt).collect();
     let old_states: Vec<ItemState> = were.iter().map(|standing| standing.state).collect();
@@ -197,7 +221,8 @@ async fn update_items(
     let tries: Vec<i16> = winners.iter().map(|result| result.tries).collect();
     let replays: Vec<i16> = winners.iter().map(|result| result.replays).collect();
     let states: Vec<ItemState> = winners.iter().map(|result| result.state).collect();
-    let errors: Vec<Option<&str>> = winners.iter().map(|result| result.error.as_deref()).collect();
+    let errors: Vec<Option<&str>> =
+        winners.iter().zip(is_erased).map(|(result, is_erased)| kept(result.error.as_deref(), is_erased)).collect();
     let due_in_s: Vec<Option<f64>> =
         winners.iter().map(|result| result.due_in_ms.map(|ms| ms as f64 / 1000.0)).collect();
     let updated = sqlx::query!(
@@ -244,10 +269,12 @@ async fn suppress(
     settings: &SuppressionsConfig,
     items: &HashMap<i64, Item>,
     results: &[Report<'_>],
+    erased: &HashSet<i64>,
 ) -> sqlx::Result<()> {
     let bad = items.values().filter_map(|item| {
         let result = results[item.winner?].result;
-        result.bad_address.then_some((item.run_id, item.user_id, result.error.as_deref()))
+        let detail = kept(result.error.as_deref(), erased.contains(&item.user_id));
+        result.bad_address.then_some((item.run_id, item.user_id, detail))
     });
     let bad: Vec<(Uuid, i64, Option<&str>)> = bad.collect();
     if bad.is_empty() {

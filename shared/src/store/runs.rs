@@ -80,7 +80,7 @@ pub struct Summary {
 pub struct Trouble {
     /// Its place in the run, from 1.
     pub position: i32,
-    /// The recipient.
+    /// The recipient, as the list wrote it.
     pub email: String,
     /// `failed` or `unknown`.
     pub state: ItemState,
@@ -211,7 +211,7 @@ pub async fn text(pool: &PgPool, run_id: Uuid) -> sqlx::Result<(String, String)>
 pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sqlx::Result<Vec<Trouble>> {
     sqlx::query_as!(
         Trouble,
-        r#"SELECT i.position, u.email, i.state AS "state: ItemState", i.attempt AS attempts, i.error, i.finished_at
+        r#"SELECT i.position, coalesce(i.typed, u.email) AS "email!", i.state AS "state: ItemState", i.attempt AS attempts, i.error, i.finished_at
            FROM run_items i JOIN users u ON u.id = i.user_id
            WHERE i.run_id = $1 AND i.position > $2 AND i.troubled
            ORDER BY i.position LIMIT $3"#,
@@ -348,12 +348,23 @@ pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<Replayed> 
     .fetch_all(&mut *tx)
     .await?;
     let mut replayed = Replayed::default();
-    for (run_id, restored) in matching.iter().map(|run| (&run.run_id, run.restored)) {
-        if restored && !wish.restored {
+    let mut runs = Vec::new();
+    for run in matching {
+        if run.restored && !wish.restored {
             replayed.unconfirmed += 1;
-            continue;
+        } else {
+            runs.push(run.run_id);
         }
-        replayed.runs += 1;
+    }
+    // Those that are pruned at this very moment are gone; the others stay until the replay has begun.
+    let runs = sqlx::query_scalar!(
+        "SELECT run_id FROM run_progress WHERE run_id = ANY($1) ORDER BY run_id FOR KEY SHARE",
+        &runs
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    replayed.runs = runs.len();
+    for run_id in &runs {
         let replay = Replay {
             command_id: Uuid::new_v5(&wish.token, run_id.as_bytes()),
             states: wish.states.clone(),

@@ -3,23 +3,42 @@
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
-use sqlx::{PgConnection, PgPool, migrate::Migrator};
+use sqlx::{
+    PgConnection, PgPool,
+    migrate::{MigrateError, Migrator},
+};
+use tracing::info;
+
+use super::mailboxes;
 
 /// The steps that make it. One that has landed is never edited.
 static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
 
-/// Brings the schema up to date. Safe from several processes at once.
+/// Brings the schema up to date, and the addresses in it (see [`mailboxes`]). Safe from several processes at once.
 ///
 /// # Errors
 /// When PostgreSQL can't be reached, or holds another schema.
-pub async fn migrate(pool: &PgPool) -> Result<(), sqlx::migrate::MigrateError> {
+pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
     let mut connection = pool.acquire().await?;
     // A step may take its time on a large ledger.
     sqlx::query("SET statement_timeout = 0").execute(&mut *connection).await?;
-    let done = MIGRATIONS.run(&mut *connection).await;
+    let done = bring_up_to_date(&mut connection).await;
     // It is not as the others any more.
     connection.close().await?;
     done
+}
+
+async fn bring_up_to_date(conn: &mut PgConnection) -> Result<(), MigrateError> {
+    MIGRATIONS.run(&mut *conn).await?;
+    let unified = mailboxes::unify(conn).await?;
+    if unified != Default::default() {
+        let mailboxes::Unified { people, merged, suppressions } = unified;
+        info!(
+            people,
+            merged, suppressions, "addresses are spelled as their mailboxes, and people of one mailbox merged"
+        );
+    }
+    Ok(())
 }
 
 /// What is between the schema of the database and that of this program. All empty: nothing.

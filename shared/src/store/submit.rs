@@ -13,7 +13,7 @@ use crate::{
     address::{self, Address},
     message::{Command, RunMessage, Step},
     run::Wanted,
-    store::{may_pass, outbox},
+    store::{may_pass, outbox, people},
 };
 
 /// How many invalid entries are kept to be shown; all of them are counted.
@@ -278,13 +278,16 @@ async fn insert_run(conn: &mut PgConnection, run_id: Uuid, submission: Submissio
 
 /// Copies the valid addresses into the temporary table `listed`. None: there are too many.
 async fn copy_list(conn: &mut PgConnection, submission: Submission<'_>) -> sqlx::Result<Option<(i32, Tally)>> {
-    sqlx::query(r#"CREATE TEMP TABLE listed (place integer, email text COLLATE "C", name text) ON COMMIT DROP"#)
-        .execute(&mut *conn)
-        .await?;
+    sqlx::query(
+        r#"CREATE TEMP TABLE listed (place integer, email text COLLATE "C", typed text, name text) ON COMMIT DROP"#,
+    )
+    .execute(&mut *conn)
+    .await?;
+    let blocked = people::blocked(&mut *conn).await?;
     let mut tally = Tally::default();
     let mut place: i32 = 0;
     let mut rows = String::with_capacity(COPY_BYTES + 1024);
-    let mut copy = conn.copy_in_raw("COPY listed (place, email, name) FROM STDIN").await?;
+    let mut copy = conn.copy_in_raw("COPY listed (place, email, typed, name) FROM STDIN").await?;
     for entry in address::parse(submission.text) {
         match entry.parsed {
             Ok(address) => {
@@ -293,7 +296,13 @@ async fn copy_list(conn: &mut PgConnection, submission: Submission<'_>) -> sqlx:
                     copy.abort("too many addresses").await?;
                     return Ok(None);
                 }
-                push_row(&mut rows, place, &address);
+                // Who was erased is in the ledger under another name, and stays out of this list under it.
+                match blocked.as_ref().and_then(|blocked| blocked.name(&address.email)) {
+                    Some(tombstone) => {
+                        push_row(&mut rows, place, &Address { email: tombstone.to_owned(), typed: None, name: None });
+                    }
+                    None => push_row(&mut rows, place, &address),
+                }
                 if rows.len() >= COPY_BYTES {
                     copy.send(rows.as_bytes()).await?;
                     rows.clear();
@@ -318,10 +327,12 @@ fn push_row(rows: &mut String, place: i32, address: &Address) {
     rows.push_str(&place.to_string());
     rows.push('\t');
     push_escaped(rows, &address.email);
-    rows.push('\t');
-    match &address.name {
-        Some(name) => push_escaped(rows, name),
-        None => rows.push_str("\\N"),
+    for field in [&address.typed, &address.name] {
+        rows.push('\t');
+        match field {
+            Some(text) => push_escaped(rows, text),
+            None => rows.push_str("\\N"),
+        }
     }
     rows.push('\n');
 }
@@ -345,9 +356,9 @@ async fn deduplicate(conn: &mut PgConnection) -> sqlx::Result<i32> {
     // `OFFSET 0`, or it would look twice: once for each mention.
     let distinct = sqlx::query(
         "CREATE TEMP TABLE invited ON COMMIT DROP AS
-         SELECT place, email, name, known, coalesce(known, nextval('users_id_seq')) AS user_id
-         FROM (SELECT place, email, name, (SELECT u.id FROM users u WHERE u.email = first.email) AS known
-               FROM (SELECT DISTINCT ON (email) place, email, name FROM listed ORDER BY email, place) first
+         SELECT place, email, typed, name, known, coalesce(known, nextval('users_id_seq')) AS user_id
+         FROM (SELECT place, email, typed, name, (SELECT u.id FROM users u WHERE u.email = first.email) AS known
+               FROM (SELECT DISTINCT ON (email) place, email, typed, name FROM listed ORDER BY email, place) first
                OFFSET 0) first",
     )
     .execute(&mut *conn)
@@ -359,8 +370,8 @@ async fn deduplicate(conn: &mut PgConnection) -> sqlx::Result<i32> {
 
 /// In one order for everybody, so that two submissions of the same new people wait for each other and don't deadlock.
 async fn insert_users(conn: &mut PgConnection, insert: Insert) -> sqlx::Result<()> {
-    let statement = "INSERT INTO users (id, email, name) OVERRIDING SYSTEM VALUE
-         SELECT user_id, email, name FROM invited WHERE known IS NULL ORDER BY email";
+    let statement = "INSERT INTO users (id, email) OVERRIDING SYSTEM VALUE
+         SELECT user_id, email FROM invited WHERE known IS NULL ORDER BY email";
     sqlx::query(insert.rows(statement, "(email)")).execute(&mut *conn).await?;
     if insert == Insert::Checked {
         // Another submission has inserted some of them since, under other ids.
@@ -374,9 +385,11 @@ async fn insert_users(conn: &mut PgConnection, insert: Insert) -> sqlx::Result<(
 
 /// An item for everyone who was not emailed and has none that counts. The filter is a courtesy that leaves the positions
 /// without gaps; what keeps two submissions of the same moment apart is the unique index.
+///
+/// The name and the spelling are this list's, whatever earlier lists said.
 async fn insert_items(conn: &mut PgConnection, run_id: Uuid, insert: Insert) -> sqlx::Result<i32> {
-    let statement = "INSERT INTO run_items (run_id, user_id, position)
-         SELECT $1, user_id, row_number() OVER (ORDER BY place) FROM invited
+    let statement = "INSERT INTO run_items (run_id, user_id, position, name, typed)
+         SELECT $1, user_id, row_number() OVER (ORDER BY place), coalesce(name, ''), typed FROM invited
          WHERE (known IS NULL OR (SELECT u.emailed_at IS NULL FROM users u WHERE u.id = known)
                                  AND (SELECT i.id FROM run_items i WHERE i.user_id = known AND i.active) IS NULL)
            AND (SELECT s.email FROM suppressions s WHERE s.email = invited.email) IS NULL
@@ -469,7 +482,7 @@ mod tests {
     #[test]
     fn a_row_survives_backslashes() {
         let mut rows = String::new();
-        push_row(&mut rows, 3, &Address { email: r#""a\\b"@x.org"#.into(), name: Some(r"C:\N".into()) });
-        assert_eq!(rows, "3\t\"a\\\\\\\\b\"@x.org\tC:\\\\N\n");
+        push_row(&mut rows, 3, &Address { email: r#""a\\b"@x.org"#.into(), typed: None, name: Some(r"C:\N".into()) });
+        assert_eq!(rows, "3\t\"a\\\\\\\\b\"@x.org\t\\N\tC:\\\\N\n");
     }
 }

@@ -61,8 +61,8 @@ pub async fn declare_dead(conn: &mut PgConnection, beats: &[Beat]) -> sqlx::Resu
     .await
 }
 
-/// Says that the worker lives, how often it has built a consumer's connection anew, and why and for how long it sends nothing,
-/// if so.
+/// Says that the worker lives, how often it has built a consumer's connection anew, why and for how long it sends nothing, and
+/// which messages RabbitMQ rejects, if so.
 ///
 /// False: its row is gone, or it was declared dead. Others act on that, so the worker has to end.
 ///
@@ -74,17 +74,19 @@ pub async fn heartbeat(
     in_flight: i32,
     rebuilds: i32,
     closed: Option<(String, Duration)>,
+    rejected: Option<String>,
 ) -> sqlx::Result<bool> {
     let (reason, seconds) = closed.map(|(reason, time)| (reason, time.as_secs_f64())).unzip();
     let written = sqlx::query!(
         "UPDATE workers SET heartbeat_at = now(), in_flight = $2, rebuilds = $3, lane_reason = $4,
-                    lane_until = now() + make_interval(secs => $5)
+                    lane_until = now() + make_interval(secs => $5), rejected = $6
              WHERE id = $1 AND died_at IS NULL",
         worker_id,
         in_flight,
         rebuilds,
         reason,
         seconds,
+        rejected,
     )
     .execute(conn)
     .await?;
@@ -97,7 +99,8 @@ pub async fn heartbeat(
 /// The database's.
 pub async fn stop(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sqlx::Result<()> {
     sqlx::query!(
-        "UPDATE workers SET heartbeat_at = now(), stopped_at = now(), in_flight = $2, lane_until = NULL WHERE id = $1",
+        "UPDATE workers SET heartbeat_at = now(), stopped_at = now(), in_flight = $2, lane_until = NULL, rejected = NULL
+         WHERE id = $1",
         worker_id,
         in_flight
     )
@@ -125,6 +128,8 @@ pub struct Worker {
     pub silent_s: f64,
     /// Why it sends nothing at present; none: it may.
     pub closed: Option<String>,
+    /// The queues for which RabbitMQ rejects its messages, and why; none: it takes all of them.
+    pub rejected: Option<String>,
 }
 
 /// All of them, past and present, oldest first.
@@ -136,7 +141,7 @@ pub async fn all(conn: &mut PgConnection) -> sqlx::Result<Vec<Worker>> {
         Worker,
         r#"SELECT id, roles, host, pid, stopped_at IS NOT NULL AS "stopped!", died_at IS NOT NULL AS "dead!",
                   extract(epoch FROM clock_timestamp() - heartbeat_at)::float8 AS "silent_s!",
-                  CASE WHEN lane_until > clock_timestamp() THEN coalesce(lane_reason, '') END AS closed
+                  CASE WHEN lane_until > clock_timestamp() THEN coalesce(lane_reason, '') END AS closed, rejected
            FROM workers ORDER BY id"#
     )
     .fetch_all(conn)

@@ -4,12 +4,13 @@ use std::mem::take;
 
 use pulldown_cmark::{CowStr, Event, LinkType, Options, Parser, Tag, TagEnd, TextMergeStream, html::push_html};
 
-use super::veil::{unveil, veil};
+use super::{
+    links::veil_links,
+    veil::{link, unveil, veil},
+};
 
 /// Where a link or an image may lead; anything else is shown as text.
 const SCHEMES: [&str; 3] = ["https://", "http://", "mailto:"];
-/// What ends a sentence is no part of the address before it.
-const AFTER_AN_ADDRESS: [char; 9] = ['.', ',', ';', ':', '!', '?', ')', '\'', '"'];
 
 /// Readers drop style sheets more often than attributes, so what matters stands in attributes.
 const HEAD: &str = r#"<!DOCTYPE html>
@@ -48,7 +49,9 @@ pub fn page(subject: &str, markdown: &str, unsubscribe_url: Option<&str>, footer
     page.push_str(HEAD);
     escape(&mut page, subject);
     page.push_str(BODY);
-    push_html(&mut page, harmless(markdown, unsubscribe_url).into_iter());
+    let options = Options::ENABLE_STRIKETHROUGH | Options::ENABLE_TABLES;
+    let markdown = veil_links(markdown, options);
+    push_html(&mut page, harmless(&markdown, options, unsubscribe_url).into_iter());
     page.push_str(FOOT);
     if let Some(url) = footer {
         page.push_str(r#"<tr><td class="foot" align="center" style="padding:16px;color:#6e6e73;font:13px/1.5 -apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif;"><a href=""#);
@@ -60,12 +63,12 @@ pub fn page(subject: &str, markdown: &str, unsubscribe_url: Option<&str>, footer
 }
 
 /// What is written, with every tag shown as text, and lines broken as in the plain part.
-fn harmless<'a>(markdown: &'a str, unsubscribe_url: Option<&str>) -> Vec<Event<'a>> {
+fn harmless<'a>(markdown: &'a str, options: Options, unsubscribe_url: Option<&str>) -> Vec<Event<'a>> {
     let unsubscribe = unsubscribe_url.map(veil);
     let mut shown = Vec::new();
     // Of links and images within each other, whether they are shown as such.
     let mut linked: Vec<bool> = Vec::new();
-    let parser = Parser::new_ext(markdown, Options::ENABLE_STRIKETHROUGH | Options::ENABLE_TABLES);
+    let parser = Parser::new_ext(markdown, options);
     let as_text = parser.map(|event| match event {
         Event::Html(text) | Event::InlineHtml(text) => Event::Text(text),
         event => event,
@@ -123,33 +126,25 @@ fn address(destination: &str, link_type: LinkType) -> Option<CowStr<'static>> {
     (known && !destination.chars().any(char::is_control)).then(|| destination.into())
 }
 
-/// Shows a text, and makes links of the addresses that its author wrote out and of the unsubscribe address. An address within
-/// a value is none: a name on a list must not lead anybody anywhere.
+/// Shows a text, and makes links of those that its author wrote out and of the unsubscribe address. A link within a value is
+/// none: a name on a list must not lead anybody anywhere.
 fn push_text(shown: &mut Vec<Event<'_>>, text: &str, unsubscribe: Option<&str>) {
     let mut plain = String::new();
     let mut rest = text;
     while let Some(next) = rest.chars().next() {
-        let length = unsubscribe.filter(|url| rest.starts_with(url)).map_or_else(|| written_out(rest), str::len);
-        if length == 0 {
+        let out = unsubscribe.filter(|url| rest.starts_with(url)).map(|url| (unveil(url), url.len()));
+        let Some((url, length)) = out.or_else(|| link(rest)) else {
             plain.push(next);
             rest = &rest[next.len_utf8()..];
             continue;
-        }
+        };
         shown.push(Event::Text(unveil(&take(&mut plain)).into()));
-        let url: CowStr<'static> = unveil(&rest[..length]).into();
+        let url: CowStr<'static> = url.into();
         let link = Tag::Link { link_type: LinkType::Inline, dest_url: url.clone(), title: "".into(), id: "".into() };
         shown.extend([Event::Start(link), Event::Text(url), Event::End(TagEnd::Link)]);
         rest = &rest[length..];
     }
     shown.push(Event::Text(unveil(&plain).into()));
-}
-
-/// How long the address is that `text` begins with, in bytes; 0: it begins with none.
-fn written_out(text: &str) -> usize {
-    let Some(scheme) = SCHEMES[..2].iter().find(|scheme| text.starts_with(**scheme)) else { return 0 };
-    let end = text.find(|c: char| c.is_whitespace() || matches!(c, '<' | '>')).unwrap_or(text.len());
-    let url = text[..end].trim_end_matches(AFTER_AN_ADDRESS);
-    if url.len() > scheme.len() { url.len() } else { 0 }
 }
 
 fn escape(out: &mut String, text: &str) {

@@ -4,6 +4,7 @@
 //! neither the text nor a value is ever HTML.
 
 mod html;
+mod links;
 mod veil;
 
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value, context, syntax::SyntaxConfig};
@@ -113,6 +114,13 @@ impl Template {
             this.render(&Recipient { email: "ann@example.org", name, unsubscribe_url })?;
         }
         Ok(this)
+    }
+
+    /// How many bytes its subject and text have.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a subject is never empty")]
+    pub fn len(&self) -> usize {
+        self.subject.len() + self.body.len()
     }
 
     /// Writes the invitation for one recipient.

@@ -128,6 +128,35 @@ fn links_lead_to_the_web_and_to_mail_only() {
 }
 
 #[test]
+fn a_bare_link_is_the_same_in_both_parts() {
+    for url in [
+        "https://x.org/_a_b_",
+        "https://x.org/*a*",
+        "https://x.org/**a**/__b__",
+        "https://x.org/a[1][2]",
+        "https://x.org/[a](b)",
+        "https://x.org/wiki/A_(b)",
+        "https://x.org/~~a~~?b=_c_&d=*",
+    ] {
+        let rendered = render(&format!("Hi {{{{ name }}}},\nsee {url}, *please*."), Some("_Ann_"));
+        assert!(rendered.text.contains(url));
+        let shown = url.replace('&', "&amp;");
+        assert_eq!(
+            card(&rendered),
+            format!("<p>Hi _Ann_,<br />\nsee <a href=\"{shown}\">{shown}</a>, <em>please</em>.</p>\n")
+                .replace("href=\"https://x.org/[a](b)", "href=\"https://x.org/%5Ba%5D(b)")
+                .replace("href=\"https://x.org/a[1][2]", "href=\"https://x.org/a%5B1%5D%5B2%5D")
+        );
+    }
+    assert!(card(&render("**https://x.org/a_b**", None)).contains("<strong><a href=\"https://x.org/a_b\">"));
+    assert!(
+        card(&render("https://x.org/?n={{ name }}&e=_x_", Some("A B")))
+            .contains("href=\"https://x.org/?n=A%20B&amp;e=_x_\"")
+    );
+    assert!(card(&render(r"https://x.org/a\_b", None)).contains("href=\"https://x.org/a_b\""));
+}
+
+#[test]
 fn the_way_out_is_used_or_added() {
     let recipient = Recipient { unsubscribe_url: Some(URL), ..ann(None) };
     let render = |body: &str| Template::new("Hello", body).unwrap().render(&recipient).unwrap();

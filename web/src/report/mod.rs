@@ -19,7 +19,7 @@ pub(crate) enum Report {
 /// An address that nobody is to write to any more.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Verdict {
-    /// In lower case.
+    /// The mailbox.
     pub(crate) email: String,
     pub(crate) reason: Reason,
     /// In the reporter's words.
@@ -40,19 +40,6 @@ impl Verdict {
         let Address { email, .. } = address.parse().ok()?;
         let detail = detail.map(one_line).filter(|detail| !detail.is_empty());
         Some(Self { email, reason, detail })
-    }
-
-    /// The address as it is reported, and as a person may have written it: mail servers know a domain in another script only
-    /// by its code, `xn--…`.
-    pub(crate) fn spellings(&self) -> Vec<String> {
-        let mut spellings = vec![self.email.clone()];
-        if let Some((name, domain)) = self.email.rsplit_once('@')
-            && let (domain_in_script, Ok(())) = idna::domain_to_unicode(domain)
-            && domain_in_script != domain
-        {
-            spellings.push(format!("{name}@{domain_in_script}"));
-        }
-        spellings
     }
 }
 
@@ -109,11 +96,10 @@ mod tests {
     }
 
     #[test]
-    fn a_domain_in_another_script_has_two_spellings() {
-        let spellings = |email| Verdict::new(email, Reason::Bounced, None).unwrap().spellings();
-        assert_eq!(spellings("ann@example.org"), ["ann@example.org"]);
-        assert_eq!(spellings("ann@xn--bcher-kva.example"), ["ann@xn--bcher-kva.example", "ann@bücher.example"]);
-        assert_eq!(spellings("ann@bücher.example"), ["ann@bücher.example"]);
+    fn all_spellings_of_a_domain_are_one_mailbox() {
+        for email in ["ann@xn--bcher-kva.example", "ann@bücher.example", "Ann@BU\u{308}CHER.example"] {
+            assert_eq!(Verdict::new(email, Reason::Bounced, None).unwrap().email, "ann@xn--bcher-kva.example");
+        }
     }
 
     #[test]

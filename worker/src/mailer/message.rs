@@ -19,7 +19,7 @@ use mailrun_shared::{
     template::Recipient,
 };
 
-use super::{Mail, Outcome};
+use super::{Mail, Outcome, encoding::encode};
 
 /// The headers that a signature covers. Not Content-Type: lettre signs before it stands in the header. One-click unsubscribing asks for the last two (RFC 8058).
 const SIGNED: [&str; 10] = [
@@ -34,6 +34,8 @@ const SIGNED: [&str; 10] = [
     "List-Unsubscribe",
     "List-Unsubscribe-Post",
 ];
+/// A text from this length on is not written on the runtime's threads.
+const LONG_TEXT_BYTES: usize = 16 * 1024;
 /// A longer address would not fit on a line of a header.
 const MAX_URL_BYTES: usize = 900;
 
@@ -108,6 +110,11 @@ impl Composer {
         })
     }
 
+    /// Whether writing `mail` takes so long that a thread of the runtime must not do it: a long text, or a signature.
+    pub fn takes_long(&self, mail: &Mail) -> bool {
+        self.signature.is_some() || mail.template.len() > LONG_TEXT_BYTES
+    }
+
     /// Writes `mail`.
     ///
     /// # Errors
@@ -137,12 +144,14 @@ impl Composer {
             {
                 return Err(failed("the address for unsubscribing can't stand in a header".into()));
             }
-            message = message
-                .raw_header(header("List-Unsubscribe", format!("<{url}>")))
-                .raw_header(header("List-Unsubscribe-Post", "List-Unsubscribe=One-Click".into()));
+            message = message.raw_header(header("List-Unsubscribe", format!("<{url}>")));
+            // One click needs https (RFC 8058, 3.1); without it the link opens the page.
+            if url.starts_with("https://") {
+                message = message.raw_header(header("List-Unsubscribe-Post", "List-Unsubscribe=One-Click".into()));
+            }
         }
         let mut message = message
-            .multipart(MultiPart::alternative_plain_html(rendered.text, rendered.html))
+            .multipart(MultiPart::alternative_plain_html(encode(&rendered.text), encode(&rendered.html)))
             .map_err(|error| failed(format!("the message can't be written: {error}")))?;
         if let Some(signature) = &self.signature {
             message.sign(signature);
@@ -302,6 +311,15 @@ mod tests {
     }
 
     #[test]
+    fn one_click_is_offered_over_https_only() {
+        let url = "http://mail.example/u/abc";
+        let letter = compose(&Mail { unsubscribe: Some(url.into()), ..mail("ann@example.org", None) });
+        let raw = String::from_utf8(letter.bytes).unwrap();
+        assert!(raw.contains(&format!("\r\nList-Unsubscribe: <{url}>\r\n")), "{raw}");
+        assert!(!raw.contains("List-Unsubscribe-Post"), "{raw}");
+    }
+
+    #[test]
     fn a_local_part_in_another_script_needs_a_server_that_knows_it() {
         let letter = compose(&mail("пётр@пример.рф", None));
         assert!(letter.needs_utf8);
@@ -314,6 +332,29 @@ mod tests {
         let failed = composer.compose(&mail("ann@example.org", None)).unwrap_err();
         let Outcome::Failed { reason, bad_address: false } = failed else { panic!("{failed:?}") };
         assert!(reason.contains("max_message_bytes allows 500"), "{reason}");
+    }
+
+    #[test]
+    fn no_line_of_a_mail_gives_a_server_a_reason_to_change_it() {
+        let body = format!("From here on\n.\n{}\nFrom https://x.org/{} to you", "long ".repeat(60), "a".repeat(300));
+        let letter =
+            compose(&Mail { template: Arc::new(Template::new("Hi", &body).unwrap()), ..mail("ann@x.org", None) });
+        for line in String::from_utf8(letter.bytes.clone()).unwrap().split("\r\n") {
+            assert!(line.len() <= 78 && !line.starts_with("From ") && !line.starts_with('.'), "{line}");
+        }
+        let message = parsed(&letter);
+        assert!(message.body_text(0).unwrap().replace("\r\n", "\n").starts_with(&body));
+        assert!(message.body_html(0).unwrap().contains("<p>From here on<br />"));
+    }
+
+    #[test]
+    fn fifty_thousand_lines_arrive_as_they_were_written() {
+        let body = "a\n".repeat(49_000) + "От Ann\n";
+        let letter =
+            compose(&Mail { template: Arc::new(Template::new("Hi", &body).unwrap()), ..mail("ann@x.org", None) });
+        assert!(parsed(&letter).body_text(0).unwrap().replace("\r\n", "\n").starts_with(&body));
+        let raw = String::from_utf8(letter.bytes).unwrap();
+        assert!(!raw.replace("\r\n", "").contains(['\r', '\n']));
     }
 
     #[test]
@@ -342,7 +383,7 @@ mod tests {
         fn whoever_is_accepted_gets_a_mail_that_says_what_it_should(
             entry in "([a-cA-C@.,;>\"\\\\ \t\r\n\u{85}éß():-]|[a-z]{1,5}@[a-zé]{1,5}\\.org|Bcc: |\r\n){0,12}( <\"?[a-z.,:é]{1,6}\"?@[a-zé]{1,6}\\.org>)?",
         ) {
-            let Ok(mailrun_shared::address::Address { email, name }) = entry.parse() else { return Ok(()) };
+            let Ok(mailrun_shared::address::Address { email, name, .. }) = entry.parse() else { return Ok(()) };
             let Ok(letter) = Composer::new(&config()).unwrap().compose(&mail(&email, name.as_deref())) else { return Ok(()) };
             proptest::prop_assert!(!letter.to.contains(|c: char| c.is_control() || c == ' ' || c == '<'), "{}", letter.to);
             let bytes = String::from_utf8_lossy(&letter.bytes);

@@ -1,5 +1,6 @@
 //! Who carries the mail.
 
+mod encoding;
 mod message;
 mod simulated;
 mod smtp;

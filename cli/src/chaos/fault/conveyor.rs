@@ -9,7 +9,7 @@ use lapin::{
     message::Delivery,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
-        QueueDeleteOptions,
+        QueueBindOptions, QueueDeleteOptions,
     },
     types::FieldTable,
 };
@@ -17,13 +17,13 @@ use mailrun_shared::{
     broker::Outgoing,
     item::ItemState,
     message::{ItemMessage, ResultsMessage},
-    topology::{DEAD, EXCHANGE},
+    topology::{DEAD, EXCHANGE, RUNS_PAUSED, RUNS_WAIT},
 };
 use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
-use super::super::site::{Site, queues};
+use super::super::site::{Site, queues, rungs};
 
 /// So many messages of each queue are taken out of the order at a time, …
 const TAKEN: u16 = 200;
@@ -31,6 +31,8 @@ const TAKEN: u16 = 200;
 const KEPT: Duration = Duration::from_millis(300);
 /// Between two deletions.
 const BETWEEN_MS: std::ops::Range<u64> = 0..300;
+/// Between two times at which queues lose their bindings.
+const BETWEEN_UNBINDINGS: Duration = Duration::from_millis(20);
 /// What a delivery may take, while it may take less than a mail server that hangs.
 const SHORT_TIMEOUT: &str = "application:set_env(rabbit, consumer_timeout, 1000), \
                              application:set_env(rabbit, channel_tick_interval, 200)";
@@ -96,6 +98,27 @@ pub(super) async fn delete_queues(site: &Site<'_>, rng: &mut StdRng) -> Result<(
     for queue in queues {
         channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
         sleep(Duration::from_millis(rng.random_range(BETWEEN_MS))).await;
+    }
+    Ok(connection.close(200, "done".into()).await?)
+}
+
+/// Takes the bindings of all queues that others can do without, again and again: they are declared anew by whoever misses them.
+pub(super) async fn missing_queues(site: &Site<'_>, time: Duration) -> Result<()> {
+    let (connection, channel) = site.channel().await?;
+    let queues = [RUNS_WAIT, RUNS_PAUSED, DEAD].map(str::to_owned).into_iter().chain(rungs());
+    let queues: Vec<String> = queues.collect();
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        for queue in &queues {
+            let name = queue.as_str();
+            channel.queue_unbind(name.into(), EXCHANGE.into(), name.into(), FieldTable::default()).await?;
+        }
+        sleep(BETWEEN_UNBINDINGS).await;
+    }
+    // As an operator does it afterwards.
+    for queue in &queues {
+        let (name, options) = (queue.as_str(), QueueBindOptions::default());
+        channel.queue_bind(name.into(), EXCHANGE.into(), name.into(), options, FieldTable::default()).await?;
     }
     Ok(connection.close(200, "done".into()).await?)
 }

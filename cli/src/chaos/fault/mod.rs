@@ -88,6 +88,8 @@ pub(super) enum Fault {
     PurgeDead,
     /// Every queue is deleted, one after another
     DeleteQueue,
+    /// Messages for waiting rooms, retry queues and dead letters find no queue, for some seconds, whatever is declared
+    MissingQueues,
     /// RabbitMQ closes each channel on which a delivery is not acknowledged within a second (406), for some seconds
     ConsumerTimeout,
     /// Messages of all queues change places, for some seconds
@@ -114,6 +116,8 @@ pub(super) enum Fault {
     LimitedDeferrals,
     /// A person pauses the run for some seconds, while retries wait on their queues
     PauseRun,
+    /// Some people are erased in the middle of the run
+    ErasePeople,
     /// The process that counts stands still, while all senders are ended in good order and start anew
     TermSendUncounted,
     /// The row of a sender in the table of workers is deleted
@@ -277,6 +281,7 @@ impl Fault {
             }
             Self::PurgeDead => broker::purge(site, vec![topology::DEAD.to_owned()], some_seconds(rng)).await,
             Self::DeleteQueue => conveyor::delete_queues(site, rng).await,
+            Self::MissingQueues => conveyor::missing_queues(site, some_seconds(rng)).await,
             Self::ConsumerTimeout => conveyor::time_out(site, some_seconds(rng), HANGING).await,
             Self::ReorderMessages => conveyor::reorder(site, some_seconds(rng), rng).await,
             Self::MailDown => mail::down(site, some_seconds(rng)).await,
@@ -294,6 +299,7 @@ impl Fault {
             // Settings of the whole run.
             Self::DuplicateMessages | Self::LimitedDeferrals => std::future::pending().await,
             Self::PauseRun => wishes::pause(site, some_seconds(rng)).await,
+            Self::ErasePeople => wishes::erase(site).await,
             Self::TermSendUncounted => processes::term_uncounted(site, some_seconds(rng)).await,
             Self::DeleteWorkerRow => database::delete_worker_row(site).await,
             Self::ForeignMessages => conveyor::foreign(site, some_seconds(rng), rng).await,

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use mailrun_shared::run::Wanted;
+use mailrun_shared::{run::Wanted, store::people};
 use sqlx::PgPool;
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -12,6 +12,8 @@ use super::super::site::Site;
 
 /// A person presses the button again for so long while the pages do not answer.
 const PATIENT_FOR: Duration = Duration::from_secs(30);
+/// People who are erased at a time.
+const ERASED: i64 = 5;
 const BETWEEN: Duration = Duration::from_millis(200);
 
 /// Pauses the run, waits until that must hold and for `time` more, and resumes it.
@@ -26,6 +28,27 @@ pub(super) async fn pause(site: &Site<'_>, time: Duration) -> Result<()> {
     let resumed_at = Instant::now();
     site.weather.pauses.lock().map_err(|_| anyhow::anyhow!("a pause was broken off"))?.push((paused_at, resumed_at));
     press(site, run_id, "resume", Wanted::Running).await
+}
+
+/// Erases people, in whatever state their invitation is.
+pub(super) async fn erase(site: &Site<'_>) -> Result<()> {
+    let people: Vec<(i64, String)> =
+        sqlx::query_as("SELECT id, email FROM users WHERE erased_at IS NULL ORDER BY random() LIMIT $1")
+            .bind(ERASED)
+            .fetch_all(&site.pool)
+            .await?;
+    let mut conn = site.pool.acquire().await?;
+    for (id, email) in people {
+        // Before it is done: it may be, although the answer is lost.
+        let tombstone = people::Tombs::read(&mut conn).await?.of(&email);
+        site.weather
+            .erased
+            .lock()
+            .map_err(|_| anyhow::anyhow!("an erasure was broken off"))?
+            .insert(tombstone, email.clone());
+        people::erase(&mut conn, &email).await.with_context(|| format!("person {id} can't be erased"))?;
+    }
+    Ok(())
 }
 
 pub(super) async fn press(site: &Site<'_>, run_id: Uuid, button: &str, until: Wanted) -> Result<()> {

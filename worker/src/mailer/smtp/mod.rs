@@ -20,6 +20,7 @@ mod tls;
 mod verdict;
 
 use std::{
+    panic::resume_unwind,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
@@ -35,6 +36,7 @@ use mailrun_shared::{
 use tokio::{
     select,
     sync::{OwnedSemaphorePermit, Semaphore},
+    task::spawn_blocking,
     time::{sleep, sleep_until},
 };
 use tracing::{error, info};
@@ -131,7 +133,7 @@ impl Mailer for Smtp {
             Some(Decision::Fail(reason)) => return Outcome::Failed { reason, bad_address: false },
             None => {}
         }
-        let letter = match self.0.composer.compose(mail) {
+        let letter = match self.0.compose(mail).await {
             Ok(letter) => letter,
             Err(outcome) => return outcome,
         };
@@ -183,6 +185,19 @@ fn stopped_words(reason: &str) -> String {
 }
 
 impl Carriers {
+    /// Writes a mail. What takes long is done on a thread for such work, so that it delays no conversation and no heartbeat.
+    async fn compose(self: &Arc<Self>, mail: &Mail) -> Result<Letter, Outcome> {
+        if !self.composer.takes_long(mail) {
+            return self.composer.compose(mail);
+        }
+        let (this, mail) = (Arc::clone(self), mail.clone());
+        match spawn_blocking(move || this.composer.compose(&mail)).await {
+            Ok(letter) => letter,
+            Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
+            Err(_) => Err(Outcome::Later("the process is stopping".into())),
+        }
+    }
+
     /// Tries one relay after the other.
     async fn carry(
         self: &Arc<Self>,

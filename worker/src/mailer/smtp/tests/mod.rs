@@ -1,5 +1,6 @@
 //! Against real sockets, with servers that say what the test wants.
 
+mod composing;
 mod conversation;
 mod encryption;
 mod pool;

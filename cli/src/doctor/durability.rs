@@ -1,0 +1,127 @@
+//! PostgreSQL's settings on which it depends whether what is accepted survives a crash, and a failover.
+
+use mailrun_shared::store::durability::Durability;
+
+use super::report::{Finding, Report};
+
+pub(super) const CHECK: &str = "durability";
+
+/// Says what a crash or a failover may cost with these settings.
+pub(super) fn tell(durability: &Durability, report: &mut Report) {
+    let Durability { fsync, full_page_writes, synchronous_commit, synchronous_standbys, standbys, is_standby } =
+        durability;
+    let crash = "A power failure can lose lists that were accepted, and the knowledge of who was sent to, so that people get two";
+    if !fsync {
+        report.add(Finding::new(
+            CHECK,
+            "fsync is off",
+            format!("PostgreSQL forces nothing to disk. {crash}; and it can destroy the database"),
+            "Set fsync = on",
+        ));
+    }
+    if !full_page_writes {
+        report.add(Finding::new(
+            CHECK,
+            "full_page_writes is off",
+            "A page that was half written when the power failed can't be restored, unless the file system rules that out",
+            "Set full_page_writes = on",
+        ));
+    }
+    if matches!(synchronous_commit.as_str(), "off" | "local") {
+        let what = match synchronous_commit.as_str() {
+            "off" => format!("Mailrun asks for synchronous commits, and its session has others. {crash}"),
+            _ => "Commits don't wait for the standbys, although Mailrun asks for that".to_owned(),
+        };
+        report.add(Finding::new(
+            CHECK,
+            format!("synchronous_commit is {synchronous_commit}"),
+            what,
+            "Look for a connection pooler that ignores the settings of a connection, and set synchronous_commit = on there",
+        ));
+    }
+    if *is_standby {
+        report.add(Finding::new(
+            CHECK,
+            "PostgreSQL is a standby",
+            "It takes no writes: no list is accepted and nothing is sent",
+            "Promote it, or set database.url to the primary",
+        ));
+    }
+    if !synchronous_standbys.is_empty() && *standbys == 0 && !*is_standby {
+        report.add(Finding::new(
+            CHECK,
+            "no standby is connected",
+            format!(
+                "Commits wait for one (synchronous_standby_names = '{synchronous_standbys}'), so nothing is accepted or sent"
+            ),
+            "Start the standby",
+        ));
+    }
+    if *standbys > 0 && synchronous_standbys.is_empty() {
+        let are = if *standbys == 1 { "The standby is".to_owned() } else { format!("All {standbys} standbys are") };
+        report.remark(
+            CHECK,
+            format!(
+                "{are} asynchronous: a failover loses the newest commits, and with them who was sent to. Before anything is \
+                 started on a promoted standby, see docs/cluster.md"
+            ),
+        );
+    }
+    if !report.has_found(CHECK) {
+        let standby = match (synchronous_standbys.is_empty(), standbys) {
+            (true, 0) => "there is no standby".to_owned(),
+            (true, _) => "no commit waits for a standby".to_owned(),
+            (false, _) => format!("commits wait for a standby ({synchronous_standbys})"),
+        };
+        report.fine(
+            CHECK,
+            format!("commits are on disk: fsync, full_page_writes and synchronous_commit are on; {standby}"),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sound() -> Durability {
+        Durability {
+            fsync: true,
+            full_page_writes: true,
+            synchronous_commit: "on".into(),
+            synchronous_standbys: String::new(),
+            standbys: 0,
+            is_standby: false,
+        }
+    }
+
+    fn told(durability: &Durability) -> (usize, String) {
+        let mut report = Report::default();
+        tell(durability, &mut report);
+        (report.remaining(), report.json().unwrap())
+    }
+
+    #[test]
+    fn every_setting_that_can_lose_a_commit_is_found() {
+        assert_eq!(told(&sound()).0, 0);
+        for (wrong, words) in [
+            (Durability { fsync: false, ..sound() }, "fsync is off"),
+            (Durability { full_page_writes: false, ..sound() }, "full_page_writes is off"),
+            (Durability { synchronous_commit: "off".into(), ..sound() }, "synchronous_commit is off"),
+            (Durability { synchronous_commit: "local".into(), ..sound() }, "synchronous_commit is local"),
+            (Durability { is_standby: true, ..sound() }, "is a standby"),
+            (Durability { synchronous_standbys: "*".into(), ..sound() }, "no standby is connected"),
+        ] {
+            let (findings, json) = told(&wrong);
+            assert!(findings == 1 && json.contains(words), "{words}: {json}");
+        }
+    }
+
+    #[test]
+    fn standbys_are_told_by_their_kind() {
+        let (findings, json) = told(&Durability { standbys: 2, ..sound() });
+        assert!(findings == 0 && json.contains("All 2 standbys are asynchronous"), "{json}");
+        let (findings, json) = told(&Durability { standbys: 1, synchronous_standbys: "one".into(), ..sound() });
+        assert!(findings == 0 && json.contains("commits wait for a standby (one)"), "{json}");
+    }
+}

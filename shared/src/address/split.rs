@@ -1,0 +1,268 @@
+//! Splits a line into entries: at commas and semicolons, and between people who stand beside each other.
+
+use std::collections::VecDeque;
+
+use super::{
+    entry::trim,
+    name::{MAX_NAME_CHARS, closing_quote},
+};
+
+/// So many parts of a name may be apart by commas: `Ann Lee, PhD, MBA <ann@example.com>`.
+const MAX_NAME_PARTS: usize = 4;
+/// Said of a row with several addresses among other cells.
+const SEVERAL: &str = "has several addresses among other text: it is not clear whom to invite";
+/// Headers whose lines are copied from mail programs.
+const HEADERS: [&str; 5] = ["to:", "cc:", "bcc:", "from:", "reply-to:"];
+
+/// An entry, or a reason why the line is none.
+pub(super) type Split<'a> = Result<&'a str, (&'a str, &'static str)>;
+
+/// The entries of a line, in their order. Nothing is left out but what is empty.
+pub(super) fn entries(line: &str) -> impl Iterator<Item = Split<'_>> {
+    let line = without_header(line);
+    let row = is_row(line);
+    let whole = row.then(|| Err((trim(line), SEVERAL)));
+    let mut entries = Entries { pieces: Pieces::of(if row { "" } else { line }), ready: VecDeque::new() };
+    whole.into_iter().chain(std::iter::from_fn(move || entries.next()).map(Ok))
+}
+
+fn without_header(line: &str) -> &str {
+    let text = line.trim_start();
+    let end = text.find(':').map_or(0, |colon| colon + 1);
+    let is_header = HEADERS.iter().any(|header| text[..end].eq_ignore_ascii_case(header));
+    // An address may follow at once, and then the colon is a part of something else.
+    if is_header && text[end..].starts_with([' ', '\t']) { &text[end..] } else { line }
+}
+
+/// Whether it is the row of a table with several bare addresses and other cells: some of them may stand in a note.
+fn is_row(line: &str) -> bool {
+    if line.matches('@').take(2).count() < 2 || !line.contains([',', ';']) {
+        return false;
+    }
+    let (mut addresses, mut texts, mut held) = (0, 0, 0);
+    for piece in Pieces::of(line) {
+        match piece.kind {
+            Kind::Text if piece.text.contains(char::is_alphanumeric) => {
+                held += 1;
+                if piece.end != End::Comma {
+                    texts += held;
+                    held = 0;
+                }
+            }
+            Kind::Empty | Kind::Text => {}
+            // It is the beginning of a name.
+            Kind::Named => held = 0,
+            Kind::Bare => {
+                addresses += usize::from(!piece.text.contains(char::is_whitespace));
+                texts += held;
+                held = 0;
+            }
+        }
+    }
+    addresses > 1 && texts + held > 0
+}
+
+struct Entries<'a> {
+    pieces: Pieces<'a>,
+    ready: VecDeque<&'a str>,
+}
+
+impl<'a> Entries<'a> {
+    fn next(&mut self) -> Option<&'a str> {
+        // The parts of a name that may go on behind a comma.
+        let mut held: Vec<Piece<'a>> = Vec::new();
+        loop {
+            if let Some(entry) = self.ready.pop_front() {
+                return Some(entry);
+            }
+            let Some(piece) = self.pieces.next() else {
+                self.ready.extend(held.drain(..).map(|piece| piece.text));
+                return self.ready.pop_front();
+            };
+            match piece.kind {
+                Kind::Text if piece.end == End::Comma && held.len() < MAX_NAME_PARTS => {
+                    held.push(piece);
+                    continue;
+                }
+                Kind::Empty if piece.end == End::Comma => continue,
+                Kind::Named
+                    if let Some(first) = held.first()
+                        && piece.at + piece.name_bytes - first.at <= MAX_NAME_CHARS =>
+                {
+                    let end = piece.at + piece.text.len();
+                    self.ready.push_back(&self.pieces.line[first.at..end]);
+                    held.clear();
+                    continue;
+                }
+                _ => {}
+            }
+            self.ready.extend(held.drain(..).map(|piece| piece.text));
+            match piece.kind {
+                Kind::Empty => {}
+                Kind::Bare => self.ready.extend(words(piece.text)),
+                Kind::Text | Kind::Named => self.ready.push_back(piece.text),
+            }
+        }
+    }
+}
+
+/// `a@x.org b@y.org` is two entries.
+fn words(entry: &str) -> impl Iterator<Item = &str> {
+    let several = !entry.contains(['<', '"', '('])
+        && entry.contains(char::is_whitespace)
+        && entry.split_whitespace().all(|word| word.contains('@'));
+    let (one, many) = if several { (None, Some(entry.split_whitespace())) } else { (Some(entry), None) };
+    one.into_iter().chain(many.into_iter().flatten())
+}
+
+/// What a piece of a line may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Empty,
+    /// No address: a part of a name, perhaps.
+    Text,
+    /// It has an @ sign, but not between angle brackets.
+    Bare,
+    /// It ends with an address between angle brackets.
+    Named,
+}
+
+/// What a piece ends at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Comma,
+    Semicolon,
+    /// Another person follows.
+    Person,
+    Line,
+}
+
+#[derive(Debug)]
+struct Piece<'a> {
+    text: &'a str,
+    /// Where it begins in the line.
+    at: usize,
+    kind: Kind,
+    end: End,
+    /// How much stands before the angle bracket.
+    name_bytes: usize,
+}
+
+/// The pieces of a line. Quotes, angle brackets and parentheses hold together what is between them; one that is never closed
+/// does not.
+struct Pieces<'a> {
+    line: &'a str,
+    at: Option<usize>,
+    /// No quote, and no parenthesis, is closed any more.
+    open_quote: bool,
+    open_comment: bool,
+}
+
+impl<'a> Pieces<'a> {
+    fn of(line: &'a str) -> Self {
+        Self { line, at: Some(0), open_quote: false, open_comment: false }
+    }
+
+    /// Behind the quote that closes the one before `at`.
+    fn behind_quote(&mut self, at: usize) -> Option<usize> {
+        let closing = if self.open_quote { None } else { closing_quote(&self.line[at..]) };
+        self.open_quote |= closing.is_none();
+        Some(at + closing? + 1)
+    }
+
+    fn behind_comment(&mut self, at: usize) -> Option<usize> {
+        let closing = if self.open_comment { None } else { self.line[at..].find(')') };
+        self.open_comment |= closing.is_none();
+        Some(at + closing? + 1)
+    }
+
+    /// Behind the angle bracket that closes the one before `at`, unless another one is opened first.
+    fn behind_angle(&self, at: usize) -> Option<usize> {
+        let next = at + self.line[at..].find(['<', '>'])?;
+        self.line[next..].starts_with('>').then_some(next + 1)
+    }
+
+    /// Where the person ends whose address ends at `at`: notes in parentheses and punctuation belong to it. None: another one
+    /// follows.
+    fn end_of_person(&mut self, mut at: usize) -> (usize, Option<End>) {
+        let mut end = at;
+        loop {
+            let rest = &self.line[at..];
+            at += rest.len() - rest.trim_start().len();
+            match self.line[at..].chars().next() {
+                None => return (end, Some(End::Line)),
+                Some(',') => return (end, Some(End::Comma)),
+                Some(';') => return (end, Some(End::Semicolon)),
+                Some('(') if let Some(behind) = self.behind_comment(at + 1) => (at, end) = (behind, behind),
+                Some(mark) if !mark.is_alphanumeric() && !matches!(mark, '"' | '<' | '\'' | '(') => {
+                    at += mark.len_utf8();
+                }
+                Some(_) => return (end, None),
+            }
+        }
+    }
+}
+
+impl<'a> Iterator for Pieces<'a> {
+    type Item = Piece<'a>;
+
+    fn next(&mut self) -> Option<Piece<'a>> {
+        let start = self.at?;
+        let mut at = start;
+        loop {
+            let Some(found) = self.line[at..].find([',', ';', '"', '<', '(']).map(|found| at + found) else {
+                self.at = None;
+                return Some(plain(self.line, start, self.line.len(), End::Line));
+            };
+            at = found + 1;
+            match self.line.as_bytes()[found] {
+                b'"' => at = self.behind_quote(at).unwrap_or(at),
+                b'(' => at = self.behind_comment(at).unwrap_or(at),
+                b'<' => {
+                    let Some(behind) = self.behind_angle(at) else { continue };
+                    if !self.line[at..behind].contains('@') {
+                        at = behind;
+                        continue;
+                    }
+                    let (end, stop) = self.end_of_person(behind);
+                    self.at = match stop {
+                        Some(End::Line) => None,
+                        Some(_) => self.line[end..].find([',', ';']).map(|mark| end + mark + 1),
+                        None => Some(end),
+                    };
+                    let text = &self.line[start..end];
+                    let begin = start + offset(text);
+                    return Some(Piece {
+                        text: trim(text),
+                        at: begin,
+                        kind: Kind::Named,
+                        end: stop.unwrap_or(End::Person),
+                        name_bytes: found.saturating_sub(begin),
+                    });
+                }
+                mark => {
+                    self.at = Some(at);
+                    let end = if mark == b',' { End::Comma } else { End::Semicolon };
+                    return Some(plain(self.line, start, found, end));
+                }
+            }
+        }
+    }
+}
+
+/// A piece without an address between angle brackets.
+fn plain(line: &str, start: usize, end: usize, stop: End) -> Piece<'_> {
+    let text = &line[start..end];
+    let shown = trim(text);
+    let kind = match shown {
+        "" => Kind::Empty,
+        shown if shown.contains('@') => Kind::Bare,
+        _ => Kind::Text,
+    };
+    Piece { text: shown, at: start + offset(text), kind, end: stop, name_bytes: shown.len() }
+}
+
+/// How many bytes of `text` are trimmed from its beginning.
+fn offset(text: &str) -> usize {
+    text.len() - text.trim_start_matches(|c: char| trim(c.encode_utf8(&mut [0; 4])).is_empty()).len()
+}

@@ -1,0 +1,34 @@
+//! `POST /people/erase`: erasing a person. The form is on the page of the suppression list.
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::StatusCode,
+    response::Redirect,
+};
+use mailrun_shared::{
+    address::Address,
+    store::{in_time, people},
+};
+use tracing::info;
+
+use crate::{Shared, body::Room, error::ErrorPage};
+
+/// The form holds one short field.
+const MAX_FORM_BYTES: usize = 16 * 1024;
+
+/// `POST /people/erase`, with the `email`. Whether the person was known here is not said: it is erased in either case.
+pub(crate) async fn erase(State(app): Shared, request: Request<Body>) -> Result<Redirect, ErrorPage> {
+    let (mut fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let Ok(Address { email, .. }) = fields.take("email").unwrap_or_default().parse() else {
+        return Err(ErrorPage::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "This is not an email address",
+            "Nobody was erased. Go back and enter the whole address.",
+        ));
+    };
+    let erase = async { people::erase(&mut *app.pool.acquire().await?, &email).await };
+    let erased = in_time(people::LONGEST, erase).await?;
+    info!(known = erased.known, texts = erased.texts, "a person is erased");
+    Ok(Redirect::to("/suppressions?done=erased"))
+}

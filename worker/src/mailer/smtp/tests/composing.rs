@@ -1,0 +1,19 @@
+//! Where a mail is written.
+
+use std::{pin::pin, task::Poll};
+
+use futures::poll;
+
+use super::*;
+
+#[tokio::test]
+async fn a_long_mail_is_written_beside_the_runtime() {
+    let mailer = mailer(&config(&["smtp://127.0.0.1:1?tls=none".into()]));
+    let long = Mail { template: Arc::new(Template::new("Hello", &"a\n".repeat(50_000)).unwrap()), ..ann() };
+    // If this thread wrote it, it would be written now.
+    let mut writing = pin!(mailer.0.compose(&long));
+    assert!(poll!(&mut writing).is_pending());
+    assert!(writing.await.unwrap().bytes.len() > 200_000);
+    // What costs less than the way to another thread is written at once.
+    assert!(matches!(poll!(pin!(mailer.0.compose(&ann()))), Poll::Ready(Ok(_))));
+}
