@@ -1,6 +1,7 @@
 //! What the mailrun program is made of beside the pipeline itself: the local stack, the services it runs, and the commands.
 
 pub mod bench;
+pub mod bounce;
 pub mod chaos;
 pub mod dead_letters;
 pub mod demo;

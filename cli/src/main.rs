@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use mailrun::{
-    bench, chaos, dead_letters, demo, doctor, ledger::Ledger, local::with_database, mail_sink, prune, setup, stack,
-    supervise, suppressions, test_send, up,
+    bench, bounce, chaos, dead_letters, demo, doctor, ledger::Ledger, local::with_database, mail_sink, prune, setup,
+    stack, supervise, suppressions, test_send, up,
 };
 use mailrun_shared::{config::Config, shutdown, telemetry};
 use mailrun_worker::Role;
@@ -65,6 +65,8 @@ enum Command {
         #[command(subcommand)]
         command: Option<Suppressions>,
     },
+    /// Hands a bounce on standard input to the pages, for the mail server that receives them. Ends with 75 while they are down.
+    Bounce(bounce::Options),
     /// Sends one mail through the configured mailer, with the configured text, and says what became of it.
     TestSend {
         /// Where to.
@@ -145,7 +147,14 @@ struct Replay {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = Arguments::try_parse().unwrap_or_else(|error| {
+        // A mail server would return the bounce for any other exit code.
+        if error.use_stderr() && std::env::args().any(|argument| argument == "bounce") {
+            let _ = error.print();
+            std::process::exit(bounce::TEMPFAIL);
+        }
+        error.exit()
+    });
     arguments.broker.choose();
     match run(arguments).await {
         Ok(()) => ExitCode::SUCCESS,
@@ -203,6 +212,8 @@ async fn run(arguments: Arguments) -> Result<()> {
                 Suppressions::Remove { addresses } => suppressions::remove(&ledger, &addresses).await,
             }
         }
+        // Its exit codes are those that mail servers understand.
+        Command::Bounce(options) => std::process::exit(bounce::run(Config::load(file), &options).await),
         Command::TestSend { address } => {
             let config = config()?;
             telemetry::init(&config.log);

@@ -5,6 +5,7 @@ mod broker;
 mod cluster;
 mod conveyor;
 mod database;
+mod inbound;
 mod mail;
 mod network;
 mod processes;
@@ -115,6 +116,8 @@ pub(super) enum Fault {
     DeleteWorkerRow,
     /// Messages and results of another installation arrive, of items with the same numbers
     ForeignMessages,
+    /// Reports that are forged, or prove nothing, arrive at the bounce hook for some seconds
+    ForgedBounces,
     /// Every message is published twice
     DuplicateMessages,
     /// RabbitMQ runs out of memory and blocks its publishers for some seconds
@@ -280,6 +283,7 @@ impl Fault {
             Self::TermSendUncounted => processes::term_uncounted(site, some_seconds(rng)).await,
             Self::DeleteWorkerRow => database::delete_worker_row(site).await,
             Self::ForeignMessages => conveyor::foreign(site, some_seconds(rng), rng).await,
+            Self::ForgedBounces => inbound::forge(site, some_seconds(rng), rng).await,
             Self::BrokerAlarm => broker::memory_alarm(site, some_seconds(rng)).await,
             Self::DiskAlarm => broker::disk_alarm(site, some_seconds(rng)).await,
             Self::FullItems => broker::full(site, topology::ITEMS, &senders().collect::<Vec<_>>(), FULL).await,
