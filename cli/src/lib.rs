@@ -2,6 +2,7 @@
 
 pub mod backup;
 pub mod bench;
+pub mod bounce;
 pub mod chaos;
 pub mod dead_letters;
 pub mod demo;

@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, time::Duratio
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 use mailrun::{
-    backup, bench, chaos, dead_letters, demo, doctor, erase, ledger::Ledger, local::with_database, mail_sink, prune,
-    relay, restored, setup, stack, supervise, suppressions, test_send, unknown, up,
+    backup, bench, bounce, chaos, dead_letters, demo, doctor, erase, ledger::Ledger, local::with_database, mail_sink,
+    prune, relay, restored, setup, stack, supervise, suppressions, test_send, unknown, up,
 };
 use mailrun_shared::{
     config::Config,
@@ -92,6 +92,8 @@ enum Command {
         #[command(subcommand)]
         command: Unknown,
     },
+    /// Hands a bounce on standard input to the pages, for the mail server that receives them. Ends with 75 while they are down.
+    Bounce(bounce::Options),
     /// Sends one mail through the configured mailer, with the configured text, and says what became of it.
     TestSend {
         /// Where to.
@@ -253,7 +255,14 @@ struct Replay {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = Arguments::try_parse().unwrap_or_else(|error| {
+        // A mail server would return the bounce for any other exit code.
+        if error.use_stderr() && std::env::args().any(|argument| argument == "bounce") {
+            let _ = error.print();
+            std::process::exit(bounce::TEMPFAIL);
+        }
+        error.exit()
+    });
     arguments.broker.choose();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
@@ -345,6 +354,8 @@ async fn run(arguments: Arguments) -> Result<()> {
             let ledger = Ledger::reach(&config()?).await?;
             unknown::settle(&ledger, settle.run, &settle.addresses, found, settle.by).await
         }
+        // Its exit codes are those that mail servers understand.
+        Command::Bounce(options) => std::process::exit(bounce::run(Config::load(file), &options).await),
         Command::TestSend { address } => {
             let config = config()?;
             telemetry::init(&config.log);

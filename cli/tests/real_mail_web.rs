@@ -215,44 +215,85 @@ async fn who_is_suppressed_while_a_run_is_under_way_is_skipped() {
     assert!(results.contains("2 people were skipped"), "{results}");
 }
 
+/// One of Amazon SNS, with its signature.
+fn sns_bounce() -> String {
+    let signature = include_str!("../../web/src/sns/test_sha1.txt").trim();
+    include_str!("../../web/src/report/fixtures/sns_bounce.json").replace("EXAMPLE", signature)
+}
+
 #[tokio::test]
 async fn bounces_need_the_key_and_suppress() {
     let world = World::new(&[("MAILRUN_WEB__HOOK_KEY", KEY)]).await;
     let url = format!("{}/hooks/bounces", world.web);
-    let report = |body: &'static str| {
-        world.client.post(&url).header("host", "invites.example.org").header("content-type", "text/plain").body(body)
+    let report = |body: &str| {
+        let request = world.client.post(&url).header("host", "invites.example.org");
+        request.header("content-type", "text/plain").body(body.to_owned())
     };
-    let bounce = include_str!("../../web/src/report/fixtures/sns_bounce.json");
-    let without = report(bounce).send().await.unwrap();
+    let postmark = include_str!("../../web/src/report/fixtures/postmark_bounce.json");
+    let without = report(postmark).send().await.unwrap();
     assert_eq!(without.status(), 401);
     assert!(without.headers()["www-authenticate"].to_str().unwrap().starts_with("Basic"));
-    assert_eq!(report(bounce).bearer_auth("another-key-for-the-hook").send().await.unwrap().status(), 401);
-    assert_eq!(suppressed(&world).await, []);
-
-    assert_eq!(report(bounce).bearer_auth(KEY).send().await.unwrap().status(), 200);
-    let postmark = include_str!("../../web/src/report/fixtures/postmark_bounce.json");
-    assert_eq!(report(postmark).basic_auth("mailrun", Some(KEY)).send().await.unwrap().status(), 200);
+    assert_eq!(report(postmark).bearer_auth("another-key-for-the-hook").send().await.unwrap().status(), 401);
+    // Of a topic that is not named, whoever has the key.
+    let refused = report(&sns_bounce()).bearer_auth(KEY).send().await.unwrap();
+    assert_eq!(refused.status(), 403);
+    assert!(refused.text().await.unwrap().contains("web.sns_topics"));
+    // It names no message of ours.
     let mail = include_str!("../../web/src/report/fixtures/postfix.eml");
     let taken = report(mail).bearer_auth(KEY).send().await.unwrap();
-    assert_eq!(taken.text().await.unwrap(), "Taken. Not written to any more: 1, new: 1.\n");
+    assert_eq!(taken.text().await.unwrap(), "Taken. Not written to any more: 0, new: 0.\n");
+    assert_eq!(suppressed(&world).await, []);
+
+    assert_eq!(report(postmark).basic_auth("mailrun", Some(KEY)).send().await.unwrap().status(), 200);
     let complaint = include_str!("../../web/src/report/fixtures/ses_complaint.json");
+    let taken = report(complaint).bearer_auth(KEY).send().await.unwrap();
+    assert_eq!(taken.text().await.unwrap(), "Taken. Not written to any more: 1, new: 1.\n");
     // A first reason stays.
-    let known = report(complaint).bearer_auth(KEY).send().await.unwrap();
-    assert_eq!(known.text().await.unwrap(), "Taken. Not written to any more: 1, new: 0.\n");
-    let list = suppressed(&world).await;
-    let expected = ["jane@example.com", "richard@example.com", "john@example.com", "nobody+list@example.org"];
-    assert_eq!(pairs(&list), expected.map(|email| (email, "bounced")));
+    let again = report(&complaint.replace("abuse", "fraud")).bearer_auth(KEY).send().await.unwrap();
+    assert_eq!(again.text().await.unwrap(), "Taken. Not written to any more: 1, new: 0.\n");
+    let expected = [("john@example.com", "bounced"), ("richard@example.com", "complained")];
+    assert_eq!(pairs(&suppressed(&world).await), expected);
 
     let strange = report("hello").bearer_auth(KEY).send().await.unwrap();
     assert_eq!(strange.status(), 400);
     assert!(strange.text().await.unwrap().contains("RFC 3464"));
-    let confirm = r#"{"Type":"SubscriptionConfirmation","SubscribeURL":"https://sns.eu-west-1.amazonaws.com/?x=1"}"#;
-    let noted = report(confirm).bearer_auth(KEY).send().await.unwrap();
-    assert!(noted.text().await.unwrap().contains("open the SubscribeURL"));
-    assert!(world.log().contains("https://sns.eu-west-1.amazonaws.com/?x=1"));
-    for email in expected {
+    for (email, _) in expected {
         assert!(!world.log().contains(email), "an address is in the log");
     }
+}
+
+#[tokio::test]
+async fn messages_of_amazon_sns_need_a_signature_and_no_key() {
+    let certificate = concat!(env!("CARGO_MANIFEST_DIR"), "/../web/src/sns/test_certificate.pem");
+    let topic = "arn:aws:sns:eu-west-1:123456789012:bounces";
+    let world = World::new(&[("MAILRUN_WEB__SNS_TOPICS", topic), ("MAILRUN_WEB__SNS_CERTIFICATES", certificate)]).await;
+    let report = async |body: String| {
+        let url = format!("{}/hooks/bounces", world.web);
+        let request = world.client.post(url).header("host", "invites.example.org").body(body);
+        let answer = request.send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    // Not signed, changed, of another topic, with the certificate of another host, and not of SNS at all.
+    for wrong in [
+        include_str!("../../web/src/report/fixtures/sns_bounce.json").to_owned(),
+        sns_bounce().replace("Jane@example.com", "Mary@example.com"),
+        sns_bounce().replace(topic, "arn:aws:sns:eu-west-1:210987654321:bounces"),
+        sns_bounce().replace("https://sns.eu-west-1.amazonaws.com/Simple", "https://evil.example/Simple"),
+    ] {
+        assert_eq!(report(wrong).await.0, 403);
+    }
+    for other in [include_str!("../../web/src/report/fixtures/ses_complaint.json"), "hello"] {
+        assert_eq!(report(other.to_owned()).await.0, 401, "raw delivery is not signed, and needs the key");
+    }
+    assert_eq!(suppressed(&world).await, []);
+
+    let confirmation = include_str!("../../web/src/report/fixtures/sns_confirmation.json");
+    let (status, noted) = report(confirmation.to_owned()).await;
+    assert!(status == 200 && noted.contains("open the SubscribeURL"), "{status} {noted}");
+    assert!(world.log().contains("https://sns.eu-west-1.amazonaws.com/?Action=ConfirmSubscription"));
+    assert_eq!(report(sns_bounce()).await, (200, "Taken. Not written to any more: 2, new: 2.\n".to_owned()));
+    let expected = [("jane@example.com", "bounced"), ("richard@example.com", "bounced")];
+    assert_eq!(pairs(&suppressed(&world).await), expected);
 }
 
 #[tokio::test]

@@ -15,13 +15,21 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::{
-    Shared,
+    App, Shared, correlate,
     guard::{basic_password, credentials, is_same},
-    report::{self, Report, Verdict},
+    report::{
+        self, NotUnderstood, Report, Verdict,
+        sns::{Envelope, Kind},
+    },
+    sns::Refusal,
 };
 
 /// A report with the mail that it is about; longer ones are no reports of ours.
 const MAX_REPORT_BYTES: usize = 4 * 1024 * 1024;
+/// Amazon SNS sends at most 256 kB, which may need escapes. Without a key nothing longer is read.
+const MAX_SNS_BYTES: usize = 1024 * 1024;
+/// So much of a name that a stranger chose is logged.
+const MAX_SHOWN: usize = 200;
 /// A report must be here after so long.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Said to whoever sends something else.
@@ -29,20 +37,22 @@ const UNDERSTOOD: &str = "Understood are: Amazon SES (through SNS or raw), Postm
 
 /// `POST /hooks/bounces`. Its answers are plain text: they are read in a provider's log.
 pub(crate) async fn bounces(State(app): Shared, request: Request<Body>) -> Response {
-    let Some(key) = &app.config.hook_key else {
+    let key = app.config.hook_key.as_ref();
+    if key.is_none() && app.sns.is_none() {
         return (StatusCode::NOT_FOUND, "There is no bounce hook: set web.hook_key.\n").into_response();
-    };
-    if !knows(request.headers(), key.expose_secret()) {
-        // Amazon SNS sends its password only when it is asked for it.
-        let ask = [(header::WWW_AUTHENTICATE, r#"Basic realm="Mailrun hooks", charset="UTF-8""#)];
-        return (StatusCode::UNAUTHORIZED, ask, "The key is missing or wrong.\n").into_response();
+    }
+    let has_key = key.is_some_and(|key| knows(request.headers(), key.expose_secret()));
+    // Amazon SNS signs what it sends, and needs no key.
+    if !has_key && app.sns.is_none() {
+        return no_key();
     }
     if request.method() != Method::POST {
         return (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "POST")], "Reports are sent by POST.\n")
             .into_response();
     }
     let (parts, body) = request.into_parts();
-    let body = match timeout(PATIENCE, to_bytes(body, MAX_REPORT_BYTES)).await {
+    let limit = if has_key { MAX_REPORT_BYTES } else { MAX_SNS_BYTES };
+    let body = match timeout(PATIENCE, to_bytes(body, limit)).await {
         Ok(Ok(body)) => body,
         Ok(Err(_)) => {
             return (StatusCode::PAYLOAD_TOO_LARGE, "The report is larger than 4 MB, or did not arrive completely.\n")
@@ -50,30 +60,81 @@ pub(crate) async fn bounces(State(app): Shared, request: Request<Body>) -> Respo
         }
         Err(_) => return (StatusCode::REQUEST_TIMEOUT, "The report did not arrive in time.\n").into_response(),
     };
+    if !has_key && !report::is_json(&body) {
+        return no_key();
+    }
     let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     match report::read(content_type, &body) {
-        Ok(Report::Suppress(verdicts)) => match in_time(app.answer_timeout, suppress(&app.pool, &verdicts)).await {
-            Ok(new) => {
-                info!(reported = verdicts.len(), new, "a bounce report is taken");
-                (StatusCode::OK, format!("Taken. Not written to any more: {}, new: {new}.\n", verdicts.len()))
-                    .into_response()
-            }
-            Err(error) => {
-                warn!(%error, "a bounce report can't be kept; its sender is asked to repeat it");
-                (StatusCode::SERVICE_UNAVAILABLE, "The database does not answer: send it again later.\n")
-                    .into_response()
-            }
+        Ok(Report::Sns(envelope)) => from_sns(&app, &envelope).await,
+        _ if !has_key => no_key(),
+        Ok(Report::Provider(verdicts)) => keep(&app, &verdicts).await,
+        Ok(Report::Mail(returned)) => match in_time(app.answer_timeout, correlate::confirmed(&app, &returned)).await {
+            Ok(verdicts) => keep(&app, &verdicts).await,
+            Err(error) => come_again(&error),
         },
-        Ok(Report::Confirm(url)) => {
-            // An address that a stranger chose is never fetched from here.
-            warn!(url, "Amazon SNS wants to send reports: open this address in a browser to allow it, if it is yours");
-            "Noted. Nothing is confirmed by itself: open the SubscribeURL, which is in the log of mailrun web.\n"
+        Err(reason) => not_understood(&reason),
+    }
+}
+
+/// Amazon SNS sends its password only when it is asked for it.
+fn no_key() -> Response {
+    let ask = [(header::WWW_AUTHENTICATE, r#"Basic realm="Mailrun hooks", charset="UTF-8""#)];
+    (StatusCode::UNAUTHORIZED, ask, "The key is missing or wrong.\n").into_response()
+}
+
+fn not_understood(reason: &NotUnderstood) -> Response {
+    warn!(%reason, "a bounce report is not understood");
+    (StatusCode::BAD_REQUEST, format!("This is not understood: {reason}. {UNDERSTOOD}\n")).into_response()
+}
+
+fn come_again(error: &sqlx::Error) -> Response {
+    warn!(%error, "a bounce report can't be kept; its sender is asked to repeat it");
+    (StatusCode::SERVICE_UNAVAILABLE, "The database does not answer: send it again later.\n").into_response()
+}
+
+/// A message of Amazon SNS counts by its signature and its topic, with or without the key.
+async fn from_sns(app: &App, envelope: &Envelope) -> Response {
+    let verified = match &app.sns {
+        Some(verifier) => verifier.verify(envelope).await,
+        None => Err(Refusal::Topic),
+    };
+    match verified {
+        Ok(()) => {}
+        Err(refusal @ Refusal::Unreachable(_)) => {
+            warn!(%refusal, "a message of Amazon SNS can't be verified; it is asked to repeat it");
+            return (StatusCode::SERVICE_UNAVAILABLE, format!("Not accepted now: {refusal}.\n")).into_response();
+        }
+        Err(refusal) => {
+            let topic: String = envelope.topic_arn.chars().filter(|c| c.is_ascii_graphic()).take(MAX_SHOWN).collect();
+            warn!(%refusal, topic, "a message of Amazon SNS is not accepted");
+            return (StatusCode::FORBIDDEN, format!("Not accepted: {refusal}.\n")).into_response();
+        }
+    }
+    if envelope.kind == Kind::SubscriptionConfirmation {
+        let url = envelope.subscribe_url.as_deref().unwrap_or("none");
+        warn!(
+            url,
+            topic = envelope.topic_arn,
+            "Amazon SNS wants to send reports: open this address in a browser to allow it"
+        );
+        return "Noted. Nothing is confirmed by itself: open the SubscribeURL, which is in the log of mailrun web.\n"
+            .into_response();
+    }
+    match envelope.verdicts() {
+        Ok(verdicts) => keep(app, &verdicts).await,
+        Err(reason) => not_understood(&reason),
+    }
+}
+
+/// Suppresses what a report has proved.
+async fn keep(app: &App, verdicts: &[Verdict]) -> Response {
+    match in_time(app.answer_timeout, suppress(&app.pool, verdicts)).await {
+        Ok(new) => {
+            info!(reported = verdicts.len(), new, "a bounce report is taken");
+            (StatusCode::OK, format!("Taken. Not written to any more: {}, new: {new}.\n", verdicts.len()))
                 .into_response()
         }
-        Err(reason) => {
-            warn!(%reason, "a bounce report is not understood");
-            (StatusCode::BAD_REQUEST, format!("This is not understood: {reason}. {UNDERSTOOD}\n")).into_response()
-        }
+        Err(error) => come_again(&error),
     }
 }
 

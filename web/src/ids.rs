@@ -1,19 +1,20 @@
-//! What ids of ours are verified with.
+//! What ids of ours are verified with: in unsubscribe links, and in the mails that come back.
 
-use mailrun_shared::{store::signing, unsubscribe::Signer};
+use mailrun_shared::{message_id::MessageIds, store::signing, unsubscribe::Signer};
 
 use crate::App;
 
 /// Made from the ledger's key.
 pub(crate) struct Ids {
     pub(crate) links: Signer,
+    pub(crate) messages: MessageIds,
 }
 
 /// The ledger's key is read when it is first needed: the pages are served before PostgreSQL answers.
 pub(crate) async fn ids(app: &App) -> sqlx::Result<&Ids> {
     let read = async || {
         let key = signing::key(&mut *app.pool.acquire().await?).await?;
-        Ok(Ids { links: Signer::new(&key) })
+        Ok(Ids { links: Signer::new(&key), messages: MessageIds::new(&key) })
     };
     app.ids.get_or_try_init(read).await
 }

@@ -4,6 +4,7 @@ mod actions;
 mod assets;
 mod body;
 mod client;
+mod correlate;
 mod count;
 mod error;
 mod form;
@@ -20,6 +21,7 @@ mod report;
 mod results;
 mod runs;
 mod server;
+mod sns;
 mod suppressions;
 mod test_sends;
 mod text;
@@ -55,6 +57,7 @@ use tracing::{Level, error, info, info_span};
 use self::error::ErrorPage;
 // For pages beside these, which shall look and guard themselves alike.
 pub use guard::{is_local, is_same_origin};
+pub use sns::SnsError;
 pub use view::{grouped, rate};
 
 /// The style of the pages.
@@ -91,6 +94,9 @@ pub enum WebError {
         /// What the system says.
         source: io::Error,
     },
+    /// Messages of Amazon SNS can't be verified as configured.
+    #[error(transparent)]
+    Sns(#[from] SnsError),
     /// A bug.
     #[error("the outbox relay ended unasked: {0}")]
     Relay(#[from] tokio::task::JoinError),
@@ -116,6 +122,8 @@ struct App {
     watched: progress::Watched,
     /// What ids of ours are verified with, once the ledger was read.
     ids: OnceCell<ids::Ids>,
+    /// Verifies messages of Amazon SNS; none: no topic is configured.
+    sns: Option<sns::Verifier>,
     /// Whether no mail leaves this machine.
     simulated: bool,
     /// When a worker is taken for dead.
@@ -141,6 +149,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     let pool = store::open(&database, "mailrun web")?;
     database.max_connections = BACKGROUND_CONNECTIONS;
     let background = store::open(&database, "mailrun web outbox")?;
+    let sns = sns::Verifier::new(&config.web)?;
     let address = config.web.listen;
     let not_listening = |source| WebError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(not_listening)?;
@@ -176,6 +185,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         room,
         watched: progress::watched(),
         ids: OnceCell::new(),
+        sns,
         simulated: config.mailer.kind == MailerKind::Simulated,
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
         answer_timeout: limit,

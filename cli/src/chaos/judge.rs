@@ -71,6 +71,8 @@ pub(super) struct Verdict {
     pub(super) account: Account,
     /// Counters that differ from the number of items that they count, and people whose flag differs from their item.
     pub(super) drift: u64,
+    /// People who were suppressed, though nothing proved that their mailbox does not exist.
+    pub(super) suppressed_without_evidence: u64,
     pub(super) repairs: Repairs,
 }
 
@@ -112,7 +114,14 @@ pub(super) async fn judge(
     };
     let items: Vec<(ItemState, u32)> = rows.iter().map(|(id, email, state)| (*state, times(*id, email))).collect();
     let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);
-    Ok(Verdict { account, drift: drift(pool).await?, repairs: repairs(pool, run_id).await? })
+    // No fault is evidence: the mail server calls nobody unknown, and no report comes from it.
+    let suppressed: i64 = sqlx::query_scalar("SELECT count(*) FROM suppressions").fetch_one(pool).await?;
+    Ok(Verdict {
+        account,
+        drift: drift(pool).await?,
+        suppressed_without_evidence: suppressed.try_into()?,
+        repairs: repairs(pool, run_id).await?,
+    })
 }
 
 async fn repairs(pool: &PgPool, run_id: Uuid) -> Result<Repairs> {

@@ -22,6 +22,8 @@ pub(super) struct Figures {
     pub(super) untold: u64,
     /// Counters that differ from what they count.
     pub(super) drift: u64,
+    /// People suppressed without evidence about their mailbox.
+    pub(super) suppressed_without_evidence: u64,
     /// Mails that were offered while the run was paused.
     pub(super) sent_while_paused: u64,
     /// Seconds in which more was offered than the rate limit allows.
@@ -61,6 +63,7 @@ impl Figures {
             + self.doubled
             + self.untold
             + self.drift
+            + self.suppressed_without_evidence
             + self.sent_while_paused
             + self.over_rate
             + self.left
@@ -80,6 +83,7 @@ impl Figures {
             unknown: self.unknown + other.unknown,
             untold: self.untold + other.untold,
             drift: self.drift + other.drift,
+            suppressed_without_evidence: self.suppressed_without_evidence + other.suppressed_without_evidence,
             sent_while_paused: self.sent_while_paused + other.sent_while_paused,
             over_rate: self.over_rate + other.over_rate,
             discarded_windows: self.discarded_windows + other.discarded_windows,

@@ -50,6 +50,8 @@ const SHORTEST_MS: u32 = 8_000;
 /// The nodes of a cluster die one after the other, and each takes some seconds to be back.
 const CLUSTER_LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=2_000;
 const CLUSTER_SHORTEST_MS: u32 = 60_000;
+/// What the bounce hook wants to be told.
+pub(super) const HOOK_KEY: &str = "the-key-of-the-fault-bench";
 /// Who ends in good order does so within this time; the rest is killed after a little more.
 const GOOD_ORDER: Duration = Duration::from_secs(30);
 /// Where the pages listen: nobody else is given one of these by chance.
@@ -144,6 +146,11 @@ impl<'a> Site<'a> {
     /// The name of its database and of its virtual host.
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where the pages are.
+    pub(super) fn web_url(&self) -> &str {
+        &self.services.web_url
     }
 
     /// How the bench itself reaches the database.
@@ -264,6 +271,7 @@ fn settings(publish_twice: bool, resend: bool) -> Vec<(OsString, OsString)> {
         ("DATABASE__ANSWER_TIMEOUT_MS", answer_ms.clone()),
         ("AMQP__ANSWER_TIMEOUT_MS", answer_ms),
         ("AMQP__HEARTBEAT_S", HEARTBEAT.as_secs().to_string()),
+        ("WEB__HOOK_KEY", HOOK_KEY.into()),
         ("AMQP__PUBLISH_TWICE", publish_twice.to_string()),
     ];
     settings.into_iter().map(|(key, value)| (format!("MAILRUN_{key}").into(), value.into())).collect()

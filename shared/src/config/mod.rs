@@ -12,7 +12,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     ffi::OsString,
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -186,6 +186,10 @@ pub struct WebConfig {
     pub connection_age_ms: u64,
     /// What a mail provider has to know to report bounces and complaints; none: nobody may.
     pub hook_key: Option<SecretString>,
+    /// The topics of Amazon SNS whose messages are accepted, as ARNs.
+    pub sns_topics: Vec<String>,
+    /// Files with the certificates of Amazon SNS; none: they are fetched from Amazon, and an authority must have signed them.
+    pub sns_certificates: Vec<PathBuf>,
 }
 
 impl Default for WebConfig {
@@ -203,6 +207,8 @@ impl Default for WebConfig {
             header_timeout_ms: 20_000,
             connection_age_ms: 300_000,
             hook_key: None,
+            sns_topics: Vec::new(),
+            sns_certificates: Vec::new(),
         }
     }
 }
@@ -416,7 +422,7 @@ pub struct SimulatedConfig {
     /// Every so manieth email of a run fails at its first try, and passes at the next; 0: none.
     pub flaky_every: i32,
     /// A file that gets a line for each email handed over, for tests and the curious: its Message-ID.
-    pub journal: Option<std::path::PathBuf>,
+    pub journal: Option<PathBuf>,
 }
 
 impl Default for SimulatedConfig {
@@ -492,6 +498,8 @@ impl Config {
         let amqp_urls = nonempty("AMQP_URL").or_else(|| nonempty("MAILRUN_AMQP__URLS"));
         let rungs = nonempty("MAILRUN_RETRY__RUNGS_MS");
         let relays = nonempty("MAILRUN_MAILER__SMTP__RELAYS");
+        let topics = nonempty("MAILRUN_WEB__SNS_TOPICS");
+        let certificates = nonempty("MAILRUN_WEB__SNS_CERTIFICATES");
         let proxies = nonempty("MAILRUN_WEB__TRUSTED_PROXIES");
         // Only names with a section are settings; MAILRUN_HOME and MAILRUN_CONFIG are none.
         let ours = environment
@@ -508,6 +516,8 @@ impl Config {
             ("amqp.urls", amqp_urls),
             ("retry.rungs_ms", rungs),
             ("mailer.smtp.relays", relays),
+            ("web.sns_topics", topics),
+            ("web.sns_certificates", certificates),
             ("web.trusted_proxies", proxies),
         ] {
             if let Some(list) = list {
@@ -573,6 +583,9 @@ impl Config {
                 "web",
                 "max_connections is from 1 to 100000, header_timeout_ms and connection_age_ms at least 1",
             );
+        }
+        if self.web.sns_topics.iter().any(|topic| !topic.starts_with("arn:") || !topic.contains(":sns:")) {
+            return wrong("web.sns_topics", "each is like arn:aws:sns:eu-west-1:123456789012:bounces");
         }
         if self.web.hook_key.as_ref().is_some_and(|key| key.expose_secret().len() < MIN_HOOK_KEY_BYTES) {
             return wrong("web.hook_key", "at least 16 characters, for instance from `openssl rand -hex 24`");
@@ -686,6 +699,15 @@ mod tests {
             read(&[("MAILRUN_AMQP__PUBLISH_TWICE", "true"), ("MAILRUN_AMQP__URLS", "amqps://a,amqps://b")]).unwrap();
         assert!(config.amqp.publish_twice);
         assert_eq!(config.amqp.urls.len(), 2);
+    }
+
+    #[test]
+    fn topics_are_arns() {
+        let topics = |topics| read(&[("MAILRUN_WEB__SNS_TOPICS", topics)]).map(|config| config.web.sns_topics);
+        let arns = ["arn:aws:sns:eu-west-1:123456789012:bounces", "arn:aws-cn:sns:cn-north-1:123456789012:x"];
+        assert_eq!(topics(&arns.join(", ")).unwrap(), arns);
+        assert_eq!(topics("").unwrap(), [""; 0]);
+        assert!(topics("bounces").unwrap_err().to_string().contains("web.sns_topics"));
     }
 
     #[test]

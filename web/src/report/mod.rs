@@ -1,25 +1,41 @@
 //! Reads what mail providers and mail servers report of mails that went out: bounces and complaints. Pure.
 
+mod arf;
 mod dsn;
+mod mail;
 mod postmark;
 mod ses;
+pub(crate) mod sns;
+mod text;
 
-use mailrun_shared::{address::Address, store::suppressions::Reason};
+#[cfg(test)]
+mod samples;
+
+use mailrun_shared::{
+    address::Address,
+    reply::{ReplyClass, classify_report},
+    store::suppressions::Reason,
+};
 use serde_json::Value;
+
+pub(crate) use self::mail::Returned;
+use self::sns::Envelope;
 
 /// What a report is about.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Report {
-    /// Nobody is to write to these any more; none, if what it reports may pass, or is good news.
-    Suppress(Vec<Verdict>),
-    /// Amazon SNS asks whether it may send reports here. Visiting this address says yes.
-    Confirm(String),
+    /// What a mail provider says of addresses; none, if it may pass, or is good news.
+    Provider(Vec<Verdict>),
+    /// A mail that came to the bounce address. Anybody can write there.
+    Mail(Returned),
+    /// A message of Amazon SNS, which is to be verified.
+    Sns(Box<Envelope>),
 }
 
-/// An address that nobody is to write to any more.
-#[derive(Debug, PartialEq)]
+/// An address that is not to be written to again.
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Verdict {
-    /// The mailbox.
+    /// In the form in which addresses are compared.
     pub(crate) email: String,
     pub(crate) reason: Reason,
     /// In the reporter's words.
@@ -43,9 +59,24 @@ impl Verdict {
     }
 }
 
-fn one_line(text: &str) -> String {
+/// Whether a bounce that a provider calls permanent is about the mailbox: what the mail server said may prove the contrary. Without
+/// its words, or if they are not recognised, the provider's word counts.
+fn is_about_the_mailbox(status: Option<&str>, diagnostic: Option<&str>) -> bool {
+    // A permanent failure of which nothing else is known.
+    let classified = classify_report(status.or(Some("5.0.0")), diagnostic.map(dsn::untyped));
+    let says_nothing =
+        status.is_none_or(|status| status.trim().is_empty()) && diagnostic.is_none_or(|text| text.trim().is_empty());
+    says_nothing || classified.suppresses() || (classified.permanent && classified.class == ReplyClass::Unknown)
+}
+
+pub(super) fn one_line(text: &str) -> String {
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(" ").chars().take(MAX_DETAIL_CHARS).collect()
+}
+
+/// Whether a report is JSON. Amazon SNS calls its own text/plain.
+pub(crate) fn is_json(body: &[u8]) -> bool {
+    body.trim_ascii_start().first() == Some(&b'{')
 }
 
 /// Reads a report by what it says; its content type only helps with a mail whose header stayed behind.
@@ -53,19 +84,21 @@ fn one_line(text: &str) -> String {
 /// # Errors
 /// Why it can't be read.
 pub(crate) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Report, NotUnderstood> {
-    // Amazon SNS calls its JSON text/plain.
-    if body.trim_ascii_start().first() == Some(&b'{') {
+    if is_json(body) {
         let json = serde_json::from_slice(body).map_err(|_| NotUnderstood("it begins like JSON, and is none"))?;
-        return read_json(&json);
+        return read_json(json);
     }
-    dsn::read(content_type, body).map(Report::Suppress)
+    mail::read(content_type, body).map(Report::Mail)
 }
 
-fn read_json(json: &Value) -> Result<Report, NotUnderstood> {
-    if postmark::is_one(json) {
-        return postmark::read(json).map(Report::Suppress);
+fn read_json(json: Value) -> Result<Report, NotUnderstood> {
+    if postmark::is_one(&json) {
+        postmark::read(&json).map(Report::Provider)
+    } else if sns::is_one(&json) {
+        sns::read(json).map(|envelope| Report::Sns(Box::new(envelope)))
+    } else {
+        ses::read(&json).map(Report::Provider)
     }
-    ses::read(json)
 }
 
 /// The text at a path of keys.
@@ -87,6 +120,7 @@ mod tests {
             "{",
             "{}",
             r#"{"Type":"Other"}"#,
+            r#"{"Type":"Notification"}"#,
             r#"{"notificationType":5}"#,
             "[1]",
             "Subject: hello\r\n\r\nhello",
@@ -117,6 +151,28 @@ mod tests {
         assert_eq!(verdict.detail.as_deref(), Some("550 no such user"));
     }
 
+    #[test]
+    fn what_a_server_said_overrides_the_provider() {
+        for (status, diagnostic) in [
+            (None, None),
+            (Some(""), Some(" ")),
+            (Some("5.1.1"), Some("smtp; 550 5.1.1 <jane@example.com>... User")),
+            (None, Some("smtp;550 5.1.1 The email account that you tried to reach does not exist.")),
+            (None, Some("The server was unable to deliver your message (ex: unknown user, mailbox not found).")),
+        ] {
+            assert!(is_about_the_mailbox(status, diagnostic), "{status:?} {diagnostic:?}");
+        }
+        for (status, diagnostic) in [
+            (Some("5.7.1"), Some("smtp; 550 5.7.1 Message rejected due to local policy")),
+            (None, Some("smtp;554 5.7.1 Service unavailable; client host blocked using a block list")),
+            (Some("5.2.2"), Some("smtp; 552 5.2.2 mailbox full")),
+            (Some("4.4.7"), Some("smtp; 421 connection timed out")),
+            (Some("5.1.8"), None),
+        ] {
+            assert!(!is_about_the_mailbox(status, diagnostic), "{status:?} {diagnostic:?}");
+        }
+    }
+
     proptest! {
         #[test]
         fn a_report_of_any_json_is_understood_or_refused(
@@ -132,12 +188,17 @@ mod tests {
                 let at = place.index(body.len());
                 body.splice(at..(at + taken).min(body.len()), with.bytes());
             }
-            match read(Some("application/json"), &body) {
-                Ok(Report::Suppress(verdicts)) => for Verdict { email, detail, .. } in verdicts {
+            let verdicts = match read(Some("application/json"), &body) {
+                Ok(Report::Provider(verdicts)) => Ok(verdicts),
+                Ok(Report::Sns(envelope)) => envelope.verdicts(),
+                Ok(Report::Mail(returned)) => { prop_assert_eq!(returned.claims, []); Ok(Vec::new()) }
+                Err(reason) => Err(reason),
+            };
+            match verdicts {
+                Ok(verdicts) => for Verdict { email, detail, .. } in verdicts {
                     prop_assert_eq!(email.parse::<Address>().unwrap().email, email);
                     prop_assert!(!detail.unwrap_or_default().contains(char::is_control));
                 },
-                Ok(Report::Confirm(_)) => {}
                 Err(reason) => prop_assert!(!reason.to_string().is_empty()),
             }
         }
@@ -145,11 +206,6 @@ mod tests {
 
     #[test]
     fn json_without_bottom_is_refused() {
-        for body in [
-            "{\"a\":".repeat(200_000),
-            format!("{{\"Type\":\"Notification\",\"Message\":\"{}\"}}", "[".repeat(200_000)),
-        ] {
-            assert!(read(None, body.as_bytes()).is_err());
-        }
+        assert!(read(None, "{\"a\":".repeat(200_000).as_bytes()).is_err());
     }
 }

@@ -5,7 +5,7 @@
 use mailrun_shared::store::suppressions::Reason;
 use serde_json::Value;
 
-use super::{NotUnderstood, Verdict, text};
+use super::{NotUnderstood, Verdict, is_about_the_mailbox, text};
 
 /// Whether a report is one of Postmark's: these have a record type, and the oldest a numbered type.
 pub(super) fn is_one(json: &Value) -> bool {
@@ -32,9 +32,12 @@ pub(super) fn read(json: &Value) -> Result<Vec<Verdict>, NotUnderstood> {
         _ => None,
     };
     let Some(reason) = reason else { return Ok(Vec::new()) };
+    let said = text(json, &["Details"]).filter(|details| !details.is_empty());
+    if reason == Reason::Bounced && !is_about_the_mailbox(None, said) {
+        return Ok(Vec::new());
+    }
     let email = text(json, &["Email"]).or_else(|| text(json, &["Recipient"]));
-    let detail =
-        text(json, &["Details"]).filter(|details| !details.is_empty()).or_else(|| text(json, &["Description"]));
+    let detail = said.or_else(|| text(json, &["Description"]));
     let verdict = Verdict::new(email.unwrap_or_default(), reason, detail);
     Ok(vec![verdict.ok_or(NotUnderstood("the report of Postmark has no address in Email"))?])
 }
@@ -46,8 +49,8 @@ mod tests {
 
     fn verdicts(body: &str) -> Vec<Verdict> {
         match report::read(Some("application/json"), body.as_bytes()).unwrap() {
-            Report::Suppress(verdicts) => verdicts,
-            Report::Confirm(url) => panic!("a confirmation: {url}"),
+            Report::Provider(verdicts) => verdicts,
+            other => panic!("{other:?}"),
         }
     }
 
@@ -68,6 +71,11 @@ mod tests {
         for other in ["SoftBounce", "Transient", "AutoResponder", "Blocked", "DnsError"] {
             assert_eq!(verdicts(&bounce.replace("HardBounce", other)), [], "{other}");
         }
+        let policy = bounce.replace(
+            "550 5.1.1 The email account that you tried to reach does not exist.",
+            "550 5.7.1 Rejected by policy",
+        );
+        assert_eq!(verdicts(&policy), [], "the server refused the mail, not the address");
         assert_eq!(verdicts(r#"{"RecordType":"Delivery","Recipient":"a@x.org"}"#), []);
     }
 

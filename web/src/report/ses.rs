@@ -5,47 +5,36 @@
 use mailrun_shared::store::suppressions::Reason;
 use serde_json::Value;
 
-use super::{NotUnderstood, Report, Verdict, text};
+use super::{NotUnderstood, Verdict, arf, is_about_the_mailbox, text};
 
-pub(super) fn read(json: &Value) -> Result<Report, NotUnderstood> {
-    match text(json, &["Type"]) {
-        Some("SubscriptionConfirmation") => {
-            let url = text(json, &["SubscribeURL"]).ok_or(NotUnderstood("the confirmation has no SubscribeURL"))?;
-            Ok(Report::Confirm(url.to_owned()))
-        }
-        Some("UnsubscribeConfirmation") => Ok(Report::Suppress(Vec::new())),
-        Some("Notification") => {
-            let message = text(json, &["Message"]).ok_or(NotUnderstood("the notification has no Message"))?;
-            let event = serde_json::from_str(message)
-                .map_err(|_| NotUnderstood("the notification's Message is not the JSON of Amazon SES"))?;
-            read_event(&event)
-        }
-        _ => read_event(json),
-    }
-}
+/// Bounces by which Amazon says that it knows the address not to exist, whatever the server said this time.
+const KNOWN: [&str; 3] = ["NoEmail", "Suppressed", "OnAccountSuppressionList"];
 
-fn read_event(event: &Value) -> Result<Report, NotUnderstood> {
+pub(super) fn read(event: &Value) -> Result<Vec<Verdict>, NotUnderstood> {
     let kind = text(event, &["notificationType"]).or_else(|| text(event, &["eventType"]));
-    let verdicts = match kind.ok_or(NotUnderstood("the JSON is neither of Amazon SES nor of Postmark"))? {
+    Ok(match kind.ok_or(NotUnderstood("the JSON is neither of Amazon SES nor of Postmark"))? {
         // Transient: the mailbox is full, or the server away. Undetermined: SES does not know either.
         "Bounce" if text(event, &["bounce", "bounceType"]) == Some("Permanent") => {
+            let is_known = text(event, &["bounce", "bounceSubType"]).is_some_and(|kind| KNOWN.contains(&kind));
             recipients(event, "bounce", "bouncedRecipients")?
                 .filter_map(|recipient| {
-                    let detail = text(recipient, &["diagnosticCode"]).or_else(|| text(recipient, &["status"]));
-                    Verdict::new(text(recipient, &["emailAddress"])?, Reason::Bounced, detail)
+                    let (status, diagnostic) = (text(recipient, &["status"]), text(recipient, &["diagnosticCode"]));
+                    let counts = is_known || is_about_the_mailbox(status, diagnostic);
+                    let email = text(recipient, &["emailAddress"]).filter(|_| counts)?;
+                    Verdict::new(email, Reason::Bounced, diagnostic.or(status))
                 })
                 .collect()
         }
-        // "This is not spam" is a complaint of its own kind.
-        "Complaint" if text(event, &["complaint", "complaintFeedbackType"]) != Some("not-spam") => {
-            let detail = text(event, &["complaint", "complaintFeedbackType"]);
+        "Complaint" => {
+            let kind = text(event, &["complaint", "complaintFeedbackType"]);
+            // Amazon names no type if the mailbox provider named none.
+            let reason = kind.filter(|kind| !kind.is_empty()).map_or(Some(Reason::Complained), arf::reason);
             recipients(event, "complaint", "complainedRecipients")?
-                .filter_map(|recipient| Verdict::new(text(recipient, &["emailAddress"])?, Reason::Complained, detail))
+                .filter_map(|recipient| Verdict::new(text(recipient, &["emailAddress"])?, reason?, kind))
                 .collect()
         }
         _ => Vec::new(),
-    };
-    Ok(Report::Suppress(verdicts))
+    })
 }
 
 fn recipients<'a>(event: &'a Value, part: &str, list: &str) -> Result<impl Iterator<Item = &'a Value>, NotUnderstood> {
@@ -56,12 +45,13 @@ fn recipients<'a>(event: &'a Value, part: &str, list: &str) -> Result<impl Itera
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::read;
+    use crate::report::{Report, read};
 
     fn verdicts(body: &str) -> Vec<Verdict> {
         match read(Some("text/plain; charset=UTF-8"), body.as_bytes()).unwrap() {
-            Report::Suppress(verdicts) => verdicts,
-            Report::Confirm(url) => panic!("a confirmation: {url}"),
+            Report::Provider(verdicts) => verdicts,
+            Report::Sns(envelope) => envelope.verdicts().unwrap(),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -81,7 +71,10 @@ mod tests {
         assert_eq!(verdicts_of.len(), 1);
         assert_eq!((verdicts_of[0].email.as_str(), verdicts_of[0].reason), ("richard@example.com", Reason::Complained));
         assert_eq!(verdicts_of[0].detail.as_deref(), Some("abuse"));
-        assert_eq!(verdicts(&complaint.replace("\"abuse\"", "\"not-spam\"")), []);
+        for other in ["not-spam", "auth-failure", "virus"] {
+            assert_eq!(verdicts(&complaint.replace("abuse", other)), [], "{other}");
+        }
+        assert_eq!(verdicts(&complaint.replace("\"abuse\"", "null")).len(), 1);
     }
 
     #[test]
@@ -91,14 +84,14 @@ mod tests {
             assert_eq!(verdicts(&bounce.replace("Permanent", other)), [], "{other}");
         }
         assert_eq!(verdicts(r#"{"eventType":"Delivery","delivery":{"recipients":["a@x.org"]}}"#), []);
-        let hello = r#"{"Type":"Notification","Message":"{\"notificationType\":\"AmazonSnsSubscriptionSucceeded\"}"}"#;
-        assert_eq!(verdicts(hello), []);
     }
 
     #[test]
-    fn a_confirmation_is_passed_on() {
-        let body = r#"{"Type":"SubscriptionConfirmation","Token":"x","SubscribeURL":"https://sns.eu-west-1.amazonaws.com/?x"}"#;
-        let confirm = Report::Confirm("https://sns.eu-west-1.amazonaws.com/?x".into());
-        assert_eq!(read(None, body.as_bytes()), Ok(confirm));
+    fn what_the_server_said_decides() {
+        let bounce = include_str!("fixtures/sns_bounce.json");
+        let policy = bounce.replace("550 5.1.1 <jane@example.com>... User", "550 5.7.1 Rejected by policy");
+        let found = verdicts(&policy);
+        assert!(found.len() == 1 && found[0].email == "richard@example.com", "{found:?}");
+        assert_eq!(verdicts(&policy.replace("General", "Suppressed")).len(), 2);
     }
 }

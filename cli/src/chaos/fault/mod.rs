@@ -5,6 +5,7 @@ mod broker;
 mod cluster;
 mod conveyor;
 mod database;
+mod inbound;
 mod ledgers;
 mod mail;
 mod network;
@@ -124,6 +125,8 @@ pub(super) enum Fault {
     DeleteWorkerRow,
     /// Messages and results of another installation arrive, of items with the same numbers
     ForeignMessages,
+    /// Reports that are forged, or prove nothing, arrive at the bounce hook for some seconds
+    ForgedBounces,
     /// The ledger is replaced by a backup of some seconds ago, and the restore is declared
     Restore,
     /// Another installation is set up on the same virtual host, and starts a worker there
@@ -303,6 +306,7 @@ impl Fault {
             Self::TermSendUncounted => processes::term_uncounted(site, some_seconds(rng)).await,
             Self::DeleteWorkerRow => database::delete_worker_row(site).await,
             Self::ForeignMessages => conveyor::foreign(site, some_seconds(rng), rng).await,
+            Self::ForgedBounces => inbound::forge(site, some_seconds(rng), rng).await,
             Self::Restore => ledgers::restore(site, some_seconds(rng)).await,
             Self::SecondInstallation => ledgers::second_installation(site).await,
             Self::BrokerAlarm => broker::memory_alarm(site, some_seconds(rng)).await,
