@@ -215,10 +215,11 @@ impl ItemMessage {
         Self { attempt: self.attempt + 1, tries: self.tries.saturating_add(1), ..self }
     }
 
-    /// The attempt that an item waits for, of which `self` is the present one and `state` what is known of it.
+    /// The attempt that an item waits for, of which `self` is the present one and `state` what is known of it. Whether a try
+    /// was charged stands in the result: the tries of one that waits are those of the attempt that it waits for.
     #[must_use]
     pub fn awaited(self, state: ItemState) -> Self {
-        if state == ItemState::Retrying { self.next_try() } else { self }
+        if state == ItemState::Retrying { self.again() } else { self }
     }
 
     /// The next attempt, without a try charged: a shutdown or a dead worker is not the address's fault.

@@ -116,6 +116,8 @@ fn wait(item: ItemMessage, next: ItemMessage, delay: Duration, reason: String) -
         follow_up: Some(FollowUp::Wait(next, delay)),
         result: ItemResult {
             due_in_ms: Some(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)),
+            // So that whoever puts the item back charges neither more nor less.
+            tries: next.tries,
             ..item.result(ItemState::Retrying, Some(reason))
         },
     }
@@ -255,6 +257,7 @@ mod tests {
         let first = after_send(item(1, 1), down(), Duration::ZERO, &rules());
         assert_eq!((first.result.state, first.result.due_in_ms), (ItemState::Retrying, Some(250)));
         assert!(first.follow_up.is_some());
+        assert_eq!(first.result.tries, 2, "the try that it waits for");
         assert_eq!(after_send(item(2, 2), down(), Duration::ZERO, &rules()).result.due_in_ms, Some(1000));
         assert_eq!(after_send(item(3, 3), down(), Duration::ZERO, &rules()).result.state, ItemState::Failed);
         let refused = Outcome::Failed { reason: "no".into(), bad_address: true };
