@@ -40,7 +40,8 @@ pub async fn run(ledger: &Ledger, options: &Options) -> Result<()> {
         bail!("stop the workers first: {} is connected to the ledger", workers.join(", "));
     }
     let sent = match &options.sent_log {
-        Some(file) => read_sent_log(file, &MessageIds::new(&signing::key(&mut conn).await?)).with_context(|| format!("{} can't be read", file.display()))?,
+        Some(file) => read_sent_log(file, &MessageIds::new(&signing::key(&mut conn).await?))
+            .with_context(|| format!("{} can't be read", file.display()))?,
         None => Vec::new(),
     };
     let backup = installation::read(&mut conn).await?;

@@ -35,7 +35,12 @@ pub(crate) async fn confirmed(app: &App, returned: &Returned) -> sqlx::Result<Ve
     for Named { run_id, item_id } in named {
         let Some(invited) = suppressions::invited(&mut conn, Some(run_id), item_id).await? else { continue };
         if let Some(claim) = returned.claims.iter().find(|claim| claim.is_about(&invited.email)) {
-            let verdict = Verdict { email: invited.email.clone(), reason: claim.reason, detail: claim.detail.clone() };
+            let verdict = Verdict {
+                email: invited.email.clone(),
+                reason: claim.reason,
+                detail: claim.detail.clone(),
+                run_id: Some(run_id),
+            };
             confirmed.insert(invited.email, verdict);
         }
     }

@@ -8,9 +8,12 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use mailrun_shared::store::{in_time, suppressions};
+use mailrun_shared::store::{
+    held_suppressions::{Missing, suppress_missing},
+    in_time,
+    suppressions::{self, Reason},
+};
 use secrecy::ExposeSecret as _;
-use sqlx::PgPool;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
@@ -128,7 +131,7 @@ async fn from_sns(app: &App, envelope: &Envelope) -> Response {
 
 /// Suppresses what a report has proved.
 async fn keep(app: &App, verdicts: &[Verdict]) -> Response {
-    match in_time(app.answer_timeout, suppress(&app.pool, verdicts)).await {
+    match in_time(app.answer_timeout, suppress(app, verdicts)).await {
         Ok(new) => {
             info!(reported = verdicts.len(), new, "a bounce report is taken");
             (StatusCode::OK, format!("Taken. Not written to any more: {}, new: {new}.\n", verdicts.len()))
@@ -138,16 +141,24 @@ async fn keep(app: &App, verdicts: &[Verdict]) -> Response {
     }
 }
 
-/// Returns how many of them were not on the list before.
-async fn suppress(pool: &PgPool, verdicts: &[Verdict]) -> sqlx::Result<usize> {
+/// Returns how many of them were not on the list before. Those of a run that suppresses an unusual share of its recipients are
+/// held for review.
+async fn suppress(app: &App, verdicts: &[Verdict]) -> sqlx::Result<usize> {
     let mut verdicts: Vec<_> = verdicts.iter().collect();
     // In one order for everybody, so that two reports of the same people wait for each other and don't deadlock.
     verdicts.sort_by(|a, b| a.email.cmp(&b.email));
-    let mut tx = pool.begin().await?;
-    let mut new = 0;
-    for Verdict { email, reason, detail } in verdicts {
-        new += usize::from(suppressions::suppress(&mut tx, email, *reason, detail.as_deref()).await?);
+    let mut tx = app.pool.begin().await?;
+    let (mut new, mut missing) = (0, Vec::new());
+    for Verdict { email, reason, detail, run_id } in verdicts {
+        match run_id {
+            Some(run_id) if *reason == Reason::Bounced => {
+                missing.push(Missing { run_id: *run_id, email: email.clone(), detail: detail.clone() });
+            }
+            _ => new += usize::from(suppressions::suppress(&mut tx, email, *reason, detail.as_deref()).await?),
+        }
     }
+    // Last: it locks the counters of the runs.
+    new += suppress_missing(&mut tx, &app.suppressions, &missing).await?.new;
     tx.commit().await?;
     Ok(new)
 }

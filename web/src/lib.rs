@@ -41,7 +41,7 @@ use axum::{
 };
 use mailrun_shared::{
     broker::{Broker, Rejections},
-    config::{Config, ConfigError, MailerKind, WebConfig},
+    config::{Config, ConfigError, MailerKind, SuppressionsConfig, WebConfig},
     lineage, store,
 };
 use sqlx::PgPool;
@@ -128,6 +128,8 @@ struct App {
     simulated: bool,
     /// When a worker is taken for dead.
     dead_after: Duration,
+    /// How many suppressions of a run are unusual.
+    suppressions: SuppressionsConfig,
     /// How long the database may take to answer.
     answer_timeout: Duration,
     /// What RabbitMQ does not take from the outbox.
@@ -164,6 +166,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     let limit = database.answer_timeout();
     let relay = tokio::spawn({
         let (pool, outbox, ending) = (background.clone(), Arc::clone(&outbox), ending.clone());
+        let broker = Arc::clone(&broker);
         async move {
             let _guard = ending.clone().drop_guard();
             tokio::join!(
@@ -188,6 +191,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         sns,
         simulated: config.mailer.kind == MailerKind::Simulated,
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
+        suppressions: config.suppressions,
         answer_timeout: limit,
         rejections: broker.rejections().clone(),
     });

@@ -8,6 +8,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
+use chrono::TimeDelta;
 use mailrun_shared::{
     item::ItemState,
     run::{Phase, Wanted},
@@ -249,7 +250,7 @@ pub(crate) async fn show(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use chrono::{TimeDelta, Utc};
+    use chrono::Utc;
     use mailrun_shared::run::Counters;
 
     fn finished(sent: i32, failed: i32, unknown: i32) -> Progress {

@@ -199,7 +199,7 @@ impl Senders {
     }
 
     /// Waits for room and a message, then takes as many more of both as come within a moment.
-    async fn gather(&self, consumer: &mut Consumer, held: &mut Held<Asked>) -> Option<Batch> {
+    async fn gather(self: &Arc<Self>, consumer: &mut Consumer, held: &mut Held<Asked>) -> Option<Batch> {
         loop {
             let has_room = timeout(LOOK_FOR_OLD_EVERY, self.permits.some()).await.is_ok();
             let old: Vec<Delivery> = iter::from_fn(|| consumer.next_older_than(LONGEST_UNCLAIMED)).collect();

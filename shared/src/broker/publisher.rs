@@ -368,7 +368,9 @@ impl Broker {
     }
 
     async fn burst(&self, channel: &Channel, batches: &[Batch]) -> Result<HashMap<Uuid, &'static str>, BrokerError> {
-        timeout(self.answer_timeout, burst(channel, batches, self.epoch.present())).await.map_err(|_| BrokerError::Timeout)?
+        timeout(self.answer_timeout, burst(channel, batches, self.epoch.present()))
+            .await
+            .map_err(|_| BrokerError::Timeout)?
     }
 
     /// Tells those whose messages were all taken; at `OnRejection::Tell` also those that want to know which were rejected. Returns

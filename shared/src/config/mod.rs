@@ -124,7 +124,7 @@ pub struct AmqpConfig {
     /// Lets connections beyond this machine go unencrypted.
     pub allow_plaintext: bool,
     /// A PEM file with the authorities to trust beside the system's, for `amqps://`.
-    pub ca_file: Option<std::path::PathBuf>,
+    pub ca_file: Option<PathBuf>,
     /// Connections that a process publishes on, each with one confirm channel.
     pub publish_lanes: usize,
     /// Queues that item messages are spread over. Raise it at the senders first, since they read only what they know of.

@@ -198,6 +198,10 @@ pub async fn erase(conn: &mut PgConnection, email: &str) -> sqlx::Result<Erased>
         erase_items(&mut tx, &[user_id]).await?;
     }
     erased.suppressed = suppress_tombstone(&mut tx, email, &tombstone).await?;
+    // The review of its run is decided later.
+    sqlx::query!("UPDATE held_suppressions SET email = $2, detail = NULL WHERE email = $1", email, tombstone)
+        .execute(&mut *tx)
+        .await?;
     erased.tests =
         sqlx::query!("DELETE FROM test_sends WHERE email = $1", email).execute(&mut *tx).await?.rows_affected();
     erased.texts = scrub(&mut tx, email).await?;
@@ -261,6 +265,8 @@ async fn scrub(conn: &mut PgConnection, email: &str) -> sqlx::Result<u64> {
         ("buried_results", "reason"),
         ("workers", "lane_reason"),
         ("suppressions", "detail"),
+        ("held_suppressions", "detail"),
+        ("relay_stops", "reason"),
     ] {
         let statement = format!(
             "UPDATE {table} SET {column} = regexp_replace({column}, $1, '{REPLACEMENT}', 'gi') WHERE {column} ~* $1"

@@ -4,6 +4,7 @@ use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use crate::{
+    config::SuppressionsConfig,
     item::ItemState,
     message::{ItemMessage, ItemResult},
     store::progress::{self, Report},
@@ -154,5 +155,5 @@ pub async fn settle_open(conn: &mut PgConnection, mut progress: impl FnMut(usize
 async fn apply(conn: &mut PgConnection, results: &[(Uuid, ItemResult)]) -> sqlx::Result<usize> {
     let reports: Vec<Report<'_>> =
         results.iter().map(|(run_id, result)| Report { run_id: Some(*run_id), result }).collect();
-    Ok(progress::apply(conn, &reports).await?.changed)
+    Ok(progress::apply(conn, &SuppressionsConfig::default(), &reports).await?.changed)
 }

@@ -4,7 +4,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::progress::{self, Report};
-use crate::{item::ItemState, message::ItemMessage};
+use crate::{config::SuppressionsConfig, item::ItemState, message::ItemMessage};
 
 /// Items settled in one transaction.
 const BATCH: i64 = 500;
@@ -70,6 +70,6 @@ pub async fn settle(conn: &mut PgConnection, which: &Selection, found: Found, by
             .collect();
         let reports: Vec<Report<'_>> =
             results.iter().map(|(run_id, result)| Report { run_id: Some(*run_id), result }).collect();
-        settled += progress::apply(&mut *conn, &reports).await?.changed;
+        settled += progress::apply(&mut *conn, &SuppressionsConfig::default(), &reports).await?.changed;
     }
 }

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 
 use mail_parser::{Message, MessageParser, MessagePart, MimeHeaders as _, PartType};
-use mailrun_shared::{address::Address, reply::classify_report, store::suppressions::Reason};
+use mailrun_shared::{address::mailbox, reply::classify_report, store::suppressions::Reason};
 
 use super::{NotUnderstood, arf, dsn, one_line, text};
 
@@ -44,16 +44,9 @@ impl Claim {
 
     /// Whether it is about this address, as the ledger knows it.
     pub(crate) fn is_about(&self, email: &str) -> bool {
-        let ours = mailbox(email);
-        self.addresses.iter().any(|address| mailbox(address) == ours)
+        let Ok(ours) = mailbox(email) else { return false };
+        self.addresses.iter().any(|address| mailbox(address).is_ok_and(|address| address == ours))
     }
-}
-
-/// The form in which two spellings of a mailbox are equal.
-fn mailbox(address: &str) -> Option<(String, String)> {
-    let Address { email, .. } = address.parse().ok()?;
-    let (name, domain) = email.rsplit_once('@')?;
-    Some((name.to_owned(), idna::domain_to_ascii(domain).ok()?))
 }
 
 pub(super) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Returned, NotUnderstood> {

@@ -17,6 +17,7 @@ use mailrun_shared::{
     store::suppressions::Reason,
 };
 use serde_json::Value;
+use uuid::Uuid;
 
 pub(crate) use self::mail::Returned;
 use self::sns::Envelope;
@@ -40,6 +41,8 @@ pub(crate) struct Verdict {
     pub(crate) reason: Reason,
     /// In the reporter's words.
     pub(crate) detail: Option<String>,
+    /// The run whose message it is about, if the report proves that.
+    pub(crate) run_id: Option<Uuid>,
 }
 
 /// A report that can't be read.
@@ -55,7 +58,7 @@ impl Verdict {
     fn new(address: &str, reason: Reason, detail: Option<&str>) -> Option<Self> {
         let Address { email, .. } = address.parse().ok()?;
         let detail = detail.map(one_line).filter(|detail| !detail.is_empty());
-        Some(Self { email, reason, detail })
+        Some(Self { email, reason, detail, run_id: None })
     }
 }
 
