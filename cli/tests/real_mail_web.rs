@@ -6,13 +6,14 @@ mod support;
 
 use std::{mem, process::Command};
 
-use mailrun_shared::{store::suppressions, unsubscribe::Signer};
+use mailrun_shared::{signed_id::Named, store::signing, unsubscribe::Signer};
 use reqwest::{
     Client, Response,
     header::{AUTHORIZATION, HeaderValue, LOCATION},
     redirect,
 };
 use support::{World, field, people, until};
+use uuid::Uuid;
 
 const KEY: &str = "a-key-for-the-hook";
 const PUBLIC: (&str, &str) = ("MAILRUN_WEB__PUBLIC_URL", "https://invites.example.org/");
@@ -26,14 +27,17 @@ fn logged_in() -> Client {
 
 /// The link that an address got in its invitation, under the address where the pages really are.
 async fn link(world: &World, email: &str) -> String {
-    let item_id: i64 =
-        sqlx::query_scalar("SELECT i.id FROM run_items i JOIN users u ON u.id = i.user_id WHERE u.email = $1")
+    let (item_id, run_id) =
+        sqlx::query_as("SELECT i.id, i.run_id FROM run_items i JOIN users u ON u.id = i.user_id WHERE u.email = $1")
             .bind(email)
             .fetch_one(&world.pool)
             .await
             .unwrap();
-    let key = suppressions::signing_key(&mut world.pool.acquire().await.unwrap()).await.unwrap();
-    format!("{}/u/{}", world.web, Signer::new(&key).token(item_id))
+    format!("{}/u/{}", world.web, signer(world).await.token(Named { run_id, item_id }))
+}
+
+async fn signer(world: &World) -> Signer {
+    Signer::new(&signing::key(&mut world.pool.acquire().await.unwrap()).await.unwrap())
 }
 
 async fn suppressed(world: &World) -> Vec<(String, String)> {
@@ -111,6 +115,58 @@ async fn one_click_unsubscribes_and_later_runs_leave_the_person_out() {
     let left_out: i32 =
         sqlx::query_scalar("SELECT suppressed FROM runs WHERE total = 1").fetch_one(&world.pool).await.unwrap();
     assert_eq!(left_out, 1);
+}
+
+#[tokio::test]
+async fn a_link_works_however_a_mail_program_cut_it() {
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
+    let stranger = mem::replace(&mut world.client, logged_in());
+    world.invite("ann@example.org\nbob@example.org\ncarol@example.org").await;
+    world.client = stranger;
+    let ann = link(&world, "ann@example.org").await;
+    let (start, token) = ann.rsplit_once('/').unwrap();
+    assert!(token.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()), "{ann}");
+    let get = async |url: String| world.client.get(url).header("host", "invites.example.org").send().await.unwrap();
+    for end in ["", ".", ",", ")", ">", "/", ").", "%3E", "./", "?utm_source=x"] {
+        let answer = get(format!("{ann}{end}")).await;
+        assert_eq!(answer.status(), 200, "{end}");
+        assert!(answer.text().await.unwrap().contains("a…@example.org"), "{end}");
+    }
+    let bob = link(&world, "bob@example.org").await;
+    assert_eq!(one_click(&world, &format!("{bob}>.")).await.0, 200);
+    let carol = link(&world, "carol@example.org").await;
+    let upper = carol.strip_prefix(start).unwrap().to_uppercase();
+    assert_eq!(one_click(&world, &format!("{start}{upper}")).await.0, 200);
+    let expected = [("bob@example.org", "unsubscribed"), ("carol@example.org", "unsubscribed")];
+    assert_eq!(pairs(&suppressed(&world).await), expected);
+    // Whatever else stands there is answered without a login.
+    for path in ["/u", "/u/", "/u/x/y", "/u/%2F", "/u/-_.,)%3E"] {
+        assert_eq!(get(format!("{}{path}", world.web)).await.status(), 404, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_link_of_another_run_unsubscribes_nobody() {
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
+    world.client = logged_in();
+    world.invite("ann@example.org").await;
+    let item_id: i64 = sqlx::query_scalar("SELECT id FROM run_items").fetch_one(&world.pool).await.unwrap();
+    // As after a restore: the number belongs to another person now.
+    let token = signer(&world).await.token(Named { run_id: Uuid::new_v4(), item_id });
+    assert_eq!(one_click(&world, &format!("{}/u/{token}", world.web)).await.0, 410);
+    assert_eq!(suppressed(&world).await, []);
+}
+
+#[tokio::test]
+async fn a_link_of_an_earlier_version_still_works() {
+    let mut world = World::new(&[PUBLIC, PASSWORD]).await;
+    world.client = logged_in();
+    sqlx::query("UPDATE signing_key SET key = 'key'").execute(&world.pool).await.unwrap();
+    sqlx::query("ALTER TABLE run_items ALTER COLUMN id RESTART WITH 42").execute(&world.pool).await.unwrap();
+    world.invite("ann@example.org").await;
+    let (status, page) = one_click(&world, &format!("{}/u/AAAAAAAAACq7AzdmFRcHJIe4zqRIXDj4.", world.web)).await;
+    assert_eq!(status, 200, "{page}");
+    assert_eq!(pairs(&suppressed(&world).await), [("ann@example.org", "unsubscribed")]);
 }
 
 #[tokio::test]

@@ -3,12 +3,6 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// The `Message-ID` of an invitation, without its angle brackets: the same on every attempt, and of no other invitation.
-#[must_use]
-pub fn message_id(item_id: i64, run_id: Uuid, domain: &str) -> String {
-    format!("{item_id}.{}@{domain}", run_id.simple())
-}
-
 /// Where an invitation stands, in order of rank.
 ///
 /// The order is the protocol: between two reports of the same attempt, the greater one wins.

@@ -1,13 +1,14 @@
 //! What web and workers have in common: the messages and tables through which they meet, and the ways to reach both servers.
 //!
-//! `item`, `run`, `message`, `pacing`, `address`, `template`, `unsubscribe`, `reply` and `retry` are pure; `topology` and `broker` speak to RabbitMQ, `store` to
-//! PostgreSQL, and the two don't know each other.
+//! `item`, `run`, `message`, `pacing`, `address`, `template`, `signed_id`, `message_id`, `unsubscribe`, `reply` and `retry` are pure; `topology`
+//! and `broker` speak to RabbitMQ, `store` to PostgreSQL, and the two don't know each other.
 
 pub mod address;
 pub mod broker;
 pub mod config;
 pub mod item;
 pub mod message;
+pub mod message_id;
 pub mod pacing;
 pub mod public_url;
 pub mod reply;
@@ -15,6 +16,7 @@ pub mod retry;
 pub mod run;
 mod scram;
 pub mod shutdown;
+pub mod signed_id;
 pub mod store;
 pub mod telemetry;
 pub mod template;

@@ -9,6 +9,7 @@ mod form;
 mod guard;
 mod health;
 mod hooks;
+mod ids;
 mod logins;
 mod progress;
 mod relay;
@@ -37,7 +38,6 @@ use mailrun_shared::{
     broker::Broker,
     config::{Config, ConfigError, MailerKind, WebConfig},
     store,
-    unsubscribe::Signer,
 };
 use sqlx::PgPool;
 use tokio::{
@@ -106,8 +106,8 @@ struct App {
     room: body::Room,
     /// What polls were answered lately.
     watched: progress::Watched,
-    /// What unsubscribe links are verified with, once the ledger has told.
-    signer: OnceCell<Signer>,
+    /// What ids of ours are verified with, once the ledger was read.
+    ids: OnceCell<ids::Ids>,
     /// Whether no mail leaves this machine.
     simulated: bool,
     /// When a worker is taken for dead.
@@ -161,7 +161,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         in_doubt: form::nothing_in_doubt(),
         room,
         watched: progress::watched(),
-        signer: OnceCell::new(),
+        ids: OnceCell::new(),
         simulated: config.mailer.kind == MailerKind::Simulated,
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
         answer_timeout: limit,
@@ -192,7 +192,8 @@ fn router(app: Arc<App>) -> Router {
         .route("/tests/{id}", get(test_sends::show))
         .route("/suppressions", get(suppressions::show).post(suppressions::add))
         .route("/suppressions/{number}/remove", post(suppressions::remove).get(suppressions::back_to_list))
-        .route("/u/{token}", get(unsubscribe::show).post(unsubscribe::unsubscribe))
+        // With whatever a mail program took for a part of the link.
+        .route("/u/{*token}", get(unsubscribe::show).post(unsubscribe::unsubscribe))
         // Without a key there is no such page, however it is asked for.
         .route("/hooks/bounces", any(hooks::bounces))
         .route("/static/{name}", get(assets::show))

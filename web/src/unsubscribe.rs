@@ -10,14 +10,20 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use mailrun_shared::{
-    store::suppressions::{self, Reason},
-    unsubscribe::{Signer, TEST_ITEM},
+    store::{
+        signing,
+        suppressions::{self, Reason},
+    },
+    unsubscribe::Token,
 };
+use sqlx::PgConnection;
 use tracing::info;
+use uuid::Uuid;
 
 use crate::{
     App, Shared,
     error::{ErrorPage, html},
+    ids::ids,
 };
 
 #[derive(Template)]
@@ -55,10 +61,10 @@ impl IntoResponse for Answer {
 
 /// `GET /u/{token}`
 pub(crate) async fn show(State(app): Shared, Path(token): Path<String>) -> Result<Response, ErrorPage> {
-    let answer = match signer(&app).await?.verify(&token) {
-        None => Answer::NoSuchLink,
-        Some(TEST_ITEM) => Answer::Test,
-        Some(item_id) => match suppressions::invited(&mut *app.pool.acquire().await?, item_id).await? {
+    let mut conn = app.pool.acquire().await?;
+    let answer = match target(&app, &mut conn, &token).await? {
+        Err(answer) => answer,
+        Ok(Target { run_id, item_id }) => match suppressions::invited(&mut conn, run_id, item_id).await? {
             None => Answer::Gone,
             Some(invited) if invited.suppressed.is_some() => Answer::Before(masked(&invited.email)),
             Some(invited) => Answer::Ask(masked(&invited.email)),
@@ -69,12 +75,11 @@ pub(crate) async fn show(State(app): Shared, Path(token): Path<String>) -> Resul
 
 /// `POST /u/{token}`
 pub(crate) async fn unsubscribe(State(app): Shared, Path(token): Path<String>) -> Result<Response, ErrorPage> {
-    let answer = match signer(&app).await?.verify(&token) {
-        None => Answer::NoSuchLink,
-        Some(TEST_ITEM) => Answer::Test,
-        Some(item_id) => {
-            let mut conn = app.pool.acquire().await?;
-            match suppressions::suppress_item(&mut conn, item_id, Reason::Unsubscribed).await? {
+    let mut conn = app.pool.acquire().await?;
+    let answer = match target(&app, &mut conn, &token).await? {
+        Err(answer) => answer,
+        Ok(Target { run_id, item_id }) => {
+            match suppressions::suppress_item(&mut conn, run_id, item_id, Reason::Unsubscribed).await? {
                 None => Answer::Gone,
                 Some(invited) => {
                     info!(item_id, before = invited.suppressed.is_some(), "somebody has unsubscribed");
@@ -86,10 +91,23 @@ pub(crate) async fn unsubscribe(State(app): Shared, Path(token): Path<String>) -
     Ok(answer.into_response())
 }
 
-/// The ledger's key is read when it is first needed: the pages are served before PostgreSQL answers.
-async fn signer(app: &App) -> sqlx::Result<&Signer> {
-    let read = async || Ok(Signer::new(&suppressions::signing_key(&mut *app.pool.acquire().await?).await?));
-    app.signer.get_or_try_init(read).await
+/// The invitation that a link belongs to.
+struct Target {
+    /// None: the link was made by an earlier version, and names the item only.
+    run_id: Option<Uuid>,
+    item_id: i64,
+}
+
+/// What a link is for, or what is to be answered at once.
+async fn target(app: &App, conn: &mut PgConnection, token: &str) -> sqlx::Result<Result<Target, Answer>> {
+    Ok(match ids(app).await?.links.read(token) {
+        None => Err(Answer::NoSuchLink),
+        Some(Token::Test) => Err(Answer::Test),
+        Some(Token::Item(named)) => Ok(Target { run_id: Some(named.run_id), item_id: named.item_id }),
+        // The number may be another person's by now.
+        Some(Token::Former(_)) if signing::was_restored(conn).await? => Err(Answer::Gone),
+        Some(Token::Former(item_id)) => Ok(Target { run_id: None, item_id }),
+    })
 }
 
 /// `a…@example.org`

@@ -14,6 +14,7 @@ mod consumer;
 mod fan_out;
 mod heartbeat;
 mod held;
+mod ids;
 pub mod mailer;
 #[cfg(test)]
 mod model;
@@ -30,7 +31,6 @@ mod stopped_runs;
 pub mod sweep;
 mod templates;
 pub mod test_send;
-mod unsubscribe;
 mod watchdog;
 
 use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
@@ -51,8 +51,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, info, warn};
 
 use crate::{
-    consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, permits::Permits, progress::Progress, send::Senders,
-    sweep::Sweeper, test_send::TestSends, unsubscribe::Links, watchdog::Watchdog,
+    consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, ids::Ids, permits::Permits, progress::Progress,
+    send::Senders, sweep::Sweeper, test_send::TestSends, watchdog::Watchdog,
 };
 
 /// Run messages handed out ahead to one pump.
@@ -131,11 +131,13 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     let permits = if roles.contains(&Role::Send) { config.permits() } else { 0 };
     let Some(heartbeat) = register(&pool, &names, permits, &config, &stop).await else { return Ok(()) };
     info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
-    let links = match roles.contains(&Role::Send) {
-        true => Links::read(&pool, &config, &stop).await,
-        false => Some(Links::default()),
+    let ids = match roles.contains(&Role::Send) {
+        true => match Ids::read(&pool, &config, &stop).await {
+            None => return Ok(()),
+            ids => ids,
+        },
+        false => None,
     };
-    let Some(links) = links else { return Ok(()) };
     let broker = Broker::new(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()));
     let publisher = broker.publisher(config.amqp.publish_lanes);
     let beating = CancellationToken::new();
@@ -146,7 +148,8 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
 
     let consumers = TaskTracker::new();
     let watchdog = Watchdog::new(&config, Arc::clone(&broker), pool.clone(), Arc::clone(&heartbeat));
-    let parts = start(&config, &roles, &pool, &broker, &publisher, &heartbeat, &links, &watchdog, &consumers, &stop)?;
+    let parts =
+        start(&config, &roles, &pool, &broker, &publisher, &heartbeat, ids.as_ref(), &watchdog, &consumers, &stop)?;
     drop(publisher);
     let deadline = Duration::from_millis(config.send.shutdown_deadline_ms);
     let ended = supervise(parts, &consumers, &heartbeat, &stop, deadline).await;
@@ -199,7 +202,7 @@ fn start(
     broker: &Arc<Broker>,
     publisher: &Publisher,
     heartbeat: &Arc<Heartbeat>,
-    links: &Links,
+    ids: Option<&Ids>,
     watchdog: &Arc<Watchdog>,
     consumers: &TaskTracker,
     stop: &CancellationToken,
@@ -217,17 +220,19 @@ fn start(
                 parts.spawn(prune::run(pool.clone(), config.clone(), stop.clone()));
             }
             Role::Send => {
+                // Senders have read them.
+                let Some(ids) = ids.cloned() else { continue };
                 let mailer = mailer::mailer(&config.mailer)?;
                 let permits = Arc::new(Permits::new(config.permits()));
                 heartbeat.tell_of(Arc::clone(&mailer), Arc::clone(&permits));
                 let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
-                let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, links.clone());
+                let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, ids.clone());
                 parts.spawn(tests.run(consume(&[topology::TESTS.into()], test_send::PREFETCH), stop.clone()));
-                let (beat, links) = (Arc::clone(heartbeat), links.clone());
+                let beat = Arc::clone(heartbeat);
                 let (config, pool, broker, publisher) =
                     (config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 let (queues, prefetch) = (broker.item_queues().to_vec(), config.send.prefetch);
-                let senders = Senders::new(config, pool, broker, publisher, beat, mailer, permits, links);
+                let senders = Senders::new(config, pool, broker, publisher, beat, mailer, permits, ids);
                 parts.spawn(senders.run(consume(&queues, prefetch), stop.clone()));
             }
             Role::Progress => {

@@ -14,9 +14,10 @@ use std::{
 use mailrun_shared::{
     broker::{Broker, Outgoing, Publisher},
     config::Config,
-    item::{ItemState, Key, message_id},
+    item::{ItemState, Key},
     message::{ItemMessage, ItemResult, decode},
     retry::{Reconnect, in_process},
+    signed_id::Named,
     store::{
         Session,
         attempts::{self, Claimed, Found, Paced},
@@ -40,13 +41,13 @@ use crate::{
     consumer::{Consumer, Delivery},
     heartbeat::Heartbeat,
     held::Held,
+    ids::Ids,
     mailer::{Lane, Mail, Mailer, Outcome},
     outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
     pace::Pace,
     permits::Permits,
     stopped_runs::StoppedRuns,
     templates::{Read, Templates, TemplatesError},
-    unsubscribe::Links,
 };
 
 /// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
@@ -73,10 +74,8 @@ pub struct Senders {
     publisher: Publisher,
     heartbeat: Arc<Heartbeat>,
     mailer: Arc<dyn Mailer>,
-    /// Behind the @ of a Message-ID.
-    domain: String,
     templates: Templates,
-    links: Links,
+    ids: Ids,
     claims: Mutex<Claims>,
     permits: Arc<Permits>,
     pace: Arc<Pace>,
@@ -127,21 +126,20 @@ impl Senders {
         heartbeat: Arc<Heartbeat>,
         mailer: Arc<dyn Mailer>,
         permits: Arc<Permits>,
-        links: Links,
+        ids: Ids,
     ) -> Arc<Self> {
         let stopped = StoppedRuns::new(pool.clone(), config.database.answer_timeout());
         let pace = Pace::new(&config, pool.clone());
         let checks =
             Checks { heartbeat: Arc::clone(&heartbeat), stopped: Arc::clone(&stopped), pace: Arc::clone(&pace) };
         Arc::new(Self {
-            links,
+            ids,
             templates: Templates::new(pool.clone(), config.database.answer_timeout()),
             pool,
             broker,
             publisher,
             heartbeat,
             mailer,
-            domain: config.message_id_domain(),
             claims: Mutex::default(),
             permits,
             pace,
@@ -371,12 +369,13 @@ impl Senders {
                 };
             }
         };
+        let named = Named { run_id: claimed.key.run_id, item_id: claimed.key.item_id };
         let mail = Mail {
-            message_id: format!("<{}>", message_id(claimed.key.item_id, claimed.key.run_id, &self.domain)),
+            message_id: self.ids.message_id(named),
             email: claimed.email,
             name: claimed.name,
             template,
-            unsubscribe: self.links.of(claimed.key.item_id),
+            unsubscribe: self.ids.link(named),
             position: claimed.position,
             tries: item.tries,
             replays: item.replays,

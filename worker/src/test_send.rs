@@ -26,9 +26,9 @@ use uuid::Uuid;
 use crate::{
     attempt::Attempt,
     consumer::{Consumer, Delivery},
+    ids::Ids,
     mailer::{Lane, Mail, Mailer, Outcome},
     poison,
-    unsubscribe::Links,
 };
 
 /// Tests handed out ahead, which are sent at the same time.
@@ -41,9 +41,7 @@ pub struct TestSends {
     publisher: Publisher,
     worker_id: i64,
     mailer: Arc<dyn Mailer>,
-    links: Links,
-    /// Behind the @ of a Message-ID.
-    domain: String,
+    ids: Ids,
     answer_timeout: Duration,
 }
 
@@ -56,10 +54,10 @@ impl TestSends {
         publisher: Publisher,
         worker_id: i64,
         mailer: Arc<dyn Mailer>,
-        links: Links,
+        ids: Ids,
     ) -> Self {
         let answer_timeout = config.database.answer_timeout();
-        Self { pool, publisher, worker_id, mailer, links, domain: config.message_id_domain(), answer_timeout }
+        Self { pool, publisher, worker_id, mailer, ids, answer_timeout }
     }
 
     /// Sends until the consumer stops, then finishes what is under way.
@@ -119,7 +117,7 @@ impl TestSends {
             Ok(template) => Arc::new(template),
             Err(error) => return Outcome::Failed { reason: error.to_string(), bad_address: false },
         };
-        let mail = test_mail(test_id, &self.domain, test.email, template, self.links.of_test());
+        let mail = test_mail(test_id, self.ids.domain(), test.email, template, self.ids.test_link());
         self.mailer.send(&mail, &Attempt::unchecked()).await
     }
 }

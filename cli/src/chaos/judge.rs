@@ -10,9 +10,11 @@ use lapin::{message::Delivery, options::BasicGetOptions, types::ShortString};
 use mailrun_shared::{
     broker::{REASON_HEADER, depth},
     config::SmtpConfig,
-    item::{ItemState, Standing, merge, message_id},
+    item::{ItemState, Standing, merge},
     message::{ItemMessage, ResultsMessage, decode},
-    store::{audit, sweep},
+    message_id::MessageIds,
+    signed_id::Named,
+    store::{audit, signing, sweep},
     topology::DEAD,
 };
 use mailrun_worker::replay::header_text;
@@ -97,7 +99,8 @@ pub(super) async fn judge(pool: &PgPool, sink: &Sink, run_id: Uuid, recipients: 
     .fetch_all(pool)
     .await?;
     let domain = SmtpConfig::default().from.domain();
-    let times = |id: i64, email: &str| sink.mailbox().times(email, &message_id(id, run_id, &domain));
+    let ids = MessageIds::new(&signing::key(&mut *pool.acquire().await?).await?);
+    let times = |item_id, email: &str| sink.mailbox().times(email, &ids.write(Named { run_id, item_id }, &domain));
     let items: Vec<(ItemState, u32)> = rows.iter().map(|(id, email, state)| (*state, times(*id, email))).collect();
     let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);
     Ok(Verdict { account, drift: drift(pool).await?, repairs: repairs(pool, run_id).await? })

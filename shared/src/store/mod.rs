@@ -14,6 +14,7 @@ pub mod prune;
 pub mod receipts;
 pub mod runs;
 pub mod schema;
+pub mod signing;
 pub mod submit;
 pub mod suppressions;
 pub mod sweep;

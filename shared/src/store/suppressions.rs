@@ -1,7 +1,8 @@
-//! Addresses that nobody writes to any more, and the key that unsubscribe links are signed with.
+//! Addresses that nobody writes to any more.
 
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
 
 /// Why nobody is to write to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::Type)]
@@ -54,14 +55,6 @@ pub struct Invited {
     pub suppressed: Option<Reason>,
 }
 
-/// The key that unsubscribe links are signed with. It never changes.
-///
-/// # Errors
-/// The database's; `RowNotFound` where somebody has deleted it.
-pub async fn signing_key(conn: &mut PgConnection) -> sqlx::Result<Vec<u8>> {
-    sqlx::query_scalar!("SELECT key FROM signing_key").fetch_one(conn).await
-}
-
 /// Keeps an address from being written to again. `email` is in lower case. False: it was on the list before, and stays
 /// there with its first reason.
 ///
@@ -89,25 +82,31 @@ pub async fn suppress(
 ///
 /// # Errors
 /// The database's.
-pub async fn suppress_item(conn: &mut PgConnection, item_id: i64, reason: Reason) -> sqlx::Result<Option<Invited>> {
-    let Some(invited) = invited(&mut *conn, item_id).await? else { return Ok(None) };
+pub async fn suppress_item(
+    conn: &mut PgConnection,
+    run_id: Option<Uuid>,
+    item_id: i64,
+    reason: Reason,
+) -> sqlx::Result<Option<Invited>> {
+    let Some(invited) = invited(&mut *conn, run_id, item_id).await? else { return Ok(None) };
     if invited.suppressed.is_none() {
         suppress(conn, &invited.email, reason, None).await?;
     }
     Ok(Some(invited))
 }
 
-/// Who an invitation went to. None: there is no such invitation any more.
+/// Who an invitation went to. None: there is no such invitation any more, or it belongs to another run than `run_id`.
 ///
 /// # Errors
 /// The database's.
-pub async fn invited(conn: &mut PgConnection, item_id: i64) -> sqlx::Result<Option<Invited>> {
+pub async fn invited(conn: &mut PgConnection, run_id: Option<Uuid>, item_id: i64) -> sqlx::Result<Option<Invited>> {
     sqlx::query_as!(
         Invited,
         r#"SELECT u.email, s.reason AS "suppressed?: Reason"
            FROM run_items i JOIN users u ON u.id = i.user_id LEFT JOIN suppressions s ON s.email = u.email
-           WHERE i.id = $1"#,
-        item_id
+           WHERE i.id = $1 AND ($2::uuid IS NULL OR i.run_id = $2)"#,
+        item_id,
+        run_id
     )
     .fetch_optional(conn)
     .await

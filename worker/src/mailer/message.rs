@@ -137,9 +137,11 @@ impl Composer {
             {
                 return Err(failed("the address for unsubscribing can't stand in a header".into()));
             }
-            message = message
-                .raw_header(header("List-Unsubscribe", format!("<{url}>")))
-                .raw_header(header("List-Unsubscribe-Post", "List-Unsubscribe=One-Click".into()));
+            message = message.raw_header(header("List-Unsubscribe", format!("<{url}>")));
+            // One click needs https (RFC 8058, 3.1); without it the link opens the page.
+            if url.starts_with("https://") {
+                message = message.raw_header(header("List-Unsubscribe-Post", "List-Unsubscribe=One-Click".into()));
+            }
         }
         let mut message = message
             .multipart(MultiPart::alternative_plain_html(rendered.text, rendered.html))
@@ -299,6 +301,15 @@ mod tests {
         assert!(!String::from_utf8(letter.bytes).unwrap().contains("List-Unsubscribe"));
         let hostile = Mail { unsubscribe: Some("https://x>\r\nBcc: eve".into()), ..mail("ann@example.org", None) };
         assert!(matches!(Composer::new(&config()).unwrap().compose(&hostile), Err(Outcome::Failed { .. })));
+    }
+
+    #[test]
+    fn one_click_is_offered_over_https_only() {
+        let url = "http://mail.example/u/abc";
+        let letter = compose(&Mail { unsubscribe: Some(url.into()), ..mail("ann@example.org", None) });
+        let raw = String::from_utf8(letter.bytes).unwrap();
+        assert!(raw.contains(&format!("\r\nList-Unsubscribe: <{url}>\r\n")), "{raw}");
+        assert!(!raw.contains("List-Unsubscribe-Post"), "{raw}");
     }
 
     #[test]

@@ -1,0 +1,70 @@
+//! The `Message-ID`s of invitations: unguessable, and each names the run and the item that it belongs to. Pure.
+
+use crate::signed_id::{Named, SignedIds, SigningKey};
+
+/// Separates these ids from others that are signed with the same key.
+const PURPOSE: &[u8] = b"mailrun message id v1";
+
+/// Writes, reads and finds `Message-ID`s.
+///
+/// An invitation has the same one on every attempt, so that a mail server or a reader can tell a repetition, and no other
+/// invitation has it.
+#[derive(Clone, Debug)]
+pub struct MessageIds(SignedIds);
+
+impl MessageIds {
+    /// With the ledger's key.
+    #[must_use]
+    pub fn new(key: &SigningKey) -> Self {
+        Self(SignedIds::new(key, PURPOSE))
+    }
+
+    /// The `Message-ID` of an invitation, without its angle brackets. `domain` stands behind the @.
+    #[must_use]
+    pub fn write(&self, named: Named, domain: &str) -> String {
+        format!("{}@{domain}", self.0.write(named))
+    }
+
+    /// What a `Message-ID` names, with or without angle brackets; none: this ledger did not make it. The domain does not
+    /// matter: the setting may have changed since.
+    #[must_use]
+    pub fn read(&self, message_id: &str) -> Option<Named> {
+        let id = message_id.trim().trim_start_matches('<');
+        self.0.read(id.split_once('@').map_or(id.trim_end_matches('>'), |(id, _)| id))
+    }
+
+    /// What the `Message-ID`s of ours in a text name, each once: of a returned mail, a report, or a mail server's log.
+    #[must_use]
+    pub fn find(&self, text: &str) -> Vec<Named> {
+        self.0.find(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn a_message_id_is_read_as_it_was_written() {
+        let ids = MessageIds::new(&SigningKey::new(b"key".to_vec(), Uuid::nil()));
+        let named = Named { run_id: Uuid::from_u128(7), item_id: 42 };
+        let written = ids.write(named, "millers.example");
+        assert!(written.ends_with("@millers.example") && written.len() == 80, "{written}");
+        for text in [written.clone(), format!(" <{written}> "), written.to_ascii_uppercase()] {
+            assert_eq!(ids.read(&text), Some(named), "{text}");
+        }
+        let log = format!("postfix/cleanup[17]: 4D2A: message-id=<{written}>\npostfix/smtp[18]: 4D2A: to=<a@x.org>");
+        assert_eq!(ids.find(&log), [named]);
+    }
+
+    #[test]
+    fn a_number_and_a_run_are_no_message_id() {
+        let ids = MessageIds::new(&SigningKey::new(b"key".to_vec(), Uuid::nil()));
+        for text in ["<64001.12b06094beb35fa29ecb1750595e94db@millers.example>", "", "<>", "@"] {
+            assert_eq!(ids.read(text), None, "{text}");
+            assert_eq!(ids.find(text), [], "{text}");
+        }
+    }
+}
