@@ -4,8 +4,9 @@
 mod support;
 
 use mailrun_shared::{
+    signed_id::Named,
     store::{grants, signing},
-    unsubscribe::{Named, Signer},
+    unsubscribe::Signer,
 };
 use support::{World, people, until};
 use url::Url;
