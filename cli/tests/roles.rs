@@ -4,7 +4,8 @@
 mod support;
 
 use mailrun_shared::{
-    store::{grants, suppressions},
+    signed_id::Named,
+    store::{grants, signing},
     unsubscribe::Signer,
 };
 use support::{World, people, until};
@@ -107,12 +108,10 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     let run = world.invite(&people(300)).await;
     world.until_progress(&run, "under way", |progress| progress["sent"].as_i64() > Some(20)).await;
     world.client.post(format!("{run}/pause")).send().await.unwrap().error_for_status().unwrap();
-    let key = suppressions::signing_key(&mut world.pool.acquire().await.unwrap()).await.unwrap();
-    let last: i64 = sqlx::query_scalar("SELECT max(id) FROM run_items WHERE state = 'pending'")
-        .fetch_one(&world.pool)
-        .await
-        .unwrap();
-    let link = format!("{}/u/{}", world.web, Signer::new(&key).token(last));
+    let key = signing::key(&mut world.pool.acquire().await.unwrap()).await.unwrap();
+    let last = "SELECT id, run_id FROM run_items WHERE state = 'pending' ORDER BY id DESC LIMIT 1";
+    let (item_id, run_id) = sqlx::query_as(last).fetch_one(&world.pool).await.unwrap();
+    let link = format!("{}/u/{}", world.web, Signer::new(&key).token(Named { run_id, item_id }));
     world.client.post(link).send().await.unwrap().error_for_status().unwrap();
     world.client.post(format!("{run}/resume")).send().await.unwrap().error_for_status().unwrap();
     let sent = world.progress(&run).await["sent"].as_i64();
