@@ -156,7 +156,7 @@ async fn a_virtual_host_belongs_to_one_installation() {
 
     let (good, said) = world.output(&["setup", "--take-over"], &settings);
     assert!(good, "{said}");
-    let id = installation::read(&mut *PgPool::connect_lazy(&url).unwrap().acquire().await.unwrap()).await.unwrap().id;
+    let id = installation::read(&mut PgPool::connect_lazy(&url).unwrap().acquire().await.unwrap()).await.unwrap().id;
     assert!(
         !world.run_to_end(&["worker"]) && world.log().contains(&id.to_string()),
         "the first one is refused now: {}",

@@ -95,7 +95,8 @@ pub async fn keep(
         if epoch.record(installation.epochs, latest) {
             if epoch.is_behind() { error!("{BEHIND}") } else { info!("the ledger is current again") }
         }
-        if !epoch.is_current() || !(installation.is_due || !marked) {
+        let is_marked = marked && !installation.is_due;
+        if is_marked || !epoch.is_current() {
             continue;
         }
         marked = false;

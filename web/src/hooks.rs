@@ -108,7 +108,7 @@ async fn from_sns(app: &App, envelope: &Envelope) -> Response {
             return (StatusCode::SERVICE_UNAVAILABLE, format!("Not accepted now: {refusal}.\n")).into_response();
         }
         Err(refusal) => {
-            let topic: String = envelope.topic_arn.chars().filter(|c| c.is_ascii_graphic()).take(MAX_SHOWN).collect();
+            let topic: String = envelope.topic_arn.chars().filter(char::is_ascii_graphic).take(MAX_SHOWN).collect();
             warn!(%refusal, topic, "a message of Amazon SNS is not accepted");
             return (StatusCode::FORBIDDEN, format!("Not accepted: {refusal}.\n")).into_response();
         }

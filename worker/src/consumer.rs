@@ -362,6 +362,7 @@ mod tests {
         let (acks, _acked) = mpsc::unbounded_channel();
         for tag in [1, 2] {
             let delivery = Delivery {
+                is_stale: false,
                 properties: BasicProperties::default(),
                 body: Vec::new(),
                 tag,

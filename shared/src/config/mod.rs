@@ -703,7 +703,7 @@ mod tests {
 
     #[test]
     fn topics_are_arns() {
-        let topics = |topics| read(&[("MAILRUN_WEB__SNS_TOPICS", topics)]).map(|config| config.web.sns_topics);
+        let topics = |topics: &str| read(&[("MAILRUN_WEB__SNS_TOPICS", topics)]).map(|config| config.web.sns_topics);
         let arns = ["arn:aws:sns:eu-west-1:123456789012:bounces", "arn:aws-cn:sns:cn-north-1:123456789012:x"];
         assert_eq!(topics(&arns.join(", ")).unwrap(), arns);
         assert_eq!(topics("").unwrap(), [""; 0]);

@@ -128,7 +128,8 @@ impl Smtp {
 #[async_trait]
 impl Mailer for Smtp {
     async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome {
-        match self.0.breaker().before(&mail.message_id, Instant::now()) {
+        let decision = self.0.breaker().before(&mail.message_id, Instant::now());
+        match decision {
             Some(Decision::Wait(reason)) => return Outcome::Later(reason),
             Some(Decision::Fail(reason)) => return Outcome::Failed { reason, bad_address: false },
             None => {}
