@@ -193,7 +193,7 @@ async fn a_process_can_write_no_column_but_its_own() {
     ] {
         let pool = sqlx::PgPool::connect(&roles.url(writer)).await.unwrap();
         let refused = sqlx::query(statement).execute(&pool).await.expect_err(statement);
-        let code = refused.as_database_error().and_then(|error| error.code().map(|code| code.into_owned()));
+        let code = refused.as_database_error().and_then(|error| error.code().map(std::borrow::Cow::into_owned));
         assert_eq!(code.as_deref(), Some(INSUFFICIENT_PRIVILEGE), "{writer}: {statement}: {refused}");
         pool.close().await;
     }
