@@ -31,23 +31,32 @@ const NONE: Table = Table { name: "", readers: None, insert: &[], update: &[], d
 const TABLES: &[Table] = &[
     Table {
         name: "users",
-        insert: &[(Web, "id email name")],
-        update: &[(Progress, "emailed_at")],
+        insert: &[(Web, "id email erased_at scrubbed_at")],
+        // Pruning keeps who was emailed. Pages erase people.
+        update: &[(Progress, "emailed_at"), (FanOut, "emailed_at scrubbed_at"), (Web, "email name erased_at")],
         filled_in: "created_at",
         ..NONE
     },
     Table {
         name: "runs",
         insert: &[(Web, "id subject body sends_per_second total")],
-        update: &[(Web, "wanted total already_invited already_failed suppressed repeated invalid invalid_entries")],
+        update: &[
+            (Web, "wanted total already_invited already_failed suppressed repeated invalid invalid_entries"),
+            // With a relay that is stopped its runs are paused.
+            (Send, "wanted"),
+        ],
         delete: &[FanOut],
-        filled_in: "created_at",
+        filled_in: "created_at restored_at",
         ..NONE
     },
     Table {
         name: "run_items",
-        insert: &[(Web, "run_id user_id position")],
-        update: &[(Progress, "attempt tries replays state error due_at finished_at overtaken")],
+        insert: &[(Web, "run_id user_id position name typed")],
+        update: &[
+            (Progress, "attempt tries replays state error due_at finished_at overtaken"),
+            // Erasing a person.
+            (Web, "name typed error"),
+        ],
         delete: &[FanOut],
         filled_in: "id troubled active",
         ..NONE
@@ -55,10 +64,14 @@ const TABLES: &[Table] = &[
     Table {
         name: "run_passes",
         insert: &[(FanOut, "run_id number kind command_id states error")],
-        update: &[(
-            FanOut,
-            "cursor chunk_start step released next_due_at seen_at done_at looked_at drained per_second chunk_at",
-        )],
+        update: &[
+            (
+                FanOut,
+                "cursor chunk_start step released next_due_at seen_at done_at looked_at drained per_second chunk_at tidied_at",
+            ),
+            // Erasing a person.
+            (Web, "error"),
+        ],
         delete: &[FanOut],
         filled_in: "created_at charged",
         ..NONE
@@ -73,6 +86,8 @@ const TABLES: &[Table] = &[
             ),
             // To lock the rows of runs that are pruned. What is written there goes with the row.
             (FanOut, "updated_at"),
+            // To lock them while a replay is asked for, or suppressions are counted.
+            (Web, "updated_at"),
         ],
         delete: &[FanOut],
         ..NONE
@@ -92,9 +107,11 @@ const TABLES: &[Table] = &[
             (Progress, "roles host pid permits"),
         ],
         update: &[
-            (FanOut, "heartbeat_at stopped_at died_at in_flight rebuilds lane_reason lane_until"),
-            (Send, "heartbeat_at stopped_at died_at in_flight rebuilds lane_reason lane_until"),
-            (Progress, "heartbeat_at stopped_at died_at in_flight rebuilds lane_reason lane_until"),
+            (FanOut, "heartbeat_at stopped_at died_at in_flight rebuilds lane_reason lane_until rejected"),
+            (Send, "heartbeat_at stopped_at died_at in_flight rebuilds lane_reason lane_until rejected"),
+            (Progress, "heartbeat_at stopped_at died_at in_flight rebuilds lane_reason lane_until rejected"),
+            // Erasing a person.
+            (Web, "lane_reason"),
         ],
         delete: &[FanOut],
         filled_in: "id started_at",
@@ -125,29 +142,54 @@ const TABLES: &[Table] = &[
     Table {
         name: "buried_results",
         insert: &[(Progress, "run_id item_id attempt state reason")],
+        // Erasing a person.
+        update: &[(Web, "reason")],
         delete: &[FanOut],
         filled_in: "buried_at",
         ..NONE
     },
     Table {
         name: "suppressions",
-        insert: &[(Web, "email reason detail"), (Progress, "email reason detail")],
+        insert: &[(Web, "email reason detail run_id created_at"), (Progress, "email reason detail run_id")],
+        update: &[(Web, "detail")],
+        // Progress takes those back that are held for review.
+        delete: &[Web, Progress],
+        filled_in: "number",
+        ..NONE
+    },
+    Table {
+        name: "suppression_reviews",
+        insert: &[(Web, "run_id"), (Progress, "run_id")],
+        update: &[(Web, "decided_at accepted")],
+        filled_in: "held_at",
+        ..NONE
+    },
+    Table {
+        name: "held_suppressions",
+        insert: &[(Web, "run_id email detail created_at"), (Progress, "run_id email detail created_at")],
+        update: &[(Web, "email detail")],
         delete: &[Web],
-        filled_in: "created_at number",
+        ..NONE
+    },
+    Table {
+        name: "relay_stops",
+        insert: &[(Send, "relay reason alike runs")],
+        update: &[(Web, "answered_at fault reason")],
+        filled_in: "number stopped_at",
         ..NONE
     },
     Table {
         name: "test_sends",
         insert: &[(Web, "id email subject body")],
-        update: &[(Send, "claimed_at worker_id state reason finished_at")],
-        delete: &[FanOut],
+        update: &[(Send, "claimed_at worker_id state reason finished_at"), (Web, "reason")],
+        delete: &[FanOut, Web],
         filled_in: "created_at",
         ..NONE
     },
     Table {
         name: "outbox",
         insert: &[(Web, "kind message")],
-        update: &[(Web, "publish_at published_at")],
+        update: &[(Web, "publish_at published_at message")],
         delete: &[FanOut],
         filled_in: "id created_at",
         ..NONE
@@ -165,6 +207,17 @@ const TABLES: &[Table] = &[
         insert: &[(FanOut, "run_id driven put_back buried told_again")],
         delete: &[FanOut],
         filled_in: "id swept_at",
+        ..NONE
+    },
+    Table {
+        name: "installation",
+        update: &[
+            (Web, "epoch epoch_at"),
+            (FanOut, "epoch epoch_at"),
+            (Send, "epoch epoch_at"),
+            (Progress, "epoch epoch_at"),
+        ],
+        filled_in: "single id restored_epoch restored_at",
         ..NONE
     },
     // What links are signed with: who has it can unsubscribe everybody.
