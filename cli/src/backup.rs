@@ -43,7 +43,13 @@ pub async fn run(config: &Config, ledger: &Ledger, options: &Options) -> Result<
     // A file of this name is a complete backup.
     let part = part_of(file);
     let mut command = Command::new(pg_dump);
-    command.arg("--format=custom").arg("--no-owner").arg("--file").arg(&part).arg("--dbname").arg(url);
+    command
+        .arg("--format=custom")
+        .args(["--no-owner", "--no-privileges"])
+        .arg("--file")
+        .arg(&part)
+        .arg("--dbname")
+        .arg(url);
     if let Some(password) = password {
         command.env("PGPASSWORD", password);
     }

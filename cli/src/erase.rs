@@ -3,7 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
-use mailrun_shared::{address::Address, broker::Broker, config::Config, store::people};
+use mailrun_shared::{
+    address::Address,
+    broker::Broker,
+    config::Config,
+    marker::{self, Claim},
+    store::{installation, people},
+};
 use mailrun_worker::scrub::scrub;
 use tokio::time::{sleep, timeout};
 
@@ -46,6 +52,9 @@ pub async fn run(config: &Config, ledger: &Ledger, address: &str) -> Result<()> 
 /// Goes over the dead letters. Returns how many people something is still being sent to.
 async fn finish(config: &Config, ledger: &Ledger) -> Result<usize> {
     let broker = Broker::new(&ledger.settings(config), "mailrun operator");
+    let installation = installation::read(&mut *ledger.pool.acquire().await?).await?;
+    marker::claim(&broker, installation.id, Claim::Verify).await?;
+    broker.epoch().record(installation.epochs, 0);
     let publisher = broker.publisher(1);
     let begun = Instant::now();
     loop {

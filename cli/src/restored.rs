@@ -79,7 +79,8 @@ pub async fn run(ledger: &Ledger, options: &Options) -> Result<()> {
          - unsubscribes, complaints and bounces: people who asked not to be written to may be written to again\n\
          - addresses that were added to or removed from the suppression list by hand\n\
          - lists that were accepted, and what was sent from them\n\
-         - retries, pauses and cancellations of runs\n\n\
+         - retries, pauses and cancellations of runs, answers for stopped relays and reviewed suppressions\n\
+         - erased people: erase them once more (mailrun people erase)\n\n\
          Start the web server and the workers, look at the runs, and resume the paused ones. Messages from before the restore \
          go to the dead letters; results that say *sent* are still counted."
     );

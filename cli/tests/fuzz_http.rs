@@ -85,8 +85,8 @@ impl Ask {
 
     /// As the guards say it.
     fn is_for_everybody(&self) -> bool {
-        let link = self.path.strip_prefix("/u/").is_some_and(|token| !token.is_empty() && !token.contains('/'));
-        link || self.path == "/healthz" || self.path == "/hooks/bounces"
+        let link = self.path == "/u" || self.path.starts_with("/u/");
+        link || ["/healthz", "/readyz"].contains(&self.path.as_str()) || self.path == "/hooks/bounces"
     }
 
     fn is_foreign(&self) -> bool {

@@ -200,6 +200,9 @@ async fn a_run_that_cannot_be_swept_does_not_end_the_sweep() {
     }
     let channel = world.channel().await;
     until("all are released", async || depth(&channel, "mailrun.items").await.unwrap() == 6).await;
+    // A step is committed after its messages are published, and is repeated if it was not.
+    let released = "SELECT count(*) FROM run_passes WHERE cursor = 2";
+    until("the steps are committed", async || number(&world, released).await == 3).await;
     world.kill(releasing);
     // The first and the last of them can't be swept, in whatever order they come.
     execute(

@@ -50,8 +50,8 @@ enum LineageError {
 }
 
 /// Keeps [`Broker::epoch`] up to date until `stop`: compares the ledger with the broker once, begins this process's epoch,
-/// then reads the ledger each second or when a message asks for it, and begins a new epoch each minute. Consumers and
-/// publishers wait for the first comparison.
+/// then reads the ledger each second or when a message asks for it, and begins a new epoch each minute. Consumers,
+/// the sweeper and the outbox relay wait for the first comparison.
 ///
 /// # Errors
 /// When the virtual host belongs to another installation. The process must not go on.
@@ -64,7 +64,19 @@ pub async fn keep(
     let mut retry = Reconnect::default();
     let mut failed = false;
     let id = loop {
-        match stop.run_until_cancelled(in_time(limit * 4, begin(pool, broker))).await {
+        // A connection that is broken off while it is being made counts as an error of the AMQP library, so this goes on to
+        // its end, whoever waits for it.
+        let begun = tokio::spawn({
+            let (pool, broker) = (pool.clone(), Arc::clone(broker));
+            async move { in_time(limit * 4, begin(&pool, &broker)).await }
+        });
+        let begun = match stop.run_until_cancelled(begun).await {
+            Some(Ok(begun)) => Some(begun),
+            // It has panicked, which is reported where it happened.
+            Some(Err(_)) => continue,
+            None => None,
+        };
+        match begun {
             None => return Ok(()),
             Some(Ok(id)) => break id,
             Some(Err(LineageError::Foreign(foreign))) => return Err(foreign),

@@ -23,7 +23,7 @@ use crate::{
     App,
     client::{Asked, forwarding_header, is_origin_of, name_of},
     error::ErrorPage,
-    logins::Logins,
+    logins::{Failed, Logins},
 };
 
 /// Lets a request pass, or answers it.
@@ -127,7 +127,14 @@ async fn log_in(logins: &Logins, client: IpAddr, headers: &HeaderMap, password: 
     if knows(headers, password) {
         return None;
     }
-    delay_failed(logins, client).await;
+    let failed = logins.failed(client, Instant::now());
+    // It was let in beside the one that reached the limit.
+    if failed.beyond
+        && let Some(refusal) = turn_away(logins, client)
+    {
+        return Some(refusal);
+    }
+    delay_failed(failed).await;
     Some(ask_for_password(headers))
 }
 
@@ -146,9 +153,8 @@ fn turn_away(logins: &Logins, client: IpAddr) -> Option<Response> {
     Some(response)
 }
 
-/// Counts and logs a failed attempt, and takes its time. Neither the address nor what was tried is logged.
-async fn delay_failed(logins: &Logins, client: IpAddr) {
-    let failed = logins.failed(client, Instant::now());
+/// Logs a failed attempt, and takes its time. Neither the address nor what was tried is logged.
+async fn delay_failed(failed: Failed) {
     if failed.limited {
         warn!(
             failures = failed.failures,

@@ -69,8 +69,8 @@ pub const ICON: &str = include_str!("../static/icon.svg");
 const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
 /// At the end, connections to RabbitMQ are closed within this time or left.
 const CLOSE: Duration = Duration::from_secs(3);
-/// Connections for what must not wait for the pages: the outbox relay, and the health check.
-const BACKGROUND_CONNECTIONS: u32 = 2;
+/// Connections for what must not wait for the pages: the outbox relay, the epoch, and the health check.
+const BACKGROUND_CONNECTIONS: u32 = 3;
 /// Another installation's virtual host is looked at again after this time: it may have been taken over.
 const FOREIGN_RETRY: Duration = Duration::from_secs(10);
 /// Nothing but our own files, and nobody may frame a page.

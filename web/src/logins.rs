@@ -37,6 +37,8 @@ pub(crate) struct Failed {
     pub(crate) failures: u32,
     /// Whether further attempts are turned away for now.
     pub(crate) limited: bool,
+    /// Whether this one should have been: several attempts at the same moment are all let in.
+    pub(crate) beyond: bool,
 }
 
 impl Failures {
@@ -73,7 +75,7 @@ impl Logins {
         let failures = failures.into_value();
         let count = failures.count(now);
         let delay = FIRST_DELAY.saturating_mul(1 << count.saturating_sub(1).min(16)).min(LONGEST_DELAY);
-        Failed { delay, failures: count, limited: failures.wait(now).is_some() }
+        Failed { delay, failures: count, limited: failures.wait(now).is_some(), beyond: count > BURST }
     }
 }
 

@@ -67,6 +67,10 @@ pub(crate) async fn run(
     let mut trouble = Reconnect::between(FIRST_AGAIN, LAST_AGAIN);
     let mut wait = LOOK_EVERY;
     while stop.run_until_cancelled(sleep(wait)).await.is_some() {
+        if !broker.epoch().is_current() {
+            wait = LOOK_EVERY;
+            continue;
+        }
         let tidied = async {
             tidy(&pool, &broker, &publisher, limit).await?;
             scrub(&pool, &broker, &publisher, limit).await?;

@@ -51,7 +51,11 @@ pub async fn scrub(
         return Ok(in_flight.len() + ready.len());
     }
     in_time(limit, async { people::mark_scrubbed(&mut *pool.acquire().await?, &user_ids).await }).await?;
-    info!(people = ready.len(), letters = walked.changed, "nothing is left of erased people on the dead-letter queue");
+    info!(
+        people = ready.len(),
+        dead_letters = walked.changed,
+        "nothing is left of erased people on the dead-letter queue"
+    );
     Ok(in_flight.len())
 }
 

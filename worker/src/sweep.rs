@@ -122,6 +122,7 @@ impl Sweeper {
                     if self.failing.insert(run.run_id) {
                         warn!(run_id = %run.run_id, %error, "a run can't be swept; trying again later");
                     }
+                    continue;
                 }
             }
             if !taken {

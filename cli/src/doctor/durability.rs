@@ -98,7 +98,7 @@ mod tests {
     fn told(durability: &Durability) -> (usize, String) {
         let mut report = Report::default();
         tell(durability, &mut report);
-        (report.remaining(), report.json().unwrap())
+        (report.remaining(), report.to_string())
     }
 
     #[test]
@@ -112,16 +112,16 @@ mod tests {
             (Durability { is_standby: true, ..sound() }, "is a standby"),
             (Durability { synchronous_standbys: "*".into(), ..sound() }, "no standby is connected"),
         ] {
-            let (findings, json) = told(&wrong);
-            assert!(findings == 1 && json.contains(words), "{words}: {json}");
+            let (findings, text) = told(&wrong);
+            assert!(findings == 1 && text.contains(words), "{words}: {text}");
         }
     }
 
     #[test]
     fn standbys_are_told_by_their_kind() {
-        let (findings, json) = told(&Durability { standbys: 2, ..sound() });
-        assert!(findings == 0 && json.contains("All 2 standbys are asynchronous"), "{json}");
-        let (findings, json) = told(&Durability { standbys: 1, synchronous_standbys: "one".into(), ..sound() });
-        assert!(findings == 0 && json.contains("commits wait for a standby (one)"), "{json}");
+        let (findings, text) = told(&Durability { standbys: 2, ..sound() });
+        assert!(findings == 0 && text.contains("All 2 standbys are asynchronous"), "{text}");
+        let (findings, text) = told(&Durability { standbys: 1, synchronous_standbys: "one".into(), ..sound() });
+        assert!(findings == 0 && text.contains("commits wait for a standby (one)"), "{text}");
     }
 }

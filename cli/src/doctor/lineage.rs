@@ -52,6 +52,7 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
     let ledger = installation::read(&mut tx).await?;
     let marked = marker::read_epoch(&conveyor.broker, ledger.id).await?.unwrap_or_default();
     drop(tx);
+    conveyor.broker.epoch().record(ledger.epochs, marked);
     if marked > ledger.epochs.present {
         report.add(Finding::new(
             CHECK,

@@ -173,7 +173,8 @@ fn rejection(worker: &Worker, rejected: &str) -> Finding {
         CHECK,
         format!("RabbitMQ rejects messages of worker {}", worker.id),
         format!(
-            "{rejected}. Other messages go on, and nothing is lost: these are published again, and what is missing for long the              sweeper puts back. Until then their recipients wait"
+            "{rejected}. Other messages go on, and nothing is lost: these are published again, and what is missing for long the \
+             sweeper puts back. Until then their recipients wait"
         ),
         "A missing queue is declared by mailrun setup or mailrun doctor --fix; for a full one, see the policies of the virtual \
          host, and rabbitmq-diagnostics alarms",

@@ -477,6 +477,16 @@ const MIN_HOOK_KEY_BYTES: usize = 16;
 /// The environment's settings: `MAILRUN_SEND__PERMITS=10` is `permits` in `[send]`.
 const PREFIX: &str = "MAILRUN_";
 
+/// Settings that are lists, separated by commas.
+const LISTS: [&str; 6] = [
+    "MAILRUN_AMQP__URLS",
+    "MAILRUN_RETRY__RUNGS_MS",
+    "MAILRUN_MAILER__SMTP__RELAYS",
+    "MAILRUN_WEB__SNS_TOPICS",
+    "MAILRUN_WEB__SNS_CERTIFICATES",
+    "MAILRUN_WEB__TRUSTED_PROXIES",
+];
+
 impl Config {
     /// Reads the settings: defaults, then `file` or `mailrun.toml` in the working directory, then the environment.
     ///
@@ -505,6 +515,8 @@ impl Config {
         let ours = environment
             .into_iter()
             .filter(|(key, _)| key.strip_prefix(PREFIX).is_some_and(|key| key.contains("__")))
+            // Read above; an empty one is none.
+            .filter(|(key, _)| !LISTS.contains(&key.as_str()))
             .collect();
         // Values stay text, and are read as what their key is: a password of digits is no number.
         let environment = Environment::with_prefix("MAILRUN").prefix_separator("_").separator("__").source(Some(ours));

@@ -17,7 +17,8 @@ const STILL_MOVING: Duration = Duration::from_secs(5);
 
 /// Deletes the oldest runs that were over for `after`, at most `limit`, and returns how many. Their items remain for
 /// [`step`]. A run with unknown items stays until a person has decided: without them, those people might be written to
-/// twice, and nobody would know. So does one that was just asked to send something again.
+/// twice, and nobody would know. So does one whose suppressions are held for review, and one that was just asked to send
+/// something again. Of a cancelled run, passes that were broken off are never done.
 ///
 /// From the commit on, no item of these runs can be claimed, and every claim of before is seen by [`step`]: it is made in a
 /// transaction that has ended by then, or waits until it sees the run deleted.
@@ -29,7 +30,9 @@ pub async fn delete_runs(pool: &PgPool, after: Duration, limit: i64) -> sqlx::Re
     let candidates = sqlx::query_scalar!(
         "SELECT p.run_id FROM run_progress p JOIN runs r ON r.id = p.run_id
          WHERE p.finished_at < now() - make_interval(secs => $1) AND p.unknown = 0
-           AND NOT EXISTS (SELECT FROM run_passes pass WHERE pass.run_id = p.run_id AND pass.done_at IS NULL)
+           AND (r.wanted = 'cancelled'
+                OR NOT EXISTS (SELECT FROM run_passes pass WHERE pass.run_id = p.run_id AND pass.done_at IS NULL))
+           AND NOT EXISTS (SELECT FROM suppression_reviews s WHERE s.run_id = p.run_id AND s.decided_at IS NULL)
          ORDER BY p.finished_at LIMIT $2
          FOR UPDATE SKIP LOCKED",
         after.as_secs_f64(),
@@ -65,6 +68,7 @@ pub async fn delete_runs(pool: &PgPool, after: Duration, limit: i64) -> sqlx::Re
     sqlx::query!("DELETE FROM sweeps WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM pacing WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM buried_results WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM suppression_reviews WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM run_progress WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM runs WHERE id = ANY($1)", &old).execute(&mut *tx).await?;
     tx.commit().await?;

@@ -55,8 +55,14 @@ pub async fn stop_all(conn: &mut PgConnection) -> sqlx::Result<Stopped> {
     .execute(&mut *tx)
     .await?;
     let runs = sqlx::query!("UPDATE runs SET restored_at = clock_timestamp()").execute(&mut *tx).await?;
+    // Whoever answers for a relay later must not resume them.
+    sqlx::query!("UPDATE relay_stops SET runs = '{}' WHERE answered_at IS NULL").execute(&mut *tx).await?;
     // Every item is settled below, so no pass has anything left to release.
-    sqlx::query!("UPDATE run_passes SET done_at = clock_timestamp() WHERE done_at IS NULL").execute(&mut *tx).await?;
+    sqlx::query!(
+        "UPDATE run_passes SET done_at = clock_timestamp(), tidied_at = clock_timestamp() WHERE done_at IS NULL"
+    )
+    .execute(&mut *tx)
+    .await?;
     let messages = sqlx::query!("DELETE FROM outbox WHERE published_at IS NULL").execute(&mut *tx).await?;
     let tests = sqlx::query!(
         "UPDATE test_sends SET claimed_at = coalesce(claimed_at, now()), worker_id = coalesce(worker_id, 0), state = 'unknown',

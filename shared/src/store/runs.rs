@@ -267,6 +267,15 @@ pub async fn set_paused(pool: &PgPool, run_id: Uuid, paused: bool) -> sqlx::Resu
         .execute(&mut *tx)
         .await?;
     let changed = changed.rows_affected() == 1;
+    if changed {
+        // From now on this person decides when the run goes on, not who answers for a relay that was stopped.
+        sqlx::query!(
+            "UPDATE relay_stops SET runs = array_remove(runs, $1) WHERE answered_at IS NULL AND $1 = ANY(runs)",
+            run_id
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
     if changed && !paused {
         outbox::put(&mut tx, &RunMessage { run_id, command: Command::Resume }).await?;
     }

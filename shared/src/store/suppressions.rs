@@ -5,6 +5,7 @@ use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 pub use super::held_suppressions::{Missing, Suppressed, suppress_missing};
+use super::people::Tombs;
 
 /// Why nobody is to write to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::Type)]
@@ -138,13 +139,14 @@ pub async fn reason(conn: &mut PgConnection, email: &str) -> sqlx::Result<Option
         .await
 }
 
-/// Takes an address off the list. False: it was not on it.
+/// Takes an address off the list, or its tombstone if the person was erased. False: it was not on it.
 ///
 /// # Errors
 /// The database's.
 pub async fn remove(conn: &mut PgConnection, email: &str) -> sqlx::Result<bool> {
-    let deleted = sqlx::query!("DELETE FROM suppressions WHERE email = $1", email).execute(conn).await?;
-    Ok(deleted.rows_affected() == 1)
+    let names = [email.to_owned(), Tombs::read(&mut *conn).await?.of(email)];
+    let deleted = sqlx::query!("DELETE FROM suppressions WHERE email = ANY($1)", &names).execute(conn).await?;
+    Ok(deleted.rows_affected() > 0)
 }
 
 /// The same by its number.

@@ -9,6 +9,7 @@ use crate::{
     message::TestMessage,
     store::{
         outbox,
+        people::Tombs,
         suppressions::{self, Reason},
     },
 };
@@ -39,8 +40,12 @@ pub enum Asked {
 /// The database's. Nothing is written then.
 pub async fn ask(pool: &PgPool, test: NewTest<'_>) -> sqlx::Result<Asked> {
     let mut tx = pool.begin().await?;
-    if let Some(reason) = suppressions::reason(&mut tx, test.email).await? {
-        return Ok(Asked::Suppressed(reason));
+    // The suppression of an erased person stands under the tombstone.
+    let tombstone = Tombs::read(&mut tx).await?.of(test.email);
+    for email in [test.email, tombstone.as_str()] {
+        if let Some(reason) = suppressions::reason(&mut tx, email).await? {
+            return Ok(Asked::Suppressed(reason));
+        }
     }
     if let Some(same) = under_way(&mut tx, test).await? {
         return Ok(Asked::Accepted(same));

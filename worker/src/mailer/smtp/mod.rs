@@ -182,7 +182,9 @@ impl Mailer for Smtp {
 
 /// What the pages say of a stopped relay.
 fn stopped_words(reason: &str) -> String {
-    format!("{reason}. Was it us or them? Answer with `mailrun relay it-was-us` or `it-was-them`, or on the page Relay")
+    format!(
+        "{reason}. Was it us or them? Answer with `mailrun relay it-was-us` or `it-was-them`, or on the page Stopped relays"
+    )
 }
 
 impl Carriers {
