@@ -32,14 +32,17 @@ pub(super) async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) 
 pub(super) async fn memory_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
     site.stack.control_rabbitmq(&["set_vm_memory_high_watermark", "0"]).await?;
     sleep(time).await;
-    Ok(site.stack.control_rabbitmq(&["set_vm_memory_high_watermark", "absolute", "1GiB"]).await?)
+    undo(site, &["set_vm_memory_high_watermark", "absolute", "1GiB"]).await
 }
+
+/// A server that is restarted answers again within this time.
+const UNDONE: Duration = Duration::from_secs(60);
 
 /// Lets RabbitMQ believe the same of its disk.
 pub(super) async fn disk_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
     site.stack.control_rabbitmq(&["set_disk_free_limit", "1000000GB"]).await?;
     sleep(time).await;
-    Ok(site.stack.control_rabbitmq(&["set_disk_free_limit", "200MB"]).await?)
+    undo(site, &["set_disk_free_limit", "200MB"]).await
 }
 
 /// Gives a queue room for one message only: what is published beyond that is refused. What its readers have in hand does not
@@ -56,7 +59,19 @@ pub(super) async fn full(site: &Site<'_>, queue: &str, readers: &[String], time:
         // It may have been killed meanwhile.
         let _ = send_signal(pid, std::process::id(), Signal::CONT);
     }
-    Ok(control(&["clear_policy", "-p", vhost, &policy]).await?)
+    undo(site, &["clear_policy", "-p", vhost, &policy]).await
+}
+
+/// Undoes a fault, however often it takes: another one may have struck RabbitMQ meanwhile.
+async fn undo(site: &Site<'_>, command: &[&str]) -> Result<()> {
+    let end = Instant::now() + UNDONE;
+    loop {
+        match site.stack.control_rabbitmq(command).await {
+            Ok(()) => return Ok(()),
+            Err(error) if Instant::now() > end => return Err(error.into()),
+            Err(_) => sleep(Duration::from_millis(500)).await,
+        }
+    }
 }
 
 /// Asks a service to end, and stops the process that is started in its place.
