@@ -235,9 +235,9 @@ async fn world_that_sends_through(gate: &Gate) -> World {
     world
 }
 
-async fn until_declared_dead(world: &World) {
-    let dead = "SELECT count(*) FROM workers WHERE roles = 'send' AND died_at IS NOT NULL";
-    until("the sender is declared dead", async || number(world, dead).await == 1).await;
+/// Until others have declared the sender dead, and have settled what it had claimed.
+async fn until_given_up(world: &World, run: &str) {
+    until("its claims are settled", async || world.repairs(run).await.buried > 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -254,8 +254,7 @@ async fn a_sender_that_is_cut_off_from_the_ledger_sends_nothing_more() {
     let run = world.invite(&people(20)).await;
     until("mails are under way", async || mail.is_closed()).await;
     ledger.close();
-    until_declared_dead(&world).await;
-    assert!(number(&world, "SELECT count(*) FROM attempts WHERE worker_id > 0").await > 0);
+    until_given_up(&world, &run).await;
     // Now it hears that it may go on.
     mail.open();
     ledger.open();
@@ -275,7 +274,7 @@ async fn a_sender_that_was_stopped_for_longer_than_it_may_sends_nothing_more() {
     let run = world.invite(&people(20)).await;
     until("mails are under way", async || mail.is_closed()).await;
     world.signal(frozen, Signal::STOP);
-    until_declared_dead(&world).await;
+    until_given_up(&world, &run).await;
     mail.open();
     // Another one sends everything, also what the first had begun.
     world.worker("send");

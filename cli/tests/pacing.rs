@@ -151,11 +151,9 @@ async fn senders_that_were_killed_and_come_back_later_send_no_burst() {
     // Longer than what is made up for. What they had in hand is on the queue again.
     let channel = world.channel().await;
     until("items wait", async || depth(&channel, "mailrun.items").await.unwrap() >= 5).await;
-    let unused = "SELECT extract(epoch FROM clock_timestamp() - max(next_at))::float8 FROM pacing";
-    until("send times go by", async || {
-        sqlx::query_scalar::<_, f64>(unused).fetch_one(&world.pool).await.unwrap() > 6.0
-    })
-    .await;
+    let still = "SELECT extract(epoch FROM clock_timestamp() - updated_at)::float8 FROM run_progress";
+    until("send times go by", async || sqlx::query_scalar::<_, f64>(still).fetch_one(&world.pool).await.unwrap() > 6.0)
+        .await;
     meter.clear();
     world.worker("send");
     world.worker("send");
