@@ -136,6 +136,35 @@ async fn senders_that_were_away_send_no_burst() {
     assert!(kept.over == 0 && meter.offered().len() > stopped, "{kept:?}");
 }
 
+#[tokio::test]
+async fn senders_that_were_killed_and_come_back_later_send_no_burst() {
+    let (sink, meter) = server(|_, _| None).await;
+    let mut world = world(&sink, &[("MAILRUN_FAN_OUT__SENDS_PER_SECOND", "20")]).await;
+    let senders = [world.worker("send"), world.worker("send")];
+    world.worker("fan-out");
+    world.worker("progress");
+    let run = world.invite(&people(200)).await;
+    world.until_progress(&run, "some are sent", |progress| progress["sent"].as_i64().unwrap() > 30).await;
+    for sender in senders {
+        world.kill(sender);
+    }
+    // Longer than what is made up for. What they had in hand is on the queue again.
+    let channel = world.channel().await;
+    until("items wait", async || depth(&channel, "mailrun.items").await.unwrap() >= 5).await;
+    let still = "SELECT extract(epoch FROM clock_timestamp() - updated_at)::float8 FROM run_progress";
+    until("send times go by", async || sqlx::query_scalar::<_, f64>(still).fetch_one(&world.pool).await.unwrap() > 6.0)
+        .await;
+    meter.clear();
+    world.worker("send");
+    world.worker("send");
+    let end = world.until_over(&run).await;
+    // What the killed ones were about to send is unknown, and may have arrived.
+    let (sent, unknown) = (end["sent"].as_i64().unwrap(), end["unknown"].as_i64().unwrap());
+    assert_eq!((sent + unknown, sink.received_twice()), (200, 0));
+    let kept = meter.judge(allowed(20));
+    assert!(kept.over == 0 && kept.windows > 0, "{kept:?}");
+}
+
 /// How many are offered after `since`, when a pause has had a second to act.
 fn offered_after(meter: &RateMeter, since: Instant) -> usize {
     meter.offered().iter().filter(|at| **at > since + Duration::from_secs(1)).count()

@@ -186,12 +186,13 @@ fn rejection(worker: &Worker, rejected: &str) -> Finding {
 pub(super) async fn look_for_consumers(conveyor: &Conveyor, alive: Option<&[&Worker]>, report: &mut Report) {
     for role in ROLES {
         let played = alive.map(|alive| alive.iter().any(|worker| plays(worker, role)));
-        // That nobody is there for the role is told already, or no fault.
-        if played == Some(false) {
-            continue;
-        }
         for queue in queues(conveyor, role) {
-            let unread = |depth: Depth| depth.consumers == 0 && (played == Some(true) || depth.messages > 0);
+            // That nobody is there for the role is told already, or no fault. But somebody may be who is of no use.
+            let unread = |depth: Depth| match played {
+                Some(false) => false,
+                Some(true) => depth.consumers == 0,
+                None => depth.consumers == 0 && depth.messages > 0,
+            };
             let mut depth = conveyor.depth(queue);
             for _ in 0..LOOKS {
                 if !unread(depth) {

@@ -1,6 +1,7 @@
 //! When mail was offered: what a rate limit is judged by, leaving out the moments in which the machine itself stood still.
 
 use std::{
+    iter,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     thread,
     time::{Duration, Instant},
@@ -68,6 +69,13 @@ impl RateMeter {
         lock(&self.offered).iter().filter(|at| (from..until).contains(*at) && !disturbed(at)).count()
     }
 
+    /// How many `MAIL`s came in each second, one after the other from the first `MAIL` on. Left out are those in which the machine
+    /// did not keep time, and the last one, of which only a part is there.
+    #[must_use]
+    pub fn seconds(&self) -> Vec<usize> {
+        seconds(&self.offered(), &lock(&self.stalls))
+    }
+
     /// How often there was more than `allowed` in a second.
     #[must_use]
     pub fn judge(&self, allowed: usize) -> Kept {
@@ -91,6 +99,21 @@ fn watch(meter: &Weak<RateMeter>) {
     }
 }
 
+/// Whether the machine stood still in the window that begins then. What waits during a stall comes right after it, so a window
+/// that begins there says nothing either.
+fn is_disturbed(from: Instant, stalls: &[(Instant, Instant)]) -> bool {
+    stalls.iter().any(|(since, until)| *since < from + WINDOW && from < *until + LATE)
+}
+
+fn seconds(offered: &[Instant], stalls: &[(Instant, Instant)]) -> Vec<usize> {
+    let (Some(first), Some(last)) = (offered.first(), offered.last()) else { return Vec::new() };
+    iter::successors(Some(*first), |from| Some(*from + WINDOW))
+        .take_while(|from| *from + WINDOW <= *last)
+        .filter(|from| !is_disturbed(*from, stalls))
+        .map(|from| offered.iter().filter(|at| (from..from + WINDOW).contains(*at)).count())
+        .collect()
+}
+
 fn judge(offered: &[Instant], stalls: &[(Instant, Instant)], allowed: usize) -> Kept {
     let mut kept = Kept::default();
     let mut end = 0;
@@ -98,9 +121,7 @@ fn judge(offered: &[Instant], stalls: &[(Instant, Instant)], allowed: usize) -> 
         while end < offered.len() && offered[end] < *from + WINDOW {
             end += 1;
         }
-        // What waits during a stall comes right after it, so a window that begins then says nothing either.
-        let disturbed = stalls.iter().any(|(since, until)| *since < *from + WINDOW && *from < *until + LATE);
-        if disturbed {
+        if is_disturbed(*from, stalls) {
             kept.discarded += 1;
             continue;
         }
@@ -123,5 +144,14 @@ mod tests {
         assert_eq!(judge(&offered, &[], 2), Kept { windows: 6, discarded: 0, over: 1, most: 3 });
         let stalls = [(at(800), at(950))];
         assert_eq!(judge(&offered, &stalls, 2), Kept { windows: 3, discarded: 3, over: 0, most: 2 });
+    }
+    #[test]
+    fn seconds_are_counted_in_which_the_machine_kept_time() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let offered: Vec<Instant> = [0, 100, 1_500, 3_200, 3_300, 4_000].map(at).to_vec();
+        assert_eq!(seconds(&offered, &[]), [2, 1, 0, 2]);
+        assert_eq!(seconds(&offered, &[(at(1_200), at(1_400))]), [2, 0, 2]);
+        assert!(seconds(&[], &[]).is_empty() && seconds(&offered[..2], &[]).is_empty());
     }
 }

@@ -46,7 +46,7 @@ pub use self::{
     cluster::{Member, Nodes, Queue},
     error::StackError,
     keeper::run as keep,
-    packages::{CHROMIUM, POSTGRESQL, Package, RABBITMQ, ensure_packages},
+    packages::{CHROMIUM, FAKETIME, POSTGRESQL, Package, RABBITMQ, ensure_packages, faketime_library},
     release::Release,
     up_lock::{Running, UpLock, UpLockRefused, running},
 };

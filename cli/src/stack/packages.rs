@@ -57,6 +57,23 @@ pub const CHROMIUM: Package = Package {
     present: || on_path("chromium").is_some() && on_path("chromedriver").is_some(),
 };
 
+/// Gives a process a clock of its own, for the tests of clocks that are set.
+pub const FAKETIME: Package = Package {
+    name: "libfaketime",
+    purpose: "set the clock of a private PostgreSQL in the clock tests",
+    apt: &["faketime"],
+    elsewhere: "libfaketime (macOS: `brew install libfaketime`; Fedora: `dnf install libfaketime`)",
+    present: || faketime_library().is_some(),
+};
+
+/// Where the library lies that gives a process a clock of its own.
+pub fn faketime_library() -> Option<PathBuf> {
+    // Debian has a folder for each architecture.
+    let folders = fs::read_dir("/usr/lib").into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let places = folders.chain(["/usr/lib64", "/usr/lib"].map(PathBuf::from));
+    places.map(|folder| folder.join("faketime/libfaketime.so.1")).find(|library| library.is_file())
+}
+
 /// Installs those of the packages that are missing. `report` gets a line for each step.
 pub async fn ensure_packages(packages: &[Package], report: impl Fn(&str)) -> Result<(), StackError> {
     if missing(packages).is_empty() {

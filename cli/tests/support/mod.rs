@@ -152,6 +152,24 @@ impl World {
         self.children[child].try_wait().unwrap().is_none()
     }
 
+    /// Sends a signal, and waits for nothing.
+    pub fn signal(&self, child: usize, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.children[child]);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Waits until it has ended by itself; returns whether the exit code was 0.
+    pub async fn until_ended(&mut self, child: usize) -> bool {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.children[child].try_wait().unwrap() {
+                return status.success();
+            }
+            assert!(Instant::now() < end, "it never ends\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(30)).await;
+        }
+    }
+
     pub fn kill(&mut self, child: usize) {
         self.children[child].kill().unwrap();
         self.children[child].wait().unwrap();
