@@ -17,7 +17,7 @@ use crate::{ledger::Ledger, stack::postgres_program};
 /// The connection parameters that PostgreSQL's own programs understand as well.
 const PARAMETERS: [&str; 7] = ["sslmode", "sslrootcert", "sslcert", "sslkey", "host", "port", "connect_timeout"];
 
-/// What `backup` is told.
+/// Options of `backup`.
 #[derive(Args, Debug)]
 pub struct Options {
     /// The file to write, in pg_dump's custom format.

@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use crate::ledger::Ledger;
 
 /// What is being sent to the person at this moment ends within this time, or a worker finishes the rest.
-const PATIENCE: Duration = Duration::from_secs(30);
+const DELIVERED: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Erases a person.
@@ -38,7 +38,7 @@ pub async fn run(config: &Config, ledger: &Ledger, address: &str) -> Result<()> 
         "Deleted: {tests} test mails. Scrubbed: {texts} replies, invalid entries and other texts with the address."
     );
     if erased.known {
-        match timeout(PATIENCE + PATIENCE, finish(config, ledger)).await {
+        match timeout(2 * DELIVERED, finish(config, ledger)).await {
             Ok(Ok(0)) => println!("Nothing of the person is left on the dead-letter queue."),
             Ok(Err(error)) => println!("The dead letters are left to the workers, who go over them: {error:#}."),
             _ => println!(
@@ -60,7 +60,7 @@ async fn finish(config: &Config, ledger: &Ledger) -> Result<usize> {
     loop {
         let scrubbed = scrub(&ledger.pool, &broker, &publisher, config.database.answer_timeout());
         let left = scrubbed.await.context("the dead-letter queue")?;
-        if left == 0 || begun.elapsed() > PATIENCE {
+        if left == 0 || begun.elapsed() > DELIVERED {
             return Ok(left);
         }
         sleep(LOOK_EVERY).await;

@@ -86,7 +86,7 @@ enum Command {
         #[command(subcommand)]
         command: People,
     },
-    /// The invitations of which nobody could know whether they arrived.
+    /// Invitations whose outcome is unknown.
     Unknown {
         /// What to do.
         #[command(subcommand)]
@@ -228,7 +228,7 @@ struct Settle {
     /// Those of every run.
     #[arg(long, conflicts_with_all = ["run", "addresses"])]
     all: bool,
-    /// Who has found it out; without it, the user of this command.
+    /// Who found out; the current user by default.
     #[arg(long)]
     by: Option<String>,
     /// Only those to these addresses.

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::ledger::Ledger;
 
-/// What `restored` can be told.
+/// Options of `restored`.
 #[derive(Args, Debug)]
 pub struct Options {
     /// A log of the relay, or any text with the Message-IDs that it accepted since the backup: those invitations count as

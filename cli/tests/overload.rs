@@ -82,18 +82,17 @@ async fn slow_uploads_do_not_block_other_forms() {
     slow.into_iter().for_each(|upload| upload.abort());
 }
 
+/// Whether nothing waits in the outbox.
+async fn is_published(world: &World) -> bool {
+    let waiting = "SELECT count(*) FROM outbox WHERE published_at IS NULL";
+    sqlx::query_scalar::<_, i64>(waiting).fetch_one(&world.pool).await.unwrap() == 0
+}
+
 #[tokio::test]
 async fn pages_that_wait_for_the_database_do_not_hold_up_the_outbox() {
     let mut world = World::new(&[]).await;
     let run = world.invite("ann@example.org").await;
-    let published = async || {
-        let waiting: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox WHERE published_at IS NULL")
-            .fetch_one(&world.pool)
-            .await
-            .unwrap();
-        waiting == 0
-    };
-    until("the run is published", published).await;
+    until("the run is published", async || is_published(&world).await).await;
     world.kill(0);
     world.set("MAILRUN_DATABASE__MAX_CONNECTIONS", "1".into());
     world.set("MAILRUN_DATABASE__ANSWER_TIMEOUT_MS", "3600000".into());
@@ -112,14 +111,7 @@ async fn pages_that_wait_for_the_database_do_not_hold_up_the_outbox() {
     })
     .await;
     sqlx::query("UPDATE outbox SET published_at = NULL").execute(&world.pool).await.unwrap();
-    let published = async || {
-        let waiting: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox WHERE published_at IS NULL")
-            .fetch_one(&world.pool)
-            .await
-            .unwrap();
-        waiting == 0
-    };
-    until("the outbox is handed over meanwhile", published).await;
+    until("the outbox is handed over meanwhile", async || is_published(&world).await).await;
     assert_eq!(world.client.get(format!("{}/healthz", world.web)).send().await.unwrap().status(), 200);
     lock.rollback().await.unwrap();
     assert_eq!(page.await.unwrap().unwrap().status(), 200);

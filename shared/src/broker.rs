@@ -435,12 +435,16 @@ impl Outgoing {
     /// Its AMQP properties.
     #[must_use]
     pub fn properties(&self) -> BasicProperties {
+        self.properties_with(self.headers.clone())
+    }
+
+    fn properties_with(&self, headers: FieldTable) -> BasicProperties {
         BasicProperties::default()
             .with_delivery_mode(PERSISTENT)
             .with_content_type("application/json".into())
             .with_message_id(ShortString::from(self.id.to_string()))
             .with_type(ShortString::from(self.kind.as_ref()))
-            .with_headers(self.headers.clone())
+            .with_headers(headers)
     }
 }
 

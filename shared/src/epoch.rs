@@ -115,22 +115,21 @@ impl Epoch {
         self.ask.notified().await;
     }
 
-    /// What to do with a message of this epoch, if that needs no new read of the ledger. Messages without one were published
-    /// by hand or by an older version.
-    #[must_use]
-    pub fn admit_now(&self, epoch: Option<i64>) -> Option<Admission> {
+    /// What to do with a message of this epoch, if that needs no new read of the ledger.
+    fn admit_now(&self, epoch: Option<i64>) -> Option<Admission> {
         let known = self.known.borrow();
         let is_known = epoch.is_none_or(|epoch| known.epochs.is_some_and(|epochs| epoch <= epochs.present));
         is_known.then(|| admission(&known, epoch))
     }
 
-    /// What to do with a message of this epoch. Asks for the ledger to be read again if the epoch is later than the last read.
+    /// What to do with a message of this epoch. Messages without one were published by hand or by an older version. Asks for
+    /// the ledger to be read again if the epoch is later than the last read.
     pub async fn admit(&self, epoch: Option<i64>) -> Admission {
-        let mut reads = self.known.subscribe();
         if let Some(admission) = self.admit_now(epoch) {
             return admission;
         }
         let epoch = epoch.unwrap_or_default();
+        let mut reads = self.known.subscribe();
         self.observe(epoch);
         self.ask.notify_one();
         // A read that is in progress may have begun before the epoch was observed.

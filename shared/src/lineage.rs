@@ -70,21 +70,16 @@ pub async fn keep(
             let (pool, broker) = (pool.clone(), Arc::clone(broker));
             async move { in_time(limit * 4, begin(&pool, &broker)).await }
         });
-        let begun = match stop.run_until_cancelled(begun).await {
-            Some(Ok(begun)) => Some(begun),
-            // It has panicked, which is reported where it happened.
-            Some(Err(_)) => continue,
-            None => None,
-        };
+        let Some(begun) = stop.run_until_cancelled(begun).await else { return Ok(()) };
         match begun {
-            None => return Ok(()),
-            Some(Ok(id)) => break id,
-            Some(Err(LineageError::Foreign(foreign))) => return Err(foreign),
-            Some(Err(error)) if !failed => {
+            Ok(Ok(id)) => break id,
+            Ok(Err(LineageError::Foreign(foreign))) => return Err(foreign),
+            Ok(Err(error)) if !failed => {
                 warn!(%error, "the ledger can't be compared with the broker; trying again");
                 failed = true;
             }
-            Some(Err(_)) => {}
+            // Logged before; or it has panicked, which is reported where it happened.
+            Ok(Err(_)) | Err(_) => {}
         }
         if stop.run_until_cancelled(sleep(retry.next_wait())).await.is_none() {
             return Ok(());

@@ -14,10 +14,12 @@ use mailrun_shared::{
 use tracing::info;
 use uuid::Uuid;
 
-use crate::{Shared, body::Room, error::ErrorPage, progress::load};
-
-/// These forms hold a few short fields.
-const MAX_FORM_BYTES: usize = 16 * 1024;
+use crate::{
+    Shared,
+    body::{Room, SHORT_FORM_BYTES},
+    error::ErrorPage,
+    progress::load,
+};
 
 fn run_id(id: &str) -> Result<Uuid, ErrorPage> {
     id.parse().map_err(|_| ErrorPage::no_such_run())
@@ -72,7 +74,7 @@ pub(crate) async fn retry(
     Path(id): Path<String>,
     request: Request<Body>,
 ) -> Result<Redirect, ErrorPage> {
-    let (fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let (fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
     let (Some(states), Some(token)) =
         (fields.get("states").and_then(parse_states), fields.get("token").and_then(|token| token.parse::<Uuid>().ok()))
     else {

@@ -33,6 +33,8 @@ const SILENCE: Duration = Duration::from_secs(30);
 const SLOWEST_BYTES_PER_S: u64 = 4 * 1024;
 /// Of a form that is too large, so much is read and thrown away: a browser shows the answer only when it was let finish.
 const DISCARDED_PER_LIMIT: usize = 8;
+/// Forms of a few short fields are no longer than this.
+pub(crate) const SHORT_FORM_BYTES: usize = 16 * 1024;
 /// Memory is counted in units of this size.
 const UNIT_BYTES: usize = 1024;
 

@@ -12,14 +12,15 @@ use mailrun_shared::{
 };
 use tracing::info;
 
-use crate::{Shared, body::Room, error::ErrorPage};
-
-/// The form holds one short field.
-const MAX_FORM_BYTES: usize = 16 * 1024;
+use crate::{
+    Shared,
+    body::{Room, SHORT_FORM_BYTES},
+    error::ErrorPage,
+};
 
 /// `POST /people/erase`, with the `email`. Whether the person was known here is not said: it is erased in either case.
 pub(crate) async fn erase(State(app): Shared, request: Request<Body>) -> Result<Redirect, ErrorPage> {
-    let (mut fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let (mut fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
     let Ok(Address { email, .. }) = fields.take("email").unwrap_or_default().parse() else {
         return Err(ErrorPage::new(
             StatusCode::UNPROCESSABLE_ENTITY,

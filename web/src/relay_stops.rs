@@ -12,13 +12,10 @@ use tracing::info;
 
 use crate::{
     Shared,
-    body::Room,
+    body::{Room, SHORT_FORM_BYTES},
     error::{ErrorPage, html},
     view::Moment,
 };
-
-/// The form holds one short field.
-const MAX_FORM_BYTES: usize = 16 * 1024;
 
 #[derive(Template)]
 #[template(path = "relay.html")]
@@ -54,7 +51,7 @@ pub(crate) async fn answer(
     Path(number): Path<String>,
     request: Request<Body>,
 ) -> Result<Redirect, ErrorPage> {
-    let (fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let (fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
     let fault = match fields.get("fault") {
         Some("us") => Some(Fault::Us),
         Some("them") => Some(Fault::Them),

@@ -22,16 +22,13 @@ use uuid::Uuid;
 
 use crate::{
     App, Shared,
-    body::Room,
+    body::{Room, SHORT_FORM_BYTES},
     error::{ErrorPage, html},
     view::{self, Moment},
 };
 
 /// Addresses on one page.
 const PAGE: usize = 50;
-/// These forms hold one short field.
-const MAX_FORM_BYTES: usize = 16 * 1024;
-
 #[derive(Template)]
 #[template(path = "suppressions.html")]
 struct SuppressionsPage {
@@ -142,7 +139,7 @@ fn why(reason: Reason) -> &'static str {
 
 /// `POST /suppressions`, with the `email` to add.
 pub(crate) async fn add(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
-    let (mut fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let (mut fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
     let typed = fields.take("email").unwrap_or_default();
     let email = match typed.parse() {
         Ok(Address { email, .. }) => email,
@@ -171,7 +168,7 @@ pub(crate) async fn remove(State(app): Shared, Path(number): Path<String>) -> Re
 
 /// `POST /suppressions/remove`, with a `reason` and `since`: takes off what was suppressed for that reason since then.
 pub(crate) async fn remove_since(State(app): Shared, request: Request<Body>) -> Result<Redirect, ErrorPage> {
-    let (fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let (fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
     let reason = fields.get("reason").and_then(|reason| reason.parse::<Reason>().ok());
     let since = fields.get("since").and_then(|since| since::parse(since, Utc::now()));
     let (Some(reason), Some(since)) = (reason, since) else { return Ok(Redirect::to("/suppressions?done=no-moment")) };
@@ -186,7 +183,7 @@ pub(crate) async fn decide(
     Path(run_id): Path<String>,
     request: Request<Body>,
 ) -> Result<Redirect, ErrorPage> {
-    let (fields, _room) = Room::new(MAX_FORM_BYTES).read(request).await?;
+    let (fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
     let accepted = match fields.get("decision") {
         Some("accept") => true,
         Some("reject") => false,

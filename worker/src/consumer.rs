@@ -251,11 +251,7 @@ async fn serve(
 
 /// Whether a message of this epoch was published before the last restore.
 async fn is_stale(ledger: &Epoch, epoch: Option<i64>) -> Result<bool, BrokerError> {
-    let admission = match ledger.admit_now(epoch) {
-        Some(admission) => admission,
-        None => ledger.admit(epoch).await,
-    };
-    match admission {
+    match ledger.admit(epoch).await {
         Admission::Current => Ok(false),
         Admission::Stale => Ok(true),
         Admission::Behind => Err(BrokerError::Useless(BEHIND)),

@@ -187,7 +187,7 @@ pub(super) async fn look_for_consumers(conveyor: &Conveyor, alive: Option<&[&Wor
     for role in ROLES {
         let played = alive.map(|alive| alive.iter().any(|worker| plays(worker, role)));
         for queue in queues(conveyor, role) {
-            // That nobody is there for the role is told already, or no fault. But somebody may be who is of no use.
+            // A role without workers is reported above, or is no fault. A worker may be alive and not consume.
             let unread = |depth: Depth| match played {
                 Some(false) => false,
                 Some(true) => depth.consumers == 0,

@@ -70,7 +70,7 @@ impl RateMeter {
     }
 
     /// How many `MAIL`s came in each second, one after the other from the first `MAIL` on. Left out are those in which the machine
-    /// did not keep time, and the last one, of which only a part is there.
+    /// did not keep time, and the last one, which is incomplete.
     #[must_use]
     pub fn seconds(&self) -> Vec<usize> {
         seconds(&self.offered(), &lock(&self.stalls))

@@ -476,7 +476,7 @@ impl Outgoing {
                 self.queue.as_ref().into(),
                 options,
                 &self.body,
-                self.properties().with_headers(headers),
+                self.properties_with(headers),
             )
             .await
     }

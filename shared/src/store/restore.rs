@@ -29,6 +29,24 @@ pub struct Stopped {
     pub tests: u64,
 }
 
+/// An item as it is in the ledger.
+struct Item {
+    run_id: Uuid,
+    id: i64,
+    attempt: i32,
+    tries: i16,
+    replays: i16,
+    state: ItemState,
+}
+
+impl Item {
+    /// The attempt that it waits for.
+    fn awaited(&self) -> ItemMessage {
+        let Self { run_id, id, attempt, tries, replays, state } = *self;
+        ItemMessage { run_id, item_id: id, attempt, tries, replays }.awaited(state)
+    }
+}
+
 /// The processes that are connected to this database, by name: they have to be stopped first.
 ///
 /// # Errors
@@ -93,7 +111,8 @@ pub async fn settle_sent(conn: &mut PgConnection, sent: &[(Uuid, i64)]) -> sqlx:
     let mut settled = 0;
     for sent in sent.chunks(BATCH as usize) {
         let (run_ids, item_ids): (Vec<Uuid>, Vec<i64>) = sent.iter().copied().unzip();
-        let rows = sqlx::query!(
+        let items = sqlx::query_as!(
+            Item,
             r#"SELECT i.run_id, i.id, i.attempt, i.tries, i.replays, i.state AS "state: ItemState"
                FROM unnest($1::uuid[], $2::bigint[]) AS s (run_id, id) JOIN run_items i ON i.id = s.id AND i.run_id = s.run_id
                WHERE i.state <> 'sent'"#,
@@ -102,19 +121,8 @@ pub async fn settle_sent(conn: &mut PgConnection, sent: &[(Uuid, i64)]) -> sqlx:
         )
         .fetch_all(&mut *conn)
         .await?;
-        let results: Vec<(Uuid, ItemResult)> = rows
-            .into_iter()
-            .map(|row| {
-                let present = ItemMessage {
-                    run_id: row.run_id,
-                    item_id: row.id,
-                    attempt: row.attempt,
-                    tries: row.tries,
-                    replays: row.replays,
-                };
-                (row.run_id, present.awaited(row.state).result(ItemState::Sent, None))
-            })
-            .collect();
+        let results: Vec<(Uuid, ItemResult)> =
+            items.iter().map(|item| (item.run_id, item.awaited().result(ItemState::Sent, None))).collect();
         settled += apply(conn, &results).await?;
     }
     Ok(settled)
@@ -128,7 +136,8 @@ pub async fn settle_sent(conn: &mut PgConnection, sent: &[(Uuid, i64)]) -> sqlx:
 pub async fn settle_open(conn: &mut PgConnection, mut progress: impl FnMut(usize)) -> sqlx::Result<usize> {
     let (mut settled, mut after) = (0, 0);
     loop {
-        let rows = sqlx::query!(
+        let items = sqlx::query_as!(
+            Item,
             r#"SELECT run_id, id, attempt, tries, replays, state AS "state: ItemState" FROM run_items
                WHERE id > $1 AND state IN ('pending', 'retrying') ORDER BY id LIMIT $2"#,
             after,
@@ -136,23 +145,10 @@ pub async fn settle_open(conn: &mut PgConnection, mut progress: impl FnMut(usize
         )
         .fetch_all(&mut *conn)
         .await?;
-        let Some(last) = rows.last() else { return Ok(settled) };
+        let Some(last) = items.last() else { return Ok(settled) };
         after = last.id;
-        let results: Vec<(Uuid, ItemResult)> = rows
-            .into_iter()
-            .map(|row| {
-                let present = ItemMessage {
-                    run_id: row.run_id,
-                    item_id: row.id,
-                    attempt: row.attempt,
-                    tries: row.tries,
-                    replays: row.replays,
-                };
-                let unknown =
-                    present.awaited(row.state).result(ItemState::Unknown, Some(MAY_HAVE_BEEN_SENT.to_owned()));
-                (row.run_id, unknown)
-            })
-            .collect();
+        let unknown = |item: &Item| item.awaited().result(ItemState::Unknown, Some(MAY_HAVE_BEEN_SENT.to_owned()));
+        let results: Vec<(Uuid, ItemResult)> = items.iter().map(|item| (item.run_id, unknown(item))).collect();
         settled += apply(conn, &results).await?;
         progress(settled);
     }

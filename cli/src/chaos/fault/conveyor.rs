@@ -102,7 +102,7 @@ pub(super) async fn delete_queues(site: &Site<'_>, rng: &mut StdRng) -> Result<(
     Ok(connection.close(200, "done".into()).await?)
 }
 
-/// Takes the bindings of all queues that others can do without, again and again: they are declared anew by whoever misses them.
+/// Takes the bindings of all queues that others can do without, again and again: the process that misses one declares it again.
 pub(super) async fn missing_queues(site: &Site<'_>, time: Duration) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     let queues = [RUNS_WAIT, RUNS_PAUSED, DEAD].map(str::to_owned).into_iter().chain(rungs());

@@ -119,7 +119,7 @@ pub(super) enum Fault {
     PauseRun,
     /// Some people are erased in the middle of the run
     ErasePeople,
-    /// The process that counts stands still, while all senders are ended in good order and start anew
+    /// The progress worker is stopped while all senders restart in good order
     TermSendUncounted,
     /// The row of a sender in the table of workers is deleted
     DeleteWorkerRow,
