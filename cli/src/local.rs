@@ -246,6 +246,10 @@ impl Services {
         let listen = web_address(config)?;
         let mut supervisor = Supervisor::new(program, &log, tell).context("the services' log can't be written")?;
         environment.push(("MAILRUN_WEB__LISTEN".into(), listen.to_string().into()));
+        // One address is no good for several processes: each takes a free port, and says in the log which.
+        let metrics =
+            SocketAddr::new(config.metrics.listen.map_or(Ipv4Addr::LOCALHOST.into(), |listen| listen.ip()), 0);
+        environment.push(("MAILRUN_METRICS__LISTEN".into(), metrics.to_string().into()));
         report("Starting the pages and the workers");
         let web_url = format!("http://{listen}");
         if config.web.public_url.is_none() && listen.ip().is_loopback() {

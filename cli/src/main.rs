@@ -109,9 +109,9 @@ enum Command {
     Backup(backup::Options),
     /// Declares that the ledger was restored from a backup: settles what may have been sent since, and pauses all runs.
     Restored(restored::Options),
-    /// Asks a server's /healthz, and says by the exit code whether all is well.
+    /// Asks a process for its /readyz, /livez or /healthz; the exit code says whether all is well, and the error what is not.
     Health {
-        /// Its address, for instance http://127.0.0.1:8080/healthz.
+        /// Its address, for instance http://127.0.0.1:8080/readyz.
         url: String,
     },
     /// Runs a command with a new, empty database of the private PostgreSQL in DATABASE_URL: for the tools that check queries.
@@ -372,7 +372,10 @@ async fn run(arguments: Arguments) -> Result<()> {
         Command::Restored(options) => restored::run(&Ledger::reach(&config()?).await?, &options).await,
         Command::Health { url } => {
             let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
-            client.get(&url).send().await?.error_for_status().with_context(|| format!("{url} is not well"))?;
+            let answer = client.get(&url).send().await?;
+            let status = answer.status();
+            let reasons = answer.text().await.unwrap_or_default();
+            anyhow::ensure!(status.is_success(), "{url} answers {status}: {}", reasons.trim());
             Ok(())
         }
         Command::WithDatabase { command } => with_database(&command).await,

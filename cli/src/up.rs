@@ -66,6 +66,7 @@ pub async fn run(config: Config, file: Option<&Path>, options: Options) -> Resul
         println!("  Mail        {url}");
     }
     println!("  Logs        {}", local.services.log.display());
+    println!("  Metrics     one address for each process: grep /metrics {}", local.services.log.display());
     println!();
     println!("Ctrl-C stops everything; the data stays.");
     stop.cancelled().await;

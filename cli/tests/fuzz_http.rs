@@ -86,7 +86,7 @@ impl Ask {
     /// As the guards say it.
     fn is_for_everybody(&self) -> bool {
         let link = self.path == "/u" || self.path.starts_with("/u/");
-        link || ["/healthz", "/readyz"].contains(&self.path.as_str()) || self.path == "/hooks/bounces"
+        link || ["/healthz", "/livez", "/readyz"].contains(&self.path.as_str()) || self.path == "/hooks/bounces"
     }
 
     fn is_foreign(&self) -> bool {
@@ -198,6 +198,7 @@ impl Fuzz {
                     "/static/page.js",
                     "/static/..%2fCargo.toml",
                     "/healthz",
+                    "/livez",
                     "/nothing",
                     "//",
                     "/runs/",

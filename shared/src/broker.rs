@@ -40,7 +40,8 @@ pub use self::{
 
 use crate::{
     config::{Config, authorities},
-    epoch::Epoch,
+    epoch::{BEHIND, Epoch},
+    health::Health,
     message::{DeadReason, ItemResult, Message, ResultsMessage, RunMessage, TestMessage, encode},
     telemetry, topology,
 };
@@ -106,9 +107,10 @@ pub struct Broker {
     publish_twice: bool,
     answer_timeout: Duration,
     heartbeat_s: u16,
-    epoch: Epoch,
+    epoch: Arc<Epoch>,
     ca_file: Option<PathBuf>,
     rejections: Rejections,
+    health: Health,
     /// Queues that were found missing, and when.
     missing: Mutex<HashMap<String, Instant>>,
     /// Publishing, and connections that are being closed.
@@ -119,6 +121,20 @@ impl Broker {
     /// `name` is what the management console shows the connections as.
     #[must_use]
     pub fn new(config: &Config, name: impl Into<String>) -> Arc<Self> {
+        Self::with_health(config, name, Health::default())
+    }
+
+    /// The same, for a process that shows its health: `health` is told of everything that keeps it from working with RabbitMQ.
+    #[must_use]
+    pub fn with_health(config: &Config, name: impl Into<String>, health: Health) -> Arc<Self> {
+        let (rejections, epoch) = (Rejections::default(), Arc::new(Epoch::default()));
+        let rejected = rejections.clone();
+        health.ask(move || rejected.words().map(|words| format!("RabbitMQ rejects messages: {words}")));
+        let ledger = Arc::clone(&epoch);
+        health.ask(move || match ledger.present() {
+            None => Some("the ledger has not been compared with RabbitMQ yet".to_owned()),
+            Some(_) => ledger.is_behind().then(|| BEHIND.to_owned()),
+        });
         Arc::new(Self {
             urls: config.amqp.urls.clone(),
             // By chance, so that processes that start together don't all begin with the same node.
@@ -130,9 +146,10 @@ impl Broker {
             publish_twice: config.amqp.publish_twice,
             answer_timeout: Duration::from_millis(config.amqp.answer_timeout_ms),
             heartbeat_s: config.amqp.heartbeat_s,
-            epoch: Epoch::default(),
+            epoch,
             ca_file: config.amqp.ca_file.clone(),
-            rejections: Rejections::default(),
+            rejections,
+            health,
             missing: Mutex::default(),
             tasks: TaskTracker::new(),
         })
@@ -203,6 +220,21 @@ impl Broker {
     #[must_use]
     pub fn rejections(&self) -> &Rejections {
         &self.rejections
+    }
+
+    /// What keeps the process from its work.
+    #[must_use]
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// Every queue there is, by name.
+    #[must_use]
+    pub fn queue_names(&self) -> Vec<String> {
+        topology::queues(&self.item_queues, &self.retry_delays)
+            .into_iter()
+            .map(|queue| queue.name.into_owned())
+            .collect()
     }
 
     /// The queues that item messages are spread over.

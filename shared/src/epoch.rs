@@ -15,6 +15,9 @@ use tokio::{
     time::timeout,
 };
 
+/// What an operator has to do about a ledger that is older than its messages.
+pub const BEHIND: &str = "the ledger is older than the messages on the broker: it was restored from a backup. Nothing is sent \
+     until you stop the workers and run `mailrun restored`";
 /// How long a message of a later epoch waits for the ledger to be read again.
 const WAIT_FOR_LEDGER: Duration = Duration::from_secs(5);
 

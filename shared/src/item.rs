@@ -31,6 +31,20 @@ impl ItemState {
     pub const ALL: [Self; 7] =
         [Self::Pending, Self::Retrying, Self::Cancelled, Self::Skipped, Self::Unknown, Self::Failed, Self::Sent];
 
+    /// Its name, as in the ledger and in messages.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Retrying => "retrying",
+            Self::Cancelled => "cancelled",
+            Self::Skipped => "skipped",
+            Self::Unknown => "unknown",
+            Self::Failed => "failed",
+            Self::Sent => "sent",
+        }
+    }
+
     /// Whether the item still has to be sent in the present pass.
     #[must_use]
     pub fn is_open(self) -> bool {

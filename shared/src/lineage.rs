@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use crate::{
     broker::{Broker, BrokerError},
+    epoch::BEHIND,
     marker::{self, Claim},
     retry::Reconnect,
     store::{
@@ -21,9 +22,8 @@ use crate::{
 
 /// How often the ledger is read.
 const READ_EVERY: Duration = Duration::from_secs(1);
-/// What an operator has to do about a ledger that is older than its messages.
-pub const BEHIND: &str = "the ledger is older than the messages on the broker: it was restored from a backup. Nothing is sent \
-     until you stop the workers and run `mailrun restored`";
+/// Under this the health of a process is told that it must not use the virtual host.
+const OWNER: &str = "RabbitMQ";
 
 /// The virtual host belongs to another installation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -63,6 +63,7 @@ pub async fn keep(
 ) -> Result<(), Foreign> {
     let mut retry = Reconnect::default();
     let mut failed = false;
+    let health = broker.health();
     let id = loop {
         // A connection that is broken off while it is being made counts as an error of the AMQP library, so this goes on to
         // its end, whoever waits for it.
@@ -73,7 +74,10 @@ pub async fn keep(
         let Some(begun) = stop.run_until_cancelled(begun).await else { return Ok(()) };
         match begun {
             Ok(Ok(id)) => break id,
-            Ok(Err(LineageError::Foreign(foreign))) => return Err(foreign),
+            Ok(Err(LineageError::Foreign(foreign))) => {
+                health.trouble(OWNER, foreign.to_string());
+                return Err(foreign);
+            }
             Ok(Err(error)) if !failed => {
                 warn!(%error, "the ledger can't be compared with the broker; trying again");
                 failed = true;
@@ -85,6 +89,7 @@ pub async fn keep(
             return Ok(());
         }
     };
+    health.fine(OWNER);
     let epoch = broker.epoch();
     if epoch.is_behind() {
         error!("{BEHIND}");
@@ -98,7 +103,9 @@ pub async fn keep(
         }
         let latest = epoch.latest();
         let read = async { installation::read(&mut *pool.acquire().await?).await };
-        let Ok(installation) = in_time(limit, read).await else { continue };
+        let read = in_time(limit, read).await;
+        health.database_answers(read.is_ok());
+        let Ok(installation) = read else { continue };
         if epoch.record(installation.epochs, latest) {
             if epoch.is_behind() { error!("{BEHIND}") } else { info!("the ledger is current again") }
         }
@@ -109,7 +116,10 @@ pub async fn keep(
         marked = false;
         match begin_due(pool, broker, limit, id, installation).await {
             Ok(()) => marked = true,
-            Err(LineageError::Foreign(foreign)) => return Err(foreign),
+            Err(LineageError::Foreign(foreign)) => {
+                health.trouble(OWNER, foreign.to_string());
+                return Err(foreign);
+            }
             Err(error) => warn!(%error, "the new epoch can't be marked on the broker; trying again"),
         }
     }

@@ -169,7 +169,7 @@ async fn delay_failed(failed: Failed) {
 /// What strangers call: the health check, the links in mails, which mail providers follow as well, and the bounce hook, which
 /// asks for a key of its own. The style of a page is no secret either, see above.
 fn is_for_everybody(path: &str) -> bool {
-    path == "/u" || path.starts_with("/u/") || ["/healthz", "/readyz", "/hooks/bounces"].contains(&path)
+    path == "/u" || path.starts_with("/u/") || ["/healthz", "/livez", "/readyz", "/hooks/bounces"].contains(&path)
 }
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn strangers_reach_links_and_hooks_and_nothing_else() {
-        for path in ["/u/AAAA", "/u/AAAA/", "/u/a/b", "/u/", "/u", "/hooks/bounces", "/healthz", "/readyz"] {
+        for path in ["/u/AAAA", "/u/AAAA/", "/u/a/b", "/u/", "/u", "/hooks/bounces", "/healthz", "/livez", "/readyz"] {
             assert!(is_for_everybody(path), "{path}");
         }
         for path in ["/", "/ux", "/hooks", "/hooks/", "/hooks/bounces/x", "/runs", "//u/a", "/runs/u/"] {

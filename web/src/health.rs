@@ -1,4 +1,4 @@
-//! `GET /healthz`: whether the database answers, asked once a second however many want to know; `GET /readyz`.
+//! `GET /healthz`: whether the database answers, asked once a second however many want to know; `GET /livez` and `GET /readyz`.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
+use mailrun_shared::monitoring;
 use moka::future::Cache;
 use sqlx::{Connection as _, PgPool};
 use tokio::time::timeout;
@@ -18,11 +19,11 @@ const FRESH_FOR: Duration = Duration::from_secs(1);
 /// How long the database may take for a connection, and again to answer on it.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The last answer.
+/// What the database has answered lately.
 #[derive(Debug)]
-pub(crate) struct Health(Cache<(), bool>);
+pub(crate) struct Answers(Cache<(), bool>);
 
-impl Health {
+impl Answers {
     pub(crate) fn new() -> Self {
         Self(Cache::builder().max_capacity(1).time_to_live(FRESH_FOR).build())
     }
@@ -35,21 +36,23 @@ impl Health {
 
 /// `GET /healthz`
 pub(crate) async fn show(State(app): Shared) -> Response {
-    if app.health.ask(answers(&app.background)).await {
+    if app.answers.ask(answers(&app.background)).await {
         "ok".into_response()
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer").into_response()
     }
 }
 
-/// `GET /readyz`: the same, and whether RabbitMQ takes what is in the outbox.
-pub(crate) async fn ready(app: Shared) -> Response {
-    match app.rejections.words() {
-        Some(rejected) => {
-            (StatusCode::SERVICE_UNAVAILABLE, format!("RabbitMQ rejects messages: {rejected}")).into_response()
-        }
-        None => show(app).await,
-    }
+/// `GET /livez`: whether the process is of any use.
+pub(crate) async fn live(State(app): Shared) -> Response {
+    monitoring::live(&app.health)
+}
+
+/// `GET /readyz`: the same as `/healthz`, and whether RabbitMQ takes what is in the outbox.
+pub(crate) async fn ready(State(app): Shared) -> Response {
+    let answered = app.answers.ask(answers(&app.background)).await;
+    app.health.database_answers(answered);
+    monitoring::ready(&app.health)
 }
 
 async fn answers(pool: &PgPool) -> bool {
@@ -67,7 +70,7 @@ mod tests {
 
     #[tokio::test]
     async fn many_who_ask_at_once_cost_one_check() {
-        let (health, checks) = (Health::new(), AtomicU32::new(0));
+        let (health, checks) = (Answers::new(), AtomicU32::new(0));
         let check = async || {
             checks.fetch_add(1, Ordering::Relaxed);
             tokio::task::yield_now().await;

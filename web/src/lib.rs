@@ -20,7 +20,6 @@ mod relay_stops;
 mod report;
 mod results;
 mod runs;
-mod server;
 mod sns;
 mod suppressions;
 mod test_sends;
@@ -28,22 +27,32 @@ mod text;
 mod unsubscribe;
 mod view;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Router,
     body::Body,
-    extract::State,
+    extract::{MatchedPath, State},
     http::{HeaderValue, Request, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{any, get, post},
 };
 use mailrun_shared::{
-    broker::{Broker, Rejections},
+    broker::Broker,
     config::{Config, ConfigError, MailerKind, SuppressionsConfig, WebConfig},
-    lineage, store,
+    health::Health,
+    lineage, metric,
+    monitoring::{Monitoring, MonitoringError},
+    server::{self, Limits},
+    store,
 };
+use metrics::histogram;
 use sqlx::PgPool;
 use tokio::{
     net::TcpListener,
@@ -94,6 +103,9 @@ pub enum WebError {
         /// What the system says.
         source: io::Error,
     },
+    /// It can't be monitored as configured.
+    #[error(transparent)]
+    Monitoring(#[from] MonitoringError),
     /// Messages of Amazon SNS can't be verified as configured.
     #[error(transparent)]
     Sns(#[from] SnsError),
@@ -108,7 +120,9 @@ struct App {
     /// Connections that no page takes.
     background: PgPool,
     /// What health checks were answered lately.
-    health: health::Health,
+    answers: health::Answers,
+    /// What keeps this process from its work.
+    health: Health,
     config: WebConfig,
     /// Wakes the relay when there is something new in the outbox.
     outbox: Arc<Notify>,
@@ -132,8 +146,6 @@ struct App {
     suppressions: SuppressionsConfig,
     /// How long the database may take to answer.
     answer_timeout: Duration,
-    /// What RabbitMQ does not take from the outbox.
-    rejections: Rejections,
 }
 
 type Shared = State<Arc<App>>;
@@ -146,6 +158,8 @@ type Shared = State<Arc<App>>;
 /// When the settings can't be used, or serving ended by itself.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError> {
     config.web.check_access()?;
+    let health = Health::default();
+    let monitoring = Monitoring::start(&config.metrics, "web", &health).await?;
     let mut database = config.database.clone();
     database.acquire_timeout_ms = database.acquire_timeout_ms.min(ACQUIRE_TIMEOUT_MS);
     let pool = store::open(&database, "mailrun web")?;
@@ -159,7 +173,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     info!(address = %listener.local_addr().map_err(not_listening)?, login = config.web.password.is_some(), "serving the pages");
 
     let outbox = Arc::new(Notify::new());
-    let broker = Broker::new(&config, "mailrun web");
+    let broker = Broker::with_health(&config, "mailrun web", health.clone());
     let publisher = broker.publisher(1);
     // Whoever of the two ends first takes the other along.
     let ending = stop.child_token();
@@ -175,12 +189,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
             );
         }
     });
+    let limits = Limits {
+        connections: config.web.max_connections,
+        header: Duration::from_millis(config.web.header_timeout_ms),
+        age: Duration::from_millis(config.web.connection_age_ms),
+    };
     let room = body::Room::new(config.web.max_body_bytes);
-    let limits = server::Limits::of(&config.web);
     let app = Arc::new(App {
         pool: pool.clone(),
         background: background.clone(),
-        health: health::Health::new(),
+        answers: health::Answers::new(),
+        health: health.clone(),
         config: config.web,
         outbox,
         logins: logins::Logins::new(),
@@ -193,14 +212,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
         suppressions: config.suppressions,
         answer_timeout: limit,
-        rejections: broker.rejections().clone(),
     });
-    server::serve(listener, router(app), limits, &ending).await;
-    ending.cancel();
+    let tell = async {
+        ending.cancelled().await;
+        health.trouble("this process", "is stopping");
+    };
+    tokio::join!(server::serve(listener, router(app), limits, &ending), tell);
     relay.await?;
     broker.closed(CLOSE).await;
     pool.close().await;
     background.close().await;
+    monitoring.stop().await;
     Ok(())
 }
 
@@ -244,6 +266,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/hooks/bounces", any(hooks::bounces))
         .route("/static/{name}", get(assets::show))
         .route("/healthz", get(health::show))
+        .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
@@ -252,6 +275,7 @@ fn router(app: Arc<App>) -> Router {
         .layer(header(header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
         .layer(header(header::REFERRER_POLICY, "same-origin"))
+        .layer(middleware::from_fn(measured))
         // What goes wrong is logged where it is known, so the trace adds only the request it happened in.
         .layer(
             TraceLayer::new_for_http()
@@ -271,6 +295,16 @@ fn logged(path: &str) -> &str {
 
 /// What is sent here may take long to arrive, so it sees to that by itself.
 const LONG: [&str; 5] = ["/invites", "/invites/count", "/tests", "/hooks/bounces", "/people/erase"];
+
+/// Counts requests, with how long they took. Those that no route is for are one.
+async fn measured(request: Request<Body>, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
+    let begun = Instant::now();
+    let response = next.run(request).await;
+    let status = response.status().as_u16().to_string();
+    histogram!(metric::REQUEST_SECONDS, "route" => route, "status" => status).record(begun.elapsed());
+    response
+}
 
 /// Answers in time, whatever became of the database: a connection to it that is cut off says nothing.
 async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Response {

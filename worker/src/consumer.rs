@@ -20,6 +20,7 @@ use lapin::{
 use mailrun_shared::{
     broker::{Broker, BrokerError, Link, epoch_of},
     epoch::{Admission, Epoch},
+    metric,
     retry::Reconnect,
 };
 use tokio::{
@@ -90,8 +91,11 @@ impl Consumer {
         tasks: &TaskTracker,
     ) -> Self {
         let (sender, receiver) = mpsc::channel(usize::from(prefetch) * queues.len());
+        metric::begin(metric::REBUILDS, "queue", queues.iter().cloned());
         for queue in queues {
             let (broker, watchdog) = (Arc::clone(broker), Arc::clone(watchdog));
+            // At once, so that the process is at no moment ready before it reads.
+            broker.health().trouble(queue.clone(), "not read yet");
             tasks.spawn(supervise(broker, queue.clone(), prefetch, sender.clone(), watchdog, stop.clone()));
         }
         Self { deliveries: receiver, ahead: None }
@@ -140,12 +144,14 @@ async fn supervise(
 ) {
     let mut reconnect = Reconnect::default();
     let mut watch = watchdog.begin();
+    let health = broker.health();
     // A ledger that is older than the messages must not act on any: they stay on the queue until it is current.
     while stop.run_until_cancelled(broker.epoch().current()).await.is_some() {
         let ended = async {
             // lapin cancels a consumer that is dropped, which fails while its connection is being closed: so it stays until then.
             let (link, channel, mut consumer) = open(&broker, &queue, prefetch).await?;
             info!(%queue, "consuming");
+            health.fine(&queue);
             reconnect.reset();
             let tally = Tally::default();
             let useless = watchdog.watch(&mut watch, &queue, prefetch, &tally, || deliveries.capacity());
@@ -159,6 +165,7 @@ async fn supervise(
             ended
         };
         let Err(error) = ended.await else { return };
+        health.trouble(queue.clone(), "reading it is interrupted");
         let wait = reconnect.next_wait();
         warn!(%queue, %error, wait_ms = wait.as_millis(), "consuming is interrupted; trying again");
         tokio::select! {

@@ -9,7 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun_shared::{broker::Rejections, config::HeartbeatConfig, store::workers};
+use mailrun_shared::{broker::Rejections, config::HeartbeatConfig, health::Health, metric, store::workers};
+use metrics::gauge;
 use rustix::time::{ClockId, clock_gettime};
 use sqlx::PgPool;
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -21,6 +22,25 @@ use crate::{
     observer::Observer,
     permits::Permits,
 };
+
+/// What `/livez` says of a worker that others have given up.
+const FENCED: &str = "others have declared this worker dead, or its row in the table workers is gone";
+
+/// Shows how a sender is at present.
+fn measure(mailer: &Arc<dyn Mailer>, permits: &Permits) -> Lane {
+    gauge!(metric::PERMITS).set(permits.all() as f64);
+    gauge!(metric::PERMITS_IN_USE).set(permits.in_use() as f64);
+    let lane = mailer.lane();
+    let present = match lane {
+        Lane::Open => "open",
+        Lane::Trying => "trying",
+        Lane::Closed { .. } => "closed",
+    };
+    for state in ["open", "trying", "closed"] {
+        gauge!(metric::RELAY_STATE, "state" => state).set(if state == present { 1 } else { 0 });
+    }
+    lane
+}
 
 /// A clock that goes on while the machine sleeps, as the others' clocks do: [`std::time::Instant`] stands still then.
 fn since_boot() -> Duration {
@@ -38,6 +58,7 @@ pub struct Heartbeat {
     last: Mutex<Duration>,
     /// Cancelled when its row is gone or declares it dead: for good, since others act on that.
     fenced: CancellationToken,
+    health: Health,
     rebuilds: AtomicI32,
     /// What RabbitMQ does not take from it.
     rejections: OnceLock<Rejections>,
@@ -56,7 +77,13 @@ impl Heartbeat {
     ///
     /// # Errors
     /// The database's.
-    pub async fn register(pool: &PgPool, roles: &str, permits: usize, config: &HeartbeatConfig) -> sqlx::Result<Self> {
+    pub async fn register(
+        pool: &PgPool,
+        roles: &str,
+        permits: usize,
+        config: &HeartbeatConfig,
+        health: &Health,
+    ) -> sqlx::Result<Self> {
         let last = since_boot();
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let pid = i32::try_from(std::process::id()).unwrap_or_default();
@@ -69,6 +96,7 @@ impl Heartbeat {
             dead_after: Duration::from_millis(config.dead_after_ms),
             last: Mutex::new(last),
             fenced: CancellationToken::new(),
+            health: health.clone(),
             rebuilds: AtomicI32::new(0),
             rejections: OnceLock::new(),
             sender: OnceLock::new(),
@@ -119,12 +147,15 @@ impl Heartbeat {
                 _ = ticks.tick() => {}
             }
             let begun = since_boot();
-            match timeout(self.dead_after, self.write()).await {
+            let written = timeout(self.dead_after, self.write()).await;
+            self.health.database_answers(matches!(written, Ok(Ok(_))));
+            match written {
                 Ok(Ok(true)) => {
                     *self.last.lock().unwrap_or_else(PoisonError::into_inner) = begun;
                     silent = false;
                 }
                 Ok(Ok(false)) => {
+                    self.health.fail(FENCED);
                     self.fenced.cancel();
                     return;
                 }
@@ -164,7 +195,8 @@ impl Heartbeat {
     /// False: this worker is declared dead, or its row is gone.
     async fn write(&self) -> sqlx::Result<bool> {
         let mut conn = self.pool.acquire().await?;
-        let closed = match self.sender.get().map(|(mailer, _)| mailer.lane()) {
+        let lane = self.sender.get().map(|(mailer, permits)| measure(mailer, permits));
+        let closed = match lane {
             Some(Lane::Closed { reason, until }) => Some((reason, until.saturating_duration_since(Instant::now()))),
             _ => None,
         };

@@ -12,6 +12,7 @@ pub mod attempt;
 mod claims;
 mod consumer;
 mod fan_out;
+mod gauges;
 mod heartbeat;
 mod held;
 mod ids;
@@ -40,7 +41,9 @@ use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time
 use mailrun_shared::{
     broker::{Broker, Publisher},
     config::Config,
+    health::Health,
     lineage::{self, Foreign},
+    monitoring::{Monitoring, MonitoringError},
     retry::Reconnect,
     store::{self, in_time},
     topology,
@@ -64,6 +67,9 @@ const FAN_OUT_PREFETCH: u16 = 16;
 
 /// At the end, connections to RabbitMQ are closed within this time or left.
 const CLOSE: Duration = Duration::from_secs(3);
+
+/// Under this its health is told when it is not the servers' fault.
+const PROCESS: &str = "this process";
 
 /// What a worker process does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -113,6 +119,9 @@ pub enum WorkerError {
     /// The mailer can't be used as configured.
     #[error(transparent)]
     Mailer(#[from] mailer::MailerError),
+    /// It can't be monitored as configured.
+    #[error(transparent)]
+    Monitoring(#[from] MonitoringError),
     /// A part ended by itself.
     #[error("a part of the worker ended by itself; the process is of no use without it")]
     DeadTask,
@@ -137,9 +146,24 @@ pub enum WorkerError {
 /// When a part ended by itself, or the drain took too long.
 pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken) -> Result<(), WorkerError> {
     let names = roles.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let health = Health::default();
+    health.trouble(PROCESS, "is starting, and waits for PostgreSQL");
+    let monitoring = Monitoring::start(&config.metrics, &names, &health).await?;
+    let ended = work(config, roles, &names, &health, stop).await;
+    monitoring.stop().await;
+    ended
+}
+
+async fn work(
+    config: Config,
+    roles: BTreeSet<Role>,
+    names: &str,
+    health: &Health,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
     let pool = store::open(&config.database, &format!("mailrun worker {names}"))?;
     let permits = if roles.contains(&Role::Send) { config.permits() } else { 0 };
-    let Some(heartbeat) = register(&pool, &names, permits, &config, &stop).await else { return Ok(()) };
+    let Some(heartbeat) = register(&pool, names, permits, &config, health, &stop).await else { return Ok(()) };
     info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
     let ids = match roles.contains(&Role::Send) {
         true => match Ids::read(&pool, &config, &stop).await {
@@ -148,7 +172,8 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
         },
         false => None,
     };
-    let broker = Broker::new(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()));
+    let broker =
+        Broker::with_health(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()), health.clone());
     let publisher = broker.publisher(config.amqp.publish_lanes);
     heartbeat.show_rejections(broker.rejections().clone());
     let beating = CancellationToken::new();
@@ -166,9 +191,10 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
     let watchdog = Watchdog::new(&config, Arc::clone(&broker), pool.clone(), Arc::clone(&heartbeat));
     let parts =
         start(&config, &roles, &pool, &broker, &publisher, &heartbeat, ids.as_ref(), &watchdog, &consumers, &stop)?;
+    health.fine(PROCESS);
     drop(publisher);
     let deadline = Duration::from_millis(config.send.shutdown_deadline_ms);
-    let ended = supervise(parts, lineage, &consumers, &heartbeat, &stop, deadline).await;
+    let ended = supervise(parts, lineage, &consumers, &heartbeat, health, &stop, deadline).await;
     watchdog.close().await;
     broker.closed(CLOSE).await;
     beating.cancel();
@@ -186,10 +212,11 @@ async fn register(
     roles: &str,
     permits: usize,
     config: &Config,
+    health: &Health,
     stop: &CancellationToken,
 ) -> Option<Arc<Heartbeat>> {
     let limit = config.database.answer_timeout();
-    let register = || in_time(limit, Heartbeat::register(pool, roles, permits, &config.heartbeat));
+    let register = || in_time(limit, Heartbeat::register(pool, roles, permits, &config.heartbeat, health));
     until_answered("this worker can't register", stop, register).await.map(Arc::new)
 }
 
@@ -234,9 +261,12 @@ fn start(
                 parts.spawn(pump.run(consume(&[topology::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
                 let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 parts.spawn(sweeper.run(stop.clone()));
-                let (limit, broker) = (config.database.answer_timeout(), Arc::clone(broker));
-                parts.spawn(replay::run(pool.clone(), broker, publisher.clone(), limit, stop.clone()));
+                let limit = config.database.answer_timeout();
+                parts.spawn(replay::run(pool.clone(), Arc::clone(broker), publisher.clone(), limit, stop.clone()));
                 parts.spawn(prune::run(pool.clone(), config.clone(), stop.clone()));
+                if config.metrics.listen.is_some() {
+                    parts.spawn(gauges::run(pool.clone(), Arc::clone(broker), limit, stop.clone()));
+                }
             }
             Role::Send => {
                 // Senders have read them.
@@ -273,6 +303,7 @@ async fn supervise(
     lineage: JoinHandle<Result<(), Foreign>>,
     consumers: &TaskTracker,
     heartbeat: &Heartbeat,
+    health: &Health,
     stop: &CancellationToken,
     deadline: Duration,
 ) -> Result<(), WorkerError> {
@@ -292,6 +323,7 @@ async fn supervise(
         }
     };
     stop.cancel();
+    health.trouble(PROCESS, "is stopping");
     let drain = async {
         let mut clean = true;
         while let Some(ended) = parts.join_next().await {

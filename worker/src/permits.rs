@@ -45,6 +45,11 @@ impl Permits {
         }
     }
 
+    /// How many there are.
+    pub fn all(&self) -> usize {
+        self.all
+    }
+
     /// How many are in use.
     pub fn in_use(&self) -> usize {
         self.all - self.state().free

@@ -7,12 +7,14 @@ use mailrun_shared::{
     config::Config,
     item::ItemState,
     message::{DeadReason, ItemResult, ResultsMessage},
+    metric,
     retry::Reconnect,
     store::{
         Session, is_about_data,
         progress::{self, Applied, Report},
     },
 };
+use metrics::counter;
 use sqlx::PgPool;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -46,6 +48,20 @@ fn is_sent(result: &ItemResult) -> bool {
     result.state == ItemState::Sent
 }
 
+/// What a result did.
+const EFFECTS: [&str; 3] = ["changed", "absorbed", "strange"];
+
+/// Shows what was counted.
+fn measure(applied: &Applied) {
+    for state in &applied.entered {
+        counter!(metric::ITEMS, "state" => state.name()).increment(1);
+    }
+    let results = [applied.changed, applied.absorbed, applied.strange.len()];
+    for (effect, results) in EFFECTS.into_iter().zip(results) {
+        counter!(metric::RESULTS, "effect" => effect).increment(results as u64);
+    }
+}
+
 /// The progress consumer of one process.
 #[derive(Debug)]
 pub struct Progress {
@@ -58,6 +74,8 @@ impl Progress {
     /// The progress consumer of this process.
     #[must_use]
     pub fn new(config: Config, pool: &PgPool, publisher: Publisher) -> Self {
+        metric::begin(metric::ITEMS, "state", ItemState::ALL.map(ItemState::name));
+        metric::begin(metric::RESULTS, "effect", EFFECTS);
         Self { session: Session::new(pool), publisher, config }
     }
 
@@ -172,7 +190,12 @@ impl Progress {
                     warn!(%error, wait_ms = wait.as_millis(), "results can't be counted; trying again");
                     stop.run_until_cancelled(sleep(wait)).await?;
                 }
-                result => return Some(result),
+                result => {
+                    if let Ok(applied) = &result {
+                        measure(applied);
+                    }
+                    return Some(result);
+                }
             }
         }
     }

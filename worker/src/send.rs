@@ -17,6 +17,7 @@ use mailrun_shared::{
     config::Config,
     item::{ItemState, Key},
     message::{ItemMessage, ItemResult},
+    metric,
     retry::{Reconnect, in_process},
     signed_id::Named,
     store::{
@@ -26,6 +27,7 @@ use mailrun_shared::{
     },
     topology::retry_queue,
 };
+use metrics::{counter, histogram};
 use sqlx::{PgConnection, PgPool};
 use tokio::{
     sync::mpsc,
@@ -43,7 +45,7 @@ use crate::{
     heartbeat::Heartbeat,
     held::Held,
     ids::Ids,
-    mailer::{Lane, Mail, Mailer, Outcome},
+    mailer::{self, Lane, Mail, Mailer, Outcome},
     outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
     pace::Pace,
     permits::Permits,
@@ -138,6 +140,8 @@ impl Senders {
         permits: Arc<Permits>,
         ids: Ids,
     ) -> Arc<Self> {
+        metric::begin(metric::ATTEMPTS, "outcome", Outcome::NAMES);
+        metric::begin(metric::REPLIES, "class", mailer::reply_classes());
         let stopped = StoppedRuns::new(pool.clone(), config.database.answer_timeout());
         let pace = Pace::new(&config, pool.clone());
         let checks = Checks {
@@ -362,7 +366,9 @@ impl Senders {
             Some(limits) => attempts::claim_paced(conn, me, keys, &receipt, limits, AHEAD).await,
             None => Ok(Paced { claimed: attempts::claim(conn, me, keys, &receipt).await?, ..Paced::default() }),
         };
+        let begun = Instant::now();
         let claimed = session.run(limit, claim).await;
+        histogram!(metric::CLAIM_SECONDS).record(begun.elapsed());
         match &claimed {
             Ok(_) => {
                 self.claims().receipt_written(receipt.number, &accepted);
@@ -413,7 +419,10 @@ impl Senders {
         let repetitions = if repeats { self.config.retry.in_process_tries } else { 0 };
         let mut waits = in_process(Duration::from_millis(self.config.retry.in_process_first_ms), repetitions);
         loop {
+            let begun = Instant::now();
             let outcome = self.mailer.send(&mail, attempt).await;
+            histogram!(metric::SEND_SECONDS).record(begun.elapsed());
+            counter!(metric::ATTEMPTS, "outcome" => outcome.name()).increment(1);
             if let Outcome::Withdrawn(why) = &outcome {
                 debug!(item_id = item.item_id, attempt = item.attempt, ?why, "attempt withdrawn");
             }

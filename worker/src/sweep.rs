@@ -16,12 +16,14 @@ use mailrun_shared::{
     config::{Config, OnUnknown},
     item::ItemState,
     message::{Command, ItemResult, RunMessage, Step},
+    metric,
     run::Wanted,
     store::{
         in_time,
         sweep::{self, OpenItem, Repairs, Stalled},
     },
 };
+use metrics::counter;
 use sqlx::{Connection as _, PgConnection, PgPool};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -70,18 +72,24 @@ impl Sweeper {
 
     /// Sweeps until `stop`.
     pub async fn run(mut self, stop: CancellationToken) {
+        metric::begin(metric::SWEEPS, "end", ["done", "broken_off"]);
+        metric::begin(metric::REPAIRS, "repair", Repairs::default().by_name().map(|(name, _)| name));
         let interval = Duration::from_millis(self.config.sweep.interval_ms);
         let mut broken = false;
         while stop.run_until_cancelled(sleep(interval)).await.is_some() {
             match stop.run_until_cancelled(self.sweep()).await {
                 Some(Err(error)) => {
+                    counter!(metric::SWEEPS, "end" => "broken_off").increment(1);
                     // Once, not with each of the tries that follow.
                     if !broken {
                         warn!(%error, "the sweep was broken off; it is tried again");
                     }
                     broken = true;
                 }
-                Some(Ok(())) => broken = false,
+                Some(Ok(())) => {
+                    counter!(metric::SWEEPS, "end" => "done").increment(1);
+                    broken = false;
+                }
                 None => return,
             }
         }
@@ -146,6 +154,9 @@ impl Sweeper {
         }
         in_time(limit, sweep::record(&mut point, run.run_id, repairs)).await?;
         in_time(limit, point.commit()).await?;
+        for (repair, times) in repairs.by_name() {
+            counter!(metric::REPAIRS, "repair" => repair).increment(times.unsigned_abs());
+        }
         Ok(())
     }
 

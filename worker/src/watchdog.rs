@@ -16,8 +16,10 @@ use lapin::Channel;
 use mailrun_shared::{
     broker::{Broker, Link, depth},
     config::Config,
+    metric,
     store::{in_time, sweep},
 };
+use metrics::counter;
 use sqlx::PgPool;
 use tokio::{
     sync::Mutex,
@@ -232,6 +234,7 @@ impl Watchdog {
             let look = Look { ready, standstill, ..Look::of(tally, prefetch, places()) };
             if let Verdict::Rebuild(why) = watch.judge(look) {
                 self.heartbeat.add_rebuild();
+                counter!(metric::REBUILDS, "queue" => queue.to_owned()).increment(1);
                 return why;
             }
         }

@@ -3,7 +3,8 @@
 use anyhow::Result;
 use mailrun_shared::{
     broker::BrokerError,
-    lineage::{BEHIND, Foreign},
+    epoch::BEHIND,
+    lineage::Foreign,
     marker::{self, Claim},
     store::installation,
 };

@@ -12,6 +12,7 @@ use std::{
 
 use futures::future::try_join_all;
 use lapin::{Channel, Confirmation, options::ConfirmSelectOptions, types::AMQPValue};
+use metrics::{counter, histogram};
 use tokio::{
     sync::{Mutex, mpsc, oneshot},
     time::{sleep, sleep_until, timeout},
@@ -24,7 +25,7 @@ use super::{
     link::Link,
     rejections::{NO_QUEUE, NO_ROOM, Rejections},
 };
-use crate::{retry::Reconnect, topology};
+use crate::{metric, retry::Reconnect, topology};
 
 /// A burst is published, then all of its confirms are awaited: so a returned message is always told within its burst.
 const BURST: usize = 1_536;
@@ -169,6 +170,10 @@ impl InHand {
         self.aside.retain(|aside| !aside.batch.done.is_closed());
     }
 
+    fn is_empty(&self) -> bool {
+        self.batches.is_empty() && self.aside.is_empty()
+    }
+
     /// Waits for something to publish. False: the publisher is gone, and all is published.
     async fn fill(&mut self, receiver: &Mutex<mpsc::Receiver<Batch>>) -> bool {
         self.tidy();
@@ -221,8 +226,10 @@ impl Broker {
     pub fn publisher(self: &Arc<Self>, count: usize) -> Publisher {
         let (sender, receiver) = mpsc::channel(WAITING_BATCHES);
         let receiver = Arc::new(Mutex::new(receiver));
-        for _ in 0..count {
-            self.tasks.spawn(Arc::clone(self).publish_channel(Arc::clone(&receiver)));
+        metric::begin(metric::PUBLISHED, "queue", self.queue_names());
+        metric::begin(metric::REJECTED, "reason", [NO_QUEUE, NO_ROOM].map(reason));
+        for lane in 1..=count {
+            self.tasks.spawn(Arc::clone(self).publish_channel(lane, Arc::clone(&receiver)));
         }
         Publisher {
             channels: sender,
@@ -234,13 +241,15 @@ impl Broker {
     }
 
     /// One publishing task: its connection, its confirm channel, and what it has not got a confirm for yet.
-    async fn publish_channel(self: Arc<Self>, receiver: Arc<Mutex<mpsc::Receiver<Batch>>>) {
+    async fn publish_channel(self: Arc<Self>, lane: usize, receiver: Arc<Mutex<mpsc::Receiver<Batch>>>) {
+        let health_key = format!("publishing over connection {lane}");
         let mut reconnect = Reconnect::default();
         let mut in_hand = InHand::default();
         loop {
             // At first before there is anything to say, so that the first message need not wait.
             let error = match self.confirm_channel().await {
                 Ok((link, channel)) => {
+                    self.health.fine(&health_key);
                     let ended = self.publish_on(&link, channel, &receiver, &mut in_hand, &mut reconnect).await;
                     link.close().await;
                     match ended {
@@ -250,6 +259,7 @@ impl Broker {
                 }
                 Err(error) => error,
             };
+            self.health.trouble(health_key.clone(), "is interrupted");
             // Told once, not with each of the tries that follow.
             if reconnect.is_under_way() {
                 debug!(%error, "publishing is still interrupted");
@@ -258,6 +268,11 @@ impl Broker {
             }
             let wait = reconnect.next_wait();
             sleep(wait).await;
+            in_hand.tidy();
+            if in_hand.is_empty() {
+                // Nobody waits for it.
+                self.health.fine(&health_key);
+            }
             // Again only for something to say.
             if !in_hand.fill(&receiver).await {
                 return;
@@ -368,9 +383,13 @@ impl Broker {
     }
 
     async fn burst(&self, channel: &Channel, batches: &[Batch]) -> Result<HashMap<Uuid, &'static str>, BrokerError> {
-        timeout(self.answer_timeout, burst(channel, batches, self.epoch.present()))
+        let begun = Instant::now();
+        let rejected = timeout(self.answer_timeout, burst(channel, batches, self.epoch.present()))
             .await
-            .map_err(|_| BrokerError::Timeout)?
+            .map_err(|_| BrokerError::Timeout)??;
+        histogram!(metric::CONFIRM_SECONDS).record(begun.elapsed());
+        count(batches, &rejected);
+        Ok(rejected)
     }
 
     /// Tells those whose messages were all taken; at `OnRejection::Tell` also those that want to know which were rejected. Returns
@@ -411,6 +430,25 @@ impl Broker {
             }
         }
     }
+}
+
+/// Counts what became of messages.
+fn count(batches: &[Batch], rejected: &HashMap<Uuid, &'static str>) {
+    let mut taken: HashMap<&str, u64> = HashMap::new();
+    for message in batches.iter().flat_map(|batch| &batch.messages) {
+        match rejected.get(&message.id) {
+            Some(why) => counter!(metric::REJECTED, "reason" => reason(why)).increment(1),
+            None => *taken.entry(&message.queue).or_default() += 1,
+        }
+    }
+    for (queue, messages) in taken {
+        counter!(metric::PUBLISHED, "queue" => queue.to_owned()).increment(messages);
+    }
+}
+
+/// A word for why a message was rejected.
+fn reason(why: &str) -> &'static str {
+    if why == NO_QUEUE { "no_queue" } else { "no_room" }
 }
 
 /// Publishes all messages of `batches` and awaits their confirms. Returns those that were rejected, and why. After an error it is

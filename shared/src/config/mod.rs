@@ -59,6 +59,8 @@ pub struct Config {
     pub mailer: MailerConfig,
     /// When what a run suppresses is held for a person.
     pub suppressions: SuppressionsConfig,
+    /// What monitoring systems ask for.
+    pub metrics: MetricsConfig,
     /// Logging.
     pub log: LogConfig,
     /// Which servers are named, and not only assumed.
@@ -429,6 +431,14 @@ impl Default for SimulatedConfig {
     fn default() -> Self {
         Self { latency_ms: 0, down_every: 100, flaky_every: 150, journal: None }
     }
+}
+
+/// `[metrics]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MetricsConfig {
+    /// Where the process answers `/metrics`, `/livez` and `/readyz`; none: nowhere. Port 0 is any free one, which the log names.
+    pub listen: Option<SocketAddr>,
 }
 
 /// `[log]`

@@ -6,6 +6,7 @@ pub mod attempts;
 pub mod audit;
 mod connections;
 pub mod durability;
+pub mod gauges;
 pub mod grants;
 pub mod held_suppressions;
 pub mod installation;

@@ -32,6 +32,8 @@ pub struct Applied {
     pub changed: usize,
     /// Results that were known, outdated or doubled.
     pub absorbed: usize,
+    /// The states that items have come into.
+    pub entered: Vec<ItemState>,
     /// Results of items that don't exist in the run that they name, by their place in the batch: another ledger's.
     pub strange: Vec<usize>,
 }
@@ -144,6 +146,8 @@ async fn apply_once(
         update_counters(&mut tx, &moved).await?;
         suppress(&mut tx, suppressions, &items, results, &erased).await?;
         tx.commit().await?;
+        let changed = items.values().filter(|item| item.winner.is_some());
+        applied.entered = changed.map(|item| item.standing.state).collect();
     }
     Ok(Some(applied))
 }

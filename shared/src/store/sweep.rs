@@ -87,6 +87,15 @@ pub struct Repairs {
     pub told_again: i64,
 }
 
+impl Repairs {
+    /// Each kind of repair, and how often it was made.
+    #[must_use]
+    pub fn by_name(&self) -> [(&'static str, i64); 4] {
+        let Self { driven, put_back, buried, told_again } = *self;
+        [("driven", driven), ("put_back", put_back), ("buried", buried), ("told_again", told_again)]
+    }
+}
+
 impl AddAssign for Repairs {
     fn add_assign(&mut self, other: Self) {
         self.driven += other.driven;

@@ -19,7 +19,7 @@ use crate::attempt::{Attempt, Withdrawn};
 
 pub use message::ComposerError;
 pub use simulated::{Simulated, SimulatedError};
-pub use smtp::{Smtp, SmtpError, TlsError};
+pub use smtp::{Smtp, SmtpError, TlsError, reply_classes};
 
 /// One invitation, ready to be sent.
 #[derive(Clone, Debug)]
@@ -63,6 +63,24 @@ pub enum Outcome {
     Unknown(String),
     /// It was not handed over, since the attempt must not go on. It costs no try.
     Withdrawn(Withdrawn),
+}
+
+impl Outcome {
+    /// What each is counted as.
+    pub const NAMES: [&str; 6] = ["sent", "retry", "later", "failed", "unknown", "withdrawn"];
+
+    /// What it is counted as.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Sent => "sent",
+            Self::Retry(_) => "retry",
+            Self::Later(_) => "later",
+            Self::Failed { .. } => "failed",
+            Self::Unknown(_) => "unknown",
+            Self::Withdrawn(_) => "withdrawn",
+        }
+    }
 }
 
 /// Whether anything can be sent at present.

@@ -31,8 +31,11 @@ use std::{
 use async_trait::async_trait;
 use mailrun_shared::{
     config::{ConfigError, SmtpConfig},
+    metric,
+    reply::ReplyClass,
     store::relay_stops::{Fault, RelayStop},
 };
+use metrics::counter;
 use tokio::{
     select,
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -50,7 +53,7 @@ use self::{
     relays::{Choice, Endpoint, Relays},
     reply::reason,
     session::Session,
-    verdict::{Failure, Pause, Verdict},
+    verdict::{ACCEPTED, Failure, NO_ANSWER, Pause, Verdict},
 };
 use super::{
     Lane, Mail, Mailer, Outcome, Stopped,
@@ -59,6 +62,11 @@ use super::{
 use crate::attempt::Attempt;
 
 pub use self::tls::TlsError;
+
+/// What the answers of mail servers are counted as.
+pub fn reply_classes() -> impl Iterator<Item = &'static str> {
+    [ACCEPTED, NO_ANSWER].into_iter().chain(ReplyClass::ALL.map(ReplyClass::name))
+}
 
 /// Why the relays can't be used as configured.
 #[derive(Debug, thiserror::Error)]
@@ -226,12 +234,16 @@ impl Carriers {
             let number = ticket.number;
             let (result, session) = self.converse(number, ticket.endpoint, letter, attempt, deadline).await;
             let Err(failure) = result else {
+                counter!(metric::REPLIES, "class" => ACCEPTED).increment(1);
                 ticket.endpoint.blame().accepted(&letter.known_as);
                 self.breaker().answered(number, Instant::now());
                 ticket.answered();
                 self.put_back(number, session, true, permit);
                 return Outcome::Sent;
             };
+            if let Some(class) = failure.class() {
+                counter!(metric::REPLIES, "class" => class).increment(1);
+            }
             let verdict = anonymous(failure.verdict(), letter);
             let concerns_relay = match &verdict {
                 Verdict::Refused(_) => ticket.endpoint.blame().refused(&letter.known_as),

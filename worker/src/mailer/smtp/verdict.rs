@@ -9,6 +9,10 @@ pub use mailrun_shared::reply::Stage;
 use super::{super::Outcome, reply::Reply};
 use crate::attempt::Withdrawn;
 
+/// The classes of answers that are no refusals.
+pub const ACCEPTED: &str = "accepted";
+pub const NO_ANSWER: &str = "no_answer";
+
 /// What went wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trouble {
@@ -125,6 +129,15 @@ impl Failure {
             // After DATA, anything that is said would be taken for the message.
             Trouble::Withdrawn(_) => self.stage == Stage::Mail,
             _ => false,
+        }
+    }
+
+    /// What it is counted as; none: the server was not asked.
+    pub fn class(&self) -> Option<&'static str> {
+        match &self.trouble {
+            Trouble::Refused(reply) => Some(classify(self.stage, reply.code, &reply.lines.join("\n")).class.name()),
+            Trouble::Senseless(_) | Trouble::Lost(_) | Trouble::Slow(_) | Trouble::Unable(_) => Some(NO_ANSWER),
+            Trouble::Withdrawn(_) => None,
         }
     }
 

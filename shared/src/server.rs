@@ -1,4 +1,4 @@
-//! Accepts connections, no more than are wanted at once, and gives up those that are silent or old.
+//! Serves HTTP: accepts connections, no more than are wanted at once, and gives up those that are silent or old.
 
 use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -9,7 +9,6 @@ use axum::{
 };
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use mailrun_shared::config::WebConfig;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -29,28 +28,18 @@ const REST: Duration = Duration::from_secs(1);
 
 /// What connections may take.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Limits {
+pub struct Limits {
     /// So many at once; further ones wait to be accepted.
-    connections: usize,
+    pub connections: usize,
     /// The head of a request must have arrived after this time, counted from the connection's begin or from the answer before:
     /// so it limits idle connections as well.
-    header: Duration,
+    pub header: Duration,
     /// An older connection ends with the request that it serves.
-    age: Duration,
-}
-
-impl Limits {
-    pub(crate) fn of(config: &WebConfig) -> Self {
-        Self {
-            connections: config.max_connections,
-            header: Duration::from_millis(config.header_timeout_ms),
-            age: Duration::from_millis(config.connection_age_ms),
-        }
-    }
+    pub age: Duration,
 }
 
 /// Serves until `stop`, then for as long as the requests under way need, up to [`DRAIN`].
-pub(crate) async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: &CancellationToken) {
+pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: &CancellationToken) {
     let free = Arc::new(Semaphore::new(limits.connections));
     let open = TaskTracker::new();
     let accepting = async {
