@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use mailrun_shared::{broker::Broker, config::Config, marker, store::installation};
+use mailrun_shared::{broker::Broker, config::Config, marker::Marker, store::installation};
 use secrecy::ExposeSecret as _;
 use tokio::process::Command;
 use url::Url;
@@ -62,7 +62,8 @@ pub async fn run(config: &Config, ledger: &Ledger, options: &Options) -> Result<
     let mut conn = ledger.pool.acquire().await?;
     let (id, epoch) = (installation::read(&mut conn).await?.id, installation::begin_epoch(&mut conn).await?);
     let broker = Broker::new(&settings, "mailrun backup");
-    if let Err(error) = marker::write_epoch(&broker, id, epoch).await {
+    let marked = async { Marker::open(&broker).await?.write_epoch(id, epoch).await };
+    if let Err(error) = marked.await {
         eprintln!(
             "The backup is complete, but RabbitMQ could not be told of it ({error}): workers do it within a minute."
         );

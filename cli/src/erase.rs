@@ -7,7 +7,7 @@ use mailrun_shared::{
     address::Address,
     broker::Broker,
     config::Config,
-    marker::{self, Claim},
+    marker::{Claim, Marker},
     store::{installation, people},
 };
 use mailrun_worker::scrub::scrub;
@@ -53,7 +53,7 @@ pub async fn run(config: &Config, ledger: &Ledger, address: &str) -> Result<()> 
 async fn finish(config: &Config, ledger: &Ledger) -> Result<usize> {
     let broker = Broker::new(&ledger.settings(config), "mailrun operator");
     let installation = installation::read(&mut *ledger.pool.acquire().await?).await?;
-    marker::claim(&broker, installation.id, Claim::Verify).await?;
+    Marker::open(&broker).await?.claim(installation.id, Claim::Verify).await?;
     broker.epoch().record(installation.epochs, 0);
     let publisher = broker.publisher(1);
     let begun = Instant::now();

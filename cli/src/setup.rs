@@ -7,7 +7,7 @@ use mailrun_shared::{
     broker::{Broker, BrokerError},
     config::Config,
     lineage::Foreign,
-    marker::{self, Claim},
+    marker::{Claim, Marker},
     retry::Reconnect,
     store::{
         self,
@@ -47,7 +47,7 @@ pub async fn run(config: &Config, take_over: bool) -> Result<()> {
     info!("the queues are declared");
     let id = installation::read(&mut *pool.acquire().await?).await?.id;
     let claim = if take_over { Claim::TakeOver } else { Claim::Adopt };
-    match patiently(async || marker::claim(&broker, id, claim).await, |error| !is_foreign(error)).await {
+    match patiently(async || Marker::open(&broker).await?.claim(id, claim).await, |error| !is_foreign(error)).await {
         Err(BrokerError::Foreign { owner }) => return Err(Foreign { id, owner }.into()),
         claimed => claimed.context("the virtual host can't be marked")?,
     }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::{
     broker::{Broker, BrokerError},
     epoch::BEHIND,
-    marker::{self, Claim},
+    marker::{Claim, Marker},
     retry::Reconnect,
     store::{
         in_time,
@@ -131,8 +131,8 @@ async fn begin(pool: &PgPool, broker: &Broker) -> Result<Uuid, LineageError> {
     let mut tx = pool.begin().await?;
     installation::lock(&mut tx).await?;
     let installation = installation::read(&mut tx).await?;
-    claim(broker, installation.id).await?;
-    if let Some(marked) = marker::read_epoch(broker, installation.id).await.map_err(LineageError::Broker)? {
+    let marker = claim(broker, installation.id).await?;
+    if let Some(marked) = marker.read_epoch(installation.id).await.map_err(LineageError::Broker)? {
         broker.epoch().observe(marked);
     }
     let latest = broker.epoch().latest();
@@ -145,7 +145,8 @@ async fn begin(pool: &PgPool, broker: &Broker) -> Result<Uuid, LineageError> {
     tx.commit().await?;
     broker.epoch().record(epochs, latest);
     // After the commit: the marker must never be ahead of the ledger. If this fails, the next epoch is marked.
-    marker::write_epoch(broker, installation.id, epochs.present).await.map_err(LineageError::Broker)?;
+    marker.write_epoch(installation.id, epochs.present).await.map_err(LineageError::Broker)?;
+    marker.close().await;
     Ok(installation.id)
 }
 
@@ -160,16 +161,19 @@ async fn begin_due(
     let present = installation.epochs.present;
     let next = async { installation::begin_epoch_after(&mut *pool.acquire().await?, present).await };
     if let Some(next) = in_time(limit, next).await? {
-        claim(broker, id).await?;
-        marker::write_epoch(broker, id, next).await.map_err(LineageError::Broker)?;
+        let marker = claim(broker, id).await?;
+        marker.write_epoch(id, next).await.map_err(LineageError::Broker)?;
+        marker.close().await;
     }
     Ok(())
 }
 
-async fn claim(broker: &Broker, id: Uuid) -> Result<(), LineageError> {
+async fn claim(broker: &Broker, id: Uuid) -> Result<Marker, LineageError> {
     let claim = if broker.declares_topology() { Claim::Adopt } else { Claim::Verify };
-    marker::claim(broker, id, claim).await.map_err(|error| match error {
-        BrokerError::Foreign { owner } => Foreign { id, owner }.into(),
-        error => LineageError::Broker(error),
-    })
+    let marker = Marker::open(broker).await.map_err(LineageError::Broker)?;
+    match marker.claim(id, claim).await {
+        Ok(()) => Ok(marker),
+        Err(BrokerError::Foreign { owner }) => Err(Foreign { id, owner }.into()),
+        Err(error) => Err(LineageError::Broker(error)),
+    }
 }

@@ -4,6 +4,8 @@
 //! owner in its alternate exchange, `mailrun.installation.<id>`: the first declaration wins, and another installation's is
 //! refused, without a race. The latest epoch is the only message of the queue `mailrun.epoch`.
 
+use std::time::Duration;
+
 use lapin::{
     BasicProperties, Channel, ErrorKind, ExchangeKind,
     options::{
@@ -17,7 +19,7 @@ use tracing::warn;
 use uuid::Uuid;
 
 use crate::{
-    broker::{Broker, BrokerError},
+    broker::{Broker, BrokerError, Link},
     message::{EpochMessage, Message as _, decode, encode},
     topology,
 };
@@ -43,79 +45,158 @@ pub enum Claim {
     TakeOver,
 }
 
-/// Makes sure that the virtual host belongs to the installation `id`.
-///
-/// # Errors
-/// [`BrokerError::Foreign`] if it belongs to another one, [`BrokerError::Unmarked`] if it belongs to none and `claim` is
-/// [`Claim::Verify`].
-pub async fn claim(broker: &Broker, id: Uuid, claim: Claim) -> Result<(), BrokerError> {
-    match claim {
-        Claim::Verify => verify(broker, id).await,
-        Claim::Adopt => adopt(broker, id).await,
-        Claim::TakeOver => {
-            match adopt(broker, id).await {
+/// The marks of a virtual host, over a connection of their own.
+#[derive(Debug)]
+pub struct Marker {
+    link: Link,
+    limit: Duration,
+}
+
+impl Marker {
+    /// Connects.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn open(broker: &Broker) -> Result<Self, BrokerError> {
+        Ok(Self { link: broker.connect("marker").await?, limit: broker.answer_timeout() })
+    }
+
+    /// Makes sure that the virtual host belongs to the installation `id`.
+    ///
+    /// # Errors
+    /// [`BrokerError::Foreign`] if it belongs to another one, [`BrokerError::Unmarked`] if it belongs to none and `claim` is
+    /// [`Claim::Verify`].
+    pub async fn claim(&self, id: Uuid, claim: Claim) -> Result<(), BrokerError> {
+        match claim {
+            Claim::Verify => self.verify(id).await,
+            Claim::Adopt => self.adopt(id).await,
+            Claim::TakeOver => match self.adopt(id).await {
                 Err(BrokerError::Foreign { owner }) => {
-                    on_channel(broker, async |channel| {
+                    self.on_channel(async |channel| {
                         delete(&channel, OWNED).await?;
-                        if let Some(owner) = owner {
-                            delete(&channel, &exchange_of(owner)).await?;
+                        match owner {
+                            Some(owner) => delete(&channel, &exchange_of(owner)).await,
+                            None => Ok(()),
                         }
-                        Ok(())
                     })
                     .await?;
+                    self.adopt(id).await?;
+                    // In place of the former owner's; the next process that starts marks its epoch.
+                    self.write_epoch(id, 0).await
                 }
-                claimed => return claimed,
+                claimed => claimed,
+            },
+        }
+    }
+
+    async fn verify(&self, id: Uuid) -> Result<(), BrokerError> {
+        if self.exists(&exchange_of(id)).await? {
+            Ok(())
+        } else if self.exists(OWNED).await? {
+            Err(BrokerError::Foreign { owner: None })
+        } else {
+            Err(BrokerError::Unmarked)
+        }
+    }
+
+    async fn exists(&self, exchange: &str) -> Result<bool, BrokerError> {
+        let looked = self.on_channel(async |channel| {
+            let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+            channel.exchange_declare(exchange.into(), ExchangeKind::Fanout, options, FieldTable::default()).await
+        });
+        match looked.await {
+            Ok(()) => Ok(true),
+            Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::NOTFOUND) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn adopt(&self, id: Uuid) -> Result<(), BrokerError> {
+        let own = exchange_of(id);
+        let declared = self.on_channel(async |channel| {
+            let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+            channel.exchange_declare(own.as_str().into(), ExchangeKind::Fanout, options, FieldTable::default()).await?;
+            let mut owner = FieldTable::default();
+            owner.insert("alternate-exchange".into(), AMQPValue::LongString(own.as_str().into()));
+            channel.exchange_declare(OWNED.into(), ExchangeKind::Fanout, options, owner).await
+        });
+        match declared.await {
+            Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::PRECONDITIONFAILED) => {
+                // It would make the virtual host look like ours.
+                self.on_channel(async |channel| delete(&channel, &own).await).await?;
+                // RabbitMQ cuts long refusals off.
+                let owner = match owner_in(&error.to_string(), id) {
+                    Some(owner) => Some(owner),
+                    None => self.read().await?.map(|marker| marker.installation).filter(|owner| *owner != id),
+                };
+                Err(BrokerError::Foreign { owner })
             }
-            adopt(broker, id).await?;
-            // In place of the former owner's; the next process that starts marks its epoch.
-            write_epoch(broker, id, 0).await
+            declared => declared,
         }
     }
-}
 
-async fn verify(broker: &Broker, id: Uuid) -> Result<(), BrokerError> {
-    if exists(broker, &exchange_of(id)).await? {
-        Ok(())
-    } else if exists(broker, OWNED).await? {
-        Err(BrokerError::Foreign { owner: None })
-    } else {
-        Err(BrokerError::Unmarked)
+    /// The latest epoch of the installation `id` that was marked. None: none was. Several processes must not read it at the same
+    /// moment: the message is out of the queue meanwhile.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn read_epoch(&self, id: Uuid) -> Result<Option<i64>, BrokerError> {
+        Ok(self.read().await?.filter(|marker| marker.installation == id).map(|marker| marker.epoch))
     }
-}
 
-async fn exists(broker: &Broker, exchange: &str) -> Result<bool, BrokerError> {
-    let looked = on_channel(broker, async |channel| {
-        let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
-        channel.exchange_declare(exchange.into(), ExchangeKind::Fanout, options, FieldTable::default()).await
-    });
-    match looked.await {
-        Ok(()) => Ok(true),
-        Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::NOTFOUND) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-async fn adopt(broker: &Broker, id: Uuid) -> Result<(), BrokerError> {
-    let own = exchange_of(id);
-    let declared = on_channel(broker, async |channel| {
-        let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-        channel.exchange_declare(own.as_str().into(), ExchangeKind::Fanout, options, FieldTable::default()).await?;
-        let mut owner = FieldTable::default();
-        owner.insert("alternate-exchange".into(), AMQPValue::LongString(own.as_str().into()));
-        channel.exchange_declare(OWNED.into(), ExchangeKind::Fanout, options, owner).await
-    });
-    match declared.await {
-        Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::PRECONDITIONFAILED) => {
-            // It would make the virtual host look like ours.
-            on_channel(broker, async |channel| delete(&channel, &own).await).await?;
-            // RabbitMQ cuts long refusals off.
-            let owner = match owner_in(&error.to_string(), id) {
-                Some(owner) => Some(owner),
-                None => read(broker).await?.map(|marker| marker.installation).filter(|owner| *owner != id),
-            };
-            Err(BrokerError::Foreign { owner })
+    async fn read(&self) -> Result<Option<EpochMessage>, BrokerError> {
+        let looked = self.on_channel(async |channel| {
+            let got = channel.basic_get(topology::EPOCH.into(), BasicGetOptions::default()).await?;
+            // It goes back to the queue when the channel closes.
+            Ok(got.and_then(|got| decode::<EpochMessage>(None, &got.delivery.data).ok()))
+        });
+        match looked.await {
+            // Only users who may declare queues create it.
+            Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::NOTFOUND) => Ok(None),
+            Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::ACCESSREFUSED) => {
+                warn!("no right to read the queue {}: a restored backup is detected only by messages", topology::EPOCH);
+                Ok(None)
+            }
+            looked => looked,
         }
-        declared => declared,
+    }
+
+    /// Marks the latest epoch, in place of an earlier one.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn write_epoch(&self, installation: Uuid, epoch: i64) -> Result<(), BrokerError> {
+        self.on_channel(async |channel| {
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            let properties = BasicProperties::default()
+                .with_delivery_mode(PERSISTENT)
+                .with_content_type("application/json".into())
+                .with_type(EpochMessage::TYPE.into());
+            let body = encode(&EpochMessage { epoch, installation });
+            let options = BasicPublishOptions::default();
+            channel
+                .basic_publish(topology::EXCHANGE.into(), topology::EPOCH.into(), options, &body, properties)
+                .await?
+                .await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Does `work` on a channel of its own, which an error costs.
+    async fn on_channel<T>(&self, work: impl AsyncFnOnce(Channel) -> lapin::Result<T>) -> Result<T, BrokerError> {
+        let done = async {
+            let channel = self.link.channel().await?;
+            let done = work(channel.clone()).await?;
+            channel.close(200, "done".into()).await?;
+            Ok::<_, lapin::Error>(done)
+        };
+        Ok(timeout(self.limit, done).await.map_err(|_| BrokerError::Timeout)??)
+    }
+
+    /// Closes the connection. One that is only dropped is closed as well, and not waited for.
+    pub async fn close(self) {
+        self.link.close().await;
     }
 }
 
@@ -129,64 +210,6 @@ fn owner_in(text: &str, id: Uuid) -> Option<Uuid> {
         .skip(1)
         .filter_map(|rest| rest.get(..uuid::fmt::Hyphenated::LENGTH)?.parse().ok())
         .find(|owner| *owner != id)
-}
-
-/// The latest epoch of the installation `id` that was marked. None: none was. Several processes must not read it at the same
-/// moment: the message is out of the queue meanwhile.
-///
-/// # Errors
-/// The broker's.
-pub async fn read_epoch(broker: &Broker, id: Uuid) -> Result<Option<i64>, BrokerError> {
-    Ok(read(broker).await?.filter(|marker| marker.installation == id).map(|marker| marker.epoch))
-}
-
-async fn read(broker: &Broker) -> Result<Option<EpochMessage>, BrokerError> {
-    let mut found = None;
-    let looked = on_channel(broker, async |channel| {
-        let got = channel.basic_get(topology::EPOCH.into(), BasicGetOptions::default()).await?;
-        // It goes back to the queue when the channel closes.
-        found = got.and_then(|got| decode::<EpochMessage>(None, &got.delivery.data).ok());
-        Ok(())
-    });
-    match looked.await {
-        // Only users who may declare queues create it.
-        Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::NOTFOUND) => Ok(None),
-        Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::ACCESSREFUSED) => {
-            warn!("no right to read the queue {}: a restored backup is detected only by messages", topology::EPOCH);
-            Ok(None)
-        }
-        looked => looked.map(|()| found),
-    }
-}
-
-/// Marks the latest epoch, in place of an earlier one.
-///
-/// # Errors
-/// The broker's.
-pub async fn write_epoch(broker: &Broker, installation: Uuid, epoch: i64) -> Result<(), BrokerError> {
-    on_channel(broker, async |channel| {
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        let properties = BasicProperties::default()
-            .with_delivery_mode(PERSISTENT)
-            .with_content_type("application/json".into())
-            .with_type(EpochMessage::TYPE.into());
-        let body = encode(&EpochMessage { epoch, installation });
-        let options = BasicPublishOptions::default();
-        channel
-            .basic_publish(topology::EXCHANGE.into(), topology::EPOCH.into(), options, &body, properties)
-            .await?
-            .await?;
-        Ok(())
-    })
-    .await
-}
-
-/// Does `work` on a channel of a connection of its own.
-async fn on_channel(broker: &Broker, work: impl AsyncFnOnce(Channel) -> lapin::Result<()>) -> Result<(), BrokerError> {
-    let link = broker.connect("marker").await?;
-    let done = timeout(broker.answer_timeout(), async { work(link.channel().await?).await }).await;
-    link.close().await;
-    Ok(done.map_err(|_| BrokerError::Timeout)??)
 }
 
 fn soft_error(error: &lapin::Error) -> Option<AMQPSoftError> {

@@ -109,16 +109,16 @@ async fn scrape(State(App { metrics, health }): State<App>) -> impl IntoResponse
 /// `GET /livez`: 503 if only a new start helps.
 #[must_use]
 pub fn live(health: &Health) -> Response {
-    answer(health.failure().into_iter().collect())
+    answer(health.failure().as_slice())
 }
 
 /// `GET /readyz`: 503 while the process can't do its work, with the reasons.
 #[must_use]
 pub fn ready(health: &Health) -> Response {
-    answer(health.troubles())
+    answer(&health.troubles())
 }
 
-fn answer(troubles: Vec<String>) -> Response {
+fn answer(troubles: &[String]) -> Response {
     if troubles.is_empty() {
         return "ok\n".into_response();
     }

@@ -5,7 +5,7 @@ use mailrun_shared::{
     broker::BrokerError,
     epoch::BEHIND,
     lineage::Foreign,
-    marker::{self, Claim},
+    marker::{Claim, Marker},
     store::installation,
 };
 
@@ -24,7 +24,8 @@ pub(super) const CHECK: &str = "installation";
 pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, report: &mut Report) -> Result<()> {
     let Some(conveyor) = conveyor else { return Ok(()) };
     let ledger = installation::read(&mut *patient.pool.acquire().await?).await?;
-    match marker::claim(&conveyor.broker, ledger.id, Claim::Verify).await {
+    let marker = Marker::open(&conveyor.broker).await?;
+    match marker.claim(ledger.id, Claim::Verify).await {
         Ok(()) => {}
         Err(BrokerError::Foreign { owner }) => {
             report.add(Finding::new(
@@ -42,7 +43,7 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
                 "nothing keeps another installation from using it too",
                 "Run mailrun setup",
             );
-            let claim = marker::claim(&conveyor.broker, ledger.id, Claim::Adopt);
+            let claim = marker.claim(ledger.id, Claim::Adopt);
             report.add(patient.mend(finding, claim).await);
         }
         Err(error) => return Err(error.into()),
@@ -51,8 +52,9 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
     let mut tx = patient.pool.begin().await?;
     installation::lock(&mut tx).await?;
     let ledger = installation::read(&mut tx).await?;
-    let marked = marker::read_epoch(&conveyor.broker, ledger.id).await?.unwrap_or_default();
+    let marked = marker.read_epoch(ledger.id).await?.unwrap_or_default();
     drop(tx);
+    marker.close().await;
     conveyor.broker.epoch().record(ledger.epochs, marked);
     if marked > ledger.epochs.present {
         report.add(Finding::new(
