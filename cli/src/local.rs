@@ -34,8 +34,9 @@ const PORTS_TRIED: u16 = 100;
 const DRAIN: Duration = Duration::from_secs(35);
 /// The pages answer within this time, or something is wrong.
 const START: Duration = Duration::from_secs(60);
+const WEB: &str = "web";
 /// In the order of the data, so that nothing is left between two of them. Each `send` has a number behind it.
-const STOP_ORDER: [&str; 4] = ["web", "fan-out", "send", "progress"];
+const STOP_ORDER: [&str; 4] = [WEB, "fan-out", "send", "progress"];
 /// The mail sink stops last, so that it is there for as long as anybody sends.
 const MAIL_SINK: &str = "mail-sink";
 /// Sending processes, unless somebody wants another number.
@@ -61,8 +62,7 @@ impl Servers {
             let (database_url, amqp_urls) = (config.database.url.clone(), config.amqp.urls.clone());
             return Ok(Self { stack: None, database_url, amqp_urls });
         }
-        let program = std::env::current_exe().context("the path of this program is unknown")?;
-        let stack = Stack::start_nodes(home, &program, Duration::ZERO, nodes, report).await?;
+        let stack = Stack::start_nodes(home, &own_program()?, Duration::ZERO, nodes, report).await?;
         stack.create_database(NAME).await?;
         stack.create_vhost(NAME).await?;
         let database_url = if named.database { config.database.url.clone() } else { stack.database_url(NAME).into() };
@@ -140,7 +140,7 @@ impl Local {
                     None
                 }
             };
-            Services::start(config, environment, SENDERS, sink, log, &report).await
+            Services::start(own_program()?, config, environment, SENDERS, sink, log, &report).await
         };
         match started.await {
             Ok(services) => Ok(Self { servers, services }),
@@ -227,12 +227,13 @@ pub struct Services {
 }
 
 impl Services {
-    /// Prepares the database and the queues that `environment` names, starts the services in it, so many of them
-    /// `senders`, and returns when the pages answer. With a `sink`, it is started, and the senders send to it.
+    /// Prepares the database and the queues that `environment` names, starts the services in it from `program`, so many of
+    /// them `senders`, and returns when the pages answer. With a `sink`, it is started, and the senders send to it.
     ///
     /// # Errors
     /// Says what could not be started, and where to read more.
     pub async fn start(
+        program: PathBuf,
         config: &Config,
         mut environment: Vec<(OsString, OsString)>,
         senders: usize,
@@ -240,7 +241,6 @@ impl Services {
         log: PathBuf,
         report: impl Fn(&str),
     ) -> Result<Self> {
-        let program = std::env::current_exe().context("the path of this program is unknown")?;
         report("Preparing the database and the queues");
         set_up(&program, &environment).await?;
         let listen = web_address(config)?;
@@ -258,7 +258,7 @@ impl Services {
             supervisor.start(sink.service())?;
         }
         for (name, role) in roster(senders) {
-            let args = if role == "web" { vec!["web"] } else { vec!["worker", "--roles", role] };
+            let args = if role == WEB { vec![WEB] } else { vec!["worker", "--roles", role] };
             let args = args.into_iter().map(OsString::from).collect();
             supervisor.start(Service { name, args, env: environment.clone() })?;
         }
@@ -276,10 +276,39 @@ impl Services {
         self.supervisor.pids()
     }
 
+    /// Ends a service in good order and starts it from another program, in the same environment.
+    ///
+    /// # Errors
+    /// When it did not end in time and was killed, or does not start; of the pages also when they don't answer then.
+    pub async fn replace(&self, name: &str, program: &Path) -> Result<()> {
+        let ended = self.supervisor.replace(name, program, DRAIN).await;
+        if !ended.with_context(|| format!("{name} can't be started from {}", program.display()))? {
+            bail!("{name} did not end within {DRAIN:?}");
+        }
+        if name == WEB {
+            wait_for_pages(&self.web_url).await.context("the pages don't answer")?;
+        }
+        Ok(())
+    }
+
+    /// How often services ended unasked.
+    #[must_use]
+    pub fn deaths(&self) -> u32 {
+        self.supervisor.deaths()
+    }
+
     /// Stops them in the order of the data.
     pub async fn stop(self) {
         stop(self.supervisor).await;
     }
+}
+
+/// This program.
+///
+/// # Errors
+/// When its path is unknown.
+pub fn own_program() -> Result<PathBuf> {
+    std::env::current_exe().context("the path of this program is unknown")
 }
 
 /// The services' names and roles, in the order of the data.
@@ -305,8 +334,8 @@ async fn stop(supervisor: Supervisor) {
 /// When the private PostgreSQL can't be started, or the command fails.
 pub async fn with_database(command: &[OsString]) -> Result<()> {
     let [program, args @ ..] = command else { bail!("name a command") };
-    let keeper = std::env::current_exe().context("the path of this program is unknown")?;
-    let stack = Stack::start(&stack::home(), &keeper, Duration::from_secs(20), |step| eprintln!("{step} …")).await?;
+    let stack =
+        Stack::start(&stack::home(), &own_program()?, Duration::from_secs(20), |step| eprintln!("{step} …")).await?;
     let name = format!("scratch-{}", std::process::id());
     stack.create_database(&name).await?;
     let status = Command::new(program).args(args).env("DATABASE_URL", stack.database_url(&name)).status().await;
