@@ -32,7 +32,7 @@ const NOT_PASSED_ON: [&str; 7] = [
 /// In which order an installation can be upgraded from a revision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
-    /// Only as `docs/operating.md` says: progress, fan-out, senders, pages.
+    /// Only as `docs/upgrading.md` says: progress, fan-out, senders, pages.
     Documented,
     /// In any order, and back as well.
     Any,
@@ -54,7 +54,7 @@ impl Revision {
         let checkout =
             PathBuf::from(checkout.context("--from takes a git checkout of Mailrun: run this inside of one")?);
         let commit = format!("{name}^{{commit}}");
-        let commit = git(&checkout, ["rev-parse", "--verify", "--quiet", "--end-of-options", &commit]).await;
+        let commit = git(&checkout, ["rev-parse", "--verify", "--end-of-options", &commit]).await;
         let commit = commit.with_context(|| format!("{name} is no revision of {}", checkout.display()))?;
         let folder = home.join("revisions").join(&commit);
         let source = folder.join("source");

@@ -26,7 +26,7 @@ pub(super) enum Change {
 
 /// The steps of an upgrade.
 pub(super) fn changes(order: Order, rng: &mut StdRng) -> Vec<Change> {
-    // As docs/operating.md says.
+    // As docs/upgrading.md says.
     let mut services: Vec<String> = ["progress", "fan-out"].map(str::to_owned).to_vec();
     services.extend(senders());
     services.push("web".to_owned());
