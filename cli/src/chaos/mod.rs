@@ -51,6 +51,7 @@ use crate::{
     local::own_program,
     people::people,
     stack::{self, Nodes, Stack},
+    visitor::Form,
 };
 
 /// A run that is not over after this time, and a little more for each recipient, is stuck.
@@ -58,6 +59,8 @@ const PATIENCE: Duration = Duration::from_secs(180);
 const PATIENCE_EACH: Duration = Duration::from_millis(10);
 /// The form is sent again for so long.
 const FORM: Duration = Duration::from_secs(120);
+/// The pause between two visits of the pages.
+const VISIT_EVERY: Duration = Duration::from_secs(1);
 /// One try may take so long.
 const FORM_TRY: Duration = Duration::from_secs(30);
 
@@ -247,9 +250,15 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     };
     let followed = async {
         let seen = async {
-            let run_id = submit(&site, setting.recipients).await?;
+            let (run_id, form) = submit(&site, setting.recipients).await?;
             let limit = PATIENCE + PATIENCE_EACH * setting.recipients;
-            anyhow::Ok((run_id, follow(&site.pool, run_id, limit, &stage).await))
+            let followed = follow(&site.pool, run_id, limit, &stage);
+            if !plan.upgrades() {
+                return anyhow::Ok((run_id, followed.await, 0));
+            }
+            tokio::pin!(followed);
+            let (seen, wrong) = visit(&site, run_id, &form, followed).await;
+            Ok((run_id, seen, wrong))
         };
         let seen = seen.await;
         // Whoever still waits for his moment has missed it.
@@ -257,8 +266,8 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
         seen
     };
     let (_, followed) = Box::pin(futures::future::join(strikes, followed)).await;
-    let (run_id, seen) = followed?;
-    let mut stuck = u64::from(seen.over_at.is_none());
+    let (run_id, seen, wrong) = followed?;
+    let mut stuck = u64::from(seen.over_at.is_none()) + wrong;
     let remains = remains(&site, run_id).await.unwrap_or_else(|error| {
         eprintln!("  the queues can't be looked at: {error:#}");
         stuck += 1;
@@ -318,8 +327,45 @@ fn allowed(limit: u32) -> usize {
     limit as usize + limit.div_ceil(10) as usize + usize::try_from(burst).unwrap_or_default() + 2
 }
 
+/// Uses the pages, whichever program they are of, until the run has been `followed` to its end: reads them, and sends the same
+/// form again, which must make no other run. How many answers were wrong; none is no wrong one, since pages are replaced.
+async fn visit<T>(
+    site: &Site<'_>,
+    run_id: Uuid,
+    form: &Form,
+    mut followed: impl Future<Output = T> + Unpin,
+) -> (T, u64) {
+    let pages = ["/", "/runs", &format!("/runs/{run_id}"), &format!("/runs/{run_id}/progress"), "/suppressions"];
+    let mut wrong = 0;
+    let mut tell = |what: &str, answer: String| {
+        eprintln!("  {what} answers {answer}");
+        wrong += 1;
+    };
+    loop {
+        let looked = async {
+            for page in pages {
+                if let Ok(status) = site.visitor.status(page).await
+                    && !status.is_success()
+                {
+                    tell(page, status.to_string());
+                }
+            }
+            if let Ok(Ok(url)) = timeout(FORM_TRY, async { site.visitor.send(form.again()?).await }).await
+                && !url.contains(&run_id.to_string())
+            {
+                tell("the form", url);
+            }
+            sleep(VISIT_EVERY).await;
+        };
+        tokio::select! {
+            done = &mut followed => return (done, wrong),
+            () = looked => {}
+        }
+    }
+}
+
 /// Sends the form until it is accepted: always the same one, so that it makes one run however often it arrives.
-async fn submit(site: &Site<'_>, recipients: u32) -> Result<Uuid> {
+async fn submit(site: &Site<'_>, recipients: u32) -> Result<(Uuid, Form)> {
     let emails = people("guest", usize::try_from(recipients)?);
     let end = Instant::now() + FORM;
     let mut form = None;
@@ -334,7 +380,8 @@ async fn submit(site: &Site<'_>, recipients: u32) -> Result<Uuid> {
         match answer.await.context("no answer").flatten() {
             Ok(url) => {
                 let id = url.rsplit('/').next().and_then(|id| id.parse().ok());
-                return id.with_context(|| format!("{url} is no run"));
+                let id = id.with_context(|| format!("{url} is no run"))?;
+                return Ok((id, form.context("no form was filled in")?));
             }
             Err(error) if Instant::now() > end => return Err(error),
             Err(error) => {
