@@ -3,7 +3,10 @@
 use anyhow::Result;
 use mailrun_shared::{
     item::ItemState,
-    store::runs::{self, ReplayWish, Replayed},
+    store::{
+        runs::{self, ReplayWish, Replayed},
+        stored::Stored,
+    },
 };
 use uuid::Uuid;
 
@@ -19,7 +22,11 @@ pub async fn show(ledger: &Ledger) -> Result<()> {
         println!("There are no dead letters.");
     }
     for (state, error, count) in errors {
-        let state = if state == ItemState::Unknown { "unknown" } else { "failed" };
+        let state = match state {
+            Stored::Known(ItemState::Unknown) => "unknown",
+            Stored::Known(_) => "failed",
+            Stored::Later(ref word) => word,
+        };
         println!("{count:>10}  {state:<8}  {error}");
     }
     Ok(())

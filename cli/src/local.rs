@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use mailrun_shared::{
-    config::{Config, DatabaseConfig},
+    config::{Config, DatabaseConfig, MetricsConfig},
     store,
 };
 use secrecy::{ExposeSecret, SecretString};
@@ -34,8 +34,9 @@ const PORTS_TRIED: u16 = 100;
 const DRAIN: Duration = Duration::from_secs(35);
 /// The pages answer within this time, or something is wrong.
 const START: Duration = Duration::from_secs(60);
+const WEB: &str = "web";
 /// In the order of the data, so that nothing is left between two of them. Each `send` has a number behind it.
-const STOP_ORDER: [&str; 4] = ["web", "fan-out", "send", "progress"];
+const STOP_ORDER: [&str; 4] = [WEB, "fan-out", "send", "progress"];
 /// The mail sink stops last, so that it is there for as long as anybody sends.
 const MAIL_SINK: &str = "mail-sink";
 /// Sending processes, unless somebody wants another number.
@@ -61,8 +62,7 @@ impl Servers {
             let (database_url, amqp_urls) = (config.database.url.clone(), config.amqp.urls.clone());
             return Ok(Self { stack: None, database_url, amqp_urls });
         }
-        let program = std::env::current_exe().context("the path of this program is unknown")?;
-        let stack = Stack::start_nodes(home, &program, Duration::ZERO, nodes, report).await?;
+        let stack = Stack::start_nodes(home, &own_program()?, Duration::ZERO, nodes, report).await?;
         stack.create_database(NAME).await?;
         stack.create_vhost(NAME).await?;
         let database_url = if named.database { config.database.url.clone() } else { stack.database_url(NAME).into() };
@@ -130,6 +130,8 @@ impl Local {
         let servers = Servers::start(config, home, nodes, &report).await?;
         let mut environment = servers.environment();
         environment.extend(file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
+        let listen = config.metrics.listen.or(Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))));
+        let config = &Config { metrics: MetricsConfig { listen }, ..config.clone() };
         let log = home.join("logs").join("services.log");
         let started = async {
             let sink = match mailing {
@@ -140,7 +142,7 @@ impl Local {
                     None
                 }
             };
-            Services::start(config, environment, SENDERS, sink, log, &report).await
+            Services::start(own_program()?, config, environment, SENDERS, sink, log, &report).await
         };
         match started.await {
             Ok(services) => Ok(Self { servers, services }),
@@ -227,12 +229,13 @@ pub struct Services {
 }
 
 impl Services {
-    /// Prepares the database and the queues that `environment` names, starts the services in it, so many of them
-    /// `senders`, and returns when the pages answer. With a `sink`, it is started, and the senders send to it.
+    /// Prepares the database and the queues that `environment` names, starts the services in it from `program`, so many of
+    /// them `senders`, and returns when the pages answer. With a `sink`, it is started, and the senders send to it.
     ///
     /// # Errors
     /// Says what could not be started, and where to read more.
     pub async fn start(
+        program: PathBuf,
         config: &Config,
         mut environment: Vec<(OsString, OsString)>,
         senders: usize,
@@ -240,16 +243,16 @@ impl Services {
         log: PathBuf,
         report: impl Fn(&str),
     ) -> Result<Self> {
-        let program = std::env::current_exe().context("the path of this program is unknown")?;
         report("Preparing the database and the queues");
         set_up(&program, &environment).await?;
         let listen = web_address(config)?;
         let mut supervisor = Supervisor::new(program, &log, tell).context("the services' log can't be written")?;
         environment.push(("MAILRUN_WEB__LISTEN".into(), listen.to_string().into()));
-        // One address is no good for several processes: each takes a free port, and says in the log which.
-        let metrics =
-            SocketAddr::new(config.metrics.listen.map_or(Ipv4Addr::LOCALHOST.into(), |listen| listen.ip()), 0);
-        environment.push(("MAILRUN_METRICS__LISTEN".into(), metrics.to_string().into()));
+        if let Some(metrics) = config.metrics.listen {
+            // One address is no good for several processes: each takes a free port, and says in the log which.
+            let metrics = SocketAddr::new(metrics.ip(), 0);
+            environment.push(("MAILRUN_METRICS__LISTEN".into(), metrics.to_string().into()));
+        }
         report("Starting the pages and the workers");
         let web_url = format!("http://{listen}");
         if config.web.public_url.is_none() && listen.ip().is_loopback() {
@@ -262,7 +265,7 @@ impl Services {
             supervisor.start(sink.service())?;
         }
         for (name, role) in roster(senders) {
-            let args = if role == "web" { vec!["web"] } else { vec!["worker", "--roles", role] };
+            let args = if role == WEB { vec![WEB] } else { vec!["worker", "--roles", role] };
             let args = args.into_iter().map(OsString::from).collect();
             supervisor.start(Service { name, args, env: environment.clone() })?;
         }
@@ -280,10 +283,39 @@ impl Services {
         self.supervisor.pids()
     }
 
+    /// Ends a service in good order and starts it from another program, in the same environment.
+    ///
+    /// # Errors
+    /// When it did not end in time and was killed, or does not start; of the pages also when they don't answer then.
+    pub async fn replace(&self, name: &str, program: &Path) -> Result<()> {
+        let ended = self.supervisor.replace(name, program, DRAIN).await;
+        if !ended.with_context(|| format!("{name} can't be started from {}", program.display()))? {
+            bail!("{name} did not end within {DRAIN:?}");
+        }
+        if name == WEB {
+            wait_for_pages(&self.web_url).await.context("the pages don't answer")?;
+        }
+        Ok(())
+    }
+
+    /// How often services ended unasked.
+    #[must_use]
+    pub fn deaths(&self) -> u32 {
+        self.supervisor.deaths()
+    }
+
     /// Stops them in the order of the data.
     pub async fn stop(self) {
         stop(self.supervisor).await;
     }
+}
+
+/// This program.
+///
+/// # Errors
+/// When its path is unknown.
+pub fn own_program() -> Result<PathBuf> {
+    std::env::current_exe().context("the path of this program is unknown")
 }
 
 /// The services' names and roles, in the order of the data.
@@ -309,8 +341,8 @@ async fn stop(supervisor: Supervisor) {
 /// When the private PostgreSQL can't be started, or the command fails.
 pub async fn with_database(command: &[OsString]) -> Result<()> {
     let [program, args @ ..] = command else { bail!("name a command") };
-    let keeper = std::env::current_exe().context("the path of this program is unknown")?;
-    let stack = Stack::start(&stack::home(), &keeper, Duration::from_secs(20), |step| eprintln!("{step} …")).await?;
+    let stack =
+        Stack::start(&stack::home(), &own_program()?, Duration::from_secs(20), |step| eprintln!("{step} …")).await?;
     let name = format!("scratch-{}", std::process::id());
     stack.create_database(&name).await?;
     let status = Command::new(program).args(args).env("DATABASE_URL", stack.database_url(&name)).status().await;

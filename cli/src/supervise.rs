@@ -22,7 +22,7 @@ use rustix::process::{Pid, Signal};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncRead, BufReader},
     process::{Child, ChildStdin, Command},
-    sync::{oneshot, watch},
+    sync::{mpsc, oneshot},
     task::JoinHandle,
 };
 
@@ -90,8 +90,27 @@ struct Supervised {
     name: String,
     /// Its process, the newest if it was started again.
     pid: Arc<AtomicU32>,
-    stop: watch::Sender<Option<Duration>>,
+    /// How often it ended unasked.
+    deaths: Arc<AtomicU32>,
+    /// Dropped, it means to stop at once.
+    orders: mpsc::UnboundedSender<Order>,
     kept: JoinHandle<()>,
+}
+
+/// What the loop that keeps a service is told.
+enum Order {
+    /// To end the service, which has so long for it.
+    Stop(Duration),
+    Replace(Replacement),
+}
+
+/// Another program for a service.
+struct Replacement {
+    program: PathBuf,
+    /// The running process has so long to end.
+    within: Duration,
+    /// Told when the other program was started: whether the process before ended by itself.
+    done: oneshot::Sender<io::Result<bool>>,
 }
 
 impl Supervisor {
@@ -107,18 +126,37 @@ impl Supervisor {
     /// Starts a service; it runs until [`Supervisor::stop`].
     pub fn start(&mut self, service: Service) -> io::Result<()> {
         let child = spawn(&self.program, &service, &self.log)?;
-        let (stop, stop_asked) = watch::channel(None);
+        let (orders, received) = mpsc::unbounded_channel();
         let name = service.name.clone();
         let pid = Arc::new(AtomicU32::new(child.child.id().unwrap_or_default()));
+        let deaths = Arc::new(AtomicU32::new(0));
         let keeper = Keeper {
             program: self.program.clone(),
             service,
             log: Arc::clone(&self.log),
             tell: Arc::clone(&self.tell),
             pid: Arc::clone(&pid),
+            deaths: Arc::clone(&deaths),
         };
-        self.children.push(Supervised { name, pid, stop, kept: tokio::spawn(keeper.keep(child, stop_asked)) });
+        let kept = tokio::spawn(keeper.keep(child, received));
+        self.children.push(Supervised { name, pid, deaths, orders, kept });
         Ok(())
+    }
+
+    /// Ends a service, SIGTERM and then SIGKILL if it hasn't ended within `within`, and starts it from another program,
+    /// which is also started again when it dies. Says whether the process before ended by itself.
+    pub async fn replace(&self, name: &str, program: &Path, within: Duration) -> io::Result<bool> {
+        let gone = || io::Error::new(io::ErrorKind::NotFound, format!("there is no service {name}"));
+        let child = self.children.iter().find(|child| child.name == name).ok_or_else(gone)?;
+        let (done, replaced) = oneshot::channel();
+        let order = Order::Replace(Replacement { program: program.to_owned(), within, done });
+        child.orders.send(order).map_err(|_| gone())?;
+        replaced.await.map_err(|_| gone())?
+    }
+
+    /// How often services ended unasked.
+    pub fn deaths(&self) -> u32 {
+        self.children.iter().map(|child| child.deaths.load(Ordering::Relaxed)).sum()
     }
 
     /// The services and their processes; one that has just died is named with its last.
@@ -133,7 +171,8 @@ impl Supervisor {
         let place = |name: &str| order.iter().position(|first| *first == name).unwrap_or(order.len());
         children.sort_by_key(|child| place(&child.name));
         for child in children {
-            child.stop.send_replace(Some(each));
+            // One whose keeper has ended badly is told so below.
+            let _ = child.orders.send(Order::Stop(each));
             if let Err(error) = child.kept.await {
                 tracing::error!(service = child.name, %error, "The loop that keeps a service ended badly");
             }
@@ -148,11 +187,12 @@ struct Keeper {
     log: Arc<Mutex<File>>,
     tell: Tell,
     pid: Arc<AtomicU32>,
+    deaths: Arc<AtomicU32>,
 }
 
 impl Keeper {
-    async fn keep(self, first: Started, mut stop: watch::Receiver<Option<Duration>>) {
-        let name = &self.service.name;
+    async fn keep(mut self, first: Started, mut orders: mpsc::UnboundedReceiver<Order>) {
+        let name = self.service.name.clone();
         let mut next = Ok(first);
         let mut deaths = 0;
         loop {
@@ -162,34 +202,60 @@ impl Keeper {
                     let pid = started.child.id().unwrap_or_default();
                     self.pid.store(pid, Ordering::Relaxed);
                     (self.tell)(Notice::Started { name: name.clone(), pid });
-                    let exit = tokio::select! {
-                        exit = started.child.wait() => Some(exit),
-                        _ = stop.wait_for(Option::is_some) => None,
+                    let order = tokio::select! {
+                        exit = started.child.wait() => Err(exit),
+                        order = orders.recv() => Ok(order),
                     };
-                    let Some(exit) = exit else {
-                        // Without a deadline the supervisor was dropped: then there's nobody to wait.
-                        let wait = stop.borrow().unwrap_or_default();
-                        if !end(&mut started.child, wait).await {
-                            (self.tell)(Notice::Killed { name: name.clone() });
+                    match order {
+                        Err(exit) => {
+                            started.written().await;
+                            ending(exit)
                         }
-                        started.written().await;
-                        return;
-                    };
-                    started.written().await;
-                    ending(exit)
+                        Ok(order) => {
+                            let within = match &order {
+                                Some(Order::Stop(within)) => *within,
+                                Some(Order::Replace(replacement)) => replacement.within,
+                                // The supervisor was dropped: then there's nobody to wait.
+                                None => Duration::ZERO,
+                            };
+                            let ended = end(&mut started.child, within).await;
+                            if !ended {
+                                (self.tell)(Notice::Killed { name: name.clone() });
+                            }
+                            started.written().await;
+                            let Some(Order::Replace(replacement)) = order else { return };
+                            deaths = 0;
+                            next = self.replace(replacement, ended);
+                            continue;
+                        }
+                    }
                 }
                 Err(error) => format!("it could not be started: {error}"),
             };
             deaths = if began.elapsed() >= HEALTHY { 1 } else { deaths + 1 };
+            self.deaths.fetch_add(1, Ordering::Relaxed);
             let pause = (FIRST_PAUSE * 2_u32.pow((deaths - 1).min(10))).min(LONGEST_PAUSE);
-            write_line(&self.log, name, &format!("ended unexpectedly ({how}); starts again in {pause:?}"));
+            write_line(&self.log, &name, &format!("ended unexpectedly ({how}); starts again in {pause:?}"));
             (self.tell)(Notice::Died { name: name.clone(), how, deaths, pause });
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                _ = stop.wait_for(Option::is_some) => return,
-            }
-            next = spawn(&self.program, &self.service, &self.log);
+            next = tokio::select! {
+                () = tokio::time::sleep(pause) => spawn(&self.program, &self.service, &self.log),
+                order = orders.recv() => match order {
+                    Some(Order::Replace(replacement)) => self.replace(replacement, true),
+                    Some(Order::Stop(_)) | None => return,
+                },
+            };
         }
+    }
+
+    /// Starts the other program. `ended`: whether the process before ended by itself.
+    fn replace(&mut self, replacement: Replacement, ended: bool) -> io::Result<Started> {
+        let Replacement { program, done, .. } = replacement;
+        self.program = program;
+        let started = spawn(&self.program, &self.service, &self.log);
+        let told = started.as_ref().map(|_| ended).map_err(|error| io::Error::new(error.kind(), error.to_string()));
+        // Nobody may wait for it any more.
+        let _ = done.send(told);
+        started
     }
 }
 
@@ -353,6 +419,30 @@ mod tests {
             }
         }
         assert_eq!(killed, ["stubborn"]);
+    }
+
+    #[tokio::test]
+    async fn a_service_is_replaced_by_another_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let (mut supervisor, mut notices) = of_scripts(&log);
+        let polite = "trap 'echo last words; exit 0' TERM; echo ready; while :; do sleep 0.05; done";
+        supervisor.start(script("service", polite)).unwrap();
+        logged(&log, "ready").await;
+        // It prints the arguments that the script was started with.
+        let ended = supervisor.replace("service", Path::new("/bin/echo"), Duration::from_secs(5)).await.unwrap();
+        assert!(ended, "the first program ended in good order");
+        logged(&log, "service    | -c trap").await;
+        let mut died = Vec::new();
+        while died.len() < 2 {
+            if let Some(Notice::Died { how, .. }) = notices.recv().await {
+                died.push(how);
+            }
+        }
+        assert_eq!(died, ["exit status: 0", "exit status: 0"], "the other program is started again");
+        assert!(supervisor.deaths() >= 2);
+        assert!(supervisor.replace("nobody", Path::new("/bin/echo"), Duration::ZERO).await.is_err());
+        supervisor.stop(&[], Duration::from_secs(5)).await;
     }
 
     #[tokio::test]

@@ -33,7 +33,13 @@ pub async fn list(ledger: &Ledger) -> Result<()> {
         before = Some(last.number);
         count += page.len();
         for row in &page {
-            writeln!(out, "{}  {:<20}  {}", row.created_at.format("%Y-%m-%d"), row.reason.words(), shown(&row.email))?;
+            writeln!(
+                out,
+                "{}  {:<20}  {}",
+                row.created_at.format("%Y-%m-%d"),
+                Reason::words_of(&row.reason),
+                shown(&row.email)
+            )?;
         }
     }
     match count {

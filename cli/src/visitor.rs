@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mailrun_shared::config::Config;
 use reqwest::{
-    Client, Request,
+    Client, Request, StatusCode,
     header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION},
     redirect,
 };
@@ -100,6 +100,14 @@ impl Visitor {
         let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
         let location = location.with_context(|| format!("the form was not accepted: {}", answer.status()))?;
         Ok(format!("{}{location}", self.web_url))
+    }
+
+    /// Opens a page, and says how it answers. `path` begins with a slash.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub(crate) async fn status(&self, path: &str) -> Result<StatusCode> {
+        Ok(self.client.get(format!("{}{path}", self.web_url)).timeout(PRESS).send().await?.status())
     }
 
     /// Opens a page, whatever is on it.

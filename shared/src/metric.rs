@@ -75,7 +75,11 @@ const ALL: [(&str, Kind, &str); 25] = [
     (PUBLISHED, Counter, "Messages that RabbitMQ has on disk, by queue"),
     (REJECTED, Counter, "Messages that RabbitMQ did not take: their queue is missing, or full"),
     (ITEMS, Counter, "Items that came into a state, as results were counted"),
-    (RESULTS, Counter, "Results that changed an item, were known already, or belong to no item"),
+    (
+        RESULTS,
+        Counter,
+        "Results that changed an item, were known already, belong to no item, or wait for a later version",
+    ),
     (ATTEMPTS, Counter, "Attempts by what became of them; those withdrawn or put off cost no try"),
     (REPLIES, Counter, "Answers of mail servers that ended a conversation about a mail, by class"),
     (CLAIM_SECONDS, Histogram, "Claiming a batch of items in PostgreSQL"),

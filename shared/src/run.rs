@@ -39,6 +39,12 @@ impl Counters {
         self.pending + self.retrying
     }
 
+    /// Items in any of these states.
+    #[must_use]
+    pub fn sum(&self) -> i32 {
+        self.open() + self.cancelled + self.skipped + self.unknown + self.failed + self.sent
+    }
+
     /// Items that are settled, one way or another.
     #[must_use]
     pub fn settled(&self) -> i32 {

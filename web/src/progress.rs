@@ -1,6 +1,6 @@
 //! `GET /runs/{id}/progress`: a run's counters at one moment, from the ledger, for the results page and for programs.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 use axum::{
     Json,
@@ -53,8 +53,8 @@ pub(crate) struct Snapshot {
     pub(crate) percent: i64,
     /// The bar: the right edges of sent, retrying, failed, unknown, and cancelled or skipped, in percent.
     pub(crate) edges: [f64; 5],
-    /// The phase's name.
-    pub(crate) state: &'static str,
+    /// The phase's name, or the word of a later version.
+    pub(crate) state: Cow<'static, str>,
     /// The elapsed time.
     pub(crate) elapsed: String,
     /// What the elapsed time is the time of.
@@ -95,7 +95,7 @@ impl Snapshot {
             asked,
             percent: view::percent(&counters),
             edges: view::edges(&counters),
-            state: view::phase(phase),
+            state: view::state(progress),
             elapsed: view::duration(progress.elapsed()),
             elapsed_of: match (was_replayed(progress), over) {
                 (false, false) => "Elapsed",
@@ -145,6 +145,10 @@ fn is_stalled(progress: &Progress) -> bool {
 fn note(progress: &Progress, asked: bool) -> String {
     let counters = progress.counters;
     match progress.phase() {
+        _ if progress.later.is_some() => {
+            "A newer version of Mailrun handles this run. Nothing new is sent until all processes are upgraded."
+                .to_owned()
+        }
         _ if asked => "Asked to send again. It starts in a moment.".to_owned(),
         Phase::Running | Phase::Queued if progress.held_up.is_some() => format!(
             "The mail server takes nothing at the moment ({}). Nobody loses an invitation for it: sending goes on by itself.",
@@ -259,6 +263,7 @@ mod tests {
             run_id: Uuid::from_u128(7),
             created_at: now - TimeDelta::seconds(10),
             wanted: Wanted::Running,
+            later: None,
             counters: Counters { total: sent + failed + unknown, sent, failed, unknown, ..Counters::default() },
             started_at: now - TimeDelta::seconds(10),
             updated_at: now,
@@ -279,6 +284,10 @@ mod tests {
         assert!(note(&progress, false).starts_with("Nothing has been sent for 3 min"), "{}", note(&progress, false));
         progress.wanted = Wanted::Paused;
         assert_eq!(note(&progress, false), "Nothing new is sent until you resume.");
+        progress.later = Some("drafted".into());
+        assert!(note(&progress, false).contains("newer version"));
+        assert_eq!(Snapshot::of(&progress, None).state, "drafted");
+        progress.later = None;
         progress.wanted = Wanted::Running;
         progress.held_up = Some("421 busy".into());
         assert!(note(&progress, false).contains("421 busy"));

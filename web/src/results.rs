@@ -10,6 +10,7 @@ use mailrun_shared::{
     run::Phase,
     store::{
         runs::{self, Progress, Summary, Trouble},
+        stored::Stored,
         sweep::{self, Repairs},
     },
 };
@@ -130,7 +131,7 @@ impl Actions {
             restored: progress.restored,
             send_again: again(ItemState::Unknown, now.unknown),
             pause: matches!(now.phase, Phase::Queued | Phase::Running),
-            resume: now.phase == Phase::Paused,
+            resume: now.phase == Phase::Paused && progress.later.is_none(),
             cancel,
             confirming,
             to_go: now.pending + now.retrying,

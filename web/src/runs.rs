@@ -1,6 +1,6 @@
 //! `GET /runs`: all runs, newest first.
 
-use std::ops::RangeInclusive;
+use std::{borrow::Cow, ops::RangeInclusive};
 
 use askama::Template;
 use axum::{
@@ -27,7 +27,7 @@ const KNOWN_YEARS: RangeInclusive<i32> = 1..=9999;
 /// A run in a list.
 pub(crate) struct Row {
     pub(crate) run_id: Uuid,
-    pub(crate) state: &'static str,
+    pub(crate) state: Cow<'static, str>,
     pub(crate) text: String,
     pub(crate) edges: [f64; 5],
     pub(crate) created: Moment,
@@ -37,7 +37,7 @@ impl Row {
     pub(crate) fn of(progress: &Progress) -> Self {
         Self {
             run_id: progress.run_id,
-            state: view::phase(progress.phase()),
+            state: view::state(progress),
             text: view::progress_text(&progress.counters),
             edges: view::edges(&progress.counters),
             created: Moment::new(progress.created_at, progress.now),

@@ -1,5 +1,7 @@
 //! `/suppressions`: the addresses that nobody writes to any more, and putting one on the list or taking it off.
 
+use std::borrow::Cow;
+
 use askama::Template;
 use axum::{
     body::Body,
@@ -13,6 +15,7 @@ use mailrun_shared::{
     since,
     store::{
         held_suppressions::{self, Review},
+        stored::Stored,
         suppressions::{self, Reason, Suppression},
     },
 };
@@ -57,7 +60,7 @@ struct Held {
 struct Row {
     number: i64,
     email: String,
-    why: &'static str,
+    why: Cow<'static, str>,
     detail: Option<String>,
     since: Moment,
 }
@@ -128,13 +131,18 @@ async fn page(app: &App, before: Option<i64>, notice: Option<&'static str>) -> s
     })
 }
 
-fn why(reason: Reason) -> &'static str {
+fn why(reason: Stored<Reason>) -> Cow<'static, str> {
+    let reason = match reason {
+        Stored::Known(reason) => reason,
+        Stored::Later(word) => return word.into(),
+    };
     match reason {
         Reason::Unsubscribed => "Unsubscribed",
         Reason::Complained => "Called a mail spam",
         Reason::Bounced => "Does not exist",
         Reason::Asked => "Added by hand",
     }
+    .into()
 }
 
 /// `POST /suppressions`, with the `email` to add.

@@ -11,6 +11,7 @@ use mailrun_shared::{
     address::{Address, Invalid, shown},
     store::{
         in_time,
+        stored::Stored,
         suppressions::Reason,
         test_sends::{self, Asked, NewTest, TestSend, TestState},
     },
@@ -62,14 +63,14 @@ pub(crate) async fn ask(State(app): Shared, request: Request<Body>) -> Result<Re
             Ok(Redirect::to(&format!("/tests/{test_id}")).into_response())
         }
         Asked::Suppressed(reason) => {
-            let test = Some(suppressed(reason));
+            let test = Some(suppressed(&reason));
             Ok(refused(&app, &typed, Problems { test, ..Problems::default() }).await)
         }
     }
 }
 
-fn suppressed(reason: Reason) -> String {
-    format!("Nobody writes to this address any more: it {}.", reason.words())
+fn suppressed(reason: &Stored<Reason>) -> String {
+    format!("Nobody writes to this address any more: it {}.", Reason::words_of(reason))
 }
 
 /// `GET /tests/{id}`

@@ -1,7 +1,12 @@
 //! How counts, times and progress are put into words and widths. Pure functions.
 
+use std::borrow::Cow;
+
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
-use mailrun_shared::run::{Counters, Phase};
+use mailrun_shared::{
+    run::{Counters, Phase},
+    store::runs::Progress,
+};
 
 /// A segment of the bar that is not empty is at least this wide, in percent: one failure among a million is seen.
 const LEAST_PERCENT: f64 = 2.0;
@@ -150,8 +155,12 @@ impl Moment {
     }
 }
 
-/// A phase's name.
-pub(crate) fn phase(phase: Phase) -> &'static str {
+/// What a run is doing: its phase's name, or the word of a later version, which wants something else of it.
+pub(crate) fn state(progress: &Progress) -> Cow<'static, str> {
+    progress.later.clone().map_or_else(|| phase(progress.phase()).into(), Cow::Owned)
+}
+
+fn phase(phase: Phase) -> &'static str {
     match phase {
         Phase::Queued => "Queued",
         Phase::Running => "Running",

@@ -179,6 +179,13 @@ impl Claims {
         Some(result.clone())
     }
 
+    /// The ledger says nothing yet on an outcome: it is looked up again later.
+    pub fn look_again(&mut self, key: Key, now: Instant) {
+        if let Some(Stage::Done { look_at, .. }) = self.known.get_mut(&key).map(|claim| &mut claim.stage) {
+            *look_at = now + LAST_REPEAT;
+        }
+    }
+
     /// One outcome less needs this receipt.
     fn forget(&mut self, receipt: Option<i64>) {
         if let Some(number) = receipt

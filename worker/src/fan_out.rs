@@ -271,7 +271,12 @@ impl FanOut {
         if pass.done_at.is_some() {
             return Ok(After::Nothing);
         }
-        let cancels = pass.kind == PassKind::Cancel;
+        let Some(kind) = pass.kind else {
+            // A later version has begun it, and carries it out.
+            passes::touch(conn, pass).await?;
+            return Ok(After::Paused);
+        };
+        let cancels = kind == PassKind::Cancel;
         match situation.wanted {
             // The command that cancels it has a message of its own.
             Wanted::Cancelled if !cancels => return Ok(After::Nothing),
@@ -295,7 +300,7 @@ impl FanOut {
             passes::touch(conn, pass).await?;
             return Ok(if wish <= 0 && is_young { After::Soon } else { After::Wait });
         }
-        let items = passes::next_items(conn, pass, granted).await?;
+        let items = passes::next_items(conn, pass, kind, granted).await?;
         let Some(last) = items.last() else {
             passes::finish(conn, pass).await?;
             debug!(run_id = %pass.run_id, pass = pass.number, "the pass has gone over the whole run");
@@ -308,7 +313,7 @@ impl FanOut {
             next_due_at: limits.run.map_or(situation.now, |budget| budget.spend(released).next_due_at),
             flow,
         };
-        let mut chunk: Vec<Outgoing> = match pass.kind {
+        let mut chunk: Vec<Outgoing> = match kind {
             PassKind::First => items.iter().map(|item| release(pass, item)).collect(),
             PassKind::Replay => self.replayed(pass, &items),
             PassKind::Cancel => self.cancelled(conn, pass, &items).await?,
@@ -371,7 +376,7 @@ impl FanOut {
     /// them. But not for ever: if that got lost, it is lost for that chunk only.
     async fn is_unapplied(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<bool> {
         let lost_after = TimeDelta::milliseconds(i64::try_from(self.config.sweep.stalled_after_ms).unwrap_or(i64::MAX));
-        Ok(pass.kind == PassKind::Replay
+        Ok(pass.kind == Some(PassKind::Replay)
             && (TimeDelta::zero()..lost_after).contains(&(situation.now - pass.chunk_at))
             && passes::is_unapplied(conn, pass).await?)
     }

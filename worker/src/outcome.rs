@@ -172,6 +172,8 @@ fn dead(item: ItemMessage, state: ItemState, reason: DeadReason, error: String) 
 pub enum Refused {
     /// It names an item that doesn't exist in this run: it is another ledger's.
     NoSuchItem,
+    /// The item is in a state of a later version: the message waits for a worker that understands it.
+    Later,
     /// The attempt is settled or outdated.
     Outdated,
     /// This worker has the claim.
@@ -196,7 +198,8 @@ pub enum Refused {
 #[must_use]
 pub fn refused(found: Option<&Found>, me: i64) -> Refused {
     let Some(found) = found else { return Refused::NoSuchItem };
-    if !found.standing.allows(found.key.attempt) {
+    let Some(standing) = found.standing else { return Refused::Later };
+    if !standing.allows(found.key.attempt) {
         return Refused::Outdated;
     }
     match found.owner {
@@ -205,7 +208,7 @@ pub fn refused(found: Option<&Found>, me: i64) -> Refused {
         Some(Owner::Worker { fate: Fate::Alive, .. }) => Refused::InOtherHands,
         Some(Owner::Worker { fate: Fate::Accepted, .. }) => Refused::Accepted,
         Some(Owner::Worker { fate: Fate::Dead, .. }) => Refused::Orphaned,
-        None if found.wanted == Some(Wanted::Paused) => Refused::Paused { reopen: !found.standing.state.is_open() },
+        None if found.wanted == Some(Wanted::Paused) => Refused::Paused { reopen: !standing.state.is_open() },
         // The holder's transaction ended in between: the next claim will tell.
         None => Refused::InOtherHands,
     }
@@ -304,7 +307,7 @@ mod tests {
     fn a_refused_claim_is_looked_into() {
         let key = item(2, 1).key();
         let wanted = Some(Wanted::Running);
-        let found = |state, attempt, owner| Found { key, standing: Standing { attempt, state }, wanted, owner };
+        let found = |state, attempt, owner| Found { key, standing: Some(Standing { attempt, state }), wanted, owner };
         let worker = |id, fate| Some(Owner::Worker { id, fate });
         let why = |state, attempt, owner| refused(Some(&found(state, attempt, owner)), 7);
         assert_eq!(refused(None, 7), Refused::NoSuchItem);

@@ -58,15 +58,20 @@ pub async fn refuse(publisher: &Publisher, delivery: Delivery, refusal: Refusal)
 }
 
 async fn put_off(publisher: &Publisher, delivery: Delivery, waiting_room: &'static str) {
-    // It comes back every few seconds until the workers are upgraded.
-    static SAID: Once = Once::new();
     let kind = delivery.kind().unwrap_or_default().to_owned();
-    SAID.call_once(|| warn!(kind, "messages of a newer version wait for a worker that understands them"));
     let same = Outgoing::raw(waiting_room, kind, delivery.body.clone()).with_headers_of(&delivery.properties);
     // Rejected, it comes again when the consumer connects anew.
-    if publisher.offer(vec![same]).await.is_ok_and(|rejected| rejected.is_empty()) {
+    if set_aside(publisher, vec![same]).await {
         delivery.ack();
     }
+}
+
+/// Publishes what only a worker of a later version understands to a waiting room, from which it comes back every few seconds
+/// until the workers are upgraded. False: not all of it was accepted.
+pub async fn set_aside(publisher: &Publisher, messages: Vec<Outgoing>) -> bool {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| warn!("messages of a newer version, or of its items, wait for a worker that understands them"));
+    publisher.offer(messages).await.is_ok_and(|rejected| rejected.is_empty())
 }
 
 /// Dead-letters `delivery` and acknowledges it once that is confirmed.

@@ -13,12 +13,14 @@ use mailrun_shared::{
         Session, is_about_data,
         progress::{self, Applied, Report},
     },
+    topology,
 };
 use metrics::counter;
 use sqlx::PgPool;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
+use uuid::Uuid;
 
 use crate::{
     consumer::{Consumer, Delivery},
@@ -49,14 +51,14 @@ fn is_sent(result: &ItemResult) -> bool {
 }
 
 /// What a result did.
-const EFFECTS: [&str; 3] = ["changed", "absorbed", "strange"];
+const EFFECTS: [&str; 4] = ["changed", "absorbed", "strange", "later"];
 
 /// Shows what was counted.
 fn measure(applied: &Applied) {
     for state in &applied.entered {
         counter!(metric::ITEMS, "state" => state.name()).increment(1);
     }
-    let results = [applied.changed, applied.absorbed, applied.strange.len()];
+    let results = [applied.changed, applied.absorbed, applied.strange.len(), applied.later.len()];
     for (effect, results) in EFFECTS.into_iter().zip(results) {
         counter!(metric::RESULTS, "effect" => effect).increment(results as u64);
     }
@@ -126,28 +128,52 @@ impl Progress {
                 debug!(?applied, messages = received.len(), "counted");
                 let strange: Vec<(Report<'_>, &str)> =
                     applied.strange.iter().map(|index| (reports[*index], NO_SUCH_ITEM)).collect();
-                self.bury(&strange, stop).await
+                self.bury(&strange, stop).await.map(|()| applied.later)
             }
             Some(Err(_)) => self.count_each(&reports, stop).await,
             None => None,
         };
         // Otherwise it is stopping: the messages come again.
-        if counted.is_some() {
-            received.into_iter().for_each(|received| received.delivery.ack());
+        let Some(later) = counted else { return };
+        let mut later = later.into_iter().peekable();
+        let mut end = 0;
+        for Received { delivery, message: ResultsMessage { run_id, results } } in received {
+            end += results.len();
+            let begin = end - results.len();
+            let own: Vec<ItemResult> = std::iter::from_fn(|| later.next_if(|index| *index < end))
+                .map(|index| results[index - begin].clone())
+                .collect();
+            if own.is_empty() || self.set_aside(&delivery, run_id, own).await {
+                delivery.ack();
+            }
         }
     }
 
-    /// None: told to stop before all were counted.
-    async fn count_each(&mut self, reports: &[Report<'_>], stop: &CancellationToken) -> Option<()> {
-        for report in reports {
+    /// Puts results of items in a state of a later version where a process of that version finds them. False: there is no such
+    /// place; their message comes again when the consumer connects anew.
+    async fn set_aside(&self, delivery: &Delivery, run_id: Option<Uuid>, results: Vec<ItemResult>) -> bool {
+        let message = Outgoing::new(&ResultsMessage { run_id, results })
+            .to(topology::RESULTS_WAIT)
+            .with_headers_of(&delivery.properties);
+        poison::set_aside(&self.publisher, vec![message]).await
+    }
+
+    /// Returns the results that are to be set aside, by their place. None: told to stop before all were counted.
+    async fn count_each(&mut self, reports: &[Report<'_>], stop: &CancellationToken) -> Option<Vec<usize>> {
+        let mut later = Vec::new();
+        for (index, report) in reports.iter().enumerate() {
             let reason = match self.apply(&[*report], stop).await? {
+                Ok(applied) if !applied.later.is_empty() => {
+                    later.push(index);
+                    continue;
+                }
                 Ok(applied) if applied.strange.is_empty() => continue,
                 Ok(_) => NO_SUCH_ITEM.to_owned(),
                 Err(error) => format!("the ledger refuses it: {error}"),
             };
             self.bury(&[(*report, reason.as_str())], stop).await?;
         }
-        Some(())
+        Some(later)
     }
 
     /// Puts results on the dead-letter queue, each alone, and once: their senders repeat them. None: told to stop before that.

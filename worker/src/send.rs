@@ -25,7 +25,7 @@ use mailrun_shared::{
         attempts::{self, Claimed, Found, Paced},
         in_time, receipts,
     },
-    topology::retry_queue,
+    topology::{ITEMS_WAIT, retry_queue},
 };
 use metrics::{counter, histogram};
 use sqlx::{PgConnection, PgPool};
@@ -49,7 +49,7 @@ use crate::{
     outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
     pace::Pace,
     permits::Permits,
-    poison,
+    poison::{self, Refusal},
     stopped_runs::StoppedRuns,
     templates::{Read, Templates, TemplatesError},
 };
@@ -533,6 +533,13 @@ impl Senders {
                     }
                     continue;
                 }
+                Refused::Later => {
+                    for delivery in deliveries {
+                        let refusal = Refusal::Newer { waiting_room: ITEMS_WAIT };
+                        poison::refuse(&self.publisher, delivery, refusal).await;
+                    }
+                    continue;
+                }
                 Refused::Outdated => {}
                 Refused::Paused { reopen } => {
                     if reopen {
@@ -681,7 +688,14 @@ impl Senders {
         let now = Instant::now();
         let repeats: Vec<(Uuid, ItemResult)> = {
             let mut claims = self.claims();
-            let mut repeat = |key: &Key| claims.looked_up(*key, standings.get(&key.item_id).copied(), now);
+            let mut repeat = |key: &Key| match standings.get(&key.item_id) {
+                // The result waits for a process that understands the item, and so does what is remembered of it.
+                Some(None) => {
+                    claims.look_again(*key, now);
+                    None
+                }
+                found => claims.looked_up(*key, found.copied().flatten(), now),
+            };
             keys.iter().filter_map(|key| Some((key.run_id, repeat(key)?))).collect()
         };
         self.publish(self.results(repeats)).await;

@@ -21,7 +21,7 @@ use super::{
     writes::Writes,
 };
 use crate::{
-    local::{SENDERS, Services},
+    local::{SENDERS, Services, own_program},
     visitor::{Form, Progress, Visitor},
 };
 
@@ -137,8 +137,16 @@ impl Mailrun {
         let mut environment = place.environment();
         environment.extend(settings.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         environment.extend(mailer(setup.latency));
-        let services =
-            Services::start(settings.config, environment, setup.senders, None, log(settings.home), |_| {}).await?;
+        let services = Services::start(
+            own_program()?,
+            settings.config,
+            environment,
+            setup.senders,
+            None,
+            log(settings.home),
+            |_| {},
+        )
+        .await?;
         let visitor = Visitor::new(settings.config, &services.web_url)?;
         Ok(Self { services, visitor })
     }

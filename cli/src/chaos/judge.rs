@@ -110,7 +110,10 @@ pub(super) async fn judge(
     let ids = MessageIds::new(&signing::key(&mut *pool.acquire().await?).await?);
     let times = |item_id, email: &str| {
         let email = erased.get(email).map_or(email, String::as_str);
-        sink.mailbox().times(email, &ids.write(Named { run_id, item_id }, &domain))
+        let times = |message_id: &str| sink.mailbox().times(email, message_id);
+        // An older program may have sent it.
+        let unsigned = format!("{item_id}.{}@{domain}", run_id.simple());
+        times(&ids.write(Named { run_id, item_id }, &domain)) + times(&unsigned)
     };
     let items: Vec<(ItemState, u32)> = rows.iter().map(|(id, email, state)| (*state, times(*id, email))).collect();
     let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);

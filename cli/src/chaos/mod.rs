@@ -9,13 +9,18 @@ mod judge;
 mod plan;
 mod proxy;
 mod report;
+mod revision;
 mod site;
+mod upgrade;
 mod watch;
 mod weather;
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -35,16 +40,18 @@ use tokio::{
 use uuid::Uuid;
 
 use self::{
-    fault::Weight,
     judge::{Remains, judge, remains},
     plan::{Choice, Moment, Plan, Strike},
     report::{Figures, Report},
+    revision::Revision,
     site::Site,
     watch::{Stage, follow},
 };
 use crate::{
+    local::own_program,
     people::people,
-    stack::{Nodes, Stack},
+    stack::{self, Nodes, Stack},
+    visitor::Form,
 };
 
 /// A run that is not over after this time, and a little more for each recipient, is stuck.
@@ -52,6 +59,8 @@ const PATIENCE: Duration = Duration::from_secs(180);
 const PATIENCE_EACH: Duration = Duration::from_millis(10);
 /// The form is sent again for so long.
 const FORM: Duration = Duration::from_secs(120);
+/// The pause between two visits of the pages.
+const VISIT_EVERY: Duration = Duration::from_secs(1);
 /// One try may take so long.
 const FORM_TRY: Duration = Duration::from_secs(30);
 
@@ -64,6 +73,9 @@ pub struct Options {
     /// What shall go wrong; several with commas between them.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "all")]
     fault: Vec<Choice>,
+    /// The revision whose installation the fault `upgrade` begins with: a commit, a branch or a tag of this checkout.
+    #[arg(long)]
+    from: Option<String>,
     /// Draws the moments and all that is left to chance; without it, another one each time.
     #[arg(long)]
     seed: Option<u64>,
@@ -82,6 +94,8 @@ struct Setting<'a> {
     logs: PathBuf,
     recipients: u32,
     resend: bool,
+    /// What an upgrade begins with.
+    revision: Option<Revision>,
 }
 
 /// Breaks, judges, and prints the figures.
@@ -90,13 +104,25 @@ struct Setting<'a> {
 /// When something does not start, or a promise was broken.
 pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Result<()> {
     let stop = shutdown::on_signal().context("the signals can't be caught")?;
-    let program = std::env::current_exe().context("the path of this program is unknown")?;
+    let program = own_program()?;
+    let revision = match &options.from {
+        Some(name) if options.fault.iter().any(|choice| matches!(choice, Choice::Upgrade | Choice::All)) => {
+            let built = stop.run_until_cancelled(Revision::build(name, &stack::home_of_checkout())).await;
+            Some(built.context("the fault bench was stopped before its end")??)
+        }
+        Some(_) => bail!("--from is for the fault upgrade: add --fault upgrade"),
+        None if options.fault.contains(&Choice::Upgrade) => {
+            bail!("the fault upgrade takes --from with the revision to upgrade from")
+        }
+        None => None,
+    };
     let seed = options.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
     // Not the stack of the checkout: its servers are not to be killed.
     let home = std::env::temp_dir().join(format!("mailrun-chaos-{}", Uuid::new_v4().simple()));
     let Options { recipients, resend, .. } = *options;
-    let setting = Setting { config: &config, file, logs: home.join("logs"), recipients, resend };
-    let plans = options.fault.iter().flat_map(|choice| choice.plans());
+    let order = revision.as_ref().map(|revision| revision.order);
+    let setting = Setting { config: &config, file, logs: home.join("logs"), recipients, resend, revision };
+    let plans = options.fault.iter().flat_map(|choice| choice.plans(order));
     let (on_three, on_one): (Vec<Plan>, Vec<Plan>) = plans.partition(|plan| plan.needs_cluster());
     let mut report = Report::new(seed);
     for (nodes, plans) in [(Nodes::One, on_one), (Nodes::Three, on_three)] {
@@ -162,7 +188,7 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, 
             }
         };
         eprintln!(
-            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, suppressed without evidence {}, while paused {}, over the rate {}, left {}, stuck {}; put back {}, buried {}, rebuilt {}; stood still for {:.1} s, and for {:.1} s with nothing wrong",
+            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, suppressed without evidence {}, while paused {}, over the rate {}, left {}, stuck {}, died {}; put back {}, buried {}, rebuilt {}; stood still for {:.1} s, and for {:.1} s with nothing wrong",
             figures.faults,
             figures.sent,
             figures.failed,
@@ -176,6 +202,7 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, 
             figures.over_rate,
             figures.left,
             figures.stuck,
+            figures.died,
             figures.put_back,
             figures.buried,
             figures.rebuilds,
@@ -188,7 +215,11 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, 
 
 /// What has struck: of each fault its beginning and its end.
 #[derive(Default)]
-struct Struck(Mutex<Vec<(Instant, Instant)>>);
+struct Struck {
+    times: Mutex<Vec<(Instant, Instant)>>,
+    /// What had to happen, and could not be done.
+    missing: AtomicU64,
+}
 
 impl Struck {
     fn add(&self, begun: Instant) {
@@ -196,7 +227,7 @@ impl Struck {
     }
 
     fn all(&self) -> MutexGuard<'_, Vec<(Instant, Instant)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -209,8 +240,7 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     let strikes = plan.strikes(seed);
     let strikes = async {
         let strikes = strikes.into_iter().map(|strike| carry_out(&site, strike, posted_at, stages.clone(), &struck));
-        if plan.needs_cluster() {
-            // In turn: a node is back before the next one dies, or else two are down and the queues have no majority.
+        if plan.is_in_turn() {
             for strike in strikes {
                 Box::pin(strike).await;
             }
@@ -220,9 +250,15 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     };
     let followed = async {
         let seen = async {
-            let run_id = submit(&site, setting.recipients).await?;
+            let (run_id, form) = submit(&site, setting.recipients).await?;
             let limit = PATIENCE + PATIENCE_EACH * setting.recipients;
-            anyhow::Ok((run_id, follow(&site.pool, run_id, limit, &stage).await))
+            let followed = follow(&site.pool, run_id, limit, &stage);
+            if !plan.upgrades() {
+                return anyhow::Ok((run_id, followed.await, 0));
+            }
+            tokio::pin!(followed);
+            let (seen, wrong) = visit(&site, run_id, &form, followed).await;
+            Ok((run_id, seen, wrong))
         };
         let seen = seen.await;
         // Whoever still waits for his moment has missed it.
@@ -230,14 +266,15 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
         seen
     };
     let (_, followed) = Box::pin(futures::future::join(strikes, followed)).await;
-    let (run_id, seen) = followed?;
-    let mut stuck = u64::from(seen.over_at.is_none());
+    let (run_id, seen, wrong) = followed?;
+    let mut stuck = u64::from(seen.over_at.is_none()) + wrong;
     let remains = remains(&site, run_id).await.unwrap_or_else(|error| {
         eprintln!("  the queues can't be looked at: {error:#}");
         stuck += 1;
         Remains::default()
     });
     let (weather, limit) = (Arc::clone(&site.weather), site.limit);
+    let died = if plan.lets_processes_live() { site.deaths().into() } else { 0 };
     let (site, in_good_order) = site.stop().await;
     let verdict = judge(&site.pool, &site.sink, run_id, setting.recipients, &weather.erased()).await?;
     site.drop().await?;
@@ -245,6 +282,7 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     if limit.is_some() {
         eprintln!("  {kept:?}");
     }
+    stuck += struck.missing.load(Ordering::Relaxed);
     let struck = struck.all();
     let over_at = seen.over_at.unwrap_or_else(Instant::now);
     // What was there to the end has no end to recover from.
@@ -271,6 +309,7 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
         buried: verdict.repairs.buried,
         rebuilds: verdict.repairs.rebuilds,
         stuck: stuck + remains.busy_workers + u64::from(!in_good_order),
+        died,
         seconds: (over_at - posted_at).as_secs_f64(),
         late: u64::from(after > bound),
         longest_stall_seconds: seen.longest_stall().as_secs_f64(),
@@ -288,8 +327,45 @@ fn allowed(limit: u32) -> usize {
     limit as usize + limit.div_ceil(10) as usize + usize::try_from(burst).unwrap_or_default() + 2
 }
 
+/// Uses the pages, whichever program they are of, until the run has been `followed` to its end: reads them, and sends the same
+/// form again, which must make no other run. How many answers were wrong; none is no wrong one, since pages are replaced.
+async fn visit<T>(
+    site: &Site<'_>,
+    run_id: Uuid,
+    form: &Form,
+    mut followed: impl Future<Output = T> + Unpin,
+) -> (T, u64) {
+    let pages = ["/", "/runs", &format!("/runs/{run_id}"), &format!("/runs/{run_id}/progress"), "/suppressions"];
+    let mut wrong = 0;
+    let mut tell = |what: &str, answer: String| {
+        eprintln!("  {what} answers {answer}");
+        wrong += 1;
+    };
+    loop {
+        let looked = async {
+            for page in pages {
+                if let Ok(status) = site.visitor.status(page).await
+                    && !status.is_success()
+                {
+                    tell(page, status.to_string());
+                }
+            }
+            if let Ok(Ok(url)) = timeout(FORM_TRY, async { site.visitor.send(form.again()?).await }).await
+                && !url.contains(&run_id.to_string())
+            {
+                tell("the form", url);
+            }
+            sleep(VISIT_EVERY).await;
+        };
+        tokio::select! {
+            done = &mut followed => return (done, wrong),
+            () = looked => {}
+        }
+    }
+}
+
 /// Sends the form until it is accepted: always the same one, so that it makes one run however often it arrives.
-async fn submit(site: &Site<'_>, recipients: u32) -> Result<Uuid> {
+async fn submit(site: &Site<'_>, recipients: u32) -> Result<(Uuid, Form)> {
     let emails = people("guest", usize::try_from(recipients)?);
     let end = Instant::now() + FORM;
     let mut form = None;
@@ -304,7 +380,8 @@ async fn submit(site: &Site<'_>, recipients: u32) -> Result<Uuid> {
         match answer.await.context("no answer").flatten() {
             Ok(url) => {
                 let id = url.rsplit('/').next().and_then(|id| id.parse().ok());
-                return id.with_context(|| format!("{url} is no run"));
+                let id = id.with_context(|| format!("{url} is no run"))?;
+                return Ok((id, form.context("no form was filled in")?));
             }
             Err(error) if Instant::now() > end => return Err(error),
             Err(error) => {
@@ -327,22 +404,24 @@ async fn carry_out(site: &Site<'_>, strike: Strike, posted_at: Instant, mut stag
             }
         }
     }
-    let (name, begun) = (strike.fault.name(), Instant::now());
+    let (name, begun) = (strike.what.name(), Instant::now());
     eprintln!("  {name} at {:.1} s", posted_at.elapsed().as_secs_f64());
     let mut rng = StdRng::seed_from_u64(strike.seed);
-    let struck_by = strike.fault.strike(site, &mut rng, &stages);
-    let done = match strike.fault.weight() {
-        Weight::Whole => {
-            let mut until = stages.clone();
-            tokio::select! {
-                done = struck_by => done,
-                _ = until.wait_for(|stage| stage.over) => Ok(()),
-            }
+    let struck_by = strike.what.strike(site, &mut rng, &stages);
+    let done = if strike.what.is_whole() {
+        let mut until = stages.clone();
+        tokio::select! {
+            done = struck_by => done,
+            _ = until.wait_for(|stage| stage.over) => Ok(()),
         }
-        _ => struck_by.await,
+    } else {
+        struck_by.await
     };
     match done {
         Ok(()) => struck.add(begun),
-        Err(error) => eprintln!("  {name} did not happen: {error:#}"),
+        Err(error) => {
+            eprintln!("  {name} did not happen: {error:#}");
+            struck.missing.fetch_add(u64::from(strike.what.must_happen()), Ordering::Relaxed);
+        }
     }
 }

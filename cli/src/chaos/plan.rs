@@ -5,10 +5,20 @@ use std::{sync::LazyLock, time::Duration};
 use clap::{ValueEnum, builder::PossibleValue};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
-use super::fault::{Fault, Weight};
+use anyhow::Result;
+use tokio::sync::watch::Receiver;
+
+use super::{
+    fault::{Fault, Weight},
+    revision::Order,
+    site::Site,
+    upgrade::{Change, changes},
+    watch::Stage,
+};
 
 /// Faults strike before this share of a run is settled, so that the run is still under way.
 const LATEST: f64 = 0.9;
+const UPGRADE: &str = "upgrade";
 /// The form is sent within this time, mostly.
 const SUBMISSION_MS: u64 = 300;
 
@@ -19,6 +29,8 @@ pub(super) enum Plan {
     One(Fault),
     /// All that can be mixed, in any order, some at the same moment.
     Mixed,
+    /// The installation is upgraded meanwhile, from an older revision.
+    Upgrade(Order),
 }
 
 /// What can be asked for on the command line.
@@ -28,12 +40,14 @@ pub(super) enum Choice {
     All,
     /// One of these runs.
     Plan(Plan),
+    /// An upgrade from an older revision.
+    Upgrade,
 }
 
 impl ValueEnum for Choice {
     fn value_variants<'a>() -> &'a [Self] {
         static CHOICES: LazyLock<Vec<Choice>> = LazyLock::new(|| {
-            let mixed = [Choice::All, Choice::Plan(Plan::Mixed)].into_iter();
+            let mixed = [Choice::All, Choice::Plan(Plan::Mixed), Choice::Upgrade].into_iter();
             mixed.chain(Fault::value_variants().iter().map(|fault| Choice::Plan(Plan::One(*fault)))).collect()
         });
         &CHOICES
@@ -44,16 +58,26 @@ impl ValueEnum for Choice {
             Self::All => Some(PossibleValue::new("all").help("Each fault in a run of its own, then `mixed`")),
             Self::Plan(Plan::Mixed) => Some(PossibleValue::new("mixed").help("All faults of a single node in one run")),
             Self::Plan(Plan::One(fault)) => fault.to_possible_value(),
+            // The order is the revision's.
+            Self::Plan(Plan::Upgrade(_)) => None,
+            Self::Upgrade => Some(PossibleValue::new(UPGRADE).help(
+                "The processes of the revision --from are replaced by this program, one after another; `all` includes it if --from is given",
+            )),
         }
     }
 }
 
 impl Choice {
-    /// The runs that are asked for.
-    pub(super) fn plans(self) -> Vec<Plan> {
+    /// The runs that are asked for. `order`: that of the revision to upgrade from, if one is named.
+    pub(super) fn plans(self, order: Option<Order>) -> Vec<Plan> {
+        let upgrade = order.map(Plan::Upgrade);
         match self {
-            Self::All => Fault::value_variants().iter().copied().map(Plan::One).chain([Plan::Mixed]).collect(),
+            Self::All => {
+                let faults = Fault::value_variants().iter().copied().map(Plan::One);
+                faults.chain([Plan::Mixed]).chain(upgrade).collect()
+            }
             Self::Plan(plan) => vec![plan],
+            Self::Upgrade => upgrade.into_iter().collect(),
         }
     }
 }
@@ -68,12 +92,51 @@ pub(super) enum Moment {
 }
 
 /// A fault, once.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Strike {
-    pub(super) fault: Fault,
+    pub(super) what: What,
     pub(super) moment: Moment,
     /// What the fault leaves to chance is drawn from this.
     pub(super) seed: u64,
+}
+
+/// What is done to a run at a moment.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum What {
+    Fault(Fault),
+    /// A step of an upgrade.
+    Change(Change),
+}
+
+impl What {
+    /// What the bench says of it.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::Fault(fault) => fault.name(),
+            Self::Change(change) => change.name(),
+        }
+    }
+
+    /// Whether it is there from the beginning of a run to its end.
+    pub(super) fn is_whole(&self) -> bool {
+        matches!(self, Self::Fault(fault) if fault.weight() == Weight::Whole)
+    }
+
+    /// Whether a promise is broken if it can't be done.
+    pub(super) fn must_happen(&self) -> bool {
+        matches!(self, Self::Change(_))
+    }
+
+    /// Makes it happen: see [`Fault::strike`].
+    ///
+    /// # Errors
+    /// When it could not be made to happen.
+    pub(super) async fn strike(&self, site: &Site<'_>, rng: &mut StdRng, stages: &Receiver<Stage>) -> Result<()> {
+        match self {
+            Self::Fault(fault) => fault.strike(site, rng, stages).await,
+            Self::Change(change) => change.make(site).await,
+        }
+    }
 }
 
 impl Plan {
@@ -82,6 +145,7 @@ impl Plan {
         match self {
             Self::One(fault) => fault.name(),
             Self::Mixed => "mixed".to_owned(),
+            Self::Upgrade(_) => UPGRADE.to_owned(),
         }
     }
 
@@ -100,7 +164,25 @@ impl Plan {
         match self {
             Self::One(fault) => fault.bound(),
             Self::Mixed => Fault::value_variants().iter().map(|fault| fault.bound()).max().unwrap_or_default(),
+            // Its steps end processes in good order.
+            Self::Upgrade(_) => Fault::TermSend.bound(),
         }
+    }
+
+    /// Whether what strikes waits until the one before is over. A node must be back before the next one dies, or else two are
+    /// down and the queues have no majority; an upgrade has an order.
+    pub(super) fn is_in_turn(self) -> bool {
+        self.needs_cluster() || self.upgrades()
+    }
+
+    /// Whether the run begins with an older program.
+    pub(super) fn upgrades(self) -> bool {
+        matches!(self, Self::Upgrade(_))
+    }
+
+    /// Whether a process that ends unasked is a fault of ours.
+    pub(super) fn lets_processes_live(self) -> bool {
+        self.upgrades()
     }
 
     /// Whether its run takes a cluster of RabbitMQ.
@@ -133,6 +215,19 @@ impl Plan {
                 }
                 strikes
             }
+            Self::Upgrade(order) => {
+                let mut steps: Vec<What> = changes(order, &mut rng).into_iter().map(What::Change).collect();
+                if order == Order::Any {
+                    // What the pages ask for by a message, while processes of both programs are there.
+                    steps.insert(rng.random_range(1..steps.len()), What::Fault(Fault::PauseRun));
+                }
+                let times = steps.len() as f64;
+                let steps = steps.into_iter().enumerate().map(|(number, what)| {
+                    let place = number as f64 + rng.random_range(0.1..0.9);
+                    Strike { what, moment: Moment::Settled(LATEST * place / times), seed: rng.random() }
+                });
+                steps.collect()
+            }
             Self::Mixed => {
                 let faults = Fault::value_variants().iter().filter(|fault| fault.mixes());
                 let strikes = faults.map(|fault| {
@@ -154,7 +249,7 @@ fn after_post(rng: &mut StdRng) -> Moment {
 }
 
 fn strike(rng: &mut StdRng, fault: Fault, moment: Moment) -> Strike {
-    Strike { fault, moment, seed: rng.random() }
+    Strike { what: What::Fault(fault), moment, seed: rng.random() }
 }
 
 #[cfg(test)]
@@ -163,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_seed_always_gives_the_same_strikes_and_they_come_while_the_run_is_under_way() {
-        for plan in Choice::All.plans() {
+        for plan in Choice::All.plans(Some(Order::Documented)).into_iter().chain([Plan::Upgrade(Order::Any)]) {
             for seed in 0..50 {
                 let strikes = plan.strikes(seed);
                 assert!(!strikes.is_empty());
@@ -176,5 +271,25 @@ mod tests {
             }
         }
         assert_ne!(Plan::Mixed.strikes(1), Plan::Mixed.strikes(2));
+    }
+
+    #[test]
+    fn an_upgrade_takes_a_revision_and_its_steps_come_in_order() {
+        let upgrades = |choice: Choice, order| choice.plans(order).into_iter().filter(|plan| plan.upgrades()).count();
+        assert_eq!((upgrades(Choice::All, None), upgrades(Choice::All, Some(Order::Any))), (0, 1));
+        assert_eq!(upgrades(Choice::Plan(Plan::Mixed), Some(Order::Any)), 0);
+        for seed in 0..50 {
+            let strikes = Plan::Upgrade(Order::Any).strikes(seed);
+            let shares: Vec<f64> = strikes
+                .iter()
+                .map(|strike| match strike.moment {
+                    Moment::Settled(share) => share,
+                    Moment::AfterPost(_) => panic!("{strike:?}"),
+                })
+                .collect();
+            assert!(shares.is_sorted(), "{shares:?}");
+            assert_eq!(strikes[0].what, What::Change(Change::SetUp));
+            assert!(strikes.iter().any(|strike| strike.what == What::Fault(Fault::PauseRun)));
+        }
     }
 }

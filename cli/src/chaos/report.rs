@@ -42,6 +42,8 @@ pub(super) struct Figures {
     pub(super) rebuilds: u64,
     /// Runs that did not end, and workers that did not.
     pub(super) stuck: u64,
+    /// Processes that ended unasked in a run in which none was ended.
+    pub(super) died: u64,
     /// Runs that stood still for longer than they may when no fault is under way.
     pub(super) late: u64,
     /// From the form to the end.
@@ -68,6 +70,7 @@ impl Figures {
             + self.over_rate
             + self.left
             + self.stuck
+            + self.died
             + self.late
             > 0
     }
@@ -93,6 +96,7 @@ impl Figures {
             buried: self.buried + other.buried,
             rebuilds: self.rebuilds + other.rebuilds,
             stuck: self.stuck + other.stuck,
+            died: self.died + other.died,
             late: self.late + other.late,
             seconds: self.seconds + other.seconds,
             longest_stall_seconds: self.longest_stall_seconds.max(other.longest_stall_seconds),
@@ -180,7 +184,7 @@ impl fmt::Display for Report {
                 one.unknown,
                 one.drift,
                 one.left,
-                one.stuck + one.late,
+                one.stuck + one.died + one.late,
                 one.put_back,
                 one.longest_stall_seconds,
                 one.longest_recovery_seconds,

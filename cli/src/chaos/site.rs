@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::Path,
     process::Stdio,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -23,9 +24,9 @@ use tokio::{
 };
 use url::Url;
 
-use super::{Setting, fault::send_signal, plan::Plan, proxy::Proxy, weather::Weather};
+use super::{Setting, fault::send_signal, plan::Plan, proxy::Proxy, revision::Revision, weather::Weather};
 use crate::{
-    local::{SENDERS, Services, to_sink},
+    local::{SENDERS, Services, own_program, to_sink},
     sink::{self, RateMeter, Sink},
     stack::Stack,
     visitor::Visitor,
@@ -47,9 +48,9 @@ const CONNECTIONS: u32 = 20;
 const LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=400;
 /// A short list is made to last so long.
 const SHORTEST_MS: u32 = 8_000;
-/// The nodes of a cluster die one after the other, and each takes some seconds to be back.
-const CLUSTER_LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=2_000;
-const CLUSTER_SHORTEST_MS: u32 = 60_000;
+/// What strikes in turn takes some seconds each time.
+const IN_TURN_LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=2_000;
+const IN_TURN_SHORTEST_MS: u32 = 60_000;
 /// What the bounce hook wants to be told.
 pub(super) const HOOK_KEY: &str = "the-key-of-the-fault-bench";
 /// Who ends in good order does so within this time; the rest is killed after a little more.
@@ -70,6 +71,8 @@ pub(super) struct Site<'a> {
     pub(super) to_database: Proxy,
     /// The senders reach the mail server through it.
     pub(super) to_mail: Proxy,
+    /// What an upgrade begins with.
+    pub(super) revision: Option<&'a Revision>,
     /// The rate limit of the installation, in sends a second.
     pub(super) limit: Option<u32>,
     name: String,
@@ -88,13 +91,13 @@ impl<'a> Site<'a> {
     ///
     /// # Errors
     /// What did not start.
-    pub(super) async fn create(stack: &'a Stack, setting: &Setting<'_>, plan: Plan) -> Result<Self> {
+    pub(super) async fn create(stack: &'a Stack, setting: &'a Setting<'_>, plan: Plan) -> Result<Self> {
         let name = format!("chaos-{}", plan.name());
         let log = setting.logs.join(format!("services-{}.log", plan.name()));
         stack.create_database(&name).await?;
         stack.create_vhost(&name).await?;
         let (shortest_ms, latencies_ms) =
-            if plan.needs_cluster() { (CLUSTER_SHORTEST_MS, CLUSTER_LATENCY_MS) } else { (SHORTEST_MS, LATENCY_MS) };
+            if plan.is_in_turn() { (IN_TURN_SHORTEST_MS, IN_TURN_LATENCY_MS) } else { (SHORTEST_MS, LATENCY_MS) };
         let latency_ms = shortest_ms * CONNECTIONS * SENDERS as u32 / setting.recipients.max(1);
         let latency = Duration::from_millis(latency_ms.clamp(*latencies_ms.start(), *latencies_ms.end()).into());
         let sink = Sink::start(sink::Options { latency, keep: 0, ..sink::Options::default() }).await?;
@@ -120,7 +123,9 @@ impl<'a> Site<'a> {
         let mut config = setting.config.clone();
         // Not the next free port from 8080 on: pages that were killed must find theirs free again.
         config.web.listen = free_address().context("no port is free for the pages")?;
-        let services = Services::start(&config, environment.clone(), SENDERS, None, log, |_| {}).await?;
+        let revision = setting.revision.as_ref().filter(|_| plan.upgrades());
+        let program = revision.map_or_else(own_program, |revision| Ok(revision.program.clone()))?;
+        let services = Services::start(program, &config, environment.clone(), SENDERS, None, log, |_| {}).await?;
         let options: PgConnectOptions = stack.database_url(&name).parse()?;
         let pool = PgPoolOptions::new()
             .max_connections(8)
@@ -136,6 +141,7 @@ impl<'a> Site<'a> {
             to_broker,
             to_database,
             to_mail,
+            revision,
             limit,
             name,
             environment,
@@ -182,8 +188,7 @@ impl<'a> Site<'a> {
     /// # Errors
     /// When it fails, or does not end in time.
     pub(super) async fn run(&self, database: &str, args: &[&str], limit: Duration) -> Result<()> {
-        let program = std::env::current_exe().context("the path of this program is unknown")?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(own_program()?);
         command.args(args).envs(self.environment.iter().map(|(key, value)| (key, value)));
         command.env("DATABASE_URL", self.stack.database_url(database));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
@@ -191,6 +196,19 @@ impl<'a> Site<'a> {
             timeout(limit, command.status()).await.with_context(|| format!("mailrun {args:?} does not end"))??;
         anyhow::ensure!(ended.success(), "mailrun {args:?} failed");
         Ok(())
+    }
+
+    /// Ends a service in good order, and starts it from another program.
+    ///
+    /// # Errors
+    /// When it does not end or start.
+    pub(super) async fn replace(&self, service: &str, program: &Path) -> Result<()> {
+        self.services.replace(service, program).await
+    }
+
+    /// How often services ended unasked.
+    pub(super) fn deaths(&self) -> u32 {
+        self.services.deaths()
     }
 
     /// The process of a service.
@@ -254,7 +272,8 @@ pub(super) fn queues() -> Vec<String> {
     [RUNS, RUNS_WAIT, RUNS_PAUSED, ITEMS, RESULTS].map(str::to_owned).into_iter().chain(rungs()).collect()
 }
 
-/// Short times, so that what takes a minute by the default settings takes seconds here. The rules are the same.
+/// Short times, so that what takes a minute by the default settings takes seconds here. The rules are the same. A setting that
+/// older programs refuse does not belong here, since upgrades begin with them.
 fn settings(publish_twice: bool, resend: bool) -> Vec<(OsString, OsString)> {
     let answer_ms = ANSWER.as_millis().to_string();
     let rungs = RUNGS_MS.map(|ms| ms.to_string()).join(",");

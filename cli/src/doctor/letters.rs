@@ -150,7 +150,11 @@ fn sort(letters: &[Key], subjects: &HashMap<i64, Subject>) -> Sorted {
     let mut sorted = Sorted::default();
     for (item_id, attempt) in letters {
         match subjects.get(item_id) {
-            Some(subject) if subject.standing.allows(*attempt) => drop(sorted.waiting.insert(*item_id)),
+            // What a later version keeps a letter for is not known here.
+            Some(Subject { standing: None, .. }) => sorted.unsettled += 1,
+            Some(Subject { standing: Some(standing), .. }) if standing.allows(*attempt) => {
+                sorted.waiting.insert(*item_id);
+            }
             Some(subject) if !subject.quiet => sorted.unsettled += 1,
             _ => drop(sorted.outdated.insert((*item_id, *attempt))),
         }
@@ -188,7 +192,7 @@ mod tests {
     #[test]
     fn a_letter_is_outdated_when_its_attempt_will_not_be_made() {
         let subject = |item_id, attempt, state, quiet| {
-            (item_id, Subject { item_id, standing: Standing { attempt, state }, quiet })
+            (item_id, Subject { item_id, standing: Some(Standing { attempt, state }), quiet })
         };
         let subjects = HashMap::from([
             subject(1, 1, Failed, true),
@@ -196,12 +200,14 @@ mod tests {
             subject(3, 2, Unknown, true),
             subject(4, 1, Sent, false),
             subject(5, 1, Pending, false),
+            // In a state of a later version.
+            (7, Subject { item_id: 7, standing: None, quiet: true }),
         ]);
         // The third was retried since, and has two letters; the sixth is pruned.
-        let letters = [(1, 2), (2, 2), (3, 2), (3, 3), (4, 2), (5, 2), (6, 2)];
+        let letters = [(1, 2), (2, 2), (3, 2), (3, 3), (4, 2), (5, 2), (6, 2), (7, 2)];
         let sorted = sort(&letters, &subjects);
         assert_eq!(sorted.outdated, HashSet::from([(2, 2), (3, 2), (6, 2)]));
         assert_eq!(sorted.waiting, HashSet::from([1, 3, 5]));
-        assert_eq!(sorted.unsettled, 1);
+        assert_eq!(sorted.unsettled, 2);
     }
 }

@@ -280,7 +280,9 @@ pub fn home() -> PathBuf {
     }
 }
 
-fn home_of_checkout() -> PathBuf {
+/// The folder for what is private to this checkout, whichever RabbitMQ is chosen.
+#[must_use]
+pub fn home_of_checkout() -> PathBuf {
     if let Some(home) = env::var_os("MAILRUN_HOME").filter(|home| !home.is_empty()) {
         return home.into();
     }

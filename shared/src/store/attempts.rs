@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::{
     pacing,
     receipts::{self, Receipt},
+    stored::Stored,
 };
 use crate::{
     item::{ItemState, Key, Standing},
@@ -120,9 +121,9 @@ pub async fn claim(
                LEFT JOIN runs r ON r.id = i.run_id
                LEFT JOIN users u ON u.id = i.user_id
                LEFT JOIN suppressions s ON s.email = u.email
-               WHERE i.state <> 'sent'
+               WHERE i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')
                  AND (i.attempt < asked.number OR (i.attempt = asked.number AND i.state = 'pending'))
-                 AND r.wanted IS DISTINCT FROM 'paused'
+                 AND (r.wanted IS NULL OR r.wanted IN ('running', 'cancelled'))
            ), claimed AS (
                INSERT INTO attempts (item_id, number, worker_id)
                SELECT item_id, number, worker_id FROM asked ORDER BY item_id, number
@@ -266,8 +267,8 @@ pub async fn reserve(
 pub struct Found {
     /// What was asked for.
     pub key: Key,
-    /// Where the item stands.
-    pub standing: Standing,
+    /// Where the item stands; none: in a state of a later version.
+    pub standing: Option<Standing>,
     /// What a person wants of the run; none: it was deleted.
     pub wanted: Option<Wanted>,
     /// Who claimed the attempt.
@@ -352,16 +353,16 @@ pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Fou
         item_id: i64,
         number: i32,
         attempt: i32,
-        state: ItemState,
-        wanted: Option<Wanted>,
+        state: Stored<ItemState>,
+        wanted: Option<Stored<Wanted>>,
         worker_id: Option<i64>,
         alive: Option<bool>,
     }
     let asked = Columns::of(keys);
     let rows = sqlx::query_as!(
         Row,
-        r#"SELECT i.run_id, asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: ItemState",
-                  r.wanted AS "wanted?: Wanted", a.worker_id AS "worker_id?",
+        r#"SELECT i.run_id, asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: Stored<ItemState>",
+                  r.wanted AS "wanted?: Stored<Wanted>", a.worker_id AS "worker_id?",
                   (w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
            FROM unnest($1::uuid[], $2::bigint[], $3::integer[]) AS asked (run_id, item_id, number)
            JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
@@ -382,21 +383,24 @@ pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Fou
         .zip(owners)
         .map(|(row, owner)| Found {
             key: Key { run_id: row.run_id, item_id: row.item_id, attempt: row.number },
-            standing: Standing { attempt: row.attempt, state: row.state },
-            wanted: row.wanted,
+            standing: row.state.known().map(|state| Standing { attempt: row.attempt, state }),
+            wanted: row.wanted.map(Stored::acted_on),
             owner,
         })
         .collect())
 }
 
-/// Where items stand, to see whether a reported outcome has been applied.
+/// Where items stand, to see whether a reported outcome has been applied; none: in a state of a later version.
 ///
 /// # Errors
 /// The database's.
-pub async fn standings(conn: &mut PgConnection, item_ids: &[i64]) -> sqlx::Result<Vec<(i64, Standing)>> {
-    let rows =
-        sqlx::query!(r#"SELECT id, attempt, state AS "state: ItemState" FROM run_items WHERE id = ANY($1)"#, item_ids)
-            .fetch_all(conn)
-            .await?;
-    Ok(rows.into_iter().map(|row| (row.id, Standing { attempt: row.attempt, state: row.state })).collect())
+pub async fn standings(conn: &mut PgConnection, item_ids: &[i64]) -> sqlx::Result<Vec<(i64, Option<Standing>)>> {
+    let rows = sqlx::query!(
+        r#"SELECT id, attempt, state AS "state: Stored<ItemState>" FROM run_items WHERE id = ANY($1)"#,
+        item_ids
+    )
+    .fetch_all(conn)
+    .await?;
+    let standing = |attempt, state: Stored<ItemState>| state.known().map(|state| Standing { attempt, state });
+    Ok(rows.into_iter().map(|row| (row.id, standing(row.attempt, row.state))).collect())
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use sqlx::{Connection as _, PgConnection, PgPool, Postgres, Transaction};
 use uuid::Uuid;
 
+use super::stored::Stored;
 use crate::{
     item::{ItemState, Standing},
     run::{Counters, Wanted},
@@ -78,7 +79,7 @@ impl Drift {
     }
 }
 
-/// Every run whose counters differ from its items.
+/// Every run whose counters differ from its items. One with items in a state of a later version can't be judged by this one.
 ///
 /// # Errors
 /// The database's.
@@ -131,6 +132,7 @@ pub async fn drift(conn: &mut PgConnection) -> sqlx::Result<Vec<Drift>> {
             sent: row.i_sent,
         },
     });
+    let all = all.filter(|run| run.counted.total == run.counted.sum());
     Ok(all.filter(|run| run.shown != run.counted || run.ended_wrongly() || run.missing() != 0).collect())
 }
 
@@ -139,6 +141,8 @@ pub async fn drift(conn: &mut PgConnection) -> sqlx::Result<Vec<Drift>> {
 /// Whoever applies results writes items first and counters last, by what they change, in one transaction. So the counters'
 /// row is locked first, and then the items are counted by a statement of its own: it sees the items of everybody who has
 /// moved the counters before, and of nobody who still waits to.
+///
+/// A run with items in a state of a later version is left alone: that version may count them in a counter of its own.
 ///
 /// # Errors
 /// The database's; nothing is changed then.
@@ -162,7 +166,8 @@ pub async fn recount(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<()> 
                       count(*) FILTER (WHERE state = 'failed') AS failed,
                       count(*) FILTER (WHERE state = 'sent') AS sent
                FROM run_items WHERE run_id = $1) c
-         WHERE p.run_id = $1",
+         WHERE p.run_id = $1
+           AND c.total = c.pending + c.retrying + c.cancelled + c.skipped + c.unknown + c.failed + c.sent",
         run_id
     )
     .execute(&mut *tx)
@@ -186,7 +191,7 @@ pub struct Flags {
 pub async fn flags(conn: &mut PgConnection) -> sqlx::Result<Flags> {
     sqlx::query_as!(
         Flags,
-        r#"SELECT count(*) FILTER (WHERE i.state = 'sent') AS "missing!", count(*) FILTER (WHERE i.state <> 'sent') AS "wrong!"
+        r#"SELECT count(*) FILTER (WHERE i.state = 'sent') AS "missing!", count(*) FILTER (WHERE i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')) AS "wrong!"
            FROM run_items i JOIN users u ON u.id = i.user_id
            WHERE i.active AND (u.emailed_at IS NOT NULL) <> (i.state = 'sent')
              AND NOT EXISTS (SELECT FROM run_items other WHERE other.user_id = i.user_id AND other.overtaken)"#
@@ -214,7 +219,8 @@ pub async fn correct_flags(pool: &PgPool) -> sqlx::Result<()> {
     sqlx::query!(
         "WITH wrong AS (
              SELECT u.id FROM run_items i JOIN users u ON u.id = i.user_id
-             WHERE i.active AND i.state <> 'sent' AND u.emailed_at IS NOT NULL
+             WHERE i.active AND i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')
+               AND u.emailed_at IS NOT NULL
                AND NOT EXISTS (SELECT FROM run_items other WHERE other.user_id = i.user_id AND other.overtaken)
              ORDER BY i.id FOR UPDATE OF i
          )
@@ -239,13 +245,13 @@ pub struct Unfinished {
 /// # Errors
 /// The database's.
 pub async fn unfinished(conn: &mut PgConnection) -> sqlx::Result<Vec<Unfinished>> {
-    sqlx::query_as!(
-        Unfinished,
-        r#"SELECT r.id AS run_id, r.wanted AS "wanted: Wanted" FROM run_progress p JOIN runs r ON r.id = p.run_id
+    let rows = sqlx::query!(
+        r#"SELECT r.id AS run_id, r.wanted AS "wanted: Stored<Wanted>" FROM run_progress p JOIN runs r ON r.id = p.run_id
            WHERE p.finished_at IS NULL ORDER BY r.created_at, r.id"#
     )
     .fetch_all(conn)
-    .await
+    .await?;
+    Ok(rows.into_iter().map(|row| Unfinished { run_id: row.run_id, wanted: row.wanted.acted_on() }).collect())
 }
 
 /// A run that has not progressed although it has items that are due.
@@ -315,8 +321,8 @@ pub async fn troubled(conn: &mut PgConnection) -> sqlx::Result<Troubled> {
 pub struct Subject {
     /// The item.
     pub item_id: i64,
-    /// Where it stands.
-    pub standing: Standing,
+    /// Where it stands; none: in a state of a later version.
+    pub standing: Option<Standing>,
     /// Whether its run has been over for a while, so that nobody is about to take the letter off.
     pub quiet: bool,
 }
@@ -327,7 +333,7 @@ pub struct Subject {
 /// The database's.
 pub async fn subjects(conn: &mut PgConnection, item_ids: &[i64], quiet_for: Duration) -> sqlx::Result<Vec<Subject>> {
     let rows = sqlx::query!(
-        r#"SELECT i.id AS "id!", i.attempt AS "attempt!", i.state AS "state!: ItemState",
+        r#"SELECT i.id AS "id!", i.attempt AS "attempt!", i.state AS "state!: Stored<ItemState>",
                   coalesce(p.finished_at < clock_timestamp() - make_interval(secs => $2)
                            AND p.updated_at < clock_timestamp() - make_interval(secs => $2), p.run_id IS NULL) AS "quiet!"
            FROM run_items i LEFT JOIN run_progress p ON p.run_id = i.run_id
@@ -341,7 +347,7 @@ pub async fn subjects(conn: &mut PgConnection, item_ids: &[i64], quiet_for: Dura
         .into_iter()
         .map(|row| Subject {
             item_id: row.id,
-            standing: Standing { attempt: row.attempt, state: row.state },
+            standing: row.state.known().map(|state| Standing { attempt: row.attempt, state }),
             quiet: row.quiet,
         })
         .collect())

@@ -24,6 +24,7 @@ pub mod runs;
 pub mod schema;
 pub mod settle;
 pub mod signing;
+pub mod stored;
 pub mod submit;
 pub mod suppressions;
 pub mod sweep;

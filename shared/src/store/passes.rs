@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use super::stored::Stored;
 use crate::{
     item::ItemState,
     message::{ItemMessage, Replay},
@@ -31,8 +32,8 @@ pub struct Pass {
     pub run_id: Uuid,
     /// Passes count from 1.
     pub number: i32,
-    /// What it is for.
-    pub kind: PassKind,
+    /// What it is for; none: something that a later version knows.
+    pub kind: Option<PassKind>,
     /// replay: the states asked for.
     pub states: Vec<ItemState>,
     /// replay: the error asked for; none: all.
@@ -110,29 +111,37 @@ pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<
         .fetch_optional(&mut *conn)
         .await?;
     let row = sqlx::query!(
-        r#"SELECT number, kind AS "kind: PassKind", states AS "states: Vec<ItemState>", error, cursor, chunk_start, step,
+        r#"SELECT number, kind AS "kind: Stored<PassKind>", states AS "states: Vec<Stored<ItemState>>", error, cursor, chunk_start, step,
                   next_due_at, created_at, done_at, released, chunk_at, looked_at, drained, per_second
            FROM run_passes WHERE run_id = $1 ORDER BY number DESC LIMIT 1"#,
         run_id
     )
     .fetch_optional(conn)
     .await?;
-    Ok(row.map(|row| Pass {
-        run_id,
-        number: row.number,
-        kind: row.kind,
-        states: row.states,
-        error: row.error,
-        cursor: row.cursor,
-        chunk_start: row.chunk_start,
-        step: row.step,
-        next_due_at: row.next_due_at,
-        created_at: row.created_at,
-        done_at: row.done_at,
-        released: row.released,
-        chunk_at: row.chunk_at,
-        flow: Flow { looked_at: row.looked_at, drained: row.drained, per_second: row.per_second },
+    Ok(row.map(|row| {
+        let states = known(row.states);
+        Pass {
+            run_id,
+            number: row.number,
+            kind: row.kind.known().filter(|_| states.is_some()),
+            states: states.unwrap_or_default(),
+            error: row.error,
+            cursor: row.cursor,
+            chunk_start: row.chunk_start,
+            step: row.step,
+            next_due_at: row.next_due_at,
+            created_at: row.created_at,
+            done_at: row.done_at,
+            released: row.released,
+            chunk_at: row.chunk_at,
+            flow: Flow { looked_at: row.looked_at, drained: row.drained, per_second: row.per_second },
+        }
     }))
+}
+
+/// None: one of them is a later version's.
+fn known(states: Vec<Stored<ItemState>>) -> Option<Vec<ItemState>> {
+    states.into_iter().map(Stored::known).collect()
 }
 
 /// Begins the replay that comes after the pass `last`, and returns its number. The caller holds the run's lock, and has
@@ -188,7 +197,7 @@ pub async fn begun_by(conn: &mut PgConnection, command_id: Uuid) -> sqlx::Result
 /// The database's.
 pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Situation>> {
     let row = sqlx::query!(
-        r#"SELECT r.wanted AS "wanted: Wanted", r.sends_per_second, p.total, p.pending, p.retrying, p.cancelled,
+        r#"SELECT r.wanted AS "wanted: Stored<Wanted>", r.sends_per_second, p.total, p.pending, p.retrying, p.cancelled,
                   p.skipped, p.unknown, p.failed, p.sent, f.released, clock_timestamp() AS "now!",
                   w.permits AS "permits!", w.in_flight AS "in_flight!"
            FROM runs r JOIN run_progress p ON p.run_id = r.id JOIN run_passes f ON f.run_id = r.id AND f.number = 1
@@ -200,7 +209,7 @@ pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Op
     .fetch_optional(conn)
     .await?;
     Ok(row.map(|row| Situation {
-        wanted: row.wanted,
+        wanted: row.wanted.acted_on(),
         sends_per_second: row.sends_per_second,
         counters: Counters {
             total: row.total,
@@ -219,21 +228,22 @@ pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Op
     }))
 }
 
-/// The items that the pass releases next, in order of position.
+/// The items that the pass, which is of this kind, releases next, in order of position.
 ///
 /// # Errors
 /// The database's.
-pub async fn next_items(conn: &mut PgConnection, pass: &Pass, limit: i32) -> sqlx::Result<Vec<Item>> {
+pub async fn next_items(conn: &mut PgConnection, pass: &Pass, kind: PassKind, limit: i32) -> sqlx::Result<Vec<Item>> {
     let limit = i64::from(limit);
-    match pass.kind {
+    match kind {
         PassKind::First => {
             sqlx::query_as!(
                 Item,
                 r#"SELECT id, position, attempt, state AS "state: ItemState", tries, replays FROM run_items
-                   WHERE run_id = $1 AND position > $2 ORDER BY position LIMIT $3"#,
+                   WHERE run_id = $1 AND position > $2 AND state = ANY($4) ORDER BY position LIMIT $3"#,
                 pass.run_id,
                 pass.cursor,
-                limit
+                limit,
+                &ItemState::ALL as _,
             )
             .fetch_all(conn)
             .await
@@ -393,13 +403,18 @@ pub struct Replayed {
 /// # Errors
 /// The database's.
 pub async fn to_tidy(conn: &mut PgConnection) -> sqlx::Result<Vec<Replayed>> {
-    sqlx::query_as!(
-        Replayed,
-        r#"SELECT run_id, number, states AS "states: Vec<ItemState>", error, created_at FROM run_passes
+    let rows = sqlx::query!(
+        r#"SELECT run_id, number, states AS "states: Vec<Stored<ItemState>>", error, created_at FROM run_passes
            WHERE kind = 'replay' AND done_at IS NOT NULL AND tidied_at IS NULL"#
     )
     .fetch_all(conn)
-    .await
+    .await?;
+    let replayed = rows.into_iter().filter_map(|row| {
+        let states = known(row.states)?;
+        let (run_id, number, error, created_at) = (row.run_id, row.number, row.error, row.created_at);
+        Some(Replayed { run_id, number, states, error, created_at })
+    });
+    Ok(replayed.collect())
 }
 
 /// Any number will do, as long as it is the same for all processes.

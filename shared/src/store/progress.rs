@@ -9,6 +9,7 @@ use super::{
     audit,
     held_suppressions::{Missing, suppress_missing},
     people::{self, DELETED, REPLY_ERASED},
+    stored::Stored,
 };
 use crate::{
     config::SuppressionsConfig,
@@ -36,12 +37,16 @@ pub struct Applied {
     pub entered: Vec<ItemState>,
     /// Results of items that don't exist in the run that they name, by their place in the batch: another ledger's.
     pub strange: Vec<usize>,
+    /// Results of items in a state of a later version, which alone knows what follows, by their place in the batch.
+    pub later: Vec<usize>,
 }
 
 /// An item as it is and as it becomes.
 struct Item {
     run_id: Uuid,
     user_id: i64,
+    /// In a state of a later version, which is left alone.
+    is_later: bool,
     was: Standing,
     standing: Standing,
     /// The result that won, by its place in the batch.
@@ -123,6 +128,10 @@ async fn apply_once(
             applied.strange.push(index);
             continue;
         };
+        if item.is_later {
+            applied.later.push(index);
+            continue;
+        }
         let (next, delta) = merge(item.standing, Standing { attempt: result.attempt, state: result.state });
         if next == item.standing {
             applied.absorbed += 1;
@@ -156,7 +165,7 @@ async fn read_items(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Re
     let ids: HashSet<i64> = results.iter().map(|report| report.result.item_id).collect();
     let ids: Vec<i64> = ids.into_iter().collect();
     let rows = sqlx::query!(
-        r#"SELECT id, run_id, user_id, attempt, state AS "state: ItemState" FROM run_items WHERE id = ANY($1)"#,
+        r#"SELECT id, run_id, user_id, attempt, state AS "state: Stored<ItemState>" FROM run_items WHERE id = ANY($1)"#,
         &ids
     )
     .fetch_all(conn)
@@ -164,8 +173,10 @@ async fn read_items(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Re
     Ok(rows
         .into_iter()
         .map(|row| {
-            let standing = Standing { attempt: row.attempt, state: row.state };
-            (row.id, Item { run_id: row.run_id, user_id: row.user_id, was: standing, standing, winner: None })
+            let state = row.state.known();
+            let standing = Standing { attempt: row.attempt, state: state.unwrap_or(ItemState::Pending) };
+            let (run_id, user_id, is_later) = (row.run_id, row.user_id, state.is_none());
+            (row.id, Item { run_id, user_id, is_later, was: standing, standing, winner: None })
         })
         .collect())
 }

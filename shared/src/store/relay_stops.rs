@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
-use super::outbox;
+use super::{outbox, stored::Stored};
 use crate::message::{Command, RunMessage};
 
 /// Whose fault refusals were.
@@ -33,7 +33,7 @@ pub struct RelayStop {
     /// The runs that were paused with it.
     pub runs: Vec<Uuid>,
     /// The answer; none: the relay is still stopped.
-    pub fault: Option<Fault>,
+    pub fault: Option<Stored<Fault>>,
 }
 
 /// Stops a relay, and pauses those of these runs that go on. A relay that is stopped already keeps its stop, and the runs are added
@@ -77,7 +77,7 @@ pub async fn stop(
 pub async fn recent(conn: &mut PgConnection) -> sqlx::Result<Vec<RelayStop>> {
     sqlx::query_as!(
         RelayStop,
-        r#"SELECT number, relay, stopped_at, reason, alike, runs, fault AS "fault: Fault" FROM relay_stops
+        r#"SELECT number, relay, stopped_at, reason, alike, runs, fault AS "fault: Stored<Fault>" FROM relay_stops
            WHERE answered_at IS NULL OR answered_at > now() - interval '7 days' ORDER BY number"#
     )
     .fetch_all(conn)

@@ -9,7 +9,7 @@ use crate::{
     item::ItemState,
     message::{Command, Replay, RunMessage},
     run::{Counters, Phase, Wanted},
-    store::{outbox, submit::InvalidEntry},
+    store::{outbox, stored::Stored, submit::InvalidEntry},
 };
 
 /// The present rate is taken over this time.
@@ -24,6 +24,8 @@ pub struct Progress {
     pub created_at: DateTime<Utc>,
     /// What a person wants of it.
     pub wanted: Wanted,
+    /// What a later version wants of it, in its word: then this one leaves the run alone.
+    pub later: Option<String>,
     /// How many items are in which state.
     pub counters: Counters,
     /// When it was accepted, or begun again by a replay.
@@ -83,7 +85,7 @@ pub struct Trouble {
     /// The recipient, as the list wrote it.
     pub email: String,
     /// `failed` or `unknown`.
-    pub state: ItemState,
+    pub state: Stored<ItemState>,
     /// How many attempts were made.
     pub attempts: i32,
     /// Why.
@@ -115,7 +117,7 @@ async fn list_where(
     limit: i64,
 ) -> sqlx::Result<Vec<Progress>> {
     let rows = sqlx::query!(
-        r#"SELECT r.id, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Wanted", p.total, p.pending, p.retrying, p.cancelled, p.skipped, p.unknown,
+        r#"SELECT r.id, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Stored<Wanted>", p.total, p.pending, p.retrying, p.cancelled, p.skipped, p.unknown,
                   p.failed, p.sent, p.started_at, p.updated_at, p.finished_at, clock_timestamp() AS "now!",
                   coalesce((SELECT (max(s.settled) - min(s.settled))::float8
                                    / greatest(extract(epoch FROM max(s.at) - min(s.at))::float8, 1)
@@ -140,7 +142,8 @@ async fn list_where(
         .map(|row| Progress {
             run_id: row.id,
             created_at: row.created_at,
-            wanted: row.wanted,
+            later: row.wanted.later().map(str::to_owned),
+            wanted: row.wanted.acted_on(),
             counters: Counters {
                 total: row.total,
                 pending: row.pending,
@@ -211,7 +214,7 @@ pub async fn text(pool: &PgPool, run_id: Uuid) -> sqlx::Result<(String, String)>
 pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sqlx::Result<Vec<Trouble>> {
     sqlx::query_as!(
         Trouble,
-        r#"SELECT i.position, coalesce(i.typed, u.email) AS "email!", i.state AS "state: ItemState", i.attempt AS attempts, i.error, i.finished_at
+        r#"SELECT i.position, coalesce(i.typed, u.email) AS "email!", i.state AS "state: Stored<ItemState>", i.attempt AS attempts, i.error, i.finished_at
            FROM run_items i JOIN users u ON u.id = i.user_id
            WHERE i.run_id = $1 AND i.position > $2 AND i.troubled
            ORDER BY i.position LIMIT $3"#,
@@ -227,9 +230,9 @@ pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sq
 ///
 /// # Errors
 /// The database's.
-pub async fn dead_by_error(pool: &PgPool) -> sqlx::Result<Vec<(ItemState, String, i64)>> {
+pub async fn dead_by_error(pool: &PgPool) -> sqlx::Result<Vec<(Stored<ItemState>, String, i64)>> {
     let rows = sqlx::query!(
-        r#"SELECT state AS "state: ItemState", coalesce(error, '') AS "error!", count(*) AS "count!" FROM run_items
+        r#"SELECT state AS "state: Stored<ItemState>", coalesce(error, '') AS "error!", count(*) AS "count!" FROM run_items
            WHERE troubled GROUP BY state, error ORDER BY count(*) DESC LIMIT 50"#
     )
     .fetch_all(pool)

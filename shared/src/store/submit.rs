@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::{AssertSqlSafe, PgConnection, PgPool, error::DatabaseError, types::Json};
 use uuid::Uuid;
 
+use super::stored::Stored;
 use crate::{
     address::{self, Address},
     message::{Command, RunMessage, Step},
@@ -258,9 +259,9 @@ async fn take_in(
 }
 
 async fn earlier(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Earlier> {
-    let (wanted, sends_per_second) =
+    let (wanted, sends_per_second): (Stored<Wanted>, Option<i32>) =
         sqlx::query_as("SELECT wanted, sends_per_second FROM runs WHERE id = $1").bind(run_id).fetch_one(conn).await?;
-    Ok(Earlier { run_id, wanted, sends_per_second })
+    Ok(Earlier { run_id, wanted: wanted.acted_on(), sends_per_second })
 }
 
 async fn insert_run(conn: &mut PgConnection, run_id: Uuid, submission: Submission<'_>) -> sqlx::Result<bool> {

@@ -5,7 +5,7 @@ use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 pub use super::held_suppressions::{Missing, Suppressed, suppress_missing};
-use super::people::Tombs;
+use super::{people::Tombs, stored::Stored};
 
 /// Why nobody is to write to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::Type)]
@@ -38,7 +38,14 @@ impl std::str::FromStr for Reason {
 impl Reason {
     /// In words that complete "This person …" or "This address …".
     #[must_use]
-    pub fn words(self) -> &'static str {
+    pub fn words_of(reason: &Stored<Self>) -> &str {
+        match reason {
+            Stored::Known(reason) => reason.words(),
+            Stored::Later(word) => word,
+        }
+    }
+
+    fn words(self) -> &'static str {
         match self {
             Self::Unsubscribed => "unsubscribed",
             Self::Complained => "called a mail spam",
@@ -56,7 +63,7 @@ pub struct Suppression {
     /// The address, in lower case.
     pub email: String,
     /// Why it is here; the first reason counts.
-    pub reason: Reason,
+    pub reason: Stored<Reason>,
     /// In the mail server's or the operator's words.
     pub detail: Option<String>,
     /// Since when.
@@ -69,7 +76,7 @@ pub struct Invited {
     /// The address.
     pub email: String,
     /// Why nobody writes to it any more, if so.
-    pub suppressed: Option<Reason>,
+    pub suppressed: Option<Stored<Reason>>,
 }
 
 /// Keeps an address from being written to again. `email` is in lower case. False: it was on the list before, and stays
@@ -119,7 +126,7 @@ pub async fn suppress_item(
 pub async fn invited(conn: &mut PgConnection, run_id: Option<Uuid>, item_id: i64) -> sqlx::Result<Option<Invited>> {
     sqlx::query_as!(
         Invited,
-        r#"SELECT u.email, s.reason AS "suppressed?: Reason"
+        r#"SELECT u.email, s.reason AS "suppressed?: Stored<Reason>"
            FROM run_items i JOIN users u ON u.id = i.user_id LEFT JOIN suppressions s ON s.email = u.email
            WHERE i.id = $1 AND ($2::uuid IS NULL OR i.run_id = $2)"#,
         item_id,
@@ -133,8 +140,8 @@ pub async fn invited(conn: &mut PgConnection, run_id: Option<Uuid>, item_id: i64
 ///
 /// # Errors
 /// The database's.
-pub async fn reason(conn: &mut PgConnection, email: &str) -> sqlx::Result<Option<Reason>> {
-    sqlx::query_scalar!(r#"SELECT reason AS "reason: Reason" FROM suppressions WHERE email = $1"#, email)
+pub async fn reason(conn: &mut PgConnection, email: &str) -> sqlx::Result<Option<Stored<Reason>>> {
+    sqlx::query_scalar!(r#"SELECT reason AS "reason: Stored<Reason>" FROM suppressions WHERE email = $1"#, email)
         .fetch_optional(conn)
         .await
 }
@@ -190,7 +197,7 @@ pub async fn count_since(conn: &mut PgConnection, reason: Reason, since: DateTim
 pub async fn list(pool: &PgPool, before: Option<i64>, limit: i64) -> sqlx::Result<Vec<Suppression>> {
     sqlx::query_as!(
         Suppression,
-        r#"SELECT number, email, reason AS "reason: Reason", detail, created_at FROM suppressions
+        r#"SELECT number, email, reason AS "reason: Stored<Reason>", detail, created_at FROM suppressions
            WHERE number < coalesce($1, 9223372036854775807)
            ORDER BY number DESC LIMIT $2"#,
         before,

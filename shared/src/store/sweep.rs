@@ -9,7 +9,10 @@ use crate::{
     item::ItemState,
     message::ItemMessage,
     run::Wanted,
-    store::attempts::{self, Held, Owner},
+    store::{
+        attempts::{self, Held, Owner},
+        stored::Stored,
+    },
 };
 
 /// Any number will do, as long as it is the same for all sweepers.
@@ -41,9 +44,8 @@ pub struct Stalled {
 /// # Errors
 /// The database's.
 pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> sqlx::Result<Vec<Stalled>> {
-    sqlx::query_as!(
-        Stalled,
-        r#"SELECT p.run_id, r.wanted AS "wanted: Wanted",
+    let rows = sqlx::query!(
+        r#"SELECT p.run_id, r.wanted AS "wanted: Stored<Wanted>",
                   coalesce(last.done_at IS NOT NULL
                            OR mailrun_is_recent(last.seen_at, $1), false) AS "driven!",
                   coalesce(last.kind = 'cancel', false) AS "cancel_begun!"
@@ -56,7 +58,16 @@ pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> s
         stalled_after.as_secs_f64(),
     )
     .fetch_all(conn)
-    .await
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Stalled {
+            run_id: row.run_id,
+            wanted: row.wanted.acted_on(),
+            driven: row.driven,
+            cancel_begun: row.cancel_begun,
+        })
+        .collect())
 }
 
 /// Whether there is a run that nobody has paused, that is not over, and whose counters have not moved for so long.
@@ -66,7 +77,7 @@ pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> s
 pub async fn is_standstill(conn: &mut PgConnection, still_for: Duration) -> sqlx::Result<bool> {
     sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT FROM run_progress p JOIN runs r ON r.id = p.run_id
-                          WHERE p.finished_at IS NULL AND r.wanted <> 'paused'
+                          WHERE p.finished_at IS NULL AND r.wanted IN ('running', 'cancelled')
                             AND NOT mailrun_is_recent(p.updated_at, $1)) AS "still!""#,
         still_for.as_secs_f64(),
     )

@@ -10,6 +10,7 @@ use crate::{
     store::{
         outbox,
         people::Tombs,
+        stored::Stored,
         suppressions::{self, Reason},
     },
 };
@@ -26,12 +27,12 @@ pub struct NewTest<'a> {
 }
 
 /// What became of the wish.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Asked {
     /// It is committed, and will be sent once. The same is under way already, after a second click.
     Accepted(Uuid),
     /// Nobody writes to that address any more.
-    Suppressed(Reason),
+    Suppressed(Stored<Reason>),
 }
 
 /// Takes a test in: its row, and the message that has it sent, in one transaction.
@@ -153,7 +154,7 @@ pub struct TestSend {
     /// The invitation's text.
     pub body: String,
     /// What became of it; none: it is under way.
-    pub state: Option<TestState>,
+    pub state: Option<Stored<TestState>>,
     /// Why it was not sent, in the mail server's words.
     pub reason: Option<String>,
     /// The worker that had it has died, so nothing more will be heard of it.
@@ -167,7 +168,7 @@ pub struct TestSend {
 pub async fn read(pool: &PgPool, test_id: Uuid, dead_after: Duration) -> sqlx::Result<Option<TestSend>> {
     sqlx::query_as!(
         TestSend,
-        r#"SELECT t.email, t.subject, t.body, t.state AS "state: TestState", t.reason,
+        r#"SELECT t.email, t.subject, t.body, t.state AS "state: Stored<TestState>", t.reason,
                   (t.claimed_at IS NOT NULL AND t.finished_at IS NULL AND NOT EXISTS (
                        SELECT FROM workers w WHERE w.id = t.worker_id AND w.stopped_at IS NULL AND w.died_at IS NULL
                          AND w.heartbeat_at > now() - make_interval(secs => $2))) AS "orphaned!"

@@ -722,7 +722,12 @@ impl Protocol {
     /// `send::Senders::settle_refused`. None: the delivery is acknowledged.
     fn refused(&self, world: &mut World, place: usize, asked: Asked, standing: Standing) -> Option<Stage> {
         let wanted = if world.paused { Wanted::Paused } else { Wanted::Running };
-        let found = Found { key: message(asked).key(), standing, wanted: Some(wanted), owner: world.owner(asked) };
+        let found = Found {
+            key: message(asked).key(),
+            standing: Some(standing),
+            wanted: Some(wanted),
+            owner: world.owner(asked),
+        };
         match refused(Some(&found), world.workers[place].id) {
             Refused::NoSuchItem | Refused::Outdated | Refused::Paused { reopen: false } => None,
             Refused::Paused { reopen: true } => {
@@ -731,7 +736,8 @@ impl Protocol {
             Refused::Withheld(why) => Some(Stage::Reporting(report(&withheld(message(asked), why)), false)),
             Refused::Accepted => Some(Stage::Reporting(report(&message(asked).result(ItemState::Sent, None)), false)),
             Refused::Orphaned => Some(ended(&after_death(message(asked), self.rules.on_unknown), false)),
-            Refused::InOtherHands => {
+            // No state of the model is a later version's.
+            Refused::InOtherHands | Refused::Later => {
                 put(&mut world.waiting, asked);
                 None
             }

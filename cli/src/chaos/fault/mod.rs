@@ -22,11 +22,8 @@ use rand::{RngExt as _, rngs::StdRng};
 use rustix::process::Signal;
 use tokio::sync::watch::Receiver;
 
-pub(super) use self::processes::send_signal;
-use self::{
-    mail::HANGING,
-    processes::{a_sender, senders},
-};
+pub(super) use self::processes::{send_signal, senders};
+use self::{mail::HANGING, processes::a_sender};
 use super::{
     site::{ANSWER, DEAD_AFTER, HEARTBEAT, STALLED_AFTER, Site, rungs},
     watch::Stage,

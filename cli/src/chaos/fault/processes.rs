@@ -15,7 +15,7 @@ pub(super) fn a_sender(rng: &mut StdRng) -> String {
 }
 
 /// The names of all of them.
-pub(super) fn senders() -> impl Iterator<Item = String> {
+pub(in super::super) fn senders() -> impl Iterator<Item = String> {
     (1..=crate::local::SENDERS).map(|number| format!("send-{number}"))
 }
 

@@ -33,7 +33,10 @@ use mailrun_shared::{
     config::{ConfigError, SmtpConfig},
     metric,
     reply::ReplyClass,
-    store::relay_stops::{Fault, RelayStop},
+    store::{
+        relay_stops::{Fault, RelayStop},
+        stored::Stored,
+    },
 };
 use metrics::counter;
 use tokio::{
@@ -173,7 +176,10 @@ impl Mailer for Smtp {
     }
 
     fn learn(&self, stops: &[RelayStop]) {
-        let explained = stops.iter().filter(|stop| stop.fault == Some(Fault::Them)).flat_map(|stop| stop.alike.clone());
+        let explained = stops
+            .iter()
+            .filter(|stop| stop.fault == Some(Stored::Known(Fault::Them)))
+            .flat_map(|stop| stop.alike.clone());
         self.0.breaker().explain(explained);
         for (number, name) in self.0.relays.names().into_iter().enumerate() {
             let open = stops.iter().find(|stop| stop.relay == name && stop.fault.is_none());

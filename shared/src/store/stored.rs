@@ -1,0 +1,88 @@
+//! Values of the ledger's enums that a later version may have written: read as they are, instead of failing the whole query.
+//!
+//! While an installation is upgraded, older processes meet rows of the new ones. The rule: what walks over many rows leaves
+//! those alone whose word it does not know, what it is told of them waits for a worker that understands it, and the pages show
+//! the word. So every query that reads an enum reads it as [`Stored`], unless its `WHERE` names the words.
+
+use serde::{Serialize, Serializer};
+use sqlx::{
+    Decode, Postgres, Type,
+    error::BoxDynError,
+    postgres::{PgHasArrayType, PgTypeInfo, PgValueRef},
+};
+
+use crate::run::Wanted;
+
+/// A value of an enum of the ledger.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stored<T> {
+    /// This version knows it.
+    Known(T),
+    /// A later version's word.
+    Later(String),
+}
+
+impl<T> Stored<T> {
+    /// The value, if this version knows it.
+    #[must_use]
+    pub fn known(self) -> Option<T> {
+        match self {
+            Self::Known(value) => Some(value),
+            Self::Later(_) => None,
+        }
+    }
+
+    /// The word, if this version does not know it.
+    #[must_use]
+    pub fn later(&self) -> Option<&str> {
+        match self {
+            Self::Known(_) => None,
+            Self::Later(word) => Some(word),
+        }
+    }
+}
+
+impl Stored<Wanted> {
+    /// What to do about a run. One of which a later version wants something else is left alone, as a paused one is.
+    #[must_use]
+    pub fn acted_on(self) -> Wanted {
+        self.known().unwrap_or(Wanted::Paused)
+    }
+}
+
+impl<T: Type<Postgres>> Type<Postgres> for Stored<T> {
+    fn type_info() -> PgTypeInfo {
+        T::type_info()
+    }
+
+    fn compatible(info: &PgTypeInfo) -> bool {
+        T::compatible(info)
+    }
+}
+
+impl<T: PgHasArrayType> PgHasArrayType for Stored<T> {
+    fn array_type_info() -> PgTypeInfo {
+        T::array_type_info()
+    }
+
+    fn array_compatible(info: &PgTypeInfo) -> bool {
+        T::array_compatible(info)
+    }
+}
+
+impl<'r, T: Decode<'r, Postgres>> Decode<'r, Postgres> for Stored<T> {
+    fn decode(value: PgValueRef<'r>) -> Result<Self, BoxDynError> {
+        let word = <&str as Decode<Postgres>>::decode(value.clone())?;
+        Ok(T::decode(value).map_or_else(|_| Self::Later(word.to_owned()), Self::Known))
+    }
+}
+
+/// The word, as the ledger has it.
+impl<T: Serialize> Serialize for Stored<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Known(value) => value.serialize(serializer),
+            Self::Later(word) => word.serialize(serializer),
+        }
+    }
+}
