@@ -23,6 +23,11 @@ pub(crate) struct Visitor {
     web_url: String,
 }
 
+/// The pages have answered, and not accepted the form.
+#[derive(Debug, thiserror::Error)]
+#[error("the form was not accepted: {0}")]
+pub(crate) struct NotAccepted(StatusCode);
+
 /// A form that is filled in.
 pub(crate) struct Form(Request);
 
@@ -98,7 +103,7 @@ impl Visitor {
     pub(crate) async fn send(&self, form: Form) -> Result<String> {
         let answer = self.client.execute(form.0).await?;
         let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
-        let location = location.with_context(|| format!("the form was not accepted: {}", answer.status()))?;
+        let location = location.ok_or_else(|| NotAccepted(answer.status()))?;
         Ok(format!("{}{location}", self.web_url))
     }
 

@@ -54,6 +54,17 @@ fn two_mails_to_one_person_are_found() {
 }
 
 #[test]
+fn an_upgrade_takes_a_revision_and_nothing_else_does() {
+    let why = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_mailrun")).arg("chaos").args(args).output().unwrap();
+        assert!(!output.status.success(), "{args:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(why(&["--fault", "upgrade"]).contains("takes --from"));
+    assert!(why(&["--fault", "kill-send", "--from", "HEAD"]).contains("add --fault upgrade"));
+}
+
+#[test]
 fn a_fault_that_does_not_exist_is_refused() {
     let mut chaos = Command::new(env!("CARGO_BIN_EXE_mailrun"));
     let output = chaos.args(["chaos", "--fault", "earthquake"]).output().unwrap();

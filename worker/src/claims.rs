@@ -264,6 +264,11 @@ mod tests {
         assert_eq!(claims.looked_up(key, open, now + FIRST_REPEAT), Some(sent()));
         assert_eq!(claims.looked_up(key, open, now + FIRST_REPEAT + FIRST_LOOK), None);
 
+        // In a state of a later version: the result waits on a queue, and what is remembered stays.
+        claims.look_again(key, now + FIRST_REPEAT);
+        assert!(claims.to_look_up(now + LAST_REPEAT, 9).is_empty());
+        assert_eq!(claims.to_look_up(now + LAST_REPEAT + FIRST_REPEAT, 9), [key]);
+
         let applied = Some(Standing { attempt: 1, state: ItemState::Sent });
         assert_eq!(claims.looked_up(key, applied, now + LAST_REPEAT), None);
         assert!(claims.to_look_up(now + LAST_REPEAT * 9, 9).is_empty());

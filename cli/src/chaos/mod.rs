@@ -51,7 +51,7 @@ use crate::{
     local::own_program,
     people::people,
     stack::{self, Nodes, Stack},
-    visitor::Form,
+    visitor::{Form, NotAccepted},
 };
 
 /// A run that is not over after this time, and a little more for each recipient, is stuck.
@@ -350,10 +350,10 @@ async fn visit<T>(
                     tell(page, status.to_string());
                 }
             }
-            if let Ok(Ok(url)) = timeout(FORM_TRY, async { site.visitor.send(form.again()?).await }).await
-                && !url.contains(&run_id.to_string())
-            {
-                tell("the form", url);
+            match timeout(FORM_TRY, async { site.visitor.send(form.again()?).await }).await {
+                Ok(Ok(url)) if !url.contains(&run_id.to_string()) => tell("the form", url),
+                Ok(Err(error)) if error.is::<NotAccepted>() => tell("the form", error.to_string()),
+                _ => {}
             }
             sleep(VISIT_EVERY).await;
         };
