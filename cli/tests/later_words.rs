@@ -110,8 +110,8 @@ async fn what_a_later_version_has_written_stops_nothing_else_and_waits_for_the_u
         until(queue, async || depth(&channel, queue).await.unwrap() == 1).await;
     }
 
-    let list = page(&world, "/runs").await;
-    assert!(list.contains(">later</span>"), "the word is shown: {list}");
+    let runs = page(&world, "/runs").await;
+    assert!(runs.contains(">later</span>"), "the word is shown: {runs}");
     assert!(page(&world, &format!("/runs/{}", id(&wanted))).await.contains("newer version"));
     assert_eq!(world.progress(&wanted).await["state"], "later");
     let again = world.submit(&token, &list("wanted")).await.unwrap();
