@@ -43,7 +43,7 @@ use crate::{
     epoch::{BEHIND, Epoch},
     health::Health,
     message::{DeadReason, ItemResult, Message, ResultsMessage, RunMessage, TestMessage, encode},
-    telemetry, topology,
+    topology,
 };
 
 const CONNECT_TIMEOUT_MS: u64 = 5_000;
@@ -353,7 +353,7 @@ impl Outgoing {
         match kind {
             kind if RunMessage::TYPES.contains(&kind) => {
                 let message: RunMessage = serde_json::from_value(message)?;
-                Ok(Self::new(&message).of_run(message.run_id))
+                Ok(Self::new(&message))
             }
             TestMessage::TYPE => Ok(Self::new(&serde_json::from_value::<TestMessage>(message)?)),
             _ => Err(NotUnderstood::Kind),
@@ -377,7 +377,7 @@ impl Outgoing {
     #[must_use]
     pub fn results(run_id: Uuid, results: &[ItemResult], batch: usize) -> Vec<Self> {
         let message = |results: &[ItemResult]| ResultsMessage { run_id: Some(run_id), results: results.to_vec() };
-        results.chunks(batch).map(|results| Self::new(&message(results)).of_run(run_id)).collect()
+        results.chunks(batch).map(|results| Self::new(&message(results))).collect()
     }
 
     /// Results of any runs, each in a message of its run.
@@ -396,12 +396,6 @@ impl Outgoing {
         Self { queue: queue.into(), spread_by: None, ..self }
     }
 
-    /// Joins the message to its run's trace.
-    #[must_use]
-    pub fn of_run(self, run_id: Uuid) -> Self {
-        self.header("traceparent", &telemetry::traceparent(run_id))
-    }
-
     /// Turns it into a dead letter, with its reason where the management console shows it.
     #[must_use]
     pub fn dead(self, reason: DeadReason, error: &str) -> Self {
@@ -418,6 +412,13 @@ impl Outgoing {
     #[must_use]
     pub fn header(mut self, key: &'static str, value: &str) -> Self {
         self.headers.insert(key.into(), AMQPValue::LongString(value.into()));
+        self
+    }
+
+    /// Says in which epoch of the ledger it was published; without that, it is published in the present one.
+    #[must_use]
+    pub fn in_epoch(mut self, epoch: i64) -> Self {
+        self.headers.insert(EPOCH_HEADER.into(), AMQPValue::LongLongInt(epoch));
         self
     }
 

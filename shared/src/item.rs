@@ -1,5 +1,7 @@
 //! One invitation's state, and the join that makes counting safe: a pure function from what is known and what is reported to what is known next.
 
+use std::hash::{Hash, Hasher};
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -53,7 +55,7 @@ impl ItemState {
 }
 
 /// An attempt at an item: what a claim is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
     /// The run. An item of another run under the same number belongs to another ledger.
     pub run_id: Uuid,
@@ -61,6 +63,14 @@ pub struct Key {
     pub item_id: i64,
     /// The attempt, from 1.
     pub attempt: i32,
+}
+
+/// Senders look attempts up many times for each send. The item alone tells them apart, but for another ledger's.
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_i64(self.item_id);
+        state.write_i32(self.attempt);
+    }
 }
 
 /// An item's state together with the attempt it speaks of.

@@ -3,7 +3,6 @@
 use std::io::IsTerminal as _;
 
 use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
-use uuid::Uuid;
 
 use crate::config::LogConfig;
 
@@ -26,26 +25,5 @@ pub fn init(config: &LogConfig) {
                 fmt::layer().with_ansi(std::io::stderr().is_terminal()).with_target(false).with_writer(std::io::stderr),
             )
             .init();
-    }
-}
-
-/// The W3C `traceparent` header of a message that belongs to a run: the trace is the run itself, so all of its messages
-/// are found under one id, whoever published them.
-#[must_use]
-pub fn traceparent(run_id: Uuid) -> String {
-    let span = rand::random::<u64>().max(1);
-    format!("00-{}-{span:016x}-01", run_id.simple())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_trace_is_named_by_its_run() {
-        let run_id = Uuid::from_u128(0xabc);
-        let header = traceparent(run_id);
-        assert_eq!(header.len(), 55);
-        assert!(header.starts_with(&format!("00-{}-", run_id.simple())));
     }
 }

@@ -177,7 +177,7 @@ impl FanOut {
 
     /// Sends a message round by a waiting room. Without that, it waits here, and takes nobody's place meanwhile.
     async fn again(&self, message: &RunMessage, delivery: Delivery, waiting_room: &'static str) {
-        let message = Outgoing::new(message).of_run(message.run_id);
+        let message = Outgoing::new(message);
         match self.publisher.offer(vec![message.clone().to(waiting_room)]).await {
             Ok(rejected) if rejected.is_empty() => delivery.ack(),
             Ok(_) => {
@@ -242,7 +242,7 @@ impl FanOut {
             put_back += items.len();
             let wait = waits.iter().filter(|wait| **wait <= PUT_BACK_EVERY * chunks).max();
             let messages = items.iter().map(|item| {
-                let message = Outgoing::new(&item.next).of_run(run_id);
+                let message = Outgoing::new(&item.next);
                 match wait {
                     Some(wait) => message.to(topology::retry_queue(*wait)),
                     None => message,
@@ -388,7 +388,7 @@ impl FanOut {
             messages.iter().map(|message| message.result(ItemState::Pending, None)).collect();
         Outgoing::results(pass.run_id, &results, self.config.send.result_batch)
             .into_iter()
-            .chain(messages.iter().map(|message| Outgoing::new(message).of_run(pass.run_id)))
+            .chain(messages.iter().map(Outgoing::new))
             .collect()
     }
 
@@ -418,7 +418,7 @@ fn is_stale(step: Step, pass: &Pass) -> bool {
 
 fn next_step(run_id: Uuid, pass: i32, step: i32) -> Outgoing {
     let command = Command::Release(Step { pass: Some(pass), step: Some(step) });
-    Outgoing::new(&RunMessage { run_id, command }).of_run(run_id)
+    Outgoing::new(&RunMessage { run_id, command })
 }
 
 fn present(pass: &Pass, item: &Item) -> ItemMessage {
@@ -434,5 +434,5 @@ fn present(pass: &Pass, item: &Item) -> ItemMessage {
 /// The first attempt of an item. If a crash repeats the chunk, the fence absorbs it.
 fn release(pass: &Pass, item: &Item) -> Outgoing {
     let first = ItemMessage { run_id: pass.run_id, item_id: item.id, attempt: 1, tries: 1, replays: 0 };
-    Outgoing::new(&first).of_run(pass.run_id)
+    Outgoing::new(&first)
 }

@@ -56,9 +56,9 @@ pub enum FollowUp {
 impl From<FollowUp> for Outgoing {
     fn from(follow_up: FollowUp) -> Self {
         match follow_up {
-            FollowUp::Now(item) => Self::new(&item).of_run(item.run_id),
-            FollowUp::Wait(item, delay) => Self::new(&item).to(retry_queue(delay)).of_run(item.run_id),
-            FollowUp::Dead(item, reason, error) => Self::new(&item).dead(reason, &error).of_run(item.run_id),
+            FollowUp::Now(item) => Self::new(&item),
+            FollowUp::Wait(item, delay) => Self::new(&item).to(retry_queue(delay)),
+            FollowUp::Dead(item, reason, error) => Self::new(&item).dead(reason, &error),
         }
     }
 }

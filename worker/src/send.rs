@@ -410,7 +410,7 @@ impl Senders {
             email: claimed.email,
             name: claimed.name,
             template,
-            unsubscribe: self.ids.link(named),
+            unsubscribe: self.mailer.writes_mail().then(|| self.ids.link(named)).flatten(),
             position: claimed.position,
             tries: item.tries,
             replays: item.replays,
@@ -636,7 +636,7 @@ impl Senders {
     async fn park(self: &Arc<Self>, asked: Vec<Asked>, wait: Duration) {
         let queue = retry_queue(wait);
         let messages: Vec<Outgoing> =
-            asked.iter().map(|Asked { item, .. }| Outgoing::new(item).of_run(item.run_id).to(queue.clone())).collect();
+            asked.iter().map(|Asked { item, .. }| Outgoing::new(item).to(queue.clone())).collect();
         let ids: Vec<Uuid> = messages.iter().map(Outgoing::id).collect();
         let Ok(rejected) = self.publisher.offer(messages).await else { return };
         let held: HashSet<Uuid> = rejected.iter().map(Outgoing::id).collect();

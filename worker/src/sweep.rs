@@ -170,7 +170,7 @@ impl Sweeper {
     async fn drive(&self, run: &Stalled) -> Result<i64, SweepError> {
         let (run_id, Some(command)) = (run.run_id, missing_command(run)) else { return Ok(0) };
         info!(%run_id, ?command, "nothing drives this run any more: its message is put back");
-        self.publisher.publish_soon(vec![Outgoing::new(&RunMessage { run_id, command }).of_run(run_id)]).await?;
+        self.publisher.publish_soon(vec![Outgoing::new(&RunMessage { run_id, command })]).await?;
         Ok(1)
     }
 
@@ -230,7 +230,7 @@ impl Mending {
             Repair::Leave => {}
             Repair::PutBack => {
                 self.repairs.put_back += 1;
-                self.messages.push(Outgoing::new(&item.next).of_run(item.next.run_id));
+                self.messages.push(Outgoing::new(&item.next));
             }
             Repair::Withhold(why) => {
                 self.repairs.told_again += 1;

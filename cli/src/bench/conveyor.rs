@@ -113,7 +113,6 @@ impl Conveyor {
 /// Publishes to one queue.
 struct Out {
     queue: &'static str,
-    run_id: Uuid,
     channel: Channel,
     _connection: Connection,
 }
@@ -121,12 +120,12 @@ struct Out {
 impl Out {
     async fn connect(place: &Place<'_>, queue: &'static str) -> Result<Self> {
         let (connection, channel) = place.confirm_channel().await?;
-        Ok(Self { queue, run_id: Uuid::new_v4(), channel, _connection: connection })
+        Ok(Self { queue, channel, _connection: connection })
     }
 
     /// Those of Mailrun's item messages, so that the same bytes are written.
     fn properties(&self) -> BasicProperties {
-        Outgoing::raw(self.queue, ItemMessage::TYPE, Vec::new()).of_run(self.run_id).properties()
+        Outgoing::raw(self.queue, ItemMessage::TYPE, Vec::new()).in_epoch(1).properties()
     }
 
     /// Publishes persistent messages and awaits all their confirms.

@@ -71,7 +71,7 @@ pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, repo
     for run in stalled.iter().filter(|_| !driven) {
         if let Some(command) = missing_command(run) {
             let message = RunMessage { run_id: run.run_id, command };
-            let put_back = publish(conveyor.publisher.as_ref(), vec![Outgoing::new(&message).of_run(run.run_id)]);
+            let put_back = publish(conveyor.publisher.as_ref(), vec![Outgoing::new(&message)]);
             report.add(patient.mend(not_driven(run), put_back).await);
         }
     }

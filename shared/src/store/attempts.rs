@@ -121,8 +121,9 @@ pub async fn claim(
                LEFT JOIN runs r ON r.id = i.run_id
                LEFT JOIN users u ON u.id = i.user_id
                LEFT JOIN suppressions s ON s.email = u.email
-               WHERE i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')
-                 AND (i.attempt < asked.number OR (i.attempt = asked.number AND i.state = 'pending'))
+               WHERE ((i.attempt = asked.number AND i.state = 'pending')
+                      OR (i.attempt < asked.number
+                          AND i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')))
                  AND (r.wanted IS NULL OR r.wanted IN ('running', 'cancelled'))
            ), claimed AS (
                INSERT INTO attempts (item_id, number, worker_id)

@@ -137,6 +137,11 @@ pub trait Mailer: Send + Sync {
     /// What the ledger knows of stopped relays, with the answers of operators.
     fn learn(&self, _stops: &[RelayStop]) {}
 
+    /// Whether it writes what its recipients read: then a mail carries its link.
+    fn writes_mail(&self) -> bool {
+        true
+    }
+
     /// Whether a mail that failed may be tried again within a moment. Real mail servers take that ill.
     fn bears_repetition(&self) -> bool {
         false

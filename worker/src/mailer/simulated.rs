@@ -97,6 +97,10 @@ impl Mailer for Simulated {
         Outcome::Sent
     }
 
+    fn writes_mail(&self) -> bool {
+        false
+    }
+
     fn bears_repetition(&self) -> bool {
         true
     }
