@@ -79,7 +79,9 @@ impl SignedIds {
         id.extend_from_slice(&named.item_id.to_be_bytes());
         let mac = self.0.clone().chain_update(&id).finalize().into_bytes();
         id.extend_from_slice(&mac[..MAC_BYTES]);
-        BASE32_NOPAD.encode(&id).to_ascii_lowercase()
+        let mut id = BASE32_NOPAD.encode(&id);
+        id.make_ascii_lowercase();
+        id
     }
 
     /// What an id names, in upper or lower case; none: this ledger did not make it. Takes the same time however wrong it is.

@@ -55,8 +55,8 @@ const EFFECTS: [&str; 4] = ["changed", "absorbed", "strange", "later"];
 
 /// Shows what was counted.
 fn measure(applied: &Applied) {
-    for state in &applied.entered {
-        counter!(metric::ITEMS, "state" => state.name()).increment(1);
+    for (state, items) in &applied.entered {
+        counter!(metric::ITEMS, "state" => state.name()).increment(*items);
     }
     let results = [applied.changed, applied.absorbed, applied.strange.len(), applied.later.len()];
     for (effect, results) in EFFECTS.into_iter().zip(results) {

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::{attempt::Withdrawn, heartbeat::Heartbeat};
 
 /// How often the runs in hand are looked up.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const LOOK_EVERY: Duration = Duration::from_millis(300);
 /// What was looked up so long ago says nothing any more.
 const GOOD_FOR: Duration = Duration::from_millis(700);
 
@@ -67,15 +67,23 @@ impl StoppedRuns {
     /// Whether an attempt may go on: its run is neither paused nor cancelled, as far as a claim or a look has told lately. Waits
     /// for the next look if need be, for as long as the heartbeat is fresh.
     pub async fn is_going_on(&self, run_id: Uuid, claimed_at: Instant, heartbeat: &Heartbeat) -> Result<(), Withdrawn> {
-        let mut newest = self.newest.subscribe();
-        loop {
-            let look = newest.borrow_and_update().clone();
+        let told = |look: &Look| {
             // A claim is granted only to a run that goes on, so what was seen before it is outdated.
             if look.at >= claimed_at && look.stopped.contains(&run_id) {
-                return Err(Withdrawn::Stopped);
+                return Some(Err(Withdrawn::Stopped));
             }
-            if look.at.max(claimed_at).elapsed() < GOOD_FOR {
-                return Ok(());
+            (look.at.max(claimed_at).elapsed() < GOOD_FOR).then_some(Ok(()))
+        };
+        // Almost always this is enough.
+        let at_once = told(&self.newest.borrow());
+        if let Some(answer) = at_once {
+            return answer;
+        }
+        let mut newest = self.newest.subscribe();
+        loop {
+            let by_look = told(&newest.borrow_and_update());
+            if let Some(answer) = by_look {
+                return answer;
             }
             if !heartbeat.is_fresh() {
                 return Err(Withdrawn::CutOff);

@@ -33,8 +33,8 @@ pub struct Applied {
     pub changed: usize,
     /// Results that were known, outdated or doubled.
     pub absorbed: usize,
-    /// The states that items have come into.
-    pub entered: Vec<ItemState>,
+    /// The states that items have come into, and how many.
+    pub entered: BTreeMap<ItemState, u64>,
     /// Results of items that don't exist in the run that they name, by their place in the batch: another ledger's.
     pub strange: Vec<usize>,
     /// Results of items in a state of a later version, which alone knows what follows, by their place in the batch.
@@ -155,8 +155,9 @@ async fn apply_once(
         update_counters(&mut tx, &moved).await?;
         suppress(&mut tx, suppressions, &items, results, &erased).await?;
         tx.commit().await?;
-        let changed = items.values().filter(|item| item.winner.is_some());
-        applied.entered = changed.map(|item| item.standing.state).collect();
+        for item in items.values().filter(|item| item.winner.is_some()) {
+            *applied.entered.entry(item.standing.state).or_default() += 1;
+        }
     }
     Ok(Some(applied))
 }

@@ -69,16 +69,16 @@ impl Outcome {
     /// What each is counted as.
     pub const NAMES: [&str; 6] = ["sent", "retry", "later", "failed", "unknown", "withdrawn"];
 
-    /// What it is counted as.
+    /// Its place among [`Self::NAMES`].
     #[must_use]
-    pub fn name(&self) -> &'static str {
+    pub fn place(&self) -> usize {
         match self {
-            Self::Sent => "sent",
-            Self::Retry(_) => "retry",
-            Self::Later(_) => "later",
-            Self::Failed { .. } => "failed",
-            Self::Unknown(_) => "unknown",
-            Self::Withdrawn(_) => "withdrawn",
+            Self::Sent => 0,
+            Self::Retry(_) => 1,
+            Self::Later(_) => 2,
+            Self::Failed { .. } => 3,
+            Self::Unknown(_) => 4,
+            Self::Withdrawn(_) => 5,
         }
     }
 }
