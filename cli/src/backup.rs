@@ -62,8 +62,13 @@ pub async fn run(config: &Config, ledger: &Ledger, options: &Options) -> Result<
     let mut conn = ledger.pool.acquire().await?;
     let (id, epoch) = (installation::read(&mut conn).await?.id, installation::begin_epoch(&mut conn).await?);
     let broker = Broker::new(&settings, "mailrun backup");
-    let marked = async { Marker::open(&broker).await?.write_epoch(id, epoch).await };
-    if let Err(error) = marked.await {
+    let mark = async {
+        let marker = Marker::open(&broker).await?;
+        let marked = marker.write_epoch(id, epoch).await;
+        marker.close().await;
+        marked
+    };
+    if let Err(error) = mark.await {
         eprintln!(
             "The backup is complete, but RabbitMQ could not be told of it ({error}): workers do it within a minute."
         );

@@ -53,7 +53,9 @@ pub async fn run(config: &Config, ledger: &Ledger, address: &str) -> Result<()> 
 async fn finish(config: &Config, ledger: &Ledger) -> Result<usize> {
     let broker = Broker::new(&ledger.settings(config), "mailrun operator");
     let installation = installation::read(&mut *ledger.pool.acquire().await?).await?;
-    Marker::open(&broker).await?.claim(installation.id, Claim::Verify).await?;
+    let marker = Marker::open(&broker).await?;
+    marker.claim(installation.id, Claim::Verify).await?;
+    marker.close().await;
     broker.epoch().record(installation.epochs, 0);
     let publisher = broker.publisher(1);
     let begun = Instant::now();

@@ -17,6 +17,7 @@ use mailrun_shared::{
 };
 use tokio::time::{Instant, sleep};
 use tracing::info;
+use uuid::Uuid;
 
 /// The servers may be starting too.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -47,11 +48,18 @@ pub async fn run(config: &Config, take_over: bool) -> Result<()> {
     info!("the queues are declared");
     let id = installation::read(&mut *pool.acquire().await?).await?.id;
     let claim = if take_over { Claim::TakeOver } else { Claim::Adopt };
-    match patiently(async || Marker::open(&broker).await?.claim(id, claim).await, |error| !is_foreign(error)).await {
+    match patiently(async || mark(&broker, id, claim).await, |error| !is_foreign(error)).await {
         Err(BrokerError::Foreign { owner }) => return Err(Foreign { id, owner }.into()),
         claimed => claimed.context("the virtual host can't be marked")?,
     }
     Ok(())
+}
+
+async fn mark(broker: &Broker, id: Uuid, claim: Claim) -> Result<(), BrokerError> {
+    let marker = Marker::open(broker).await?;
+    let marked = marker.claim(id, claim).await;
+    marker.close().await;
+    marked
 }
 
 fn is_foreign(error: &BrokerError) -> bool {

@@ -11,15 +11,19 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::{StreamExt as _, stream};
 use mailrun::stack::{self, Stack, ensure_servers};
 use mailrun_shared::store::sweep::{self, Repairs};
 use reqwest::{Client, header::LOCATION, redirect};
 use serde_json::Value;
-use sqlx::PgPool;
+use sqlx::{Connection as _, PgConnection, PgPool};
+use tokio::sync::OnceCell;
 use uuid::Uuid;
 
 /// The servers stay for the next test program.
 const LINGER: Duration = Duration::from_secs(20);
+/// So many databases and virtual hosts of earlier tests may stay: dropping them takes time.
+const LEFTOVERS: usize = 200;
 /// However slow the machine is, this is not slowness any more.
 const PATIENCE: Duration = Duration::from_secs(120);
 pub const MAILRUN: &str = env!("CARGO_BIN_EXE_mailrun");
@@ -58,7 +62,8 @@ impl World {
     async fn prepared(home: &Path, settings: &[(&str, &str)], prepare: impl AsyncFnOnce(&PgPool)) -> Self {
         ensure_servers(say).await.unwrap();
         let stack = Stack::start(home, Path::new(MAILRUN), LINGER, |step| eprintln!("{step}")).await.unwrap();
-        let name = format!("test-{}", Uuid::new_v4().simple());
+        tidy(&stack).await;
+        let name = format!("test-{}-{}", std::process::id(), Uuid::new_v4().simple());
         stack.create_database(&name).await.unwrap();
         stack.create_vhost(&name).await.unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -303,6 +308,31 @@ impl World {
             .unwrap();
         channel.close(200, "done".into()).await.unwrap();
     }
+}
+
+/// Drops what test programs that have ended left on the stack, once in each that follows. One run of all tests leaves little; without
+/// this, a few in the same checkout would fill the memory that RabbitMQ may use, and it would take no more messages.
+async fn tidy(stack: &Stack) {
+    static TIDIED: OnceCell<()> = OnceCell::const_new();
+    let tidy = async || {
+        let mut conn = PgConnection::connect(&stack.database_url("postgres")).await.unwrap();
+        let worlds = sqlx::query_scalar("SELECT datname::text FROM pg_database WHERE datname LIKE 'test-%'");
+        let worlds: Vec<String> = worlds.fetch_all(&mut conn).await.unwrap();
+        let is_left = |name: &&String| {
+            let owner = name.split('-').nth(1).unwrap_or_default();
+            !Path::new("/proc").join(owner).join("stat").exists()
+        };
+        let left: Vec<&String> = worlds.iter().filter(is_left).collect();
+        if left.len() > LEFTOVERS {
+            say(&format!("Dropping what {} earlier tests have left", left.len()));
+            let drops = left.into_iter().map(|name| async move {
+                // Another test program may do so at the same time.
+                let _ = (stack.drop_vhost(name).await, stack.drop_database(name).await);
+            });
+            stream::iter(drops).buffer_unordered(8).collect::<()>().await;
+        }
+    };
+    TIDIED.get_or_init(tidy).await;
 }
 
 impl Drop for World {
