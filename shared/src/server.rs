@@ -38,7 +38,7 @@ pub struct Limits {
     pub age: Duration,
 }
 
-/// Serves until `stop`, then for as long as the requests under way need, up to [`DRAIN`].
+/// Serves until `stop`, then for as long as the requests under way need, up to ten seconds.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: &CancellationToken) {
     let free = Arc::new(Semaphore::new(limits.connections));
     let open = TaskTracker::new();
