@@ -97,7 +97,7 @@ struct Supervised {
     kept: JoinHandle<()>,
 }
 
-/// What the loop that keeps a service is told.
+/// Orders to the loop that keeps a service running.
 enum Order {
     /// To end the service, which has so long for it.
     Stop(Duration),
@@ -171,7 +171,7 @@ impl Supervisor {
         let place = |name: &str| order.iter().position(|first| *first == name).unwrap_or(order.len());
         children.sort_by_key(|child| place(&child.name));
         for child in children {
-            // One whose keeper has ended badly is told so below.
+            // If its loop has panicked, that is reported below.
             let _ = child.orders.send(Order::Stop(each));
             if let Err(error) = child.kept.await {
                 tracing::error!(service = child.name, %error, "The loop that keeps a service ended badly");

@@ -82,14 +82,14 @@ async fn what_a_later_version_has_written_stops_nothing_else_and_waits_for_the_u
     ] {
         execute(&world, &statement).await;
     }
-    // What becomes of the item is told, and another attempt at it is asked for.
+    // A result for the item arrives, and a message that asks for another attempt.
     let asked = ItemMessage { run_id: id(&item), item_id: later_item, attempt: 1, tries: 1, replays: 0 };
     let results = ResultsMessage { run_id: Some(id(&item)), results: vec![asked.result(Sent, None)] };
     world.publish("mailrun.results", &encode(&results)).await;
     let next = ItemMessage { attempt: 2, ..asked };
     world.publish("mailrun.items", &encode(&next)).await;
 
-    // Another run, whose messages are lost, so that it ends only if the sweeper goes over all that stand still.
+    // The messages of another run are lost: it ends only if the sweeper gets to it.
     let other = invite(&world, "other").await;
     workers.push(world.worker("fan-out"));
     let channel = world.channel().await;

@@ -124,7 +124,7 @@ impl Broker {
         Self::with_health(config, name, Health::default())
     }
 
-    /// The same, for a process that shows its health: `health` is told of everything that keeps it from working with RabbitMQ.
+    /// The same, for a process that shows its health. Trouble with RabbitMQ is reported to `health`.
     #[must_use]
     pub fn with_health(config: &Config, name: impl Into<String>, health: Health) -> Arc<Self> {
         let (rejections, epoch) = (Rejections::default(), Arc::new(Epoch::default()));
@@ -515,7 +515,14 @@ pub fn epoch_of(properties: &BasicProperties) -> Option<i64> {
     }
 }
 
-/// Whether the broker has said that there is no such queue.
+impl BrokerError {
+    /// Whether the broker has said that there is no such queue.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Amqp(error) if is_not_found(error))
+    }
+}
+
 fn is_not_found(error: &lapin::Error) -> bool {
     matches!(error.kind(), ErrorKind::ProtocolError(error)
         if *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND))

@@ -9,6 +9,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+/// What is wrong with none of the servers.
+const PROCESS: &str = "this process";
+
 /// Asked whenever somebody wants to know; none: nothing is wrong.
 type Question = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
@@ -44,6 +47,21 @@ impl Health {
     /// Nothing is wrong with `what` any more.
     pub fn fine(&self, what: &str) {
         self.state().troubles.remove(what);
+    }
+
+    /// The process can't work yet.
+    pub fn starting(&self, waits_for: &str) {
+        self.trouble(PROCESS, format!("is starting, and waits for {waits_for}"));
+    }
+
+    /// The process has started.
+    pub fn started(&self) {
+        self.fine(PROCESS);
+    }
+
+    /// The process finishes what it has in hand, and ends.
+    pub fn stopping(&self) {
+        self.trouble(PROCESS, "is stopping");
     }
 
     /// Whether PostgreSQL has answered just now.

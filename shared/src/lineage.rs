@@ -22,7 +22,7 @@ use crate::{
 
 /// How often the ledger is read.
 const READ_EVERY: Duration = Duration::from_secs(1);
-/// Under this the health of a process is told that it must not use the virtual host.
+/// What a process is not ready for while the virtual host belongs to another installation.
 const OWNER: &str = "RabbitMQ";
 
 /// The virtual host belongs to another installation.
@@ -63,7 +63,6 @@ pub async fn keep(
 ) -> Result<(), Foreign> {
     let mut retry = Reconnect::default();
     let mut failed = false;
-    let health = broker.health();
     let id = loop {
         // A connection that is broken off while it is being made counts as an error of the AMQP library, so this goes on to
         // its end, whoever waits for it.
@@ -74,10 +73,7 @@ pub async fn keep(
         let Some(begun) = stop.run_until_cancelled(begun).await else { return Ok(()) };
         match begun {
             Ok(Ok(id)) => break id,
-            Ok(Err(LineageError::Foreign(foreign))) => {
-                health.trouble(OWNER, foreign.to_string());
-                return Err(foreign);
-            }
+            Ok(Err(LineageError::Foreign(foreign))) => return Err(foreign),
             Ok(Err(error)) if !failed => {
                 warn!(%error, "the ledger can't be compared with the broker; trying again");
                 failed = true;
@@ -89,7 +85,6 @@ pub async fn keep(
             return Ok(());
         }
     };
-    health.fine(OWNER);
     let epoch = broker.epoch();
     if epoch.is_behind() {
         error!("{BEHIND}");
@@ -104,7 +99,7 @@ pub async fn keep(
         let latest = epoch.latest();
         let read = async { installation::read(&mut *pool.acquire().await?).await };
         let read = in_time(limit, read).await;
-        health.database_answers(read.is_ok());
+        broker.health().database_answers(read.is_ok());
         let Ok(installation) = read else { continue };
         if epoch.record(installation.epochs, latest) {
             if epoch.is_behind() { error!("{BEHIND}") } else { info!("the ledger is current again") }
@@ -116,10 +111,7 @@ pub async fn keep(
         marked = false;
         match begin_due(pool, broker, limit, id, installation).await {
             Ok(()) => marked = true,
-            Err(LineageError::Foreign(foreign)) => {
-                health.trouble(OWNER, foreign.to_string());
-                return Err(foreign);
-            }
+            Err(LineageError::Foreign(foreign)) => return Err(foreign),
             Err(error) => warn!(%error, "the new epoch can't be marked on the broker; trying again"),
         }
     }
@@ -172,8 +164,15 @@ async fn claim(broker: &Broker, id: Uuid) -> Result<Marker, LineageError> {
     let claim = if broker.declares_topology() { Claim::Adopt } else { Claim::Verify };
     let marker = Marker::open(broker).await.map_err(LineageError::Broker)?;
     match marker.claim(id, claim).await {
-        Ok(()) => Ok(marker),
-        Err(BrokerError::Foreign { owner }) => Err(Foreign { id, owner }.into()),
+        Ok(()) => {
+            broker.health().fine(OWNER);
+            Ok(marker)
+        }
+        Err(BrokerError::Foreign { owner }) => {
+            let foreign = Foreign { id, owner };
+            broker.health().trouble(OWNER, foreign.to_string());
+            Err(foreign.into())
+        }
         Err(error) => Err(LineageError::Broker(error)),
     }
 }

@@ -215,7 +215,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     });
     let tell = async {
         ending.cancelled().await;
-        health.trouble("this process", "is stopping");
+        health.stopping();
     };
     tokio::join!(server::serve(listener, router(app), limits, &ending), tell);
     relay.await?;

@@ -2,9 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use lapin::Channel;
 use mailrun_shared::{
-    broker::{Broker, BrokerError, Link, depth},
+    broker::{Broker, BrokerError},
     metric,
     store::{
         gauges::{self, Gauges},
@@ -13,9 +12,11 @@ use mailrun_shared::{
 };
 use metrics::gauge;
 use sqlx::PgPool;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
+
+use crate::outlook::Outlook;
 
 /// Monitoring systems ask about as often.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
@@ -24,7 +25,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(10);
 pub async fn run(pool: PgPool, broker: Arc<Broker>, limit: Duration, stop: CancellationToken) {
     let mut ticks = interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut outlook = None;
+    let mut outlook = Outlook::new(Arc::clone(&broker));
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         let look = async {
             let read = async { gauges::read(&mut *pool.acquire().await?).await };
@@ -34,14 +35,13 @@ pub async fn run(pool: PgPool, broker: Arc<Broker>, limit: Duration, stop: Cance
             }
             if let Err(error) = show_queues(&broker, &mut outlook).await {
                 debug!(%error, "the queues can't be looked at");
-                close(&mut outlook).await;
             }
         };
         if stop.run_until_cancelled(look).await.is_none() {
             break;
         }
     }
-    close(&mut outlook).await;
+    outlook.close().await;
 }
 
 fn show(gauges: &Gauges) {
@@ -55,26 +55,11 @@ fn show(gauges: &Gauges) {
     gauge!(metric::RELAYS_STOPPED).set(gauges.relays_stopped as f64);
 }
 
-/// Looks over a connection that is kept.
-async fn show_queues(broker: &Broker, outlook: &mut Option<(Link, Channel)>) -> Result<(), BrokerError> {
-    let look = async {
-        if outlook.is_none() {
-            let link = broker.connect("look").await?;
-            let channel = link.channel().await?;
-            *outlook = Some((link, channel));
-        }
-        let Some((_, channel)) = outlook.as_ref() else { return Ok(()) };
-        for queue in broker.queue_names() {
-            let messages = depth(channel, &queue).await?;
-            gauge!(metric::QUEUE_MESSAGES, "queue" => queue).set(messages);
-        }
-        Ok(())
-    };
-    timeout(broker.answer_timeout(), look).await.map_err(|_| BrokerError::Timeout)?
-}
-
-async fn close(outlook: &mut Option<(Link, Channel)>) {
-    if let Some((link, _)) = outlook.take() {
-        link.close().await;
+async fn show_queues(broker: &Broker, outlook: &mut Outlook) -> Result<(), BrokerError> {
+    for queue in broker.queue_names() {
+        // Nothing waits on a queue that does not exist.
+        let messages = outlook.depth(&queue).await?.unwrap_or_default();
+        gauge!(metric::QUEUE_MESSAGES, "queue" => queue).set(messages);
     }
+    Ok(())
 }

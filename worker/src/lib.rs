@@ -21,6 +21,7 @@ pub mod mailer;
 mod model;
 pub mod observer;
 pub mod outcome;
+mod outlook;
 mod pace;
 mod permits;
 mod poison;
@@ -67,9 +68,6 @@ const FAN_OUT_PREFETCH: u16 = 16;
 
 /// At the end, connections to RabbitMQ are closed within this time or left.
 const CLOSE: Duration = Duration::from_secs(3);
-
-/// Under this its health is told when it is not the servers' fault.
-const PROCESS: &str = "this process";
 
 /// What a worker process does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -147,7 +145,7 @@ pub enum WorkerError {
 pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken) -> Result<(), WorkerError> {
     let names = roles.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let health = Health::default();
-    health.trouble(PROCESS, "is starting, and waits for PostgreSQL");
+    health.starting("PostgreSQL");
     let monitoring = Monitoring::start(&config.metrics, &names, &health).await?;
     let ended = work(config, roles, &names, &health, stop).await;
     monitoring.stop().await;
@@ -191,7 +189,7 @@ async fn work(
     let watchdog = Watchdog::new(&config, Arc::clone(&broker), pool.clone(), Arc::clone(&heartbeat));
     let parts =
         start(&config, &roles, &pool, &broker, &publisher, &heartbeat, ids.as_ref(), &watchdog, &consumers, &stop)?;
-    health.fine(PROCESS);
+    health.started();
     drop(publisher);
     let deadline = Duration::from_millis(config.send.shutdown_deadline_ms);
     let ended = supervise(parts, lineage, &consumers, &heartbeat, health, &stop, deadline).await;
@@ -323,7 +321,7 @@ async fn supervise(
         }
     };
     stop.cancel();
-    health.trouble(PROCESS, "is stopping");
+    health.stopping();
     let drain = async {
         let mut clean = true;
         while let Some(ended) = parts.join_next().await {

@@ -12,22 +12,18 @@ use std::{
     time::Duration,
 };
 
-use lapin::Channel;
 use mailrun_shared::{
-    broker::{Broker, Link, depth},
+    broker::Broker,
     config::Config,
     metric,
     store::{in_time, sweep},
 };
 use metrics::counter;
 use sqlx::PgPool;
-use tokio::{
-    sync::Mutex,
-    time::{sleep, timeout},
-};
+use tokio::{sync::Mutex, time::sleep};
 use tracing::debug;
 
-use crate::heartbeat::Heartbeat;
+use crate::{heartbeat::Heartbeat, outlook::Outlook};
 
 /// So many looks in a row make `idle_after_ms`. Looks are counted and not the time, since a process that was stopped meanwhile
 /// has not looked.
@@ -171,14 +167,13 @@ impl Watch {
 /// The watchdog of one process.
 #[derive(Debug)]
 pub struct Watchdog {
-    broker: Arc<Broker>,
     pool: PgPool,
     heartbeat: Arc<Heartbeat>,
     idle_after: Duration,
     stuck_after: Duration,
     database_timeout: Duration,
     /// Where the queues are looked at: not over a connection that is itself in doubt.
-    outlook: Mutex<Option<(Link, Channel)>>,
+    outlook: Mutex<Outlook>,
 }
 
 impl Watchdog {
@@ -186,13 +181,12 @@ impl Watchdog {
     #[must_use]
     pub fn new(config: &Config, broker: Arc<Broker>, pool: PgPool, heartbeat: Arc<Heartbeat>) -> Arc<Self> {
         Arc::new(Self {
-            broker,
             pool,
             heartbeat,
             idle_after: Duration::from_millis(config.watchdog.idle_after_ms),
             stuck_after: Duration::from_millis(config.watchdog.stuck_after_ms),
             database_timeout: config.database.answer_timeout(),
-            outlook: Mutex::default(),
+            outlook: Mutex::new(Outlook::new(broker)),
         })
     }
 
@@ -242,26 +236,8 @@ impl Watchdog {
 
     /// How many messages wait on a queue. None: the broker does not say.
     async fn ready(&self, queue: &str) -> Option<u32> {
-        let mut outlook = self.outlook.lock().await;
-        if outlook.is_none() {
-            let open = async {
-                let link = self.broker.connect("look").await.ok()?;
-                let channel = link.channel().await.ok()?;
-                Some((link, channel))
-            };
-            *outlook = timeout(self.broker.answer_timeout(), open).await.ok()?;
-        }
-        let (_, channel) = outlook.as_ref()?;
-        match timeout(self.broker.answer_timeout(), depth(channel, queue)).await {
-            Ok(Ok(ready)) => Some(ready),
-            _ => {
-                debug!(queue, "the queue can't be looked at");
-                if let Some((link, _)) = outlook.take() {
-                    link.close().await;
-                }
-                None
-            }
-        }
+        let looked = self.outlook.lock().await.depth(queue).await;
+        looked.inspect_err(|error| debug!(queue, %error, "the queue can't be looked at")).ok().flatten()
     }
 
     /// Whether a run has not moved since the last look, for no reason that is known. False: so it is not, or PostgreSQL does not
@@ -278,10 +254,7 @@ impl Watchdog {
 
     /// Closes what it has opened.
     pub async fn close(&self) {
-        let outlook = self.outlook.lock().await.take();
-        if let Some((link, _)) = outlook {
-            link.close().await;
-        }
+        self.outlook.lock().await.close().await;
     }
 }
 

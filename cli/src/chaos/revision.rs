@@ -18,7 +18,7 @@ use tokio::{
 const MARK: &str = "shared/tests/golden.rs";
 /// So many lines of a build that failed are shown.
 const LAST_LINES: usize = 20;
-/// What the build of this program, or whoever runs it, has set for itself.
+/// Variables that are meant for this program, or for its own build.
 const NOT_PASSED_ON: [&str; 7] = [
     "CARGO_BUILD_TARGET_DIR",
     "CARGO_TARGET_DIR",

@@ -1,8 +1,8 @@
 //! Values of the ledger's enums that a later version may have written: read as they are, instead of failing the whole query.
 //!
-//! While an installation is upgraded, older processes meet rows of the new ones. The rule: what walks over many rows leaves
-//! those alone whose word it does not know, what it is told of them waits for a worker that understands it, and the pages show
-//! the word. So every query that reads an enum reads it as [`Stored`], unless its `WHERE` names the words.
+//! While an installation is upgraded, older processes meet rows of the new ones. The rule: a walk over many rows skips those
+//! whose word this version does not know, messages about them wait for a worker that understands it, and the pages show the
+//! word. So every query that reads an enum reads it as [`Stored`], unless its `WHERE` names the words.
 
 use serde::{Serialize, Serializer};
 use sqlx::{
@@ -43,7 +43,7 @@ impl<T> Stored<T> {
 }
 
 impl Stored<Wanted> {
-    /// What to do about a run. One of which a later version wants something else is left alone, as a paused one is.
+    /// What to do about a run. If the word is a later version's, the run is left alone, like a paused one.
     #[must_use]
     pub fn acted_on(self) -> Wanted {
         self.known().unwrap_or(Wanted::Paused)
