@@ -7,12 +7,14 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use mailrun_shared::{broker::Broker, config::Config, marker::Marker, store::installation};
+use mailrun_app::config::Config;
+use mailrun_broker::marker::Marker;
+use mailrun_ledger::installation;
 use secrecy::ExposeSecret as _;
 use tokio::process::Command;
 use url::Url;
 
-use crate::{ledger::Ledger, stack::postgres_program};
+use crate::{ledger::Ledger, postgres_program};
 
 /// The connection parameters that PostgreSQL's own programs understand as well.
 const PARAMETERS: [&str; 7] = ["sslmode", "sslrootcert", "sslcert", "sslkey", "host", "port", "connect_timeout"];
@@ -37,8 +39,7 @@ pub async fn run(config: &Config, ledger: &Ledger, options: &Options) -> Result<
     let Some(pg_dump) = postgres_program("pg_dump") else {
         bail!("pg_dump is not installed: it comes with PostgreSQL's client programs (postgresql-client)");
     };
-    let settings = ledger.settings(config);
-    let (url, password) = without_password(settings.database.url.expose_secret())?;
+    let (url, password) = without_password(config.database.url.expose_secret())?;
     eprintln!("Writing the ledger to {} …", file.display());
     // A file of this name is a complete backup.
     let part = part_of(file);
@@ -61,7 +62,7 @@ pub async fn run(config: &Config, ledger: &Ledger, options: &Options) -> Result<
     fs::rename(&part, file).with_context(|| format!("{} can't be written", file.display()))?;
     let mut conn = ledger.pool.acquire().await?;
     let (id, epoch) = (installation::read(&mut conn).await?.id, installation::begin_epoch(&mut conn).await?);
-    let broker = Broker::new(&settings, "mailrun backup");
+    let broker = config.broker("mailrun backup");
     let mark = async {
         let marker = Marker::open(&broker).await?;
         let marked = marker.write_epoch(id, epoch).await;

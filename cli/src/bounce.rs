@@ -10,7 +10,7 @@ use std::{
 };
 
 use clap::Args;
-use mailrun_shared::config::{Config, ConfigError};
+use mailrun_app::config::{Config, ConfigError};
 use reqwest::{Client, StatusCode, header::CONTENT_TYPE};
 use secrecy::ExposeSecret as _;
 

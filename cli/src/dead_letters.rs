@@ -1,12 +1,10 @@
 //! `mailrun dead-letters`: what could not be sent, and sending it again.
 
 use anyhow::Result;
-use mailrun_shared::{
-    item::ItemState,
-    store::{
-        runs::{self, ReplayWish, Replayed},
-        stored::Stored,
-    },
+use mailrun_core::item::ItemState;
+use mailrun_ledger::{
+    runs::{self, ReplayWish, Replayed},
+    stored::Stored,
 };
 use uuid::Uuid;
 

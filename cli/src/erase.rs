@@ -3,13 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
-use mailrun_shared::{
-    address::Address,
-    broker::Broker,
-    config::Config,
-    marker::{Claim, Marker},
-    store::{installation, people},
-};
+use mailrun_app::config::Config;
+use mailrun_broker::marker::{Claim, Marker};
+use mailrun_core::address::Address;
+use mailrun_ledger::{installation, people};
 use mailrun_worker::scrub::scrub;
 use tokio::time::{sleep, timeout};
 
@@ -51,7 +48,7 @@ pub async fn run(config: &Config, ledger: &Ledger, address: &str) -> Result<()> 
 
 /// Goes over the dead letters. Returns how many people something is still being sent to.
 async fn finish(config: &Config, ledger: &Ledger) -> Result<usize> {
-    let broker = Broker::new(&ledger.settings(config), "mailrun operator");
+    let broker = config.broker("mailrun operator");
     let installation = installation::read(&mut *ledger.pool.acquire().await?).await?;
     let marker = Marker::open(&broker).await?;
     marker.claim(installation.id, Claim::Verify).await?;

@@ -1,40 +1,28 @@
-//! The ledger, for an operator's commands: the one that is configured, or that of the `up` running here.
+//! The ledger that an operator's command works on.
 
 use anyhow::{Result, bail};
-use mailrun_shared::config::Config;
+use mailrun_app::config::Config;
 use sqlx::PgPool;
 
-use crate::{
-    local::Servers,
-    stack::{self, Nodes, running},
-};
-
-/// The ledger, and the private servers if it lives there.
+/// The ledger of the configured installation.
 pub struct Ledger {
     pub(crate) pool: PgPool,
-    servers: Servers,
 }
 
 impl Ledger {
     /// Reaches it.
     ///
     /// # Errors
-    /// When none is configured, and Mailrun does not run here.
-    pub async fn reach(config: &Config) -> Result<Self> {
-        let home = stack::home();
-        if !config.named.database && running(&home).is_none() {
-            bail!("Mailrun does not run here: start it with `mailrun up`, or set DATABASE_URL and AMQP_URL");
-        }
-        let servers = Servers::start(config, &home, Nodes::One, |step| eprintln!("{step} …")).await?;
-        Ok(Self { pool: servers.open_ledger(config, "mailrun operator")?, servers })
-    }
-
-    /// The settings, with the addresses of the servers that were reached.
-    #[must_use]
-    pub fn settings(&self, config: &Config) -> Config {
-        let mut config = config.clone();
-        config.database.url = self.servers.database_url.clone();
-        config.amqp.urls = self.servers.amqp_urls.clone();
-        config
+    /// When the servers are not configured.
+    pub fn reach(config: &Config) -> Result<Self> {
+        let missing = match (config.named.database, config.named.broker) {
+            (true, true) => return Ok(Self { pool: mailrun_ledger::open(&config.database, "mailrun operator")? }),
+            (false, true) => "PostgreSQL: set DATABASE_URL, or database.url in mailrun.toml",
+            (true, false) => "RabbitMQ: set AMQP_URL, or amqp.urls in mailrun.toml",
+            (false, false) => {
+                "the servers: set DATABASE_URL and AMQP_URL, or database.url and amqp.urls in mailrun.toml"
+            }
+        };
+        bail!("this command needs to know {missing}")
     }
 }

@@ -1,26 +1,20 @@
-//! What the mailrun program is made of beside the pipeline itself: the local stack, the services it runs, and the commands.
+//! The program `mailrun` as a library, so that another program can offer the same commands beside its own.
 
 pub mod backup;
-pub mod bench;
 pub mod bounce;
-pub mod chaos;
-pub mod dead_letters;
-pub mod demo;
+mod command;
+mod dead_letters;
 pub mod doctor;
-pub mod erase;
-pub mod ledger;
-pub mod local;
-pub mod mail_sink;
-mod people;
-pub mod prune;
-pub mod relay;
-pub mod restored;
+mod erase;
+mod ledger;
+mod postgres;
+pub mod program;
+mod prune;
+mod relay;
+mod restored;
 pub mod setup;
-pub mod sink;
-pub mod stack;
-pub mod supervise;
-pub mod suppressions;
-pub mod test_send;
-pub mod unknown;
-pub mod up;
-mod visitor;
+mod suppressions;
+mod test_send;
+mod unknown;
+
+pub use self::{command::Command, postgres::postgres_program};

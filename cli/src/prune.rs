@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use indicatif::ProgressBar;
-use mailrun_shared::config::{Config, DAY};
+use mailrun_app::config::Config;
+use mailrun_core::setting::DAY;
 
 use crate::ledger::Ledger;
 

@@ -1,7 +1,7 @@
 //! `mailrun relay`: relays that are stopped because of refusals that nobody could explain, and whose fault those were.
 
 use anyhow::Result;
-use mailrun_shared::store::relay_stops::{self, Fault};
+use mailrun_ledger::relay_stops::{self, Fault};
 
 use crate::ledger::Ledger;
 

@@ -8,10 +8,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use mailrun_shared::{
-    message_id::{MessageIds, find_unsigned},
-    store::{installation, restore, schema, signing},
-};
+use mailrun_core::message_id::{MessageIds, find_unsigned};
+use mailrun_ledger::{installation, restore, schema, signing};
 use uuid::Uuid;
 
 use crate::ledger::Ledger;

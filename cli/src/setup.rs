@@ -3,17 +3,16 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use mailrun_shared::{
-    broker::{Broker, BrokerError},
-    config::Config,
-    lineage::Foreign,
+use mailrun_app::{config::Config, lineage::Foreign};
+use mailrun_broker::{
+    Broker, BrokerError,
     marker::{Claim, Marker},
-    retry::Reconnect,
-    store::{
-        self,
-        grants::{self, Granted},
-        installation,
-    },
+};
+use mailrun_core::retry::Reconnect;
+use mailrun_ledger::{
+    self,
+    grants::{self, Granted},
+    installation,
 };
 use tokio::time::{Instant, sleep};
 use tracing::info;
@@ -30,9 +29,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// When a server can't be reached within a minute, its user has no right to, or the virtual host belongs to another
 /// installation.
 pub async fn run(config: &Config, take_over: bool) -> Result<()> {
-    let pool = store::open(&config.database, "mailrun setup").context("database.url is not usable")?;
-    patiently(async || pool.acquire().await.map(drop), store::may_pass).await.context("PostgreSQL can't be reached")?;
-    store::migrate(&pool).await.context("the schema can't be brought up to date")?;
+    let pool = mailrun_ledger::open(&config.database, "mailrun setup").context("database.url is not usable")?;
+    patiently(async || pool.acquire().await.map(drop), mailrun_ledger::may_pass)
+        .await
+        .context("PostgreSQL can't be reached")?;
+    mailrun_ledger::migrate(&pool).await.context("the schema can't be brought up to date")?;
     info!("the schema is up to date");
     match grants::grant(&pool, &config.database.roles).await.context("the roles can't be made")? {
         Granted::Yes => info!("the roles have their rights"),
@@ -43,7 +44,7 @@ pub async fn run(config: &Config, take_over: bool) -> Result<()> {
             info!("the roles were not made: this user may not create roles; all processes use one user");
         }
     }
-    let broker = Broker::new(config, "mailrun setup");
+    let broker = config.broker("mailrun setup");
     patiently(async || broker.declare_topology().await, |_| true).await.context("the queues can't be declared")?;
     info!("the queues are declared");
     let id = installation::read(&mut *pool.acquire().await?).await?.id;

@@ -4,13 +4,13 @@ use std::io::{self, Write as _};
 
 use anyhow::{Context as _, Result, bail};
 use chrono::Utc;
-use mailrun_shared::{
+use mailrun_core::{
     address::{Address, Invalid, shown},
     since,
-    store::{
-        held_suppressions,
-        suppressions::{self, Reason},
-    },
+};
+use mailrun_ledger::{
+    held_suppressions,
+    suppressions::{self, Reason},
 };
 use uuid::Uuid;
 

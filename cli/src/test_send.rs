@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use mailrun_shared::{
+use mailrun_app::config::{Config, MailerKind};
+use mailrun_core::{
     address::{Address, Invalid},
-    config::{Config, MailerKind},
     template::Template,
 };
 use mailrun_worker::{

@@ -1,10 +1,8 @@
 //! `mailrun unknown`: invitations of which nobody could know whether they arrived, and what somebody has found out since.
 
 use anyhow::{Result, anyhow};
-use mailrun_shared::{
-    address::Address,
-    store::settle::{self, Found, Selection},
-};
+use mailrun_core::address::Address;
+use mailrun_ledger::settle::{self, Found, Selection};
 use uuid::Uuid;
 
 use crate::ledger::Ledger;

@@ -6,11 +6,8 @@ use axum::{
     http::StatusCode,
     response::Redirect,
 };
-use mailrun_shared::{
-    item::ItemState,
-    run::Wanted,
-    store::runs::{self, Granted, ReplayWish},
-};
+use mailrun_core::{item::ItemState, run::Wanted};
+use mailrun_ledger::runs::{self, Granted, ReplayWish};
 use tracing::info;
 use uuid::Uuid;
 

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use axum::http::HeaderMap;
-use mailrun_shared::config::Proxy;
+use mailrun_app::config::Proxy;
 
 /// Headers that only proxies send. What begins with `x-forwarded-` or `x-original-` belongs to them.
 const FORWARDING: [&str; 11] = [

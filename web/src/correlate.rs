@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use mailrun_shared::{signed_id::Named, store::suppressions};
+use mailrun_core::signed_id::Named;
+use mailrun_ledger::suppressions;
 
 use crate::{
     App,

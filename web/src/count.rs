@@ -12,7 +12,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
-use mailrun_shared::address;
+use mailrun_core::address;
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 

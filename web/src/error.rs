@@ -7,7 +7,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{Html, IntoResponse, Response},
 };
-use mailrun_shared::store::{may_pass, submit::NotSubmitted};
+use mailrun_ledger::{may_pass, submit::NotSubmitted};
 use tracing::{error, warn};
 
 /// PostgreSQL's code for a table that is not there.

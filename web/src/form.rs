@@ -9,8 +9,8 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Redirect, Response},
 };
-use mailrun_shared::run::Wanted;
-use mailrun_shared::store::{
+use mailrun_core::run::Wanted;
+use mailrun_ledger::{
     in_time, runs,
     submit::{
         Earlier, InvalidEntry, NotSubmitted, Refusal, SUBMISSION, Submission, Submitted, Tally, submit as take_in,

@@ -13,7 +13,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use mailrun_shared::public_url::is_this_machine;
+use mailrun_core::public_url::is_this_machine;
 use secrecy::ExposeSecret;
 use subtle::ConstantTimeEq;
 use tokio::time::sleep;

@@ -7,7 +7,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
-use mailrun_shared::monitoring;
+use mailrun_app::monitoring;
 use moka::future::Cache;
 use sqlx::{Connection as _, PgPool};
 use tokio::time::timeout;

@@ -8,7 +8,7 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use mailrun_shared::store::{
+use mailrun_ledger::{
     held_suppressions::{Missing, suppress_missing},
     in_time,
     suppressions::{self, Reason},

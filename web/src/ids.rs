@@ -1,6 +1,7 @@
 //! What ids of ours are verified with: in unsubscribe links, and in the mails that come back.
 
-use mailrun_shared::{message_id::MessageIds, store::signing, unsubscribe::Signer};
+use mailrun_core::{message_id::MessageIds, unsubscribe::Signer};
+use mailrun_ledger::signing;
 
 use crate::App;
 

@@ -43,15 +43,14 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{any, get, post},
 };
-use mailrun_shared::{
-    broker::Broker,
+use mailrun_app::{
     config::{Config, ConfigError, MailerKind, SuppressionsConfig, WebConfig},
-    health::Health,
-    lineage, metric,
+    lineage,
     monitoring::{Monitoring, MonitoringError},
     server::{self, Limits},
-    store,
 };
+use mailrun_broker::Broker;
+use mailrun_core::{health::Health, metric};
 use metrics::histogram;
 use sqlx::PgPool;
 use tokio::{
@@ -162,9 +161,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     let monitoring = Monitoring::start(&config.metrics, "web", &health).await?;
     let mut database = config.database.clone();
     database.acquire_timeout_ms = database.acquire_timeout_ms.min(ACQUIRE_TIMEOUT_MS);
-    let pool = store::open(&database, "mailrun web")?;
+    let pool = mailrun_ledger::open(&database, "mailrun web")?;
     database.max_connections = BACKGROUND_CONNECTIONS;
-    let background = store::open(&database, "mailrun web outbox")?;
+    let background = mailrun_ledger::open(&database, "mailrun web outbox")?;
     let sns = sns::Verifier::new(&config.web)?;
     let address = config.web.listen;
     let not_listening = |source| WebError::Listen { address, source };
@@ -173,7 +172,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     info!(address = %listener.local_addr().map_err(not_listening)?, login = config.web.password.is_some(), "serving the pages");
 
     let outbox = Arc::new(Notify::new());
-    let broker = Broker::with_health(&config, "mailrun web", health.clone());
+    let broker = config.broker_with_health("mailrun web", health.clone());
     let publisher = broker.publisher(1);
     // Whoever of the two ends first takes the other along.
     let ending = stop.child_token();
@@ -311,6 +310,6 @@ async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Resp
     if LONG.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    let answer = store::in_time(app.answer_timeout, async { Ok::<_, sqlx::Error>(next.run(request).await) });
+    let answer = mailrun_ledger::in_time(app.answer_timeout, async { Ok::<_, sqlx::Error>(next.run(request).await) });
     answer.await.unwrap_or_else(|error| ErrorPage::from_database(&error).into_response())
 }

@@ -6,10 +6,8 @@ use axum::{
     http::StatusCode,
     response::Redirect,
 };
-use mailrun_shared::{
-    address::Address,
-    store::{in_time, people},
-};
+use mailrun_core::address::Address;
+use mailrun_ledger::{in_time, people};
 use tracing::info;
 
 use crate::{

@@ -9,11 +9,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use chrono::TimeDelta;
-use mailrun_shared::{
+use mailrun_core::{
     item::ItemState,
     run::{Phase, Wanted},
-    store::runs::{self, Progress},
 };
+use mailrun_ledger::runs::{self, Progress};
 use moka::future::Cache;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -255,7 +255,7 @@ pub(crate) async fn show(
 mod tests {
     use super::*;
     use chrono::Utc;
-    use mailrun_shared::run::Counters;
+    use mailrun_core::run::Counters;
 
     fn finished(sent: i32, failed: i32, unknown: i32) -> Progress {
         let now = Utc::now();

@@ -2,13 +2,10 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use mailrun_shared::{
-    broker::{BrokerError, Outgoing, Publisher},
-    epoch::Epoch,
-    store::{
-        in_time,
-        outbox::{self, Waiting},
-    },
+use mailrun_broker::{BrokerError, Outgoing, Publisher, epoch::Epoch};
+use mailrun_ledger::{
+    in_time,
+    outbox::{self, Waiting},
 };
 use sqlx::PgPool;
 use tokio::{sync::Notify, time::sleep};

@@ -7,7 +7,7 @@ use axum::{
     response::{Redirect, Response},
 };
 use chrono::Utc;
-use mailrun_shared::store::relay_stops::{self, Fault, RelayStop};
+use mailrun_ledger::relay_stops::{self, Fault, RelayStop};
 use tracing::info;
 
 use crate::{

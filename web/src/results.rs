@@ -5,14 +5,11 @@ use axum::{
     extract::{Path, Query, State},
     response::Response,
 };
-use mailrun_shared::{
-    item::ItemState,
-    run::Phase,
-    store::{
-        runs::{self, Progress, Summary, Trouble},
-        stored::Stored,
-        sweep::{self, Repairs},
-    },
+use mailrun_core::{item::ItemState, run::Phase};
+use mailrun_ledger::{
+    runs::{self, Progress, Summary, Trouble},
+    stored::Stored,
+    sweep::{self, Repairs},
 };
 use serde::Deserialize;
 use uuid::Uuid;

@@ -8,7 +8,7 @@ use axum::{
     response::Response,
 };
 use chrono::{DateTime, Datelike as _, SecondsFormat, Utc};
-use mailrun_shared::store::runs::{self, Progress};
+use mailrun_ledger::runs::{self, Progress};
 use serde::Deserialize;
 use uuid::Uuid;
 

@@ -10,14 +10,14 @@ use axum::{
     response::{IntoResponse, Redirect, Response},
 };
 use chrono::Utc;
-use mailrun_shared::{
+use mailrun_core::{
     address::{Address, Invalid, shown},
     since,
-    store::{
-        held_suppressions::{self, Review},
-        stored::Stored,
-        suppressions::{self, Reason, Suppression},
-    },
+};
+use mailrun_ledger::{
+    held_suppressions::{self, Review},
+    stored::Stored,
+    suppressions::{self, Reason, Suppression},
 };
 use serde::Deserialize;
 use tracing::info;

@@ -7,14 +7,12 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Redirect, Response},
 };
-use mailrun_shared::{
-    address::{Address, Invalid, shown},
-    store::{
-        in_time,
-        stored::Stored,
-        suppressions::Reason,
-        test_sends::{self, Asked, NewTest, TestSend, TestState},
-    },
+use mailrun_core::address::{Address, Invalid, shown};
+use mailrun_ledger::{
+    in_time,
+    stored::Stored,
+    suppressions::Reason,
+    test_sends::{self, Asked, NewTest, TestSend, TestState},
 };
 use tracing::info;
 use uuid::Uuid;

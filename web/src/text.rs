@@ -2,7 +2,7 @@
 
 use std::{fmt::Display, panic::resume_unwind};
 
-use mailrun_shared::template::Template;
+use mailrun_core::template::Template;
 use tokio::task::spawn_blocking;
 
 /// Longer subjects are cut by every mail program.

@@ -9,13 +9,10 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
-use mailrun_shared::{
-    address::shown,
-    store::{
-        signing,
-        suppressions::{self, Reason},
-    },
-    unsubscribe::Token,
+use mailrun_core::{address::shown, unsubscribe::Token};
+use mailrun_ledger::{
+    signing,
+    suppressions::{self, Reason},
 };
 use sqlx::PgConnection;
 use tracing::info;

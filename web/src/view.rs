@@ -3,10 +3,8 @@
 use std::borrow::Cow;
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
-use mailrun_shared::{
-    run::{Counters, Phase},
-    store::runs::Progress,
-};
+use mailrun_core::run::{Counters, Phase};
+use mailrun_ledger::runs::Progress;
 
 /// A segment of the bar that is not empty is at least this wide, in percent: one failure among a million is seen.
 const LEAST_PERCENT: f64 = 2.0;

@@ -12,7 +12,8 @@ use std::{
     time::Duration,
 };
 
-use mailrun_shared::broker::Broker;
+use mailrun_broker::Broker;
+use mailrun_core::outcome::Withdrawn;
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
@@ -20,17 +21,6 @@ use crate::{heartbeat::Heartbeat, pace::Pace, stopped_runs::StoppedRuns};
 
 /// How long an attempt waits for another send time before it is given back.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
-
-/// Why an attempt must not be offered to the far side. It certainly had no effect, and costs no try.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Withdrawn {
-    /// The heartbeat is too old, or the ledger was replaced by an older one: the attempt may be settled already.
-    CutOff,
-    /// The run was paused or cancelled.
-    Stopped,
-    /// The rate limit leaves no send time for so long.
-    NotDue(Duration),
-}
 
 /// What the attempts of a process are checked against.
 pub(crate) struct Checks {

@@ -9,13 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun_shared::{
+use mailrun_core::{
     item::{ItemState, Key, Standing},
     message::ItemResult,
-    store::receipts::Receipt,
 };
+use mailrun_ledger::receipts::Receipt;
 
-use crate::consumer::Delivery;
+use mailrun_broker::consumer::Delivery;
 
 /// An outcome is looked up in the ledger when it is this old.
 const FIRST_LOOK: Duration = Duration::from_secs(3);
@@ -202,7 +202,7 @@ impl Claims {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mailrun_shared::message::ItemMessage;
+    use mailrun_core::message::ItemMessage;
     use uuid::Uuid;
 
     fn key(item_id: i64) -> Key {

@@ -6,20 +6,20 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use mailrun_shared::{
-    broker::{BrokerError, Outgoing, Publisher},
-    config::Config,
+use mailrun_app::config::Config;
+use mailrun_broker::{BrokerError, Outgoing, Publisher, topology};
+use mailrun_core::claim::Withheld;
+use mailrun_core::queue;
+use mailrun_core::{
     item::{ItemState, Key},
     message::{Command, ItemMessage, ItemResult, RunMessage, Step},
     pacing::Rate,
     run::{Budget, Flow, Wanted, outstanding, room},
-    store::{
-        attempts::{self, Withheld},
-        in_time, may_pass,
-        passes::{self, Advance, Item, Pass, PassKind, Situation},
-        receipts::Receipt,
-    },
-    topology,
+};
+use mailrun_ledger::{
+    attempts, in_time, may_pass,
+    passes::{self, Advance, Item, Pass, PassKind, Situation},
+    receipts::Receipt,
 };
 use sqlx::{PgConnection, PgPool};
 use tokio::{
@@ -30,10 +30,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
-use crate::{
-    consumer::{Consumer, Delivery},
-    outcome, poison,
-};
+use crate::poison;
+use mailrun_broker::consumer::{Consumer, Delivery};
+use mailrun_core::outcome;
 
 /// Runs that one process works on at the same time.
 const CONCURRENCY: usize = 4;
@@ -162,14 +161,14 @@ impl FanOut {
         };
         match after {
             After::Nothing => delivery.ack(),
-            After::Soon | After::Wait => self.again(&message, delivery, topology::RUNS_WAIT).await,
-            After::Paused => self.again(&message, delivery, topology::RUNS_PAUSED).await,
+            After::Soon | After::Wait => self.again(&message, delivery, queue::RUNS_WAIT).await,
+            After::Paused => self.again(&message, delivery, queue::RUNS_PAUSED).await,
             After::PutBack => match self.put_back(message.run_id).await {
                 Ok(()) => delivery.ack(),
                 Err(error) => {
                     warn!(run_id = %message.run_id, %error, "a resumed run's items can't be put back; trying again");
                     sleep(PAUSE_AFTER_ERROR).await;
-                    self.again(&message, delivery, topology::RUNS_WAIT).await;
+                    self.again(&message, delivery, queue::RUNS_WAIT).await;
                 }
             },
         }
@@ -244,7 +243,7 @@ impl FanOut {
             let messages = items.iter().map(|item| {
                 let message = Outgoing::new(&item.next);
                 match wait {
-                    Some(wait) => message.to(topology::retry_queue(*wait)),
+                    Some(wait) => message.to(queue::retry_queue(*wait)),
                     None => message,
                 }
             });

@@ -2,13 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use mailrun_shared::{
-    broker::{Broker, BrokerError},
-    metric,
-    store::{
-        gauges::{self, Gauges},
-        in_time,
-    },
+use mailrun_broker::{Broker, BrokerError};
+use mailrun_core::metric;
+use mailrun_ledger::{
+    gauges::{self, Gauges},
+    in_time,
 };
 use metrics::gauge;
 use sqlx::PgPool;
@@ -16,7 +14,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::outlook::Outlook;
+use mailrun_broker::outlook::Outlook;
 
 /// Monitoring systems ask about as often.
 const LOOK_EVERY: Duration = Duration::from_secs(10);

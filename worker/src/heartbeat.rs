@@ -2,14 +2,14 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicI32, Ordering},
-    },
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
-use mailrun_shared::{broker::Rejections, config::HeartbeatConfig, health::Health, metric, store::workers};
+use mailrun_app::config::HeartbeatConfig;
+use mailrun_broker::Broker;
+use mailrun_core::{health::Health, metric};
+use mailrun_ledger::workers;
 use metrics::gauge;
 use rustix::time::{ClockId, clock_gettime};
 use sqlx::PgPool;
@@ -19,9 +19,9 @@ use tracing::{debug, warn};
 
 use crate::{
     mailer::{Lane, Mailer},
-    observer::Observer,
     permits::Permits,
 };
+use mailrun_core::observer::Observer;
 
 /// What `/livez` says of a worker that others have given up.
 const FENCED: &str = "others have declared this worker dead, or its row in the table workers is gone";
@@ -59,9 +59,8 @@ pub struct Heartbeat {
     /// Cancelled when its row is gone or declares it dead: for good, since others act on that.
     fenced: CancellationToken,
     health: Health,
-    rebuilds: AtomicI32,
-    /// What RabbitMQ does not take from it.
-    rejections: OnceLock<Rejections>,
+    /// What consumes for it, and publishes.
+    broker: OnceLock<Arc<Broker>>,
     /// What it sends through and with, if it does.
     sender: OnceLock<(Arc<dyn Mailer>, Arc<Permits>)>,
 }
@@ -97,8 +96,7 @@ impl Heartbeat {
             last: Mutex::new(last),
             fenced: CancellationToken::new(),
             health: health.clone(),
-            rebuilds: AtomicI32::new(0),
-            rejections: OnceLock::new(),
+            broker: OnceLock::new(),
             sender: OnceLock::new(),
         })
     }
@@ -121,11 +119,6 @@ impl Heartbeat {
         }
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
         since_boot().saturating_sub(last) + self.interval / 2 < self.dead_after
-    }
-
-    /// Counts a consumer whose connection is built anew because it was of no use, for the operator to see.
-    pub fn add_rebuild(&self) {
-        self.rebuilds.fetch_add(1, Ordering::Relaxed);
     }
 
     /// From now on the heartbeat says how many permits are in use, and whether the mailer's lane is closed, and why.
@@ -200,14 +193,15 @@ impl Heartbeat {
             Some(Lane::Closed { reason, until }) => Some((reason, until.saturating_duration_since(Instant::now()))),
             _ => None,
         };
-        let rebuilds = self.rebuilds.load(Ordering::Relaxed);
-        let rejected = self.rejections.get().and_then(Rejections::words);
+        let rebuilds = self.broker.get().map_or(0, |broker| broker.rebuilds());
+        let rejected = self.broker.get().and_then(|broker| broker.rejections().words());
         workers::heartbeat(&mut conn, self.worker_id, self.in_flight(), rebuilds, closed, rejected).await
     }
 
-    /// Has the heartbeats show what RabbitMQ rejects.
-    pub fn show_rejections(&self, rejections: Rejections) {
-        let _ = self.rejections.set(rejections);
+    /// From now on the heartbeat says what RabbitMQ rejects, and how often consumers got a new connection.
+    pub fn show_broker(&self, broker: Arc<Broker>) {
+        // There is one in a process.
+        let _ = self.broker.set(broker);
     }
 
     fn in_flight(&self) -> i32 {

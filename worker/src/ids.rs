@@ -1,13 +1,13 @@
 //! What a mail carries that leads back to its invitation: a `Message-ID` and an unsubscribe link, made from the ledger's key.
 
-use mailrun_shared::{
-    config::Config,
+use mailrun_app::config::Config;
+use mailrun_core::{
     message_id::MessageIds,
     public_url::PublicUrl,
     signed_id::{Named, SigningKey},
-    store::{in_time, signing},
     unsubscribe::Signer,
 };
+use mailrun_ledger::{in_time, signing};
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 

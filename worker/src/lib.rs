@@ -10,18 +10,12 @@
 
 pub mod attempt;
 mod claims;
-mod consumer;
 mod fan_out;
 mod gauges;
 mod heartbeat;
 mod held;
 mod ids;
 pub mod mailer;
-#[cfg(test)]
-mod model;
-pub mod observer;
-pub mod outcome;
-mod outlook;
 mod pace;
 mod permits;
 mod poison;
@@ -35,20 +29,18 @@ mod stopped_runs;
 pub mod sweep;
 mod templates;
 pub mod test_send;
-mod watchdog;
 
 use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
 
-use mailrun_shared::{
-    broker::{Broker, Publisher},
+use mailrun_app::{
     config::Config,
-    health::Health,
     lineage::{self, Foreign},
     monitoring::{Monitoring, MonitoringError},
-    retry::Reconnect,
-    store::{self, in_time},
-    topology,
 };
+use mailrun_broker::{Broker, Publisher};
+use mailrun_core::queue;
+use mailrun_core::{health::Health, retry::Reconnect};
+use mailrun_ledger::in_time;
 use sqlx::PgPool;
 use tokio::{
     task::{JoinHandle, JoinSet},
@@ -59,8 +51,12 @@ use tracing::{error, info, warn};
 
 pub use crate::poison::STALE;
 use crate::{
-    consumer::Consumer, fan_out::FanOut, heartbeat::Heartbeat, ids::Ids, permits::Permits, progress::Progress,
-    send::Senders, sweep::Sweeper, test_send::TestSends, watchdog::Watchdog,
+    fan_out::FanOut, heartbeat::Heartbeat, ids::Ids, permits::Permits, progress::Progress, send::Senders,
+    sweep::Sweeper, test_send::TestSends,
+};
+use mailrun_broker::{
+    consumer::Consumer,
+    watchdog::{Standstill, Watchdog},
 };
 
 /// Run messages handed out ahead to one pump.
@@ -159,7 +155,7 @@ async fn work(
     health: &Health,
     stop: CancellationToken,
 ) -> Result<(), WorkerError> {
-    let pool = store::open(&config.database, &format!("mailrun worker {names}"))?;
+    let pool = mailrun_ledger::open(&config.database, &format!("mailrun worker {names}"))?;
     let permits = if roles.contains(&Role::Send) { config.permits() } else { 0 };
     let Some(heartbeat) = register(&pool, names, permits, &config, health, &stop).await else { return Ok(()) };
     info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
@@ -170,10 +166,9 @@ async fn work(
         },
         false => None,
     };
-    let broker =
-        Broker::with_health(&config, format!("mailrun worker {} {names}", heartbeat.worker_id()), health.clone());
+    let broker = config.broker_with_health(format!("mailrun worker {} {names}", heartbeat.worker_id()), health.clone());
     let publisher = broker.publisher(config.amqp.publish_lanes);
-    heartbeat.show_rejections(broker.rejections().clone());
+    heartbeat.show_broker(Arc::clone(&broker));
     let beating = CancellationToken::new();
     let beat = tokio::spawn({
         let (heartbeat, beating) = (Arc::clone(&heartbeat), beating.clone());
@@ -186,7 +181,12 @@ async fn work(
         async move { lineage::keep(&pool, &broker, limit, &stop).await }
     });
     let consumers = TaskTracker::new();
-    let watchdog = Watchdog::new(&config, Arc::clone(&broker), pool.clone(), Arc::clone(&heartbeat));
+    let watchdog = Watchdog::new(
+        Arc::clone(&broker),
+        Duration::from_millis(config.watchdog.idle_after_ms),
+        Duration::from_millis(config.watchdog.stuck_after_ms),
+        standstill(pool.clone(), config.database.answer_timeout()),
+    );
     let parts =
         start(&config, &roles, &pool, &broker, &publisher, &heartbeat, ids.as_ref(), &watchdog, &consumers, &stop)?;
     health.started();
@@ -202,6 +202,23 @@ async fn work(
     }
     info!(worker_id = heartbeat.worker_id(), "worker stopped");
     ended
+}
+
+/// Whether a run has not moved for this time, for no reason that is known. False also where PostgreSQL does not answer.
+fn standstill(pool: PgPool, limit: Duration) -> Standstill {
+    Box::new(move |period| {
+        let pool = pool.clone();
+        Box::pin(async move {
+            let ask = async {
+                let mut conn = pool.acquire().await?;
+                Ok::<_, sqlx::Error>(
+                    mailrun_ledger::sweep::is_standstill(&mut conn, period).await?
+                        && !mailrun_ledger::sweep::all_lanes_closed(&mut conn).await?,
+                )
+            };
+            in_time(limit, ask).await.unwrap_or(false)
+        })
+    })
 }
 
 /// Registers, however long PostgreSQL takes to answer. None: told to stop before that.
@@ -256,7 +273,7 @@ fn start(
         match role {
             Role::FanOut => {
                 let pump = FanOut::new(config.clone(), pool.clone(), publisher.clone());
-                parts.spawn(pump.run(consume(&[topology::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
+                parts.spawn(pump.run(consume(&[queue::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
                 let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 parts.spawn(sweeper.run(stop.clone()));
                 let limit = config.database.answer_timeout();
@@ -274,7 +291,7 @@ fn start(
                 heartbeat.tell_of(Arc::clone(&mailer), Arc::clone(&permits));
                 let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
                 let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, ids.clone());
-                parts.spawn(tests.run(consume(&[topology::TESTS.into()], test_send::PREFETCH), stop.clone()));
+                parts.spawn(tests.run(consume(&[queue::TESTS.into()], test_send::PREFETCH), stop.clone()));
                 let limit = config.database.answer_timeout();
                 parts.spawn(relay_stops::watch(pool.clone(), Arc::clone(&mailer), limit, stop.clone()));
                 let beat = Arc::clone(heartbeat);
@@ -287,7 +304,7 @@ fn start(
             Role::Progress => {
                 let progress = Progress::new(config.clone(), pool, publisher.clone());
                 let prefetch = u16::try_from(config.progress.batch_messages * 2).unwrap_or(u16::MAX).min(2_000);
-                parts.spawn(progress.run(consume(&[topology::RESULTS.into()], prefetch), stop.clone()));
+                parts.spawn(progress.run(consume(&[queue::RESULTS.into()], prefetch), stop.clone()));
             }
         }
     }

@@ -7,13 +7,11 @@ use std::{
     time::Duration,
 };
 
-use mailrun_shared::{
-    config::Config,
-    pacing::Rate,
-    store::{
-        attempts::{self, Limits},
-        in_time, pacing,
-    },
+use mailrun_app::config::Config;
+use mailrun_core::pacing::Rate;
+use mailrun_ledger::{
+    attempts::{self, Limits},
+    in_time, pacing,
 };
 use moka::future::Cache;
 use sqlx::PgPool;

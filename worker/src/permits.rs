@@ -8,7 +8,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use mailrun_shared::item::{ItemState, Key};
+use mailrun_core::item::{ItemState, Key};
 use tokio::sync::Notify;
 
 /// The permits of a sender. Any number of tasks may give them back, and one takes them.

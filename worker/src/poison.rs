@@ -2,15 +2,13 @@
 
 use std::{sync::Once, time::Duration};
 
-use mailrun_shared::{
-    broker::{Outgoing, Publisher},
-    message::{DeadReason, DecodeError, Message, decode},
-    topology,
-};
+use mailrun_broker::{Outgoing, Publisher};
+use mailrun_core::message::{DeadReason, DecodeError, Message, decode};
+use mailrun_core::queue;
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::consumer::Delivery;
+use mailrun_broker::consumer::Delivery;
 
 /// While there is no dead-letter queue, a message is held for so long.
 const INSIST: Duration = Duration::from_secs(60);
@@ -44,7 +42,7 @@ pub fn read<M: Message>(delivery: &Delivery) -> Result<M, Refusal> {
 /// Why it can't be understood.
 pub fn understand<M: Message>(delivery: &Delivery) -> Result<M, Refusal> {
     decode(delivery.kind(), &delivery.body).map_err(|error| match error {
-        DecodeError::Newer { .. } => Refusal::Newer { waiting_room: topology::waiting_room_of(M::QUEUE) },
+        DecodeError::Newer { .. } => Refusal::Newer { waiting_room: queue::waiting_room_of(M::QUEUE) },
         error => Refusal::Dead(error.to_string()),
     })
 }

@@ -2,18 +2,18 @@
 
 use std::time::Duration;
 
-use mailrun_shared::{
-    broker::{Outgoing, Publisher},
-    config::Config,
+use mailrun_app::config::Config;
+use mailrun_broker::{Outgoing, Publisher};
+use mailrun_core::queue;
+use mailrun_core::{
     item::ItemState,
     message::{DeadReason, ItemResult, ResultsMessage},
     metric,
     retry::Reconnect,
-    store::{
-        Session, is_about_data,
-        progress::{self, Applied, Report},
-    },
-    topology,
+};
+use mailrun_ledger::{
+    Session, is_about_data,
+    progress::{self, Applied, Report},
 };
 use metrics::counter;
 use sqlx::PgPool;
@@ -22,10 +22,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use uuid::Uuid;
 
-use crate::{
-    consumer::{Consumer, Delivery},
-    poison,
-};
+use crate::poison;
+use mailrun_broker::consumer::{Consumer, Delivery};
 
 /// How long results are gathered: far less than what a person sees of the bar.
 const GATHER: Duration = Duration::from_millis(15);
@@ -153,7 +151,7 @@ impl Progress {
     /// place; their message comes again when the consumer connects anew.
     async fn set_aside(&self, delivery: &Delivery, run_id: Option<Uuid>, results: Vec<ItemResult>) -> bool {
         let message = Outgoing::new(&ResultsMessage { run_id, results })
-            .to(topology::RESULTS_WAIT)
+            .to(queue::RESULTS_WAIT)
             .with_headers_of(&delivery.properties);
         poison::set_aside(&self.publisher, vec![message]).await
     }

@@ -5,10 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun_shared::{
-    config::Config,
-    store::{in_time, prune},
-};
+use mailrun_app::config::Config;
+use mailrun_ledger::{in_time, prune};
 use sqlx::PgPool;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;

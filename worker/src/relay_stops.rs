@@ -2,7 +2,7 @@
 
 use std::{mem, sync::Arc, time::Duration};
 
-use mailrun_shared::store::{Session, relay_stops};
+use mailrun_ledger::{Session, relay_stops};
 use sqlx::{PgConnection, PgPool};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;

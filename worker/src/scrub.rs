@@ -4,18 +4,16 @@
 use std::{collections::HashSet, time::Duration};
 
 use lapin::{message::Delivery, types::ShortString};
-use mailrun_shared::{
-    broker::{Broker, BrokerError, ERROR_HEADER, Publisher},
-    message::{ItemMessage, ResultsMessage, decode},
-    store::{
-        in_time,
-        people::{self, Finder, REPLY_ERASED},
-    },
+use mailrun_broker::{Broker, BrokerError, ERROR_HEADER, Publisher};
+use mailrun_core::message::{ItemMessage, ResultsMessage, decode};
+use mailrun_ledger::{
+    in_time,
+    people::{self, Finder, REPLY_ERASED},
 };
 use sqlx::PgPool;
 use tracing::info;
 
-use crate::replay::{Fate, header_text, to_the_tail, walk_over};
+use mailrun_broker::dead_letters::{Fate, header_text, to_the_tail, walk_over};
 
 /// Why it could not be finished. The next try does it all again.
 #[derive(Debug, thiserror::Error)]

@@ -12,20 +12,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun_shared::{
-    broker::{Broker, Outgoing, Publisher},
-    config::Config,
+use mailrun_app::config::Config;
+use mailrun_broker::{Broker, Outgoing, Publisher};
+use mailrun_core::{
+    claim::Found,
+    queue::{ITEMS_WAIT, retry_queue},
+};
+use mailrun_core::{
     item::{ItemState, Key},
     message::{ItemMessage, ItemResult},
     metric,
     retry::{Reconnect, in_process},
     signed_id::Named,
-    store::{
-        Session,
-        attempts::{self, Claimed, Found, Paced},
-        in_time, receipts,
-    },
-    topology::{ITEMS_WAIT, retry_queue},
+};
+use mailrun_ledger::{
+    Session,
+    attempts::{self, Claimed, Paced},
+    in_time, receipts,
 };
 use metrics::{Counter, Histogram, counter, histogram};
 use sqlx::{PgConnection, PgPool};
@@ -41,18 +44,18 @@ use uuid::Uuid;
 use crate::{
     attempt::{Attempt, Checks},
     claims::{Claims, Known},
-    consumer::{Consumer, Delivery},
     heartbeat::Heartbeat,
     held::Held,
     ids::Ids,
     mailer::{self, Lane, Mail, Mailer, Outcome},
-    outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld},
     pace::Pace,
     permits::Permits,
     poison::{self, Refusal},
     stopped_runs::StoppedRuns,
     templates::{Read, Templates, TemplatesError},
 };
+use mailrun_broker::consumer::{Consumer, Delivery};
+use mailrun_core::outcome::{Next, Refused, Rules, after_cut_off, after_death, after_send, refused, withheld};
 
 /// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
 /// one of few. With a slow mail server the permits are used up, and nobody waits here.

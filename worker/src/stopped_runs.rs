@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use mailrun_shared::store::{Session, runs};
+use mailrun_ledger::{Session, runs};
 use sqlx::PgPool;
 use tokio::{
     sync::watch,
@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use uuid::Uuid;
 
-use crate::{attempt::Withdrawn, heartbeat::Heartbeat};
+use crate::heartbeat::Heartbeat;
+use mailrun_core::outcome::Withdrawn;
 
 /// How often the runs in hand are looked up.
 const LOOK_EVERY: Duration = Duration::from_millis(300);

@@ -11,17 +11,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun_shared::{
-    broker::{Broker, BrokerError, Outgoing, Publisher},
-    config::{Config, OnUnknown},
+use mailrun_app::config::{Config, OnUnknown};
+use mailrun_broker::{Broker, BrokerError, Outgoing, Publisher};
+use mailrun_core::{
     item::ItemState,
     message::{Command, ItemResult, RunMessage, Step},
     metric,
     run::Wanted,
-    store::{
-        in_time,
-        sweep::{self, OpenItem, Repairs, Stalled},
-    },
+};
+use mailrun_ledger::{
+    in_time,
+    sweep::{self, OpenItem, Repairs, Stalled},
 };
 use metrics::counter;
 use sqlx::{Connection as _, PgConnection, PgPool};
@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::outcome::{Repair, after_death, repair, withheld};
+use mailrun_core::outcome::{Repair, after_death, repair, withheld};
 
 /// A run is looked at again after at most this time, however often it was in vain.
 const LONGEST_REST: Duration = Duration::from_secs(600);

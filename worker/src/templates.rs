@@ -2,10 +2,8 @@
 
 use std::{panic::resume_unwind, sync::Arc, time::Duration};
 
-use mailrun_shared::{
-    store::{in_time, runs},
-    template::{Template, TemplateError},
-};
+use mailrun_core::template::{Template, TemplateError};
+use mailrun_ledger::{in_time, runs};
 use moka::future::Cache;
 use sqlx::PgPool;
 use tokio::task::spawn_blocking;

@@ -6,16 +6,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use mailrun_shared::{
-    broker::Publisher,
-    config::Config,
-    message::TestMessage,
-    retry::Reconnect,
-    store::{
-        in_time,
-        test_sends::{self, Claimed, TestState},
-    },
-    template::Template,
+use mailrun_app::config::Config;
+use mailrun_broker::Publisher;
+use mailrun_core::{message::TestMessage, retry::Reconnect, template::Template};
+use mailrun_ledger::{
+    in_time,
+    test_sends::{self, Claimed, TestState},
 };
 use sqlx::PgPool;
 use tokio::{task::JoinSet, time::sleep};
@@ -25,11 +21,11 @@ use uuid::Uuid;
 
 use crate::{
     attempt::Attempt,
-    consumer::{Consumer, Delivery},
     ids::Ids,
     mailer::{Lane, Mail, Mailer, Outcome},
     poison,
 };
+use mailrun_broker::consumer::{Consumer, Delivery};
 
 /// Tests handed out ahead, which are sent at the same time.
 pub const PREFETCH: u16 = 4;

@@ -4,23 +4,21 @@
 use std::{collections::HashMap, time::Duration};
 
 use anyhow::{Context as _, Result};
-use mailrun_shared::{
-    broker::{Outgoing, Publisher},
+use mailrun_broker::{Outgoing, Publisher};
+use mailrun_core::claim::Owner;
+use mailrun_core::outcome::{Repair, repair};
+use mailrun_core::queue::{RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT};
+use mailrun_core::{
     message::{ItemResult, RunMessage},
     run::Wanted,
-    store::{
-        attempts::Owner,
-        audit::Unfinished,
-        progress::{self, Report as Reported},
-        sweep::{self, OpenItem, Repairs, Stalled},
-        workers::{self, Worker},
-    },
-    topology::{RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT},
 };
-use mailrun_worker::{
-    outcome::{Repair, repair},
-    sweep::{Mending, missing_command},
+use mailrun_ledger::{
+    audit::Unfinished,
+    progress::{self, Report as Reported},
+    sweep::{self, OpenItem, Repairs, Stalled},
+    workers::{self, Worker},
 };
+use mailrun_worker::sweep::{Mending, missing_command};
 use sqlx::PgConnection;
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -228,7 +226,7 @@ fn open(run_id: Uuid, found: Repairs) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mailrun_shared::store::attempts::Withheld;
+    use mailrun_core::claim::Withheld;
 
     const QUIET: Conveyed = Conveyed { results: false, items: false, stalled: true };
 

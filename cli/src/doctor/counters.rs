@@ -1,7 +1,7 @@
 //! The counters and the people's flags: whether they say what the items say.
 
 use anyhow::Result;
-use mailrun_shared::store::audit::{self, Drift, Flags};
+use mailrun_ledger::audit::{self, Drift, Flags};
 
 use super::{
     Patient, grouped,
@@ -109,7 +109,7 @@ fn flagged(flags: Flags) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mailrun_shared::run::Counters;
+    use mailrun_core::run::Counters;
     use uuid::Uuid;
 
     #[test]

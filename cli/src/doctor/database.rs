@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use mailrun_shared::store::{
+use mailrun_ledger::{
     durability::{self as store_durability, Durability},
     schema::{self, Difference},
 };

@@ -1,6 +1,6 @@
 //! PostgreSQL's settings on which it depends whether what is accepted survives a crash, and a failover.
 
-use mailrun_shared::store::durability::Durability;
+use mailrun_ledger::durability::Durability;
 
 use super::report::{Finding, Report};
 

@@ -8,13 +8,11 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use lapin::{message::Delivery, options::BasicGetOptions};
-use mailrun_shared::{
-    broker::{REASON_HEADER, depth},
-    message::{DeadReason, ItemMessage, decode},
-    store::audit::{self, Subject, Troubled},
-    topology::DEAD,
-};
-use mailrun_worker::replay::{Fate, Walked, header_text, walk_over};
+use mailrun_broker::dead_letters::{Fate, Walked, header_text, walk_over};
+use mailrun_broker::{REASON_HEADER, depth};
+use mailrun_core::message::{DeadReason, ItemMessage, decode};
+use mailrun_core::queue::DEAD;
+use mailrun_ledger::audit::{self, Subject, Troubled};
 use tokio::time::timeout;
 
 use super::{
@@ -184,7 +182,7 @@ async fn remove(conveyor: &Conveyor, outdated: &HashSet<Key>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mailrun_shared::item::{
+    use mailrun_core::item::{
         ItemState::{Failed, Pending, Sent, Unknown},
         Standing,
     };

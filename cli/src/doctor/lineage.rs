@@ -1,13 +1,13 @@
 //! Whether the ledger and the virtual host belong together, and whether the ledger is older than the messages.
 
 use anyhow::Result;
-use mailrun_shared::{
-    broker::BrokerError,
-    epoch::BEHIND,
-    lineage::Foreign,
+use mailrun_app::lineage::Foreign;
+use mailrun_broker::{
+    BrokerError,
     marker::{Claim, Marker},
-    store::installation,
 };
+use mailrun_core::epoch::BEHIND;
+use mailrun_ledger::installation;
 
 use super::{
     Patient,

@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use mailrun_shared::{config::Config, store::audit};
+use mailrun_app::config::Config;
+use mailrun_ledger::audit;
 use sqlx::PgPool;
 
 use self::report::{Finding, Report};
@@ -71,8 +72,8 @@ impl Patient {
 /// # Errors
 /// When something is wrong and was not repaired, or no Mailrun is configured or runs here.
 pub async fn run(config: &Config, options: &Options) -> Result<()> {
-    let ledger = Ledger::reach(config).await?;
-    let patient = Patient { config: ledger.settings(config), pool: ledger.pool.clone(), fix: options.fix };
+    let ledger = Ledger::reach(config)?;
+    let patient = Patient { config: config.clone(), pool: ledger.pool.clone(), fix: options.fix };
     let report = Box::pin(examine(&patient)).await;
     if options.json {
         println!("{}", report.json()?);

@@ -3,11 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use mailrun_shared::{
-    broker::Outgoing,
-    message::DeadReason,
-    store::outbox::{self, Waiting},
-};
+use mailrun_broker::Outgoing;
+use mailrun_core::message::DeadReason;
+use mailrun_ledger::outbox::{self, Waiting};
 
 use super::{
     Patient, are,

@@ -1,7 +1,7 @@
 //! Runs that do not progress, and nothing above says why.
 
 use anyhow::Result;
-use mailrun_shared::store::audit::{self, NoProgress};
+use mailrun_ledger::audit::{self, NoProgress};
 
 use super::{
     Patient,

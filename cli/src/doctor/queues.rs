@@ -7,11 +7,12 @@ use lapin::{
     options::{BasicPublishOptions, ConfirmSelectOptions},
     protocol::AMQPErrorKind,
 };
-use mailrun_shared::{
-    broker::{Broker, BrokerError, Link, Publisher},
-    config::{AmqpConfig, Config},
-    topology::{self, DEAD, EXCHANGE, ITEMS, Queue, RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT, TESTS},
+use mailrun_app::config::{AmqpConfig, Config};
+use mailrun_broker::{
+    Broker, BrokerError, Link, Publisher,
+    topology::{self, Queue},
 };
+use mailrun_core::queue::{DEAD, EXCHANGE, ITEMS, RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT, TESTS};
 use tokio::time::timeout;
 
 use super::{
@@ -117,7 +118,7 @@ pub(super) async fn examine(patient: &Patient, report: &mut Report) -> Option<Co
 async fn look(patient: &Patient, report: &mut Report) -> Result<Conveyor, BrokerError> {
     // Whoever connects declares what is missing; here it is to be seen first.
     let amqp = AmqpConfig { declare_topology: false, ..patient.config.amqp.clone() };
-    let broker = Broker::new(&Config { amqp, ..patient.config.clone() }, "mailrun doctor");
+    let broker = Config { amqp, ..patient.config.clone() }.broker("mailrun doctor");
     let connection = broker.connect("look").await?;
     let mut conveyor = Conveyor { broker, publisher: None, connection, depths: HashMap::new() };
     let examined = timeout(LONGEST_LOOK, examine_topology(patient, &mut conveyor, report)).await;

@@ -3,15 +3,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use mailrun_shared::{
-    run::Wanted,
-    store::{
-        audit::Unfinished,
-        workers::{self, Worker},
-    },
-    topology::{RESULTS, RUNS, TESTS},
+use mailrun_core::observer::Observer;
+use mailrun_core::queue::{RESULTS, RUNS, TESTS};
+use mailrun_core::run::Wanted;
+use mailrun_ledger::{
+    audit::Unfinished,
+    workers::{self, Worker},
 };
-use mailrun_worker::{Role, observer::Observer};
+use mailrun_worker::Role;
 use tokio::time::{sleep, timeout};
 
 use super::{

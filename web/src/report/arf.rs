@@ -1,7 +1,7 @@
 //! Abuse reports (RFC 5965): a provider says that a recipient has called a mail spam.
 
 use mail_parser::{Address as Addresses, Message, MessageParser, PartType};
-use mailrun_shared::store::suppressions::Reason;
+use mailrun_ledger::suppressions::Reason;
 
 use super::mail::{Claim, field, fields};
 

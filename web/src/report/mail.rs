@@ -4,7 +4,8 @@
 use std::borrow::Cow;
 
 use mail_parser::{Message, MessageParser, MessagePart, MimeHeaders as _, PartType};
-use mailrun_shared::{address::mailbox, reply::classify_report, store::suppressions::Reason};
+use mailrun_core::{address::mailbox, reply::classify_report};
+use mailrun_ledger::suppressions::Reason;
 
 use super::{NotUnderstood, arf, dsn, one_line, text};
 

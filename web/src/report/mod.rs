@@ -11,11 +11,11 @@ mod text;
 #[cfg(test)]
 mod samples;
 
-use mailrun_shared::{
+use mailrun_core::{
     address::Address,
     reply::{ReplyClass, classify_report},
-    store::suppressions::Reason,
 };
+use mailrun_ledger::suppressions::Reason;
 use serde_json::Value;
 use uuid::Uuid;
 

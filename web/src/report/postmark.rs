@@ -2,7 +2,7 @@
 //!
 //! <https://postmarkapp.com/developer/webhooks/bounce-webhook>
 
-use mailrun_shared::store::suppressions::Reason;
+use mailrun_ledger::suppressions::Reason;
 use serde_json::Value;
 
 use super::{NotUnderstood, Verdict, is_about_the_mailbox, text};

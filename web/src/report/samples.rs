@@ -2,11 +2,11 @@
 
 use std::{fs, path::Path};
 
-use mailrun_shared::{
+use mailrun_core::{
     message_id::MessageIds,
     signed_id::{Named, SigningKey},
-    store::suppressions::Reason,
 };
+use mailrun_ledger::suppressions::Reason;
 use uuid::Uuid;
 
 use super::{Report, Returned, read};

@@ -2,7 +2,7 @@
 //!
 //! <https://docs.aws.amazon.com/ses/latest/dg/notification-contents.html>
 
-use mailrun_shared::store::suppressions::Reason;
+use mailrun_ledger::suppressions::Reason;
 use serde_json::Value;
 
 use super::{NotUnderstood, Verdict, arf, is_about_the_mailbox, text};

@@ -4,7 +4,7 @@
 //! message follows behind a line that says so.
 
 use mail_parser::{Address as Addresses, Message};
-use mailrun_shared::address::Address;
+use mailrun_core::address::Address;
 
 use super::mail::Claim;
 

@@ -6,7 +6,7 @@ mod fetch;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use mailrun_shared::config::WebConfig;
+use mailrun_app::config::WebConfig;
 use moka::future::Cache;
 use tokio_rustls::rustls::pki_types::{
     AlgorithmIdentifier, CertificateDer, InvalidSignature, SignatureVerificationAlgorithm, alg_id,

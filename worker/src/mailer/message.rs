@@ -14,10 +14,8 @@ use lettre::{
         header::{HeaderName, HeaderValue},
     },
 };
-use mailrun_shared::{
-    config::{DkimConfig, Sender, SmtpConfig},
-    template::Recipient,
-};
+use mailrun_app::config::{DkimConfig, Sender, SmtpConfig};
+use mailrun_core::template::Recipient;
 
 use super::{Mail, Outcome, encoding::encode};
 
@@ -218,7 +216,7 @@ mod tests {
     use std::sync::Arc;
 
     use mail_parser::{HeaderValue as Value, Message as Parsed, MessageParser};
-    use mailrun_shared::template::Template;
+    use mailrun_core::template::Template;
 
     use super::*;
 
@@ -383,7 +381,7 @@ mod tests {
         fn whoever_is_accepted_gets_a_mail_that_says_what_it_should(
             entry in "([a-cA-C@.,;>\"\\\\ \t\r\n\u{85}éß():-]|[a-z]{1,5}@[a-zé]{1,5}\\.org|Bcc: |\r\n){0,12}( <\"?[a-z.,:é]{1,6}\"?@[a-zé]{1,6}\\.org>)?",
         ) {
-            let Ok(mailrun_shared::address::Address { email, name, .. }) = entry.parse() else { return Ok(()) };
+            let Ok(mailrun_core::address::Address { email, name, .. }) = entry.parse() else { return Ok(()) };
             let Ok(letter) = Composer::new(&config()).unwrap().compose(&mail(&email, name.as_deref())) else { return Ok(()) };
             proptest::prop_assert!(!letter.to.contains(|c: char| c.is_control() || c == ' ' || c == '<'), "{}", letter.to);
             let bytes = String::from_utf8_lossy(&letter.bytes);

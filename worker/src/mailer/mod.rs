@@ -8,14 +8,14 @@ mod smtp;
 use std::{sync::Arc, time::Instant};
 
 use async_trait::async_trait;
-use mailrun_shared::{
-    config::{MailerConfig, MailerKind},
-    store::relay_stops::RelayStop,
-    template::Template,
-};
+use mailrun_app::config::{MailerConfig, MailerKind};
+use mailrun_core::template::Template;
+use mailrun_ledger::relay_stops::RelayStop;
 use uuid::Uuid;
 
-use crate::attempt::{Attempt, Withdrawn};
+use crate::attempt::Attempt;
+
+pub use mailrun_core::outcome::Outcome;
 
 pub use message::ComposerError;
 pub use simulated::{Simulated, SimulatedError};
@@ -40,47 +40,6 @@ pub struct Mail {
     pub tries: i16,
     /// How often a person has asked for it again.
     pub replays: i16,
-}
-
-/// What a mailer knows of a send. It is decided where the error is known.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The mail server accepted it.
-    Sent,
-    /// It was certainly not sent, for a reason that may lie in this mail, and may pass. It costs a try.
-    Retry(String),
-    /// It was certainly not sent, for a reason that has nothing to do with it: the mail server is away, or wants less. It costs
-    /// no try, and the lane is closed for a while.
-    Later(String),
-    /// It was certainly not sent, and never will be.
-    Failed {
-        /// Why.
-        reason: String,
-        /// The address itself is what is wrong: nobody should write to it again.
-        bad_address: bool,
-    },
-    /// It was handed over, and the answer never came.
-    Unknown(String),
-    /// It was not handed over, since the attempt must not go on. It costs no try.
-    Withdrawn(Withdrawn),
-}
-
-impl Outcome {
-    /// What each is counted as.
-    pub const NAMES: [&str; 6] = ["sent", "retry", "later", "failed", "unknown", "withdrawn"];
-
-    /// Its place among [`Self::NAMES`].
-    #[must_use]
-    pub fn place(&self) -> usize {
-        match self {
-            Self::Sent => 0,
-            Self::Retry(_) => 1,
-            Self::Later(_) => 2,
-            Self::Failed { .. } => 3,
-            Self::Unknown(_) => 4,
-            Self::Withdrawn(_) => 5,
-        }
-    }
 }
 
 /// Whether anything can be sent at present.

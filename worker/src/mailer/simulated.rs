@@ -12,7 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use mailrun_shared::config::SimulatedConfig;
+use mailrun_app::config::SimulatedConfig;
 use tokio::time::sleep;
 
 use super::{Mail, Mailer, Outcome};
@@ -108,7 +108,7 @@ impl Mailer for Simulated {
 
 #[cfg(test)]
 mod tests {
-    use mailrun_shared::template::Template;
+    use mailrun_core::template::Template;
 
     use super::*;
 

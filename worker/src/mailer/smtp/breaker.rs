@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun_shared::config::BreakerConfig;
+use mailrun_app::config::BreakerConfig;
 use uuid::Uuid;
 
 /// While nothing was sent for so long, a suspect waits for nothing.

@@ -10,7 +10,7 @@
 
 use std::time::{Duration, Instant};
 
-use mailrun_shared::retry::Reconnect;
+use mailrun_core::retry::Reconnect;
 
 use super::{super::Lane, verdict::Pause};
 

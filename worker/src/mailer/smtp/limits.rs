@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mailrun_shared::config::SmtpConfig;
+use mailrun_app::config::SmtpConfig;
 use tokio::time::Instant;
 
 use super::verdict::Stage;

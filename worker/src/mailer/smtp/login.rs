@@ -3,7 +3,7 @@
 use std::{io, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use mailrun_shared::config::{Login, Mechanism, Password};
+use mailrun_app::config::{Login, Mechanism, Password};
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{

@@ -29,14 +29,11 @@ use std::{
 };
 
 use async_trait::async_trait;
-use mailrun_shared::{
-    config::{ConfigError, SmtpConfig},
-    metric,
-    reply::ReplyClass,
-    store::{
-        relay_stops::{Fault, RelayStop},
-        stored::Stored,
-    },
+use mailrun_app::config::{InvalidSetting, SmtpConfig};
+use mailrun_core::{metric, reply::ReplyClass};
+use mailrun_ledger::{
+    relay_stops::{Fault, RelayStop},
+    stored::Stored,
 };
 use metrics::counter;
 use tokio::{
@@ -76,7 +73,7 @@ pub fn reply_classes() -> impl Iterator<Item = &'static str> {
 pub enum SmtpError {
     /// A setting.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Setting(#[from] InvalidSetting),
     /// Mail can't be written.
     #[error(transparent)]
     Composer(#[from] ComposerError),

@@ -5,7 +5,7 @@ use std::{
     time::Instant,
 };
 
-use mailrun_shared::config::{Relay, RelayTls};
+use mailrun_app::config::{Relay, RelayTls};
 use rand::RngExt as _;
 use tokio::sync::watch;
 use tokio_rustls::TlsConnector;

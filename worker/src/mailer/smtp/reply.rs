@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use mailrun_shared::reply::{Detail, normalized, statuses};
+use mailrun_core::reply::{Detail, normalized, statuses};
 
 /// Longer reasons are cut.
 const MAX_REASON_CHARS: usize = 300;

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use mailrun_shared::config::{Relay, RelayTls};
+use mailrun_app::config::{Relay, RelayTls};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 

@@ -2,12 +2,12 @@
 
 use std::{fmt, time::Duration};
 
-use mailrun_shared::reply::{Classified, Concern, ReplyClass, classify};
+use mailrun_core::reply::{Classified, Concern, ReplyClass, classify};
 
-pub use mailrun_shared::reply::Stage;
+pub use mailrun_core::reply::Stage;
 
 use super::{super::Outcome, reply::Reply};
-use crate::attempt::Withdrawn;
+use mailrun_core::outcome::Withdrawn;
 
 /// The classes of answers that are no refusals.
 pub const ACCEPTED: &str = "accepted";

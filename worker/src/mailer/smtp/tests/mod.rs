@@ -9,7 +9,8 @@ mod server;
 
 use std::{sync::Arc, time::Duration};
 
-use mailrun_shared::{config::SmtpConfig, template::Template};
+use mailrun_app::config::SmtpConfig;
+use mailrun_core::template::Template;
 
 use super::{super::*, circuit::Patience};
 use server::{Server, Step};

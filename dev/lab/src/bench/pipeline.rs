@@ -1,0 +1,215 @@
+//! Mailrun itself: the real processes, a run submitted through the real form, timed from the POST to the run's end.
+
+use std::{
+    ffi::OsString,
+    path::Path,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use mailrun_app::config::Config;
+use sqlx::PgConnection;
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use super::{
+    Settings,
+    cpu::{Cpu, Memory},
+    depths::{Depths, Lead},
+    people,
+    place::Place,
+    writes::Writes,
+};
+use crate::{
+    local::{SENDERS, Services, own_program},
+    visitor::{Form, Progress, Visitor},
+};
+
+/// As often as the page asks, or a little more.
+pub(super) const POLL: Duration = Duration::from_millis(100);
+
+/// How a Mailrun is set up for a measurement.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Setup {
+    /// Sending processes.
+    pub(super) senders: usize,
+    /// The mail server takes so long for each mail.
+    pub(super) latency: Duration,
+}
+
+impl Default for Setup {
+    /// As `mailrun up` starts it, with a mail server that answers at once.
+    fn default() -> Self {
+        Self { senders: SENDERS, latency: Duration::ZERO }
+    }
+}
+
+impl Setup {
+    /// Items a second that the permits of all senders together allow.
+    pub(super) fn bound(&self, config: &Config) -> f64 {
+        (self.senders * config.send.permits) as f64 / self.latency.as_secs_f64()
+    }
+}
+
+/// What it took.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piped {
+    pub(super) items: usize,
+    /// From the POST to its answer.
+    pub(super) submit: Duration,
+    /// From the POST to the moment that the ledger names as the run's end.
+    pub(super) all: Duration,
+    pub(super) cpu: Cpu,
+    pub(super) writes: Writes,
+    pub(super) memory: Memory,
+    pub(super) deepest: Depths,
+}
+
+impl Piped {
+    /// From the POST to the end.
+    pub(super) fn items_per_second(&self) -> f64 {
+        self.items as f64 / self.all.as_secs_f64()
+    }
+
+    /// From the POST's answer to the end.
+    pub(super) fn drain_items_per_second(&self) -> f64 {
+        self.items as f64 / self.all.saturating_sub(self.submit).as_secs_f64()
+    }
+}
+
+/// Sends one run of `items` invitations through a Mailrun that is set up so.
+///
+/// # Errors
+/// When something does not start, or not everybody was emailed in the end.
+pub(super) async fn measure(place: &Place<'_>, settings: &Settings<'_>, items: usize, setup: Setup) -> Result<Piped> {
+    let mut conn = place.database().await?;
+    let mailrun = Mailrun::start(place, settings, setup).await?;
+    place.quiet(&mut conn).await?;
+    let mut lead = Lead::connect(place).await?;
+    let measured = lead.during(send(place, &mailrun, &mut conn, items)).await;
+    let memory = Memory::now(&mailrun.services);
+    mailrun.services.stop().await;
+    let (submit, all, cpu, before, wal_bytes) = measured?;
+    // The services' sessions have ended, and with that have told how many transactions they had.
+    let writes = Writes { wal_bytes, ..Writes::now(&mut conn).await? - before };
+    Ok(Piped { items, submit, all, cpu, writes, memory, deepest: lead.deepest })
+}
+
+async fn send(
+    place: &Place<'_>,
+    mailrun: &Mailrun,
+    conn: &mut PgConnection,
+    items: usize,
+) -> Result<(Duration, Duration, Cpu, Writes, i64)> {
+    let form = mailrun.visitor.fill_in(&people("guest", items)).await?;
+    let before = Writes::now(conn).await?;
+    let cpu = Cpu::now(place.stack, Some(&mailrun.services))?;
+    let run = mailrun.submit(form).await?;
+    let end = mailrun.until_over(&run, POLL).await?;
+    let cpu = Cpu::now(place.stack, Some(&mailrun.services))? - cpu;
+    let wal_bytes = (Writes::now(conn).await? - before).wal_bytes;
+    ensure!(end.sent == items as u64, "{} of {items} invitations were sent: {}", end.sent, run.url);
+    Ok((run.answered, run.finished_after(conn).await?, cpu, before, wal_bytes))
+}
+
+/// A Mailrun that runs.
+pub(super) struct Mailrun {
+    pub(super) services: Services,
+    pub(super) visitor: Visitor,
+}
+
+/// A run that was accepted.
+pub(super) struct Run {
+    pub(super) url: String,
+    id: Uuid,
+    /// Seconds since 1970, by this machine's clock, which is the ledger's.
+    posted_at: f64,
+    /// From the POST to its answer.
+    pub(super) answered: Duration,
+}
+
+impl Mailrun {
+    /// With a mail server that refuses nothing.
+    ///
+    /// # Errors
+    /// What did not start.
+    pub(super) async fn start(place: &Place<'_>, settings: &Settings<'_>, setup: Setup) -> Result<Self> {
+        let mut environment = place.environment();
+        environment.extend(settings.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
+        environment.extend(mailer(setup.latency));
+        let services = Services::start(
+            own_program()?,
+            settings.config,
+            environment,
+            setup.senders,
+            None,
+            log(settings.home),
+            |_| {},
+        )
+        .await?;
+        let visitor = Visitor::new(settings.config, &services.web_url)?;
+        Ok(Self { services, visitor })
+    }
+
+    /// Presses *Send Invites*.
+    ///
+    /// # Errors
+    /// When the form is not accepted.
+    pub(super) async fn submit(&self, form: Form) -> Result<Run> {
+        let posted_at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
+        let started = Instant::now();
+        let url = self.visitor.send(form).await?;
+        let answered = started.elapsed();
+        let id = url.rsplit('/').next().and_then(|id| id.parse().ok()).with_context(|| format!("{url} is no run"))?;
+        Ok(Run { url, id, posted_at, answered })
+    }
+
+    /// Asks once.
+    ///
+    /// # Errors
+    /// When the page does not answer.
+    pub(super) async fn progress(&self, run: &Run) -> Result<Progress> {
+        self.visitor.progress(&run.url).await
+    }
+
+    /// Asks every `poll` until the run is over.
+    ///
+    /// # Errors
+    /// When the page does not answer.
+    pub(super) async fn until_over(&self, run: &Run, poll: Duration) -> Result<Progress> {
+        loop {
+            let progress = self.progress(run).await?;
+            if progress.over {
+                return Ok(progress);
+            }
+            sleep(poll).await;
+        }
+    }
+}
+
+impl Run {
+    /// From the POST to the end of the run, by the ledger, for a run that is over.
+    ///
+    /// # Errors
+    /// The database's.
+    pub(super) async fn finished_after(&self, conn: &mut PgConnection) -> Result<Duration> {
+        let finished_at: f64 = sqlx::query_scalar(
+            "SELECT extract(epoch FROM finished_at)::double precision FROM run_progress WHERE run_id = $1",
+        )
+        .bind(self.id)
+        .fetch_one(conn)
+        .await?;
+        Duration::try_from_secs_f64(finished_at - self.posted_at).context("the clock was set back")
+    }
+}
+
+/// The settings of a mailer that never fails.
+fn mailer(latency: Duration) -> Vec<(OsString, OsString)> {
+    [("DOWN_EVERY", 0), ("FLAKY_EVERY", 0), ("LATENCY_MS", latency.as_millis())]
+        .map(|(key, value)| (format!("MAILRUN_MAILER__SIMULATED__{key}").into(), value.to_string().into()))
+        .into()
+}
+
+fn log(home: &Path) -> std::path::PathBuf {
+    home.join("logs").join("bench.log")
+}

@@ -1,0 +1,116 @@
+//! The faults of a cluster: which nodes of RabbitMQ die, and when they count as back.
+
+use std::{cmp::Reverse, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use mailrun_core::queue::ITEMS;
+use rand::{RngExt as _, rngs::StdRng, seq::IndexedRandom as _};
+use rustix::process::Signal;
+use tokio::time::{Instant, sleep};
+
+use super::{super::site::Site, send_signal, servers::RESTART};
+use mailrun_stack::Queue;
+
+/// How often the cluster is looked at.
+const POLL: Duration = Duration::from_millis(100);
+/// Each node tells of its queues every five seconds.
+const TOLD: Duration = Duration::from_secs(30);
+/// Long enough for the other nodes to elect another leader, and shorter than the heartbeats of connections allow.
+const STILL_MS: std::ops::Range<u64> = 6_000..12_000;
+
+/// Kills a node, but not the one that died before.
+pub(super) async fn kill_node(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+    let mut members = site.stack.members().await?;
+    members.sort_by_key(|member| Reverse(member.uptime));
+    members.pop();
+    let node = members.choose(rng).context("there is no cluster")?;
+    kill(site, &[&node.name]).await
+}
+
+/// Kills the node with the leader of the queue that carries most.
+pub(super) async fn kill_leader(site: &Site<'_>) -> Result<()> {
+    kill(site, &[&leader(site).await?]).await
+}
+
+/// Kills two nodes.
+pub(super) async fn kill_majority(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+    let nodes = site.stack.nodes();
+    let two: Vec<&str> = nodes.sample(rng, 2).map(String::as_str).collect();
+    kill(site, &two).await
+}
+
+/// Lets the node with that leader stand still: its connections are open, and nobody answers.
+pub(super) async fn stop_leader(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+    let leader = leader(site).await?;
+    let (keeper, pids) = processes(site, &[&leader])?;
+    let time = Duration::from_millis(rng.random_range(STILL_MS));
+    eprintln!("  {leader} stands still for {:.1} s", time.as_secs_f64());
+    for pid in &pids {
+        send_signal(pid.context("the node is not up")?, keeper, Signal::STOP)?;
+    }
+    sleep(time).await;
+    for pid in pids.into_iter().flatten() {
+        send_signal(pid, keeper, Signal::CONT)?;
+    }
+    until_back(async || Ok(site.stack.can_lose_a_node().await)).await
+}
+
+/// Kills these nodes, and waits until the keeper has them up again and every queue could spare any node.
+async fn kill(site: &Site<'_>, names: &[&str]) -> Result<()> {
+    replicated(site).await?;
+    let (keeper, before) = processes(site, names)?;
+    eprintln!("  kill -9 of {}", names.join(" and "));
+    for pid in &before {
+        send_signal(pid.context("the node is not up")?, keeper, Signal::KILL)?;
+    }
+    until_back(async || {
+        let (_, now) = processes(site, names)?;
+        let restarted = now.iter().zip(&before).all(|(now, before)| now.is_some() && now != before);
+        Ok(restarted && site.stack.can_lose_a_node().await)
+    })
+    .await
+}
+
+async fn until_back(back: impl AsyncFn() -> Result<bool>) -> Result<()> {
+    let began = Instant::now();
+    while !back().await? {
+        ensure!(began.elapsed() < RESTART, "the cluster is not whole again after {} s", RESTART.as_secs());
+        sleep(POLL).await;
+    }
+    eprintln!("  whole again after {:.1} s", began.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// The keeper, and the processes of these nodes.
+fn processes(site: &Site<'_>, names: &[&str]) -> Result<(u32, Vec<Option<u32>>)> {
+    let pids = site.stack.pids().context("the stack has no state")?;
+    let nodes = site.stack.nodes();
+    let of = |name: &&str| {
+        let place = nodes.iter().position(|node| node == name)?;
+        [pids.rabbitmq].into_iter().chain(pids.peers).nth(place)?
+    };
+    Ok((pids.keeper, names.iter().map(of).collect()))
+}
+
+/// The node that leads the queue which carries most.
+async fn leader(site: &Site<'_>) -> Result<String> {
+    let queues = replicated(site).await?;
+    let items = queues.into_iter().find(|queue| queue.name == ITEMS);
+    Ok(items.context("there is no queue of items")?.leader)
+}
+
+/// The queues, each of which has a member on every node: otherwise a node's death would prove nothing.
+async fn replicated(site: &Site<'_>) -> Result<Vec<Queue>> {
+    let nodes = site.stack.nodes().len();
+    let end = Instant::now() + TOLD;
+    loop {
+        let queues = site.stack.queues(site.name()).await;
+        match queues {
+            Ok(queues) if !queues.is_empty() && queues.iter().all(|queue| queue.members.len() == nodes) => {
+                return Ok(queues);
+            }
+            seen => ensure!(Instant::now() < end, "not every queue has a member on each of {nodes} nodes: {seen:?}"),
+        }
+        sleep(POLL).await;
+    }
+}

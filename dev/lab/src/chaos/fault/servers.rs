@@ -1,0 +1,80 @@
+//! Faults of the servers' processes, RabbitMQ's and PostgreSQL's alike.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use rand::{RngExt as _, rngs::StdRng};
+use rustix::process::Signal;
+use tokio::time::{Instant, sleep};
+
+use super::{super::site::Site, processes::children, send_signal};
+use mailrun_stack::Pids;
+
+/// A server that was killed is up again within this time.
+pub(super) const RESTART: Duration = Duration::from_secs(120);
+
+/// One of the private servers.
+#[derive(Clone, Copy)]
+pub(super) struct Server {
+    name: &'static str,
+    pid: fn(Pids) -> Option<u32>,
+}
+
+pub(super) const RABBITMQ: Server = Server { name: "RabbitMQ", pid: |pids| pids.rabbitmq };
+pub(super) const POSTGRESQL: Server = Server { name: "PostgreSQL", pid: |pids| pids.postgres };
+
+/// Kills a server, and waits until its keeper has it up again.
+pub(super) async fn kill(site: &Site<'_>, server: Server) -> Result<()> {
+    let Server { name, pid: pid_of } = server;
+    let pids = site.stack.pids().context("the stack has no state")?;
+    let pid = pid_of(pids).with_context(|| format!("{name} is not up"))?;
+    send_signal(pid, pids.keeper, Signal::KILL)?;
+    restarted(site, server, pid).await
+}
+
+/// Waits until the keeper has a server up again that was this process.
+async fn restarted(site: &Site<'_>, server: Server, pid: u32) -> Result<()> {
+    let Server { name, pid: pid_of } = server;
+    let end = Instant::now() + RESTART;
+    while site.stack.pids().and_then(pid_of).is_none_or(|now| now == pid) {
+        if Instant::now() > end {
+            bail!("{name} is not up again after {} s", RESTART.as_secs());
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
+/// Kills PostgreSQL, and its next process as well, as soon as that is there or a moment later.
+pub(super) async fn kill_in_recovery(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+    let pids = site.stack.pids().context("the stack has no state")?;
+    let first = pids.postgres.context("PostgreSQL is not up")?;
+    send_signal(first, pids.keeper, Signal::KILL)?;
+    let end = Instant::now() + RESTART;
+    let next = loop {
+        if let Some(next) = children(pids.keeper, "postgres").into_iter().find(|pid| *pid != first) {
+            break next;
+        }
+        if Instant::now() > end {
+            bail!("PostgreSQL is not started again after {} s", RESTART.as_secs());
+        }
+        sleep(Duration::from_millis(1)).await;
+    };
+    sleep(Duration::from_millis(rng.random_range(0..60))).await;
+    send_signal(next, pids.keeper, Signal::KILL)?;
+    restarted(site, POSTGRESQL, next).await
+}
+
+/// Stops RabbitMQ as an operator would, and starts it after this time.
+pub(super) async fn restart_rabbitmq(site: &Site<'_>, time: Duration) -> Result<()> {
+    site.stack.stop_rabbitmq().await?;
+    sleep(time).await;
+    Ok(site.stack.start_rabbitmq().await?)
+}
+
+/// Stops PostgreSQL as an operator would, and starts it after this time.
+pub(super) async fn restart_postgres(site: &Site<'_>, time: Duration) -> Result<()> {
+    site.stack.stop_postgres().await?;
+    sleep(time).await;
+    Ok(site.stack.start_postgres().await?)
+}

@@ -1,0 +1,126 @@
+//! The program behind `cargo run`: everything of Mailrun on this machine, with private servers, and what tries it out. It offers all
+//! commands of the installed program as well; the operator's find the private servers.
+
+mod demo;
+mod mail_sink;
+mod up;
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand};
+use mailrun::program;
+use mailrun_app::{config::Config, shutdown, telemetry};
+use mailrun_lab::{
+    bench, chaos,
+    local::{Servers, with_database},
+};
+use mailrun_stack::{Nodes, Release, keep};
+
+/// Mailrun on this machine: durable bulk invitations on RabbitMQ and PostgreSQL.
+#[derive(Parser)]
+#[command(name = "mailrun", version)]
+struct Arguments {
+    /// The settings file; without it, mailrun.toml in the working directory, if there is one.
+    #[arg(long, global = true, env = "MAILRUN_CONFIG")]
+    config: Option<PathBuf>,
+    /// Which RabbitMQ to start on this machine, where one is started: the system's, or release 4, which is fetched if the
+    /// system has another one.
+    #[arg(long, global = true, env = "MAILRUN_BROKER", value_enum, default_value_t, hide_possible_values = true)]
+    broker: Release,
+    /// What to do; without it, `up`.
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start everything on this machine: the servers, the pages and the workers. Ctrl-C stops it.
+    Up(up::Options),
+    /// Invite fictional people through the real form, show the bar, retry what failed, and end.
+    Demo(demo::Options),
+    /// Measure how fast Mailrun is here, beside what the servers allow.
+    Bench(bench::Options),
+    /// Inject faults while runs are in progress, and check what became of every recipient.
+    Chaos(chaos::Options),
+    /// Accept mail, deliver none, and show what arrived. Ctrl-C stops it.
+    MailSink(mail_sink::Options),
+    /// Runs a command with a new, empty database of the private PostgreSQL in DATABASE_URL: for the tools that check queries.
+    #[command(hide = true)]
+    WithDatabase {
+        /// The command.
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+    /// Runs the private RabbitMQ and PostgreSQL for as long as anybody uses them.
+    #[command(hide = true)]
+    StackKeeper {
+        /// The folder of the stack.
+        #[arg(long)]
+        home: PathBuf,
+        /// How long to stay when nobody uses the stack any more.
+        #[arg(long, default_value_t = 0)]
+        linger_seconds: u64,
+        /// How many nodes RabbitMQ has.
+        #[arg(long, value_enum, default_value_t)]
+        nodes: Nodes,
+    },
+    #[command(flatten)]
+    Installed(mailrun::Command),
+}
+
+fn main() -> ExitCode {
+    let arguments: Arguments = program::parse();
+    arguments.broker.choose();
+    program::run(run(arguments))
+}
+
+async fn run(arguments: Arguments) -> Result<()> {
+    let file = arguments.config.as_deref();
+    let config = || Config::load(file);
+    match arguments.command.unwrap_or(Command::Up(up::Options::default())) {
+        Command::Up(options) => up::run(config()?, file, options).await,
+        Command::Demo(options) => demo::run(config()?, file, &options).await,
+        Command::Bench(options) => Box::pin(bench::run(config()?, file, &options)).await,
+        Command::Chaos(options) => Box::pin(chaos::run(config()?, file, &options)).await,
+        Command::MailSink(options) => {
+            telemetry::init(&config()?.log);
+            mail_sink::run(options, shutdown::on_signal_or_orphaned()?).await
+        }
+        Command::WithDatabase { command } => with_database(&command).await,
+        Command::StackKeeper { home, linger_seconds, nodes } => {
+            Ok(keep(&home, Duration::from_secs(linger_seconds), nodes).await?)
+        }
+        Command::Installed(command) if command.is_for_operators() => on_servers_here(command, file).await,
+        Command::Installed(command) => Box::pin(command.run(file)).await,
+    }
+}
+
+/// Runs an operator's command on the configured servers, or on the private ones of the `up` that runs here.
+async fn on_servers_here(command: mailrun::Command, file: Option<&Path>) -> Result<()> {
+    let config = Config::load(file)?;
+    let home = mailrun_stack::home();
+    if !config.named.database && mailrun_stack::running(&home).is_none() {
+        bail!("Mailrun does not run here: start it with `cargo run`, or set DATABASE_URL and AMQP_URL");
+    }
+    // They must not end before the command does.
+    let servers = Servers::start(&config, &home, Nodes::One, |step| eprintln!("{step} …")).await?;
+    Box::pin(command.run_with(Ok(servers.name_in(config)))).await
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_fit_together() {
+        Arguments::command().debug_assert();
+    }
+}

@@ -1,0 +1,284 @@
+//! Workers that are cut off, or of no use, or end while nobody counts: what they had begun is settled once, and nobody gets two.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use crate::support::{World, people, until};
+use mailrun_broker::depth;
+use mailrun_sink::{Action, Options, Rule, Sink, Stage};
+use reqwest::Url;
+use rustix::process::Signal;
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::watch,
+};
+
+/// A way to a server, through which nothing comes while it is closed. What is on its way by then comes when it is open again.
+#[derive(Clone)]
+struct Gate {
+    address: SocketAddr,
+    open: Arc<watch::Sender<bool>>,
+}
+
+impl Gate {
+    async fn before(server: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let open = Arc::new(watch::Sender::new(true));
+        let now = open.subscribe();
+        tokio::spawn(async move {
+            loop {
+                let (client, _) = listener.accept().await.unwrap();
+                let Ok(server) = TcpStream::connect(server).await else { continue };
+                let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+                tokio::spawn(carry(from_client, to_server, now.clone()));
+                tokio::spawn(carry(from_server, to_client, now.clone()));
+            }
+        });
+        Self { address, open }
+    }
+
+    fn close(&self) {
+        self.open.send_replace(false);
+    }
+
+    fn open(&self) {
+        self.open.send_replace(true);
+    }
+
+    fn is_closed(&self) -> bool {
+        !*self.open.borrow()
+    }
+}
+
+async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut open: watch::Receiver<bool>) {
+    let mut chunk = vec![0; 16 * 1024];
+    while let Ok(length @ 1..) = from.read(&mut chunk).await {
+        if open.wait_for(|open| *open).await.is_err() || to.write_all(&chunk[..length]).await.is_err() {
+            return;
+        }
+    }
+    let _ = to.shutdown().await;
+}
+
+async fn number(world: &World, query: &'static str) -> i64 {
+    sqlx::query_scalar(query).fetch_one(&world.pool).await.unwrap()
+}
+
+fn count(progress: &Value, state: &str) -> i64 {
+    progress[state].as_i64().unwrap()
+}
+
+/// Until somebody reads the queue.
+async fn until_read(world: &World, queue: &str, consumers: u32) {
+    let channel = world.channel().await;
+    until(&format!("{queue} is read"), async || {
+        let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
+        channel.queue_declare(queue.into(), options, Default::default()).await.unwrap().consumer_count() == consumers
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_whose_row_is_gone_ends_with_an_error_and_the_next_one_goes_on() {
+    let mut world = World::new(&[]).await;
+    let workers = ["fan-out", "send", "progress"].map(|role| world.worker(role));
+    until("all have registered", async || number(&world, "SELECT count(*) FROM workers").await == 3).await;
+    sqlx::query("DELETE FROM workers").execute(&world.pool).await.unwrap();
+    for worker in workers {
+        assert!(!world.until_ended(worker).await, "the exit code is that of an error");
+    }
+    assert!(world.log().matches("its row in the table workers is gone").count() >= 3, "{}", world.log());
+    let run = world.invite(&people(50)).await;
+    world.workers();
+    assert_eq!(count(&world.until_over(&run).await, "sent"), 50);
+    world.nobody_got_two();
+}
+
+#[tokio::test]
+async fn the_doctor_finds_an_idle_worker_that_is_of_no_use() {
+    // It does not find out by itself for a long time.
+    let settings = [("MAILRUN_HEARTBEAT__INTERVAL_MS", "600000"), ("MAILRUN_HEARTBEAT__DEAD_AFTER_MS", "3600000")];
+    let mut world = World::new(&settings).await;
+    world.worker("send");
+    until_read(&world, "mailrun.items", 1).await;
+    let (well, report) = world.output(&["doctor", "--json"], &[]);
+    assert!(well, "{report}");
+    sqlx::query("DELETE FROM workers").execute(&world.pool).await.unwrap();
+    let (well, report) = world.output(&["doctor", "--json"], &[]);
+    assert!(!well && report.contains("a process reads mailrun.items that is no living worker"), "{report}");
+    // One that is of use does not hide it.
+    world.worker("send");
+    until_read(&world, "mailrun.items", 2).await;
+    let (well, report) = world.output(&["doctor", "--json"], &[]);
+    assert!(!well && report.contains("a process reads mailrun.items that is no living worker"), "{report}");
+}
+
+/// So many items are released and not counted at most.
+const WINDOW: &str = "100";
+
+/// A run in the middle of which all senders have ended in good order, and nobody counts.
+async fn senders_have_ended_while_nobody_counts(on_unknown: &str) -> (World, String) {
+    let mut world = World::new(&[
+        ("MAILRUN_SEND__ON_UNKNOWN", on_unknown),
+        ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"),
+        ("MAILRUN_SEND__PERMITS", "20"),
+        ("MAILRUN_FAN_OUT__WINDOW_ITEMS", WINDOW),
+    ])
+    .await;
+    world.worker("fan-out");
+    let senders = [world.worker("send"), world.worker("send")];
+    let run = world.invite(&people(300)).await;
+    until("many are sent", async || world.handed_over().len() > 60).await;
+    for sender in senders {
+        assert!(world.terminate(sender), "{}", world.log());
+    }
+    (world, run)
+}
+
+/// Until a sweep has gone over the run. It shows by what it puts back: the message that drives the run, which is taken away.
+async fn until_swept(world: &World, run: &str) {
+    let channel = world.channel().await;
+    until("the run is swept", async || {
+        for queue in ["mailrun.runs", "mailrun.runs.wait"] {
+            channel.queue_purge(queue.into(), Default::default()).await.unwrap();
+        }
+        world.repairs(run).await.driven > 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn senders_that_restart_while_nobody_counts_send_nothing_again() {
+    let (mut world, run) = senders_have_ended_while_nobody_counts("resend").await;
+    world.worker("send");
+    world.worker("send");
+    until_swept(&world, &run).await;
+    world.worker("progress");
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (297, 3, 0));
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+#[tokio::test]
+async fn senders_that_restart_while_nobody_counts_leave_no_stale_dead_letters() {
+    let (mut world, run) = senders_have_ended_while_nobody_counts("hold").await;
+    world.worker("send");
+    world.worker("send");
+    until_swept(&world, &run).await;
+    world.worker("progress");
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (297, 3, 0));
+    assert_eq!(depth(&world.channel().await, "mailrun.dead").await.unwrap(), 3, "those who failed, and no other");
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+#[tokio::test]
+async fn what_was_sent_before_an_end_in_good_order_is_known_even_if_its_results_are_purged() {
+    let (mut world, run) = senders_have_ended_while_nobody_counts("resend").await;
+    let purged = world.channel().await.queue_purge("mailrun.results".into(), Default::default()).await.unwrap();
+    assert!(purged > 0, "no result was on its queue");
+    world.worker("send");
+    world.worker("progress");
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (297, 3, 0));
+    assert!(world.repairs(&run).await.told_again > 0, "what was sent is told by the last receipts");
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+/// A mail server behind a gate, which closes when the first recipient is named: nobody hears whether that was in order.
+async fn mail_server() -> (Sink, Gate) {
+    let sink = Sink::start(Options::default()).await.unwrap();
+    let gate = Gate::before(sink.address()).await;
+    let (door, was_closed) = (gate.clone(), AtomicBool::new(false));
+    let rule: Rule = Arc::new(move |stage, _| {
+        if matches!(stage, Stage::Rcpt(_)) && !was_closed.swap(true, Ordering::Relaxed) {
+            door.close();
+        }
+        Action::GoOn
+    });
+    sink.set_rule(rule);
+    (sink, gate)
+}
+
+/// Everything but senders, which will send again what is unknown.
+async fn world_that_sends_through(gate: &Gate) -> World {
+    let relay = format!("smtp://{}?tls=none", gate.address);
+    let mut world = World::new(&[
+        ("MAILRUN_MAILER__KIND", "smtp"),
+        ("MAILRUN_MAILER__SMTP__RELAYS", &relay),
+        ("MAILRUN_MAILER__SMTP__FROM", "zoe@party.example"),
+        ("MAILRUN_MAILER__SMTP__CONNECTIONS", "5"),
+        ("MAILRUN_SEND__ON_UNKNOWN", "resend"),
+        // RabbitMQ soon takes back what a process holds that was stopped.
+        ("MAILRUN_AMQP__HEARTBEAT_S", "5"),
+    ])
+    .await;
+    world.worker("fan-out");
+    world.worker("progress");
+    world
+}
+
+/// Until others have declared the sender dead, and have settled what it had claimed.
+async fn until_given_up(world: &World, run: &str) {
+    until("its claims are settled", async || world.repairs(run).await.buried > 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_that_is_cut_off_from_the_ledger_sends_nothing_more() {
+    let (sink, mail) = mail_server().await;
+    let mut world = world_that_sends_through(&mail).await;
+    let sound = world.stack.database_url(&world.name);
+    let mut url: Url = sound.parse().unwrap();
+    let ledger = Gate::before(SocketAddr::from(([127, 0, 0, 1], url.port().unwrap()))).await;
+    url.set_port(Some(ledger.address.port())).unwrap();
+    world.set("DATABASE_URL", url.to_string());
+    let cut_off = world.worker("send");
+    world.set("DATABASE_URL", sound);
+    let run = world.invite(&people(20)).await;
+    until("mails are under way", async || mail.is_closed()).await;
+    ledger.close();
+    until_given_up(&world, &run).await;
+    // Now it hears that it may go on.
+    mail.open();
+    ledger.open();
+    assert!(!world.until_ended(cut_off).await, "it finds out that it was declared dead");
+    assert_eq!(sink.received(), 0, "{}", world.log());
+    world.worker("send");
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), sink.received(), sink.received_twice()), (20, 20, 0));
+    world.counters_equal_counts().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_that_was_stopped_for_longer_than_it_may_sends_nothing_more() {
+    let (sink, mail) = mail_server().await;
+    let mut world = world_that_sends_through(&mail).await;
+    let frozen = world.worker("send");
+    let run = world.invite(&people(20)).await;
+    until("mails are under way", async || mail.is_closed()).await;
+    world.signal(frozen, Signal::STOP);
+    until_given_up(&world, &run).await;
+    mail.open();
+    // Another one sends everything, also what the first had begun.
+    world.worker("send");
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), sink.received()), (20, 20));
+    world.signal(frozen, Signal::CONT);
+    assert!(!world.until_ended(frozen).await, "it finds out that it was declared dead");
+    assert_eq!((sink.received(), sink.received_twice()), (20, 0), "{}", world.log());
+    world.counters_equal_counts().await;
+}

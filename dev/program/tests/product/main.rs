@@ -1,0 +1,31 @@
+//! What Mailrun promises, on the real servers and with the real processes: each test has a database and a virtual host of its own.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod access;
+mod bounces;
+mod clock;
+mod doctor;
+mod encryption;
+mod erase;
+mod fuzz_http;
+mod housekeeping;
+mod late_results;
+mod later_words;
+mod liveness;
+mod mailboxes;
+mod malformed;
+mod metrics;
+mod overload;
+mod pacing;
+mod pages;
+mod pipeline;
+mod quiet;
+mod real_mail;
+mod real_mail_web;
+mod refusals;
+mod rejections;
+mod restore;
+mod roles;
+mod submission;
+mod support;
+mod watchdog;

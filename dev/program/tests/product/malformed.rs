@@ -1,0 +1,454 @@
+//! Messages that nobody should send, on every queue and in every way: each ends in the dead letters, once and with its reason,
+//! while a run goes on beside them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::support::{World, people, until};
+use lapin::{
+    BasicProperties, Channel, Confirmation,
+    options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions},
+    types::{AMQPValue, ByteArray, DecimalValue, FieldArray, FieldTable, LongString},
+};
+use mailrun_broker::depth;
+use mailrun_core::{
+    item::ItemState,
+    message::{ResultsMessage, TestMessage, decode},
+};
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+/// Every queue that a consumer takes from, and three of those that lead to one.
+const QUEUES: [&str; 8] = [
+    "mailrun.runs",
+    "mailrun.items",
+    "mailrun.items.2",
+    "mailrun.results",
+    "mailrun.tests",
+    "mailrun.runs.wait",
+    "mailrun.runs.paused",
+    "mailrun.retry.100ms",
+];
+/// Larger than a frame by far.
+const HUGE: usize = 1_500_000;
+/// Messages on each queue that are a right one with a few bytes changed.
+const GARBLED: usize = 40;
+
+/// What comes of a message.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum End {
+    /// The dead letters.
+    Buried,
+    /// It is a well-formed result of an item that this ledger does not know: it is buried by itself, and once, however often it
+    /// comes.
+    BuriedOnce,
+    /// It is well-formed, and refers to nothing: a test that is pruned by now.
+    Dropped,
+}
+
+/// A message that belongs on the queue and names nothing that exists.
+fn right(queue: &str) -> Value {
+    let id = Uuid::from_u128(0xDEAD);
+    match queue {
+        "mailrun.runs" | "mailrun.runs.wait" | "mailrun.runs.paused" => {
+            json!({ "run_id": id, "command": { "release": { "pass": 1, "step": 2 } } })
+        }
+        "mailrun.results" => json!({ "results": [
+            { "item_id": 999_999_999, "attempt": 1, "tries": 1, "replays": 0, "state": "retrying", "error": "busy", "due_in_ms": 5 },
+        ] }),
+        "mailrun.tests" => json!({ "test_id": id }),
+        _ => json!({ "run_id": id, "item_id": 999_999_999, "attempt": 1, "tries": 1, "replays": 0 }),
+    }
+}
+
+/// What is right for a body without a type, by the decoder that the workers use.
+fn end_of(queue: &str, body: &[u8]) -> End {
+    match queue {
+        "mailrun.results" if decode::<ResultsMessage>(None, body).is_ok() => End::BuriedOnce,
+        "mailrun.tests" if decode::<TestMessage>(None, body).is_ok() => End::Dropped,
+        // No run has such an id.
+        _ => End::Buried,
+    }
+}
+
+/// Results that are buried once: run, item, attempt and state.
+type Strange = BTreeSet<(Option<Uuid>, i64, i32, ItemState)>;
+
+fn strange(body: &[u8]) -> Strange {
+    let Ok(message) = decode::<ResultsMessage>(None, body) else { return Strange::new() };
+    message.results.iter().map(|result| (message.run_id, result.item_id, result.attempt, result.state)).collect()
+}
+
+/// Bodies that are wrong on any queue.
+fn wrong(queue: &str) -> Vec<Vec<u8>> {
+    let body = right(queue).to_string();
+    let mut bodies: Vec<Vec<u8>> =
+        ["", "hello", "null", "0", "\"\"", "[]", "{}", "{\"\":{}}", "\u{feff}{}", "{\"run_id\":5}", "\0"]
+            .iter()
+            .map(|body| body.as_bytes().to_vec())
+            .collect();
+    bodies.push(body.as_bytes()[..body.len() / 2].to_vec());
+    bodies.push(format!("{body}{body}").into_bytes());
+    bodies.push(body.replacen('{', "{\"address\":\"ann@example.org\",", 1).into_bytes());
+    // Its reason would quote what is wrong.
+    bodies.push(format!("{{\"{}\":1}}", "x".repeat(HUGE)).into_bytes());
+    bodies.push(format!("{{\"run_id\":\"{}\"}}", "é".repeat(HUGE / 2)).into_bytes());
+    bodies.push("x".repeat(HUGE).into_bytes());
+    bodies.push(vec![0xFF; 300]);
+    bodies.push("[".repeat(HUGE / 10).into_bytes());
+    bodies
+}
+
+/// A field of a right message, and what must not stand in it.
+fn wrong_fields(queue: &str) -> Vec<Vec<u8>> {
+    let fields: &[(&str, &[&str])] = match queue {
+        "mailrun.runs" | "mailrun.runs.wait" | "mailrun.runs.paused" => &[
+            ("/run_id", &["5", "null", "\"\"", "[]"]),
+            ("/command", &["null", "\"release\"", "{}", "{\"purge\":{}}", "{\"cancel\":{},\"release\":{}}"]),
+            ("/command/release/step", &["2147483648", "1.5", "\"1\"", "-1e99"]),
+        ],
+        "mailrun.results" => &[
+            ("/results", &["null", "{}", "[[]]", "[null]", "[{}]"]),
+            ("/results/0/item_id", &["9223372036854775808", "-1e400", "\"1\"", "1.5"]),
+            ("/results/0/attempt", &["0", "-1", "1000001", "4294967297"]),
+            ("/results/0/tries", &["0", "-5", "32768"]),
+            ("/results/0/replays", &["-1", "99999"]),
+            ("/results/0/state", &["\"lost\"", "0", "{\"sent\":1}"]),
+            ("/results/0/due_in_ms", &["-1", "9223372036854775808"]),
+            ("/results/0/error", &["\"a\\u0000b\"", "[]"]),
+        ],
+        "mailrun.tests" => &[("/test_id", &["5", "\"00000000\"", "{}"])],
+        _ => &[
+            ("/run_id", &["5", "null", "\"\"", "[]"]),
+            ("/item_id", &["9223372036854775808", "-1e400", "\"1\"", "1.5"]),
+            ("/attempt", &["0", "-1", "1000000", "2147483648"]),
+            ("/tries", &["0", "-1", "32768"]),
+            ("/replays", &["-1", "1e3"]),
+        ],
+    };
+    let with = |path: &str, value: &str| {
+        let mut body = right(queue);
+        *body.pointer_mut(path).unwrap() = json!("HERE");
+        body.to_string().replace("\"HERE\"", value).into_bytes()
+    };
+    fields.iter().flat_map(|(path, values)| values.iter().map(move |value| with(path, value))).collect()
+}
+
+fn text(text: impl Into<Vec<u8>>) -> AMQPValue {
+    AMQPValue::LongString(LongString::from(text.into()))
+}
+
+/// Tables of headers that a message may come with.
+fn headers(queue: &str) -> Vec<FieldTable> {
+    let table = |entries: Vec<(&str, AMQPValue)>| {
+        let mut table = FieldTable::default();
+        for (key, value) in entries {
+            table.insert(key.into(), value);
+        }
+        table
+    };
+    let list = |values: Vec<AMQPValue>| AMQPValue::FieldArray(FieldArray::from(values));
+    let death = table(vec![("count", AMQPValue::LongLongInt(9)), ("queue", text(queue)), ("reason", text("rejected"))]);
+    let mut nested = text("bottom");
+    for _ in 0..50 {
+        nested = AMQPValue::FieldTable(table(vec![("deeper", nested)]));
+    }
+    // The broker itself adds headers to what it moves on.
+    let moved_on = ["wait", "paused", "retry"].iter().any(|room| queue.contains(room));
+    let huge = if moved_on { 120_000 } else { 130_900 };
+    let many: Vec<String> = (0..4_000).map(|number| format!("header-{number}")).collect();
+    vec![
+        // Its copies, made again with each burial, would fill the queue.
+        table(vec![("CC", list(vec![text(queue)]))]),
+        table(vec![
+            ("x-death", list(vec![AMQPValue::FieldTable(death)])),
+            ("x-delivery-count", AMQPValue::LongLongInt(19)),
+        ]),
+        table(vec![
+            ("x-death", text("?")),
+            ("x-first-death-queue", text(queue)),
+            ("x-last-death-reason", AMQPValue::Void),
+        ]),
+        table(vec![
+            ("x-mailrun-reason", text("failed")),
+            ("x-mailrun-error", AMQPValue::Boolean(true)),
+            ("x-mailrun-died-at", text("")),
+        ]),
+        // With ours on top, they would not fit into a frame.
+        table(vec![("x-huge", text(vec![b'x'; huge]))]),
+        table(many.iter().map(|key| (key.as_str(), text("0123456789"))).collect()),
+        table(vec![("x-not-utf-8", text(vec![0xFF, 0xFE, 0])), ("", text("")), ("nested", nested)]),
+        table(vec![
+            ("a", AMQPValue::Boolean(true)),
+            ("b", AMQPValue::ShortShortInt(-1)),
+            ("c", AMQPValue::ShortShortUInt(255)),
+            ("d", AMQPValue::ShortInt(-1)),
+            ("e", AMQPValue::ShortUInt(65_535)),
+            ("f", AMQPValue::LongInt(-1)),
+            ("g", AMQPValue::LongUInt(u32::MAX)),
+            ("h", AMQPValue::LongLongInt(i64::MIN)),
+            ("i", AMQPValue::Float(f32::MIN_POSITIVE)),
+            ("j", AMQPValue::Double(f64::MAX)),
+            ("k", AMQPValue::DecimalValue(DecimalValue { scale: 255, value: u32::MAX })),
+            ("l", AMQPValue::Timestamp(u64::MAX)),
+            ("m", AMQPValue::ByteArray(ByteArray::from(vec![0; 9]))),
+            ("n", AMQPValue::Void),
+        ]),
+    ]
+}
+
+/// Properties that say something wrong, or nothing.
+fn properties() -> Vec<BasicProperties> {
+    let none = BasicProperties::default;
+    vec![
+        none().with_content_type("text/html".into()).with_content_encoding("gzip".into()),
+        none().with_priority(255).with_delivery_mode(1),
+        // Long enough to be taken before.
+        none().with_expiration("600000".into()),
+        none()
+            .with_reply_to("mailrun.items".into())
+            .with_correlation_id("x".repeat(255).into())
+            .with_message_id("".into()),
+        none().with_timestamp(u64::MAX).with_app_id("é".into()).with_type("".into()),
+    ]
+}
+
+struct Publisher {
+    channel: Channel,
+    buried: Buried,
+    published: usize,
+}
+
+/// What is to be found among the dead letters.
+#[derive(Default)]
+struct Buried {
+    /// How often each body.
+    bodies: BTreeMap<Vec<u8>, usize>,
+    /// Each of these once.
+    strange: Strange,
+}
+
+impl Buried {
+    fn total(&self) -> usize {
+        self.bodies.values().sum::<usize>() + self.strange.len()
+    }
+}
+
+impl Publisher {
+    async fn publish(&mut self, queue: &str, body: Vec<u8>, properties: BasicProperties, end: End) {
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+        let confirm =
+            self.channel.basic_publish("mailrun".into(), queue.into(), options, &body, properties).await.unwrap();
+        assert!(matches!(confirm.await.unwrap(), Confirmation::Ack(None)), "the broker did not take it for {queue}");
+        self.published += 1;
+        match end {
+            End::Buried => *self.buried.bodies.entry(body).or_default() += 1,
+            End::BuriedOnce => self.buried.strange.extend(strange(&body)),
+            End::Dropped => {}
+        }
+    }
+}
+
+/// All that lies on `mailrun.dead`, which stays there.
+async fn letters(world: &World) -> Vec<(BasicProperties, Vec<u8>)> {
+    let channel = world.channel().await;
+    let mut letters = Vec::new();
+    while let Some(letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
+        letters.push((letter.properties.clone(), letter.data.clone()));
+    }
+    channel.close(200, "looked".into()).await.unwrap();
+    letters
+}
+
+fn header(properties: &BasicProperties, key: &str) -> String {
+    match properties.headers().as_ref().and_then(|headers| headers.inner().get(key)) {
+        Some(AMQPValue::LongString(text)) => text.to_string(),
+        other => panic!("{key} is {other:?}"),
+    }
+}
+
+/// Waits until nothing is under way, then compares the dead letters with what they should be.
+async fn settled(world: &World, expected: &Buried, failed: usize) {
+    let channel = world.channel().await;
+    for queue in QUEUES.into_iter().chain(["mailrun.retry.200ms"]) {
+        // A run that is paused waits.
+        let few = u32::from(queue.starts_with("mailrun.runs"));
+        until(&format!("{queue} is empty"), async || depth(&channel, queue).await.unwrap() <= few).await;
+    }
+    let total = expected.total() + failed;
+    until(&format!("{total} letters are there, and no other"), async || {
+        depth(&channel, "mailrun.dead").await.unwrap() as usize == total
+    })
+    .await;
+    let mut poison: BTreeMap<Vec<u8>, usize> = BTreeMap::new();
+    let mut strange_ones = Strange::new();
+    let mut others = 0;
+    for (properties, body) in letters(world).await {
+        let error = header(&properties, "x-mailrun-error");
+        match header(&properties, "x-mailrun-reason").as_str() {
+            "poison" => {
+                assert!(!error.is_empty() && error.chars().count() <= 1_000, "{error}");
+                let of_results = strange(&body);
+                if !of_results.is_empty() && !expected.bodies.contains_key(&body) {
+                    strange_ones.extend(of_results);
+                    continue;
+                }
+                *poison.entry(body).or_default() += 1;
+            }
+            "failed" => {
+                assert_eq!(error, "Internet Down");
+                others += 1;
+            }
+            other => panic!("the reason is {other}"),
+        }
+    }
+    let shown = |body: &Vec<u8>| String::from_utf8_lossy(&body[..body.len().min(100)]).into_owned();
+    for (body, count) in &expected.bodies {
+        assert_eq!(poison.get(body), Some(count), "how often {} is buried", shown(body));
+    }
+    for body in poison.keys() {
+        assert!(expected.bodies.contains_key(body), "{} should not be here", shown(body));
+    }
+    assert_eq!((others, &strange_ones), (failed, &expected.strange));
+}
+
+#[tokio::test]
+async fn malformed_messages_are_buried_once_each_and_the_run_goes_on() {
+    let mut world = World::new(&[
+        ("MAILRUN_AMQP__ITEM_QUEUES", "2"),
+        ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"),
+        ("MAILRUN_SEND__PERMITS", "5"),
+    ])
+    .await;
+    // An invitation that nothing may happen to until the end.
+    let held = world.invite("held@example.org").await;
+    world.client.post(format!("{held}/pause")).send().await.unwrap();
+    let held_id = held.rsplit('/').next().unwrap().to_owned();
+    let item: i64 = sqlx::query_scalar("SELECT id FROM run_items").fetch_one(&world.pool).await.unwrap();
+    let run = world.invite(&people(1000)).await;
+    let workers = ["fan-out", "send", "progress"].map(|role| world.worker(role));
+
+    let channel = world.channel().await;
+    channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+    let mut publisher = Publisher { channel, buried: Buried::default(), published: 0 };
+    let mut random = StdRng::seed_from_u64(7);
+    for queue in QUEUES {
+        for body in wrong(queue).into_iter().chain(wrong_fields(queue)) {
+            let end = end_of(queue, &body);
+            publisher.publish(queue, body, BasicProperties::default(), end).await;
+        }
+        let unknown = right(queue).to_string().into_bytes();
+        publisher.publish(queue, unknown.clone(), BasicProperties::default(), end_of(queue, &unknown)).await;
+        for kind in ["mailrun.item.v0", "mailrun", "é"] {
+            let properties = BasicProperties::default().with_type(kind.into());
+            publisher.publish(queue, unknown.clone(), properties, End::Buried).await;
+        }
+        for (number, properties) in properties().into_iter().enumerate() {
+            publisher.publish(queue, format!("properties {number}").into_bytes(), properties, End::Buried).await;
+        }
+        for (number, headers) in headers(queue).into_iter().enumerate() {
+            let properties = BasicProperties::default().with_headers(headers);
+            publisher.publish(queue, format!("headers {number}").into_bytes(), properties, End::Buried).await;
+        }
+        for _ in 0..GARBLED {
+            let mut body = unknown.clone();
+            for _ in 0..random.random_range(1..4) {
+                let place = random.random_range(0..body.len());
+                match random.random_range(0..3) {
+                    0 => body[place] = random.random(),
+                    1 => drop(body.remove(place)),
+                    _ => body.insert(place, *b"{}[]\",:-09e\\".choose(&mut random).unwrap()),
+                }
+            }
+            let end = end_of(queue, &body);
+            publisher.publish(queue, body, BasicProperties::default(), end).await;
+        }
+    }
+    // Of somebody who exists, and yet they can't be applied.
+    let result =
+        json!({ "item_id": item, "attempt": 1, "tries": 1, "replays": 0, "state": "retrying", "due_in_ms": i64::MAX });
+    let refused = json!({ "results": [result] }).to_string();
+    publisher.publish("mailrun.results", refused.into_bytes(), BasicProperties::default(), End::BuriedOnce).await;
+    let replay = json!({ "command_id": Uuid::from_u128(1), "states": ["failed"], "error": "\0" });
+    let refused = json!({ "run_id": held_id, "command": { "replay": replay } }).to_string();
+    publisher.publish("mailrun.runs", refused.into_bytes(), BasicProperties::default(), End::Buried).await;
+
+    let end = world.until_over(&run).await;
+    assert_eq!(end["text"], "990 successful, 10 failed of 1,000");
+    settled(&world, &publisher.buried, 10).await;
+    let untouched: (i32, String) = sqlx::query_as("SELECT attempt, state::text FROM run_items WHERE id = $1")
+        .bind(item)
+        .fetch_one(&world.pool)
+        .await
+        .unwrap();
+    assert_eq!(untouched, (1, "pending".to_owned()));
+
+    // What an operator sees and does.
+    assert_eq!(world.output(&["dead-letters"], &[]).1.trim(), "10  failed    Internet Down");
+    assert!(world.run_to_end(&["dead-letters", "replay", "--all"]));
+    world.until_progress(&run, "all sent", |progress| progress["sent"] == 1000).await;
+    settled(&world, &publisher.buried, 0).await;
+    assert_eq!(world.output(&["dead-letters"], &[]).1.trim(), "There are no dead letters.");
+    // "Move messages" in the console: they are no better for it, and come back once.
+    let channel = world.channel().await;
+    let total = publisher.buried.total();
+    until("all are back", async || depth(&channel, "mailrun.dead").await.unwrap() as usize == total).await;
+    for _ in 0..total {
+        let letter = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap().unwrap();
+        channel
+            .basic_publish(
+                "".into(),
+                "mailrun.items".into(),
+                Default::default(),
+                &letter.data,
+                letter.properties.clone(),
+            )
+            .await
+            .unwrap();
+        letter.ack(Default::default()).await.unwrap();
+    }
+    settled(&world, &publisher.buried, 0).await;
+
+    world.client.post(format!("{held}/resume")).send().await.unwrap();
+    assert_eq!(world.until_over(&held).await["sent"], 1);
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+    for worker in workers {
+        assert!(world.is_running(worker), "a worker has ended");
+    }
+    // Nobody has had to connect again over any of it.
+    assert!(!world.log().contains("interrupted"), "a connection was lost");
+    assert!(publisher.published > 600, "{}", publisher.published);
+}
+
+#[tokio::test]
+async fn messages_of_a_newer_version_wait_for_a_worker_that_understands_them() {
+    let mut world = World::new(&[]).await;
+    world.workers();
+    let channel = world.channel().await;
+    let waiting_rooms = [
+        ("mailrun.runs", "mailrun.run.v9", "mailrun.runs.paused"),
+        ("mailrun.items", "mailrun.item.v9", "mailrun.items.wait"),
+        ("mailrun.results", "mailrun.results.v9", "mailrun.results.wait"),
+        ("mailrun.tests", "mailrun.test.v9", "mailrun.tests.wait"),
+    ];
+    for (queue, kind, _) in waiting_rooms {
+        let properties = BasicProperties::default().with_delivery_mode(2).with_type(kind.into());
+        let body = br#"{"form":"that nobody knows yet"}"#;
+        channel.basic_publish("mailrun".into(), queue.into(), Default::default(), body, properties).await.unwrap();
+    }
+    for (_, kind, waiting_room) in waiting_rooms {
+        until(kind, async || depth(&channel, waiting_room).await.unwrap() == 1).await;
+    }
+    // Nothing else waits for them, and they go round as they are.
+    let run = world.invite(&people(100)).await;
+    world.until_over(&run).await;
+    world.terminate_all();
+    for (queue, kind, _) in waiting_rooms {
+        until(kind, async || depth(&channel, queue).await.unwrap() == 1).await;
+        let message = channel.basic_get(queue.into(), BasicGetOptions::default()).await.unwrap().unwrap();
+        assert_eq!(message.properties.kind().as_ref().map(lapin::types::ShortString::as_str), Some(kind));
+        assert_eq!(message.data, br#"{"form":"that nobody knows yet"}"#);
+    }
+    assert_eq!(depth(&channel, "mailrun.dead").await.unwrap(), 1, "one of a hundred fails, and nothing else");
+}

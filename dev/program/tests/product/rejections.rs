@@ -1,0 +1,151 @@
+//! Messages that RabbitMQ returns or rejects: they hold up nobody but their own recipients, and are reported.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use crate::support::{World, field, people, until};
+use lapin::options::QueueDeleteOptions;
+use mailrun_broker::depth;
+use mailrun_sink::{Action, Options, Rule, Sink, Stage};
+use serde_json::Value;
+
+const NOT_DECLARED: (&str, &str) = ("MAILRUN_AMQP__DECLARE_TOPOLOGY", "false");
+
+fn count(progress: &Value, state: &str) -> i64 {
+    progress[state].as_i64().unwrap()
+}
+
+async fn delete(world: &World, queues: &[&str]) {
+    let channel = world.channel().await;
+    for queue in queues {
+        channel.queue_delete((*queue).into(), QueueDeleteOptions::default()).await.unwrap();
+    }
+}
+
+fn doctor(world: &World) -> String {
+    world.output(&["doctor", "--json"], &[]).1
+}
+
+async fn readiness(world: &World) -> (u16, String) {
+    let answer = world.client.get(format!("{}/readyz", world.web)).send().await.unwrap();
+    (answer.status().as_u16(), answer.text().await.unwrap())
+}
+
+#[tokio::test]
+async fn without_a_retry_queue_everybody_is_sent_to_and_it_is_reported() {
+    let settings =
+        [NOT_DECLARED, ("MAILRUN_MAILER__SIMULATED__FLAKY_EVERY", "3"), ("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "0")];
+    let mut world = World::new(&settings).await;
+    delete(&world, &["mailrun.retry.100ms"]).await;
+    world.workers();
+    let run = world.invite(&people(300)).await;
+    world.until_progress(&run, "the others sent", |progress| count(progress, "sent") >= 200).await;
+    until("the doctor reports it", async || {
+        let report = doctor(&world);
+        report.contains("mailrun.retry.100ms is missing") && report.contains("RabbitMQ rejects messages of worker")
+    })
+    .await;
+    // Another run is not held up.
+    let second = world.invite("a@later.example\nb@later.example").await;
+    world.until_progress(&second, "sent", |progress| count(progress, "sent") == 2).await;
+    let end = world.until_over(&run).await;
+    assert_eq!(count(&end, "sent"), 300, "{end}");
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+    let log = world.log();
+    let reported = log.lines().filter(|line| line.contains("RabbitMQ rejects messages")).count();
+    assert!((1..=4).contains(&reported), "once a minute at most: {reported}\n{log}");
+    assert!(!log.contains("Server returned us a message"), "the bodies of returned messages are not logged");
+}
+
+#[tokio::test]
+async fn an_outage_of_the_mail_server_passes_without_retry_queues() {
+    let down = Arc::new(AtomicBool::new(true));
+    let sink = Sink::start(Options::default()).await.unwrap();
+    let is_down = Arc::clone(&down);
+    let rule: Rule = Arc::new(move |stage, _| match stage {
+        Stage::Mail if is_down.load(Ordering::Relaxed) => Action::Reply(421, "4.3.2 Down for maintenance".into()),
+        _ => Action::GoOn,
+    });
+    sink.set_rule(rule);
+    let relay = format!("smtp://{}?tls=none", sink.address());
+    let mut world = World::new(&[NOT_DECLARED]).await;
+    // Only the senders know of the mail server, as where its settings were forgotten everywhere else.
+    world.set("MAILRUN_MAILER__KIND", "smtp".into());
+    world.set("MAILRUN_MAILER__SMTP__RELAYS", relay);
+    world.workers();
+    delete(&world, &["mailrun.retry.100ms", "mailrun.retry.200ms"]).await;
+    let run = world.invite(&people(100)).await;
+    until("the retries are rejected", async || world.log().contains("RabbitMQ rejects messages")).await;
+    down.store(false, Ordering::Relaxed);
+    let end = world.until_over(&run).await;
+    assert_eq!(count(&end, "sent"), 100, "{end}");
+    assert_eq!((sink.received(), sink.received_twice()), (100, 0));
+}
+
+#[tokio::test]
+async fn the_retry_queues_of_every_mailer_are_declared() {
+    let world = World::new(&[NOT_DECLARED]).await;
+    let channel = world.channel().await;
+    for queue in ["250ms", "1s", "5s", "30s", "300s", "1800s", "7200s", "28800s", "100ms", "200ms"] {
+        depth(&channel, &format!("mailrun.retry.{queue}")).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn whichever_queues_are_missing_the_runs_end() {
+    let settings = [
+        NOT_DECLARED,
+        ("MAILRUN_AMQP__ITEM_QUEUES", "3"),
+        ("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "50"),
+        ("MAILRUN_MAILER__SIMULATED__FLAKY_EVERY", "40"),
+        ("MAILRUN_FAN_OUT__WINDOW_ITEMS", "20"),
+    ];
+    let mut world = World::new(&settings).await;
+    let missing = [
+        "mailrun.runs.wait",
+        "mailrun.runs.paused",
+        "mailrun.dead",
+        "mailrun.tests",
+        "mailrun.items.2",
+        "mailrun.retry.100ms",
+        "mailrun.retry.200ms",
+    ];
+    delete(&world, &missing).await;
+    // What nobody takes from the outbox holds up nothing behind it.
+    let page = world.client.get(&world.web).send().await.unwrap().text().await.unwrap();
+    let test = [("token", field(&page, "token")), ("test_email", "me@example.org".into())];
+    world.client.post(format!("{}/tests", world.web)).form(&test).send().await.unwrap();
+    world.workers();
+    let runs = [world.invite(&people(200)).await, world.invite("a@other.example\nb@other.example").await];
+    for run in &runs {
+        world.until_over(run).await;
+    }
+    let end = world.progress(&runs[0]).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed")), (196, 4), "{end}");
+    until("the pages are not ready", async || readiness(&world).await.0 == 503).await;
+    assert!(readiness(&world).await.1.contains("mailrun.tests"));
+    // When they are back, so is everything else.
+    assert!(world.run_to_end(&["setup"]));
+    until("the pages are ready", async || readiness(&world).await.0 == 200).await;
+    world.retry(&runs[0], "failed").await;
+    world.until_progress(&runs[0], "all sent", |progress| count(progress, "sent") == 200).await;
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}
+
+#[tokio::test]
+async fn a_queue_that_is_missing_is_declared_by_whoever_misses_it() {
+    let mut world =
+        World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"), ("MAILRUN_SEND__PERMITS", "10")]).await;
+    world.workers();
+    let run = world.invite(&people(600)).await;
+    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 50).await;
+    delete(&world, &["mailrun.results", "mailrun.retry.100ms", "mailrun.dead", "mailrun.runs.wait"]).await;
+    let end = world.until_over(&run).await;
+    assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (594, 6, 0), "{end}");
+    world.counters_equal_counts().await;
+    world.nobody_got_two();
+}

@@ -1,0 +1,753 @@
+//! Settings: read once in `main` from defaults, `mailrun.toml` and the environment, then passed down as typed values.
+//!
+//! Every key has its unit in its name, unknown keys are refused, and secrets are redacted wherever settings are printed.
+
+mod access;
+mod relay;
+mod smtp;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    ffi::OsString,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use config::{Environment, File, FileFormat};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+
+use mailrun_broker::Broker;
+use mailrun_core::{health::Health, public_url::PublicUrl, setting::DAY};
+
+pub use mailrun_broker::settings::AmqpConfig;
+pub use mailrun_core::{outcome::OnUnknown, setting::InvalidSetting};
+pub use mailrun_ledger::settings::{DatabaseConfig, RolesConfig, SuppressionsConfig, Writer};
+
+pub use access::Proxy;
+pub use relay::{Login, Mechanism, Password, Relay, RelayTls};
+pub use smtp::{BreakerConfig, DkimConfig, MailerKind, Sender, SmtpConfig};
+
+/// Everything that can be set. Each part is documented where it stands.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// PostgreSQL.
+    pub database: DatabaseConfig,
+    /// RabbitMQ.
+    pub amqp: AmqpConfig,
+    /// The pages.
+    pub web: WebConfig,
+    /// The pump.
+    pub fan_out: FanOutConfig,
+    /// The senders.
+    pub send: SendConfig,
+    /// What happens after an attempt that failed for a passing reason.
+    pub retry: RetryConfig,
+    /// The counters.
+    pub progress: ProgressConfig,
+    /// The repair of what went missing.
+    pub sweep: SweepConfig,
+    /// The repair of consumers that get nothing.
+    pub watchdog: WatchdogConfig,
+    /// How long runs are kept.
+    pub retention: RetentionConfig,
+    /// How workers tell that another one is dead.
+    pub heartbeat: HeartbeatConfig,
+    /// Who carries the mail.
+    pub mailer: MailerConfig,
+    /// When what a run suppresses is held for a person.
+    pub suppressions: SuppressionsConfig,
+    /// What monitoring systems ask for.
+    pub metrics: MetricsConfig,
+    /// Logging.
+    pub log: LogConfig,
+    /// Which servers are named, and not only assumed.
+    #[serde(skip)]
+    pub named: Named,
+}
+
+/// Which servers the settings name, whether in the file or in the environment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Named {
+    /// `database.url`, or `DATABASE_URL`.
+    pub database: bool,
+    /// `amqp.urls`, or `AMQP_URL`.
+    pub broker: bool,
+}
+
+/// `[web]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WebConfig {
+    /// Where to listen. An address that others can reach needs a password.
+    pub listen: SocketAddr,
+    /// The password of the pages (any user name); none: no login, on loopback only.
+    pub password: Option<SecretString>,
+    /// The largest form that is read.
+    pub max_body_bytes: usize,
+    /// The most addresses in one run.
+    pub max_addresses: usize,
+    /// The subject of the invitations.
+    pub subject: String,
+    /// The text of the invitations.
+    pub body: String,
+    /// Where others reach these pages, for links in mails; none: mails have no link to unsubscribe with.
+    pub public_url: Option<PublicUrl>,
+    /// The proxies in front of these pages. What their forwarding headers say of a request's client, host, port and scheme is
+    /// believed; from any other address those headers are ignored.
+    pub trusted_proxies: Vec<Proxy>,
+    /// Connections that are served at once; further ones wait.
+    pub max_connections: usize,
+    /// The head of a request must have arrived after this time, counted from the begin of the connection or from the answer before:
+    /// so it is also how long a connection may be idle.
+    pub header_timeout_ms: u64,
+    /// A connection that is older ends with the request that it serves.
+    pub connection_age_ms: u64,
+    /// What a mail provider has to know to report bounces and complaints; none: nobody may.
+    pub hook_key: Option<SecretString>,
+    /// The topics of Amazon SNS whose messages are accepted, as ARNs.
+    pub sns_topics: Vec<String>,
+    /// Files with the certificates of Amazon SNS; none: they are fetched from Amazon, and an authority must have signed them.
+    pub sns_certificates: Vec<PathBuf>,
+}
+
+impl Default for WebConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            password: None,
+            max_body_bytes: 64 * 1024 * 1024,
+            max_addresses: 1_000_000,
+            subject: "You are invited!".into(),
+            body: "Join us. We have cake.".into(),
+            public_url: None,
+            trusted_proxies: Vec::new(),
+            max_connections: 512,
+            header_timeout_ms: 20_000,
+            connection_age_ms: 300_000,
+            hook_key: None,
+            sns_topics: Vec::new(),
+            sns_certificates: Vec::new(),
+        }
+    }
+}
+
+/// `[fan_out]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FanOutConfig {
+    /// So much of a run may be released and not yet tried: what it gets through in this time. It is how long a pause takes
+    /// to act, and how long a small run waits behind a big one.
+    pub window_ms: u64,
+    /// But never more items of a run than this: it bounds the queue of items.
+    pub window_items: i32,
+    /// While so many items of a run wait for their next attempt, nothing more of it is released: it bounds the queues of
+    /// the retry schedule.
+    pub deferred_items: i32,
+    /// Items released by one step.
+    pub chunk_items: i32,
+    /// The most emails that all runs together send in a second; none: no limit. The same for all processes.
+    pub sends_per_second: Option<i32>,
+    /// Under a rate limit a send may be late by this time. Later, it gets another send time: so what was held up does not go out
+    /// in one burst.
+    pub rate_burst_ms: u64,
+}
+
+impl Default for FanOutConfig {
+    fn default() -> Self {
+        Self {
+            window_ms: 500,
+            window_items: 10_000,
+            deferred_items: 20_000,
+            chunk_items: 5_000,
+            sends_per_second: None,
+            rate_burst_ms: 200,
+        }
+    }
+}
+
+/// `[send]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SendConfig {
+    /// Sends in flight in one process, or fewer with a mail server: see [`Config::permits`]. A worker that is killed leaves at
+    /// most so many invitations in the state `unknown`.
+    pub permits: usize,
+    /// Unacknowledged deliveries the broker hands out ahead.
+    pub prefetch: u16,
+    /// Deliveries claimed by one statement at most.
+    pub claim_batch: usize,
+    /// Results in one message at most.
+    pub result_batch: usize,
+    /// Whether an attempt with an unknown end waits for a person, or is sent again.
+    pub on_unknown: OnUnknown,
+    /// How long a shutdown waits for the sends in flight.
+    pub shutdown_deadline_ms: u64,
+}
+
+impl Default for SendConfig {
+    fn default() -> Self {
+        Self {
+            permits: 200,
+            prefetch: 400,
+            claim_batch: 200,
+            result_batch: 200,
+            on_unknown: OnUnknown::Hold,
+            shutdown_deadline_ms: 30_000,
+        }
+    }
+}
+
+/// `[retry]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetryConfig {
+    /// Tries within one attempt, a moment apart, before the item goes to a rung.
+    pub in_process_tries: u32,
+    /// The first of those moments; the next ones double.
+    pub in_process_first_ms: u64,
+    /// The rungs: how long an item waits before its second, third, … try. After the last one it is dead.
+    /// None: what suits the mailer.
+    pub rungs_ms: Option<Vec<u64>>,
+}
+
+impl Default for RetryConfig {
+    fn default() -> Self {
+        Self { in_process_tries: 1, in_process_first_ms: 20, rungs_ms: None }
+    }
+}
+
+/// `[progress]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProgressConfig {
+    /// Result messages that are counted in one transaction at most.
+    pub batch_messages: usize,
+}
+
+impl Default for ProgressConfig {
+    fn default() -> Self {
+        Self { batch_messages: 50 }
+    }
+}
+
+/// `[sweep]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SweepConfig {
+    /// How often to look.
+    pub interval_ms: u64,
+    /// A run whose counters have not moved for so long may be missing something.
+    pub stalled_after_ms: u64,
+    /// Items put back in one go.
+    pub batch_items: i64,
+}
+
+impl Default for SweepConfig {
+    fn default() -> Self {
+        Self { interval_ms: 2_000, stalled_after_ms: 15_000, batch_items: 1_000 }
+    }
+}
+
+/// `[watchdog]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WatchdogConfig {
+    /// A consumer that has got nothing for so long, although there is something for it, gets a new connection.
+    pub idle_after_ms: u64,
+    /// So does one that has messages in hand and has finished none for so long: longer than any send can take.
+    pub stuck_after_ms: u64,
+}
+
+impl Default for WatchdogConfig {
+    fn default() -> Self {
+        Self { idle_after_ms: 10_000, stuck_after_ms: 1_380_000 }
+    }
+}
+
+/// `[retention]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetentionConfig {
+    /// Runs are deleted when they were over for so many days; 0: never.
+    pub keep_days: u32,
+    /// How often to look for them.
+    pub interval_s: u64,
+}
+
+impl Default for RetentionConfig {
+    fn default() -> Self {
+        Self { keep_days: 0, interval_s: 3_600 }
+    }
+}
+
+impl RetentionConfig {
+    /// How long runs are kept; none: for ever.
+    #[must_use]
+    pub fn keep(&self) -> Option<Duration> {
+        (self.keep_days > 0).then(|| DAY * self.keep_days)
+    }
+}
+
+/// `[heartbeat]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HeartbeatConfig {
+    /// How often a worker says that it lives.
+    pub interval_ms: u64,
+    /// A worker that has not said so for this long is dead to the others, and to itself.
+    pub dead_after_ms: u64,
+}
+
+impl Default for HeartbeatConfig {
+    fn default() -> Self {
+        Self { interval_ms: 1_000, dead_after_ms: 8_000 }
+    }
+}
+
+/// `[mailer]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MailerConfig {
+    /// Which of them it is.
+    pub kind: MailerKind,
+    /// The simulated mailer.
+    pub simulated: SimulatedConfig,
+    /// The real one.
+    pub smtp: SmtpConfig,
+}
+
+/// `[mailer.simulated]`: no mail leaves the machine; which sends fail depends on nothing but these numbers.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SimulatedConfig {
+    /// How long each send takes.
+    pub latency_ms: u64,
+    /// Every so manieth email of a run meets *Internet Down* until a person replays it; 0: none.
+    pub down_every: i32,
+    /// Every so manieth email of a run fails at its first try, and passes at the next; 0: none.
+    pub flaky_every: i32,
+    /// A file that gets a line for each email handed over, for tests and the curious: its Message-ID.
+    pub journal: Option<PathBuf>,
+}
+
+impl Default for SimulatedConfig {
+    fn default() -> Self {
+        Self { latency_ms: 0, down_every: 100, flaky_every: 150, journal: None }
+    }
+}
+
+/// `[metrics]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MetricsConfig {
+    /// Where the process answers `/metrics`, `/livez` and `/readyz`; none: nowhere. Port 0 is any free one, which the log names.
+    pub listen: Option<SocketAddr>,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// What to log, in the syntax of `RUST_LOG`, which wins over it.
+    pub filter: String,
+    /// One JSON object a line, for machines.
+    pub json: bool,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { filter: "info,sqlx=warn,lapin=warn".into(), json: false }
+    }
+}
+
+/// Why the settings can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Unreadable, of the wrong type, or an unknown key.
+    #[error("the settings can't be read: {}", without_lines_of_the_file(.0))]
+    Read(#[from] config::ConfigError),
+    /// Readable, but not sensible.
+    #[error(transparent)]
+    Value(#[from] InvalidSetting),
+}
+
+/// A syntax error shows the line it is in, which may hold a password.
+fn without_lines_of_the_file(error: &config::ConfigError) -> String {
+    let text = error.to_string();
+    let lines = text.lines().filter(|line| {
+        !line.trim_start().trim_start_matches(|digit: char| digit.is_ascii_digit()).trim_start().starts_with('|')
+    });
+    lines.collect::<Vec<_>>().join("; ")
+}
+
+/// Whoever knows the key can keep people from being written to.
+const MIN_HOOK_KEY_BYTES: usize = 16;
+/// The environment's settings: `MAILRUN_SEND__PERMITS=10` is `permits` in `[send]`.
+const PREFIX: &str = "MAILRUN_";
+
+/// Settings that are lists, separated by commas.
+const LISTS: [&str; 6] = [
+    "MAILRUN_AMQP__URLS",
+    "MAILRUN_RETRY__RUNGS_MS",
+    "MAILRUN_MAILER__SMTP__RELAYS",
+    "MAILRUN_WEB__SNS_TOPICS",
+    "MAILRUN_WEB__SNS_CERTIFICATES",
+    "MAILRUN_WEB__TRUSTED_PROXIES",
+];
+
+impl Config {
+    /// Reads the settings: defaults, then `file` or `mailrun.toml` in the working directory, then the environment.
+    ///
+    /// # Errors
+    /// The first thing wrong, with its key.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        // Somebody else's variable need not be UTF-8.
+        let text = |text: OsString| text.to_string_lossy().into_owned();
+        Self::read(file, std::env::vars_os().map(|(key, value)| (text(key), text(value))).collect())
+    }
+
+    fn read(file: Option<&Path>, environment: HashMap<String, String>) -> Result<Self, ConfigError> {
+        let file = match file {
+            Some(path) => File::from(path).required(true),
+            None => File::new("mailrun.toml", FileFormat::Toml).required(false),
+        };
+        let nonempty = |key: &str| environment.get(key).filter(|value| !value.is_empty()).cloned();
+        let database_url = nonempty("DATABASE_URL");
+        let amqp_urls = nonempty("AMQP_URL").or_else(|| nonempty("MAILRUN_AMQP__URLS"));
+        let rungs = nonempty("MAILRUN_RETRY__RUNGS_MS");
+        let relays = nonempty("MAILRUN_MAILER__SMTP__RELAYS");
+        let topics = nonempty("MAILRUN_WEB__SNS_TOPICS");
+        let certificates = nonempty("MAILRUN_WEB__SNS_CERTIFICATES");
+        let proxies = nonempty("MAILRUN_WEB__TRUSTED_PROXIES");
+        // Only names with a section are settings; MAILRUN_HOME and MAILRUN_CONFIG are none.
+        let ours = environment
+            .into_iter()
+            .filter(|(key, _)| key.strip_prefix(PREFIX).is_some_and(|key| key.contains("__")))
+            // Read above; an empty one is none.
+            .filter(|(key, _)| !LISTS.contains(&key.as_str()))
+            .collect();
+        // Values stay text, and are read as what their key is: a password of digits is no number.
+        let environment = Environment::with_prefix("MAILRUN").prefix_separator("_").separator("__").source(Some(ours));
+        let mut builder = config::Config::builder().add_source(file).add_source(environment);
+        if let Some(url) = database_url {
+            builder = builder.set_override("database.url", url)?;
+        }
+        for (key, list) in [
+            ("amqp.urls", amqp_urls),
+            ("retry.rungs_ms", rungs),
+            ("mailer.smtp.relays", relays),
+            ("web.sns_topics", topics),
+            ("web.sns_certificates", certificates),
+            ("web.trusted_proxies", proxies),
+        ] {
+            if let Some(list) = list {
+                builder = builder.set_override(key, list.split(',').map(str::trim).collect::<Vec<_>>())?;
+            }
+        }
+        let settings = builder.build()?;
+        let named = |key| settings.get::<config::Value>(key).is_ok();
+        let named = Named { database: named("database.url"), broker: named("amqp.urls") };
+        let config = Self { named, ..settings.try_deserialize()? };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// RabbitMQ as configured; `name` is what the management console shows the connections as.
+    #[must_use]
+    pub fn broker(&self, name: impl Into<String>) -> Arc<Broker> {
+        Broker::new(&self.amqp, self.all_rungs(), name)
+    }
+
+    /// The same, for a process that shows its health.
+    #[must_use]
+    pub fn broker_with_health(&self, name: impl Into<String>, health: Health) -> Arc<Broker> {
+        Broker::with_health(&self.amqp, self.all_rungs(), name, health)
+    }
+
+    /// The right side of every `Message-ID`: mail servers distrust a domain that is none.
+    #[must_use]
+    pub fn message_id_domain(&self) -> String {
+        match self.mailer.kind {
+            MailerKind::Simulated => "mailrun".to_owned(),
+            MailerKind::Smtp => self.mailer.smtp.from.domain(),
+        }
+    }
+
+    /// Sends that a process may have in flight. A real mail server is spoken to over `connections`; a quarter more are claimed
+    /// ahead, so that a connection that is free finds the next mail waiting.
+    #[must_use]
+    pub fn permits(&self) -> usize {
+        match self.mailer.kind {
+            MailerKind::Simulated => self.send.permits,
+            MailerKind::Smtp => (self.mailer.smtp.connections * 5 / 4 + 1).min(self.send.permits),
+        }
+    }
+
+    /// How long an item waits before its second, third, … try. A mail server that asks to come back later means minutes to
+    /// hours; the simulated one means a moment.
+    #[must_use]
+    pub fn rungs(&self) -> Vec<Duration> {
+        let suits = self.mailer.kind.rungs_ms();
+        self.retry.rungs_ms.as_deref().unwrap_or(suits).iter().copied().map(Duration::from_millis).collect()
+    }
+
+    /// The rungs of every mailer there is, and those of the settings: each needs its queue, since who declares the queues may
+    /// know nothing of the mailer that the senders use.
+    #[must_use]
+    pub fn all_rungs(&self) -> Vec<Duration> {
+        let all = MailerKind::ALL.into_iter().flat_map(MailerKind::rungs_ms).copied().map(Duration::from_millis);
+        all.chain(self.rungs()).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |key, reason: &str| Err(InvalidSetting::new(key, reason).into());
+        self.database.check()?;
+        self.amqp.check()?;
+        self.web.check_password()?;
+        if !(1..=100_000).contains(&self.web.max_connections)
+            || self.web.header_timeout_ms == 0
+            || self.web.connection_age_ms == 0
+        {
+            return wrong(
+                "web",
+                "max_connections is from 1 to 100000, header_timeout_ms and connection_age_ms at least 1",
+            );
+        }
+        if self.web.sns_topics.iter().any(|topic| !topic.starts_with("arn:") || !topic.contains(":sns:")) {
+            return wrong("web.sns_topics", "each is like arn:aws:sns:eu-west-1:123456789012:bounces");
+        }
+        if self.web.hook_key.as_ref().is_some_and(|key| key.expose_secret().len() < MIN_HOOK_KEY_BYTES) {
+            return wrong("web.hook_key", "at least 16 characters, for instance from `openssl rand -hex 24`");
+        }
+        if !(1..=1_000).contains(&self.send.permits) {
+            return wrong("send.permits", "from 1 to 1000");
+        }
+        if self.send.prefetch == 0 || self.send.prefetch > 2_000 {
+            return wrong("send.prefetch", "from 1 to 2000, the most a quorum queue allows");
+        }
+        if self.send.claim_batch == 0 || self.send.result_batch == 0 || self.progress.batch_messages == 0 {
+            return wrong("send.claim_batch, send.result_batch, progress.batch_messages", "at least 1");
+        }
+        if !(1..=5_000).contains(&self.fan_out.chunk_items)
+            || self.fan_out.window_items < 1
+            || self.fan_out.deferred_items < 1
+        {
+            return wrong("fan_out", "chunk_items is from 1 to 5000, window_items and deferred_items at least 1");
+        }
+        if self.fan_out.sends_per_second.is_some_and(|limit| limit < 1) {
+            return wrong("fan_out.sends_per_second", "at least 1; leave it out for no limit");
+        }
+        if self.heartbeat.interval_ms == 0
+            || self.heartbeat.dead_after_ms < self.heartbeat.interval_ms.saturating_mul(3)
+        {
+            return wrong(
+                "heartbeat.dead_after_ms",
+                "at least three times interval_ms, so that one lost heartbeat kills nobody",
+            );
+        }
+        if self.sweep.interval_ms == 0 || self.retention.interval_s == 0 {
+            return wrong("sweep.interval_ms, retention.interval_s", "at least 1");
+        }
+        if self.watchdog.idle_after_ms < 100 || self.watchdog.stuck_after_ms < self.watchdog.idle_after_ms {
+            return wrong("watchdog", "idle_after_ms is at least 100, and stuck_after_ms no less than that");
+        }
+        let rungs = self.rungs();
+        if !(1..=20).contains(&rungs.len()) || rungs.contains(&Duration::ZERO) {
+            return wrong("retry.rungs_ms", "1 to 20 waits of at least 1 ms each");
+        }
+        if self.retry.in_process_tries > 5 || self.retry.in_process_first_ms > 100 {
+            return wrong(
+                "retry",
+                "in_process_tries is at most 5 and in_process_first_ms at most 100: longer waits belong on a rung",
+            );
+        }
+        self.mailer.smtp.check(self.mailer.kind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(environment: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        Config::read(None, environment)
+    }
+
+    #[test]
+    fn the_defaults_are_usable() {
+        read(&[]).unwrap();
+    }
+
+    #[test]
+    fn the_environment_sets_any_key() {
+        let config = read(&[
+            ("MAILRUN_SEND__PERMITS", "7"),
+            ("MAILRUN_RETRY__RUNGS_MS", "5,10"),
+            ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "3"),
+            ("MAILRUN_HOME", "/somewhere"),
+            ("AMQP_URL", "amqps://a, amqps://b"),
+            ("DATABASE_URL", "postgres://x"),
+        ])
+        .unwrap();
+        assert_eq!(config.send.permits, 7);
+        assert_eq!(config.rungs(), [5, 10].map(Duration::from_millis));
+        assert_eq!(config.mailer.simulated.latency_ms, 3);
+        assert_eq!(config.amqp.urls.len(), 2);
+        assert_eq!(config.amqp.urls[1].expose_secret(), "amqps://b");
+    }
+
+    #[test]
+    fn servers_are_named_by_the_environment_or_the_file() {
+        assert_eq!(read(&[]).unwrap().named, Named::default());
+        assert_eq!(read(&[("AMQP_URL", "amqps://a")]).unwrap().named, Named { database: false, broker: true });
+        let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+        std::fs::write(&file, "[database]\nurl = 'postgres://x'\n").unwrap();
+        let config = Config::read(Some(file.path()), HashMap::new()).unwrap();
+        assert_eq!(config.named, Named { database: true, broker: false });
+    }
+
+    #[test]
+    fn a_password_of_digits_keeps_its_zeros() {
+        let config = read(&[("MAILRUN_WEB__PASSWORD", "01234567")]).unwrap();
+        assert_eq!(config.web.password.unwrap().expose_secret(), "01234567");
+    }
+
+    #[test]
+    fn a_flag_and_a_list_are_read_from_the_environment() {
+        let config =
+            read(&[("MAILRUN_AMQP__PUBLISH_TWICE", "true"), ("MAILRUN_AMQP__URLS", "amqps://a,amqps://b")]).unwrap();
+        assert!(config.amqp.publish_twice);
+        assert_eq!(config.amqp.urls.len(), 2);
+    }
+
+    #[test]
+    fn topics_are_arns() {
+        let topics = |topics: &str| read(&[("MAILRUN_WEB__SNS_TOPICS", topics)]).map(|config| config.web.sns_topics);
+        let arns = ["arn:aws:sns:eu-west-1:123456789012:bounces", "arn:aws-cn:sns:cn-north-1:123456789012:x"];
+        assert_eq!(topics(&arns.join(", ")).unwrap(), arns);
+        assert_eq!(topics("").unwrap(), [""; 0]);
+        assert!(topics("bounces").unwrap_err().to_string().contains("web.sns_topics"));
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        assert!(read(&[("MAILRUN_SEND__PERMITZ", "7")]).unwrap_err().to_string().contains("permitz"));
+    }
+
+    #[test]
+    fn an_address_others_can_reach_needs_a_password() {
+        let error = read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80")]).unwrap_err().to_string();
+        assert!(error.contains("web.password"), "{error}");
+        read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80"), ("MAILRUN_WEB__PASSWORD", "let me in")]).unwrap();
+    }
+
+    #[test]
+    fn a_message_id_bears_the_senders_domain_in_ascii() {
+        let domain = |settings: &[(&str, &str)]| read(settings).unwrap().message_id_domain();
+        assert_eq!(domain(&[]), "mailrun");
+        let smtp = [("MAILRUN_MAILER__KIND", "smtp"), ("MAILRUN_MAILER__SMTP__RELAYS", "smtp://localhost?tls=none")];
+        let from = ("MAILRUN_MAILER__SMTP__FROM", "Zoë <zoe@müller.example>");
+        assert_eq!(domain(&[smtp[0], smtp[1], from]), "xn--mller-kva.example");
+    }
+
+    #[test]
+    fn real_mail_needs_a_relay_and_a_sender() {
+        let smtp = ("MAILRUN_MAILER__KIND", "smtp");
+        let relays = |urls| ("MAILRUN_MAILER__SMTP__RELAYS", urls);
+        let why = |settings: &[_]| read(settings).unwrap_err().to_string();
+        assert!(why(&[smtp]).contains("mailer.smtp.relays"));
+        let config = read(&[
+            smtp,
+            relays("smtp://u:p@a, smtps://u:p@b"),
+            ("MAILRUN_MAILER__SMTP__FROM", "Ann's List <ann@example.org>"),
+            ("MAILRUN_MAILER__SMTP__DKIM__DOMAIN", "example.org"),
+            ("MAILRUN_MAILER__SMTP__DKIM__SELECTOR", "s"),
+            ("MAILRUN_MAILER__SMTP__DKIM__KEY_FILE", "/k"),
+        ])
+        .unwrap()
+        .mailer;
+        assert_eq!((config.kind, config.smtp.relays().unwrap().len()), (MailerKind::Smtp, 2));
+        assert_eq!(config.smtp.from.to_string(), "Ann's List <ann@example.org>");
+        assert_eq!(config.smtp.dkim.unwrap().selector, "s");
+        let broken = why(&[relays("smtp://u:p@a,smtp://u:hunter2@b?tls=no")]);
+        assert!(broken.contains("relay 2") && !broken.contains("hunter2"), "{broken}");
+        assert!(why(&[relays("smtp://b?tls=none")]).contains("allow_plaintext"));
+        read(&[relays("smtp://b?tls=none"), ("MAILRUN_MAILER__SMTP__ALLOW_PLAINTEXT", "true")]).unwrap();
+        assert!(why(&[("MAILRUN_MAILER__SMTP__FROM", "nobody")]).contains("is no sender"));
+        assert!(why(&[("MAILRUN_MAILER__SMTP__RELAY", "x")]).contains("relay"));
+    }
+
+    #[test]
+    fn the_public_address_is_checked() {
+        let config = read(&[("MAILRUN_WEB__PUBLIC_URL", "https://invites.example.org/")]).unwrap();
+        assert_eq!(config.web.public_url.unwrap().to_string(), "https://invites.example.org");
+        let error = read(&[("MAILRUN_WEB__PUBLIC_URL", "invites.example.org")]).unwrap_err().to_string();
+        assert!(error.contains("public_url") && error.contains("https://"), "{error}");
+        assert!(read(&[("MAILRUN_WEB__HOOK_KEY", "short")]).is_err());
+    }
+
+    #[test]
+    fn an_error_in_the_file_does_not_print_its_line() {
+        for content in [
+            "[database]\nurl = \"postgres://u:hunter2@h\n",
+            "[web]\npassword = hunter2\n",
+            "[database]\nurl = [\"postgres://u:hunter2@h\"]\n",
+            "[amqp]\nurls = { a = \"hunter2\" }\n",
+            "[web]\npassword = { hunter2 = 1 }\n",
+        ] {
+            let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+            std::fs::write(&file, content).unwrap();
+            let error = Config::read(Some(file.path()), HashMap::new()).unwrap_err().to_string();
+            assert!(!error.contains("hunter2") || content.contains("{ hunter2"), "{error}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_not_printed() {
+        let config = read(&[
+            ("DATABASE_URL", "postgres://u:hunter2@h/d"),
+            ("AMQP_URL", "amqps://u:hunter2@h"),
+            ("MAILRUN_MAILER__SMTP__RELAYS", "smtp://u:hunter2@h"),
+        ])
+        .unwrap();
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        #[test]
+        fn any_settings_are_usable_or_refused(
+            settings in prop::collection::vec((prop::sample::select(&[
+                "DATABASE_URL", "AMQP_URL", "MAILRUN_WEB__LISTEN", "MAILRUN_WEB__PUBLIC_URL", "MAILRUN_WEB__PASSWORD", "MAILRUN_WEB__MAX_BODY_BYTES",
+                "MAILRUN_SEND__PERMITS", "MAILRUN_SEND__PREFETCH", "MAILRUN_RETRY__RUNGS_MS", "MAILRUN_HEARTBEAT__INTERVAL_MS",
+                "MAILRUN_HEARTBEAT__DEAD_AFTER_MS", "MAILRUN_FAN_OUT__SENDS_PER_SECOND", "MAILRUN_AMQP__ITEM_QUEUES", "MAILRUN_MAILER__KIND",
+                "MAILRUN_MAILER__SMTP__RELAYS", "MAILRUN_MAILER__SMTP__FROM", "MAILRUN_MAILER__SMTP__CONNECTIONS", "MAILRUN_NONE__SUCH",
+            ][..]), prop_oneof![
+                any::<i64>().prop_map(|number| number.to_string()), any::<u64>().prop_map(|number| number.to_string()),
+                Just("smtp".to_owned()), Just("smtp://a@b:1?tls=none".to_owned()), Just("Ann <ann@example.org>".to_owned()), "\\PC{0,30}",
+            ]), 0..6),
+            toml in "(\\[[a-z_.]{1,12}\\]\n|[a-z_]{1,12} = ([0-9]{1,22}|\"\\PC{0,9}\"|\\[\\]|true)\n|\\PC{0,9}\n){0,4}",
+        ) {
+            let environment: HashMap<_, _> = settings.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+            let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+            std::fs::write(&file, toml).unwrap();
+            for file in [None, Some(file.path())] {
+                match Config::read(file, environment.clone()) {
+                    Ok(config) => {
+                        prop_assert!(config.permits() >= 1);
+                        let _ = (config.rungs(), config.message_id_domain(), format!("{config:?}"));
+                    }
+                    Err(reason) => prop_assert!(!reason.to_string().is_empty()),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! Connections over a list of nodes. Supervision is our own, not lapin's: any error or timeout tears the connection down and builds
+//! a new one, because a channel error would otherwise leave its users waiting for ever.
+
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI32, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
+use mailrun_core::queue;
+use mailrun_core::{epoch::BEHIND, health::Health};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    BrokerError, Link, Rejections,
+    epoch::Epoch,
+    error::is_not_found,
+    settings::{AmqpConfig, authorities},
+    topology::{self, depth},
+};
+
+const CONNECT_TIMEOUT_MS: u64 = 5_000;
+/// A queue that was missing is asked for again after this time.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// How to reach RabbitMQ.
+#[derive(Debug)]
+pub struct Broker {
+    urls: Vec<SecretString>,
+    /// Which node the next connection is tried at first.
+    turn: AtomicUsize,
+    name: String,
+    pub(crate) declare: bool,
+    pub(crate) item_queues: Arc<[Cow<'static, str>]>,
+    retry_delays: Vec<Duration>,
+    pub(crate) publish_twice: bool,
+    pub(crate) answer_timeout: Duration,
+    heartbeat_s: u16,
+    pub(crate) epoch: Arc<Epoch>,
+    ca_file: Option<PathBuf>,
+    pub(crate) rejections: Rejections,
+    rebuilds: AtomicI32,
+    pub(crate) health: Health,
+    /// Queues that were found missing, and when.
+    missing: Mutex<HashMap<String, Instant>>,
+    /// Publishing, and connections that are being closed.
+    pub(crate) tasks: TaskTracker,
+}
+
+impl Broker {
+    /// `retry_delays` are those that any process may use: each has a queue. `name` is what the management console shows the connections as.
+    #[must_use]
+    pub fn new(settings: &AmqpConfig, retry_delays: Vec<Duration>, name: impl Into<String>) -> Arc<Self> {
+        Self::with_health(settings, retry_delays, name, Health::default())
+    }
+
+    /// The same, for a process that shows its health. Trouble with RabbitMQ is reported to `health`.
+    #[must_use]
+    pub fn with_health(
+        settings: &AmqpConfig,
+        retry_delays: Vec<Duration>,
+        name: impl Into<String>,
+        health: Health,
+    ) -> Arc<Self> {
+        let (rejections, epoch) = (Rejections::default(), Arc::new(Epoch::default()));
+        let rejected = rejections.clone();
+        health.ask(move || rejected.words().map(|words| format!("RabbitMQ rejects messages: {words}")));
+        let ledger = Arc::clone(&epoch);
+        health.ask(move || match ledger.present() {
+            None => Some("the ledger has not been compared with RabbitMQ yet".to_owned()),
+            Some(_) => ledger.is_behind().then(|| BEHIND.to_owned()),
+        });
+        Arc::new(Self {
+            urls: settings.urls.clone(),
+            // By chance, so that processes that start together don't all begin with the same node.
+            turn: AtomicUsize::new(rand::random_range(0..settings.urls.len().max(1))),
+            name: name.into(),
+            declare: settings.declare_topology,
+            item_queues: queue::item_queues(settings.item_queues).into(),
+            retry_delays: retry_delays,
+            publish_twice: settings.publish_twice,
+            answer_timeout: settings.answer_timeout(),
+            heartbeat_s: settings.heartbeat_s,
+            epoch,
+            ca_file: settings.ca_file.clone(),
+            rejections,
+            rebuilds: AtomicI32::new(0),
+            health,
+            missing: Mutex::default(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// Connects to the next node in turn, or to the first one after it that answers, and declares the topology. So the
+    /// connections of a process are spread over the nodes, and what a dead node held goes to all of the others.
+    ///
+    /// # Errors
+    /// The last node's.
+    pub async fn connect(&self, purpose: &str) -> Result<Link, BrokerError> {
+        let mut last = BrokerError::Timeout;
+        for url in in_turn(&self.urls, self.turn.fetch_add(1, Ordering::Relaxed)) {
+            match timeout(self.answer_timeout, self.connect_to(url, purpose)).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error)) => last = error,
+                Err(_) => last = BrokerError::Timeout,
+            }
+        }
+        Err(last)
+    }
+
+    async fn connect_to(&self, url: &SecretString, purpose: &str) -> Result<Link, BrokerError> {
+        let mut uri: AMQPUri = url.expose_secret().parse().map_err(|_| BrokerError::Url)?;
+        uri.query.heartbeat = Some(self.heartbeat_s);
+        uri.query.connection_timeout = Some(CONNECT_TIMEOUT_MS);
+        let authorities = authorities(self.ca_file.as_ref()).await.map_err(BrokerError::Authorities)?;
+        let tls = OwnedTLSConfig { cert_chain: authorities, ..OwnedTLSConfig::default() };
+        let properties =
+            ConnectionProperties::default().with_connection_name(format!("{} {purpose}", self.name).into());
+        let connection =
+            Connection::connect_uri_with_config(uri, properties, tls, lapin::runtime::default_runtime()?).await?;
+        let link = Link::new(connection, &self.tasks);
+        if self.declare {
+            self.declare_on(&link).await?;
+        }
+        Ok(link)
+    }
+
+    pub(crate) async fn declare_on(&self, link: &Link) -> Result<(), BrokerError> {
+        let channel = link.channel().await?;
+        topology::declare(&channel, &self.item_queues, &self.retry_delays).await?;
+        channel.close(200, "declared".into()).await?;
+        Ok(())
+    }
+
+    /// Declares the topology, whatever the configuration says of it: what `mailrun setup` does.
+    ///
+    /// # Errors
+    /// The broker's, for instance when the user has no right to.
+    pub async fn declare_topology(&self) -> Result<(), BrokerError> {
+        let link = self.connect("setup").await?;
+        if !self.declare {
+            timeout(self.answer_timeout, self.declare_on(&link)).await.map_err(|_| BrokerError::Timeout)??;
+        }
+        link.close().await;
+        Ok(())
+    }
+
+    /// Returns when all publishers have ended and all connections that are being closed are closed, or after `limit`: for the end
+    /// of the process, after whatever holds a publisher or a connection has ended.
+    pub async fn closed(&self, limit: Duration) {
+        self.tasks.close();
+        let _ = timeout(limit, self.tasks.wait()).await;
+    }
+
+    /// What the broker rejects at present.
+    #[must_use]
+    pub fn rejections(&self) -> &Rejections {
+        &self.rejections
+    }
+
+    /// What keeps the process from its work.
+    #[must_use]
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// Every queue there is, by name.
+    #[must_use]
+    pub fn queue_names(&self) -> Vec<String> {
+        topology::queues(&self.item_queues, &self.retry_delays)
+            .into_iter()
+            .map(|queue| queue.name.into_owned())
+            .collect()
+    }
+
+    /// The queues that item messages are spread over.
+    #[must_use]
+    pub fn item_queues(&self) -> &[Cow<'static, str>] {
+        &self.item_queues
+    }
+
+    /// How many item messages wait on their queues, asked on a connection of its own.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn waiting_items(&self) -> Result<u32, BrokerError> {
+        self.waiting(&self.item_queues).await
+    }
+
+    /// How many messages with results wait to be counted, asked on a connection of its own.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn waiting_results(&self) -> Result<u32, BrokerError> {
+        self.waiting(&[queue::RESULTS.into()]).await
+    }
+
+    async fn waiting(&self, queues: &[Cow<'static, str>]) -> Result<u32, BrokerError> {
+        let link = self.connect("look").await?;
+        let look = async {
+            let mut channel = link.channel().await?;
+            let mut waiting = 0;
+            for queue in queues.iter().filter(|queue| !self.was_missing(queue)) {
+                match depth(&channel, queue).await {
+                    Ok(messages) => waiting += messages,
+                    // Nothing waits on a queue that does not exist. The question has cost the channel.
+                    Err(error) if is_not_found(&error) => {
+                        self.missing().insert(queue.to_string(), Instant::now());
+                        channel = link.channel().await?;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok::<_, lapin::Error>(waiting)
+        };
+        let waiting = timeout(self.answer_timeout, look).await;
+        link.close().await;
+        Ok(waiting.map_err(|_| BrokerError::Timeout)??)
+    }
+
+    /// What is known about the ledger's epoch: [`mailrun_app::lineage::keep`] keeps it.
+    #[must_use]
+    pub fn epoch(&self) -> &Epoch {
+        &self.epoch
+    }
+
+    /// Whether connections declare exchanges and queues, or leave that to `mailrun setup`.
+    #[must_use]
+    pub fn declares_topology(&self) -> bool {
+        self.declare
+    }
+
+    fn missing(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+        self.missing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a queue was found missing just now: asking for it ends a channel, with an error in the AMQP library's log.
+    fn was_missing(&self, queue: &str) -> bool {
+        self.missing().get(queue).is_some_and(|at| at.elapsed() < ASK_AGAIN)
+    }
+
+    /// Counts a consumer whose connection is built anew because it was of no use.
+    pub(crate) fn add_rebuild(&self) {
+        self.rebuilds.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often consumers got a new connection because theirs was of no use.
+    #[must_use]
+    pub fn rebuilds(&self) -> i32 {
+        self.rebuilds.load(Ordering::Relaxed)
+    }
+
+    /// How long the broker may take to answer.
+    #[must_use]
+    pub fn answer_timeout(&self) -> Duration {
+        self.answer_timeout
+    }
+}
+
+/// All of `nodes`, from one of them on.
+fn in_turn<T>(nodes: &[T], turn: usize) -> impl Iterator<Item = &T> {
+    let (before, from) = nodes.split_at(turn % nodes.len().max(1));
+    from.iter().chain(before)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_connection_begins_with_the_next_node_and_leaves_none_out() {
+        let turns: Vec<Vec<_>> = (4..7).map(|turn| in_turn(&["a", "b", "c"], turn).copied().collect()).collect();
+        assert_eq!(turns, [["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]);
+        assert_eq!(in_turn::<&str>(&[], 7).count(), 0);
+    }
+}

@@ -1,0 +1,551 @@
+//! Publishing: bursts over publisher channels, and what becomes of messages that the broker returns or rejects.
+//!
+//! A rejected message (its queue is missing, or full) never holds up its channel. Whoever has offered it is told; or, if the
+//! caller waits until it is taken, it is set aside and published again by itself, with growing waits.
+
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::future::try_join_all;
+use lapin::{Channel, Confirmation, options::ConfirmSelectOptions, types::AMQPValue};
+use mailrun_core::queue;
+use metrics::{counter, histogram};
+use tokio::{
+    sync::{Mutex, mpsc, oneshot},
+    time::{sleep, sleep_until, timeout},
+};
+use tracing::{debug, warn};
+use uuid::Uuid;
+
+use super::{
+    Broker, BrokerError, EPOCH_HEADER, Outgoing,
+    link::Link,
+    rejections::{NO_QUEUE, NO_ROOM, Rejections},
+};
+use mailrun_core::{metric, retry::Reconnect};
+
+/// A burst is published, then all of its confirms are awaited: so a returned message is always told within its burst.
+const BURST: usize = 1_536;
+/// Publishes polled together: one system call for many frames.
+const POLLED_TOGETHER: usize = 64;
+/// How long those wait for a confirm who hold a transaction open meanwhile.
+pub(super) const CONFIRMED_SOON: Duration = Duration::from_secs(10);
+/// Batches that may wait for a publisher channel before `publish` makes its callers wait.
+const WAITING_BATCHES: usize = 64;
+/// A rejected message is published again after the first of these waits, which double up to the second.
+const FIRST_AGAIN: Duration = Duration::from_millis(200);
+const LAST_AGAIN: Duration = Duration::from_secs(10);
+/// A channel is given up for another one at most so often.
+const RENEW_EVERY: Duration = Duration::from_secs(1);
+/// What is missing is declared at most so often.
+const DECLARE_EVERY: Duration = Duration::from_secs(1);
+
+/// Messages that are confirmed together.
+#[derive(Debug)]
+struct Batch {
+    messages: Vec<Outgoing>,
+    /// What becomes of the messages that the broker rejects.
+    on_rejection: OnRejection,
+    /// The messages that were rejected.
+    done: oneshot::Sender<Vec<Outgoing>>,
+}
+
+/// What becomes of a rejected message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OnRejection {
+    /// It is published again until it is taken.
+    Repeat,
+    /// The caller is told.
+    Tell,
+}
+
+/// A batch of rejected messages, set aside.
+#[derive(Debug)]
+struct Aside {
+    batch: Batch,
+    again_at: Instant,
+    waits: Reconnect,
+}
+
+/// Publishes messages and waits for the broker's confirms. Clones share the same publisher channels.
+#[derive(Clone, Debug)]
+pub struct Publisher {
+    channels: mpsc::Sender<Batch>,
+    channel_count: usize,
+    item_queues: Arc<[Cow<'static, str>]>,
+    twice: bool,
+    rejections: Rejections,
+}
+
+impl Publisher {
+    /// What the broker rejects at present.
+    #[must_use]
+    pub fn rejections(&self) -> &Rejections {
+        &self.rejections
+    }
+
+    /// As [`Self::offer`], but gives up after ten seconds, and when a message is rejected: for callers that hold a transaction
+    /// open meanwhile.
+    ///
+    /// # Errors
+    /// When the publisher is closed, a message was rejected, or nothing was confirmed in time.
+    pub async fn publish_soon(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
+        let rejected = timeout(CONFIRMED_SOON, self.offer(messages)).await.map_err(|_| BrokerError::Unconfirmed)??;
+        match rejected.first() {
+            Some(message) => Err(BrokerError::Rejected(message.queue.to_string())),
+            None => Ok(()),
+        }
+    }
+
+    /// Returns when the broker has every message on disk: publishes again after every interruption and rejection, for as long
+    /// as it takes. Dropping the future gives up on what is not confirmed yet.
+    ///
+    /// # Errors
+    /// Only when the publisher is closed.
+    pub async fn publish(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
+        self.send(messages, OnRejection::Repeat).await.map(drop)
+    }
+
+    /// Returns when the broker has taken or rejected every message, with those that it rejected: their queue is missing, or
+    /// full. Publishes again after every interruption.
+    ///
+    /// # Errors
+    /// Only when the publisher is closed.
+    pub async fn offer(&self, messages: Vec<Outgoing>) -> Result<Vec<Outgoing>, BrokerError> {
+        self.send(messages, OnRejection::Tell).await
+    }
+
+    async fn send(&self, mut messages: Vec<Outgoing>, on_rejection: OnRejection) -> Result<Vec<Outgoing>, BrokerError> {
+        if messages.is_empty() {
+            return Ok(messages);
+        }
+        for message in &mut messages {
+            message.spread_over(&self.item_queues);
+        }
+        if self.twice {
+            messages.extend(messages.clone());
+        }
+        // Spread evenly over the channels: each publishes and awaits its confirms for itself.
+        let part = part(messages.len(), self.channel_count);
+        let mut confirms = Vec::new();
+        while !messages.is_empty() {
+            let rest = messages.split_off(messages.len().min(part));
+            let (done, confirmed) = oneshot::channel();
+            confirms.push(confirmed);
+            self.channels.send(Batch { messages, on_rejection, done }).await.map_err(|_| BrokerError::Closed)?;
+            messages = rest;
+        }
+        let mut rejected = Vec::new();
+        for confirmed in confirms {
+            rejected.extend(confirmed.await.map_err(|_| BrokerError::Closed)?);
+        }
+        Ok(rejected)
+    }
+}
+
+/// How many of `messages` go to a channel at a time: few stay together, many end at the same moment on all `channels`.
+fn part(messages: usize, channels: usize) -> usize {
+    if messages <= POLLED_TOGETHER {
+        return messages;
+    }
+    messages.div_ceil(messages.div_ceil(BURST).next_multiple_of(channels))
+}
+
+/// What a publishing task has in hand, through all of its connections.
+#[derive(Debug, Default)]
+struct InHand {
+    /// To be published now.
+    batches: Vec<Batch>,
+    /// Rejected, to be published again.
+    aside: Vec<Aside>,
+}
+
+impl InHand {
+    /// Forgets what nobody waits for any more.
+    fn tidy(&mut self) {
+        self.batches.retain(|batch| !batch.done.is_closed());
+        self.aside.retain(|aside| !aside.batch.done.is_closed());
+    }
+
+    fn is_empty(&self) -> bool {
+        self.batches.is_empty() && self.aside.is_empty()
+    }
+
+    /// Waits for something to publish. False: the publisher is gone, and all is published.
+    async fn fill(&mut self, receiver: &Mutex<mpsc::Receiver<Batch>>) -> bool {
+        self.tidy();
+        if self.batches.is_empty() {
+            let again_at = self.aside.iter().map(|aside| aside.again_at).min();
+            tokio::select! {
+                biased;
+                () = sleep_until(again_at.unwrap_or_else(Instant::now).into()), if again_at.is_some() => {}
+                filled = fill(receiver, &mut self.batches) => if !filled {
+                    return false;
+                },
+            }
+        }
+        true
+    }
+
+    /// Has a batch published again after the next wait.
+    fn set_aside(&mut self, batch: Batch, mut waits: Reconnect) {
+        self.aside.push(Aside { batch, again_at: Instant::now() + waits.next_wait(), waits });
+    }
+
+    /// What was rejected and is due, a batch at a time: each has its own wait.
+    fn take_due(&mut self, now: Instant) -> Vec<Aside> {
+        let (due, later) = std::mem::take(&mut self.aside).into_iter().partition(|aside| aside.again_at <= now);
+        self.aside = later;
+        due
+    }
+}
+
+/// Waits for a batch, then takes what else is there, up to a burst. False: the publisher is gone, and all is published.
+async fn fill(receiver: &Mutex<mpsc::Receiver<Batch>>, batches: &mut Vec<Batch>) -> bool {
+    let mut receiver = receiver.lock().await;
+    let Some(first) = receiver.recv().await else {
+        return false;
+    };
+    let mut messages = first.messages.len();
+    batches.push(first);
+    while messages < BURST
+        && let Ok(next) = receiver.try_recv()
+    {
+        messages += next.messages.len();
+        batches.push(next);
+    }
+    true
+}
+
+impl Broker {
+    /// Starts a publisher with `count` connections. It lives until every clone of it is dropped.
+    #[must_use]
+    pub fn publisher(self: &Arc<Self>, count: usize) -> Publisher {
+        let (sender, receiver) = mpsc::channel(WAITING_BATCHES);
+        let receiver = Arc::new(Mutex::new(receiver));
+        metric::begin(metric::PUBLISHED, "queue", self.queue_names());
+        metric::begin(metric::REJECTED, "reason", [NO_QUEUE, NO_ROOM].map(reason));
+        for lane in 1..=count {
+            self.tasks.spawn(Arc::clone(self).publish_channel(lane, Arc::clone(&receiver)));
+        }
+        Publisher {
+            channels: sender,
+            channel_count: count,
+            item_queues: Arc::clone(&self.item_queues),
+            twice: self.publish_twice,
+            rejections: self.rejections.clone(),
+        }
+    }
+
+    /// One publishing task: its connection, its confirm channel, and what it has not got a confirm for yet.
+    async fn publish_channel(self: Arc<Self>, lane: usize, receiver: Arc<Mutex<mpsc::Receiver<Batch>>>) {
+        let health_key = format!("publishing over connection {lane}");
+        let mut reconnect = Reconnect::default();
+        let mut in_hand = InHand::default();
+        loop {
+            // At first before there is anything to say, so that the first message need not wait.
+            let error = match self.confirm_channel().await {
+                Ok((link, channel)) => {
+                    self.health.fine(&health_key);
+                    let ended = self.publish_on(&link, channel, &receiver, &mut in_hand, &mut reconnect).await;
+                    link.close().await;
+                    match ended {
+                        Ok(()) => return,
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            self.health.trouble(health_key.clone(), "is interrupted");
+            // Told once, not with each of the tries that follow.
+            if reconnect.is_under_way() {
+                debug!(%error, "publishing is still interrupted");
+            } else {
+                warn!(%error, "publishing is interrupted; it is tried again until it works");
+            }
+            let wait = reconnect.next_wait();
+            sleep(wait).await;
+            in_hand.tidy();
+            if in_hand.is_empty() {
+                // Nobody waits for it.
+                self.health.fine(&health_key);
+            }
+            // Again only for something to say.
+            if !in_hand.fill(&receiver).await {
+                return;
+            }
+        }
+    }
+
+    async fn confirm_channel(&self) -> Result<(Link, Channel), BrokerError> {
+        let link = self.connect("publish").await?;
+        let channel = self.confirm_on(&link).await?;
+        Ok((link, channel))
+    }
+
+    async fn confirm_on(&self, link: &Link) -> Result<Channel, BrokerError> {
+        let open = async {
+            let channel = link.channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok::<_, lapin::Error>(channel)
+        };
+        Ok(timeout(self.answer_timeout, open).await.map_err(|_| BrokerError::Timeout)??)
+    }
+
+    /// Goes on over another channel after a queue has rejected messages: RabbitMQ 3.10 goes on rejecting those of the same channel
+    /// when the queue's limit is lifted.
+    async fn renew(
+        &self,
+        link: &Link,
+        channel: &mut Channel,
+        rejected: &HashMap<Uuid, &'static str>,
+        renewed: &mut Option<Instant>,
+    ) -> Result<(), BrokerError> {
+        let is_due = renewed.is_none_or(|at| at.elapsed() >= RENEW_EVERY);
+        if is_due && rejected.values().any(|why| *why == NO_ROOM) {
+            *renewed = Some(Instant::now());
+            let old = std::mem::replace(channel, self.confirm_on(link).await?);
+            timeout(self.answer_timeout, old.close(200, "renewed".into()))
+                .await
+                .map_err(|_| BrokerError::Timeout)??;
+        }
+        Ok(())
+    }
+
+    /// Publishes burst after burst, until the publisher is dropped (`Ok`) or something goes wrong (`Err`).
+    async fn publish_on(
+        &self,
+        link: &Link,
+        mut channel: Channel,
+        receiver: &Mutex<mpsc::Receiver<Batch>>,
+        in_hand: &mut InHand,
+        reconnect: &mut Reconnect,
+    ) -> Result<(), BrokerError> {
+        let (mut declared, mut renewed): (Option<Instant>, Option<Instant>) = (None, None);
+        while in_hand.fill(receiver).await {
+            if !in_hand.batches.is_empty() {
+                let mut rejected = self.burst(&channel, &in_hand.batches).await?;
+                reconnect.reset();
+                if rejected.values().any(|why| *why == NO_QUEUE) {
+                    in_hand.batches = self.settle(std::mem::take(&mut in_hand.batches), &rejected, OnRejection::Repeat);
+                    if self.declare && declared.is_none_or(|at| at.elapsed() >= DECLARE_EVERY) {
+                        declared = Some(Instant::now());
+                        match timeout(self.answer_timeout, self.declare_on(link)).await {
+                            Ok(Ok(())) => {}
+                            Ok(Err(error)) => debug!(%error, "what is missing can't be declared"),
+                            Err(_) => return Err(BrokerError::Timeout),
+                        }
+                    }
+                    // It may be there now, and another queue may do as well.
+                    rejected = self.burst(&channel, &in_hand.batches).await?;
+                }
+                let batches = std::mem::take(&mut in_hand.batches);
+                for batch in self.settle(batches, &rejected, OnRejection::Tell) {
+                    in_hand.set_aside(batch, Reconnect::between(FIRST_AGAIN, LAST_AGAIN));
+                }
+                self.renew(link, &mut channel, &rejected, &mut renewed).await?;
+            }
+            let rejected = self.publish_aside(&channel, in_hand).await?;
+            self.renew(link, &mut channel, &rejected, &mut renewed).await?;
+        }
+        Ok(())
+    }
+
+    /// Publishes what was set aside and is due, in a burst of its own. Returns what was rejected again.
+    async fn publish_aside(
+        &self,
+        channel: &Channel,
+        in_hand: &mut InHand,
+    ) -> Result<HashMap<Uuid, &'static str>, BrokerError> {
+        let due = in_hand.take_due(Instant::now());
+        if due.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let (batches, waits): (Vec<Batch>, Vec<Reconnect>) =
+            due.into_iter().map(|aside| (aside.batch, aside.waits)).unzip();
+        match self.burst(channel, &batches).await {
+            Ok(rejected) => {
+                for (batch, waits) in batches.into_iter().zip(waits) {
+                    if let Some(batch) = self.settle(vec![batch], &rejected, OnRejection::Tell).pop() {
+                        in_hand.set_aside(batch, waits);
+                    }
+                }
+                Ok(rejected)
+            }
+            Err(error) => {
+                batches.into_iter().zip(waits).for_each(|(batch, waits)| in_hand.set_aside(batch, waits));
+                Err(error)
+            }
+        }
+    }
+
+    async fn burst(&self, channel: &Channel, batches: &[Batch]) -> Result<HashMap<Uuid, &'static str>, BrokerError> {
+        let begun = Instant::now();
+        let rejected = timeout(self.answer_timeout, burst(channel, batches, self.epoch.present()))
+            .await
+            .map_err(|_| BrokerError::Timeout)??;
+        histogram!(metric::CONFIRM_SECONDS).record(begun.elapsed());
+        count(batches, &rejected);
+        Ok(rejected)
+    }
+
+    /// Tells those whose messages were all taken; at `OnRejection::Tell` also those that want to know which were rejected. Returns
+    /// what is left of the other batches.
+    fn settle(
+        &self,
+        batches: Vec<Batch>,
+        rejected: &HashMap<Uuid, &'static str>,
+        on_rejection: OnRejection,
+    ) -> Vec<Batch> {
+        let mut left = Vec::new();
+        for mut batch in batches {
+            if !rejected.is_empty() || self.rejections.any() {
+                self.note(&batch.messages, rejected);
+            }
+            batch.messages.retain(|message| rejected.contains_key(&message.id));
+            for message in &mut batch.messages {
+                message.try_another(&self.item_queues);
+            }
+            let tell = (batch.on_rejection, on_rejection) == (OnRejection::Tell, OnRejection::Tell);
+            if batch.messages.is_empty() || tell {
+                // Nobody waits any more if this fails.
+                let _ = batch.done.send(batch.messages);
+            } else {
+                left.push(batch);
+            }
+        }
+        left
+    }
+
+    fn note(&self, messages: &[Outgoing], rejected: &HashMap<Uuid, &'static str>) {
+        let now = Instant::now();
+        for message in messages {
+            match rejected.get(&message.id) {
+                Some(why) => self.rejections.add(&message.queue, why, now),
+                None if self.rejections.any() => self.rejections.end(&message.queue),
+                None => {}
+            }
+        }
+    }
+}
+
+/// Counts what became of messages.
+fn count(batches: &[Batch], rejected: &HashMap<Uuid, &'static str>) {
+    let mut taken: HashMap<&str, u64> = HashMap::new();
+    for message in batches.iter().flat_map(|batch| &batch.messages) {
+        match rejected.get(&message.id) {
+            Some(why) => counter!(metric::REJECTED, "reason" => reason(why)).increment(1),
+            None => *taken.entry(&message.queue).or_default() += 1,
+        }
+    }
+    for (queue, messages) in taken {
+        counter!(metric::PUBLISHED, "queue" => queue.to_owned()).increment(messages);
+    }
+}
+
+/// A word for why a message was rejected.
+fn reason(why: &str) -> &'static str {
+    if why == NO_QUEUE { "no_queue" } else { "no_room" }
+}
+
+/// Publishes all messages of `batches` and awaits their confirms. Returns those that were rejected, and why. After an error it is
+/// not known which were taken, so all are published again: a message too many is absorbed by the fence and the join, one too few
+/// would be lost.
+async fn burst(
+    channel: &Channel,
+    batches: &[Batch],
+    epoch: Option<i64>,
+) -> Result<HashMap<Uuid, &'static str>, BrokerError> {
+    let mut confirms = Vec::new();
+    let messages: Vec<&Outgoing> = batches.iter().flat_map(|batch| &batch.messages).collect();
+    for together in messages.chunks(POLLED_TOGETHER) {
+        confirms.extend(try_join_all(together.iter().map(|message| message.publish(channel, epoch))).await?);
+    }
+    let mut rejected = HashMap::new();
+    for (message, confirm) in messages.into_iter().zip(confirms) {
+        let (taken, returned) = match confirm.await? {
+            Confirmation::Ack(returned) => (true, returned),
+            Confirmation::Nack(returned) => (false, returned),
+            Confirmation::NotRequested => (false, None),
+        };
+        if !taken {
+            rejected.insert(message.id, NO_ROOM);
+        }
+        // The broker returns a message before it confirms it, so lapin may attach it to a neighbour's confirm.
+        if let Some(id) = returned.and_then(|returned| returned.properties.message_id().as_ref()?.as_str().parse().ok())
+        {
+            rejected.insert(id, NO_QUEUE);
+        }
+    }
+    Ok(rejected)
+}
+
+impl Outgoing {
+    /// Chooses one of several queues, evenly and always the same, if it is to be spread.
+    fn spread_over(&mut self, queues: &[Cow<'static, str>]) {
+        if let Some(key) = self.spread_by {
+            // Less than their number.
+            self.queue = queues[(key % queues.len() as u64) as usize].clone();
+        }
+    }
+
+    /// Chooses the next queue of those that are as good as the one that has rejected it.
+    fn try_another(&mut self, queues: &[Cow<'static, str>]) {
+        if self.spread_by.is_some()
+            && let Some(place) = queues.iter().position(|queue| *queue == self.queue)
+        {
+            self.queue = queues[(place + 1) % queues.len()].clone();
+        }
+    }
+
+    /// A message that does not carry an epoch gets `epoch`.
+    async fn publish(&self, channel: &Channel, epoch: Option<i64>) -> lapin::Result<lapin::PublisherConfirm> {
+        let options = lapin::options::BasicPublishOptions { mandatory: true, ..Default::default() };
+        let mut headers = self.headers.clone();
+        if let Some(epoch) = epoch.filter(|_| !headers.contains_key(EPOCH_HEADER)) {
+            headers.insert(EPOCH_HEADER.into(), AMQPValue::LongLongInt(epoch));
+        }
+        channel
+            .basic_publish(
+                queue::EXCHANGE.into(),
+                self.queue.as_ref().into(),
+                options,
+                &self.body,
+                self.properties_with(headers),
+            )
+            .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_messages_are_spread_evenly_over_the_channels() {
+        assert_eq!(part(64, 2), 64);
+        assert_eq!(part(2_501, 2), 1_251);
+        assert_eq!(part(2_501, 1), 1_251);
+        assert_eq!(part(10_000, 3), 1_112);
+    }
+
+    #[test]
+    fn a_rejected_item_message_goes_to_another_item_queue() {
+        let queues = queue::item_queues(3);
+        let mut message = Outgoing { spread_by: Some(1), ..Outgoing::raw("", "", Vec::new()) };
+        message.spread_over(&queues);
+        let mut went = Vec::new();
+        for _ in 0..3 {
+            went.push(message.queue.to_string());
+            message.try_another(&queues);
+        }
+        assert_eq!(went, ["mailrun.items.2", "mailrun.items.3", "mailrun.items"]);
+        let mut other = Outgoing::raw("mailrun.dead", "", Vec::new());
+        other.try_another(&queues);
+        assert_eq!(other.queue, "mailrun.dead");
+    }
+}

@@ -1,0 +1,141 @@
+//! `[amqp]`: how RabbitMQ is reached, encrypted beyond this machine.
+
+use std::{path::PathBuf, time::Duration};
+
+use lapin::uri::{AMQPScheme, AMQPUri};
+use mailrun_core::{
+    public_url::is_this_machine,
+    setting::{DAY, InvalidSetting},
+};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::Deserialize;
+
+/// `[amqp]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AmqpConfig {
+    /// `amqp://user:password@host:port/vhost`, one for each node of the cluster, tried in turn. `AMQP_URL` wins over it,
+    /// with commas between several.
+    pub urls: Vec<SecretString>,
+    /// Lets connections beyond this machine go unencrypted.
+    pub allow_plaintext: bool,
+    /// A PEM file with the authorities to trust beside the system's, for `amqps://`.
+    pub ca_file: Option<PathBuf>,
+    /// Connections that a process publishes on, each with one confirm channel.
+    pub publish_lanes: usize,
+    /// Queues that item messages are spread over. Raise it at the senders first, since they read only what they know of.
+    pub item_queues: u16,
+    /// Whether processes declare the exchanges and queues when they connect. Set it to false where they have no right to,
+    /// and run `mailrun setup` with a user who has.
+    pub declare_topology: bool,
+    /// Publishes every message twice, to try that nothing is counted or sent twice for it.
+    pub publish_twice: bool,
+    /// The broker must answer a publish, an ack or a declaration within this time.
+    pub answer_timeout_ms: u64,
+    /// How often both ends of a connection show that they live. One that was silent for twice as long is given up.
+    pub heartbeat_s: u16,
+}
+
+impl Default for AmqpConfig {
+    fn default() -> Self {
+        Self {
+            urls: vec!["amqp://guest:guest@127.0.0.1:5672/%2f".into()],
+            allow_plaintext: false,
+            ca_file: None,
+            publish_lanes: 2,
+            item_queues: 1,
+            declare_topology: true,
+            publish_twice: false,
+            answer_timeout_ms: 30_000,
+            heartbeat_s: 15,
+        }
+    }
+}
+
+impl AmqpConfig {
+    /// Whether they can be used.
+    ///
+    /// # Errors
+    /// The first setting that can't.
+    pub fn check(&self) -> Result<(), InvalidSetting> {
+        self.check_urls()?;
+        if !(1..=64).contains(&self.item_queues) {
+            return Err(InvalidSetting::new("amqp.item_queues", "from 1 to 64"));
+        }
+        if self.publish_lanes == 0 || self.heartbeat_s == 0 {
+            return Err(InvalidSetting::new("amqp.publish_lanes, amqp.heartbeat_s", "at least 1"));
+        }
+        if self.answer_timeout().is_zero() || self.answer_timeout() > DAY {
+            return Err(InvalidSetting::new("amqp.answer_timeout_ms", "from 1 to 86400000, which is a day"));
+        }
+        Ok(())
+    }
+
+    /// How long the broker may take to answer.
+    #[must_use]
+    pub fn answer_timeout(&self) -> Duration {
+        Duration::from_millis(self.answer_timeout_ms)
+    }
+
+    fn check_urls(&self) -> Result<(), InvalidSetting> {
+        let wrong = |reason| Err(InvalidSetting { key: "amqp.urls", reason });
+        if self.urls.is_empty() {
+            return wrong("name at least one node, as amqp://user:password@host:port/vhost".to_owned());
+        }
+        for (number, url) in (1..).zip(&self.urls) {
+            let Ok(uri) = url.expose_secret().parse::<AMQPUri>() else {
+                return wrong(format!(
+                    "address {number} is not like amqp://user:password@host:port/vhost; special characters of a password are \
+                     written as in any URL, such as %40 for @ and %2C for a comma"
+                ));
+            };
+            if uri.scheme == AMQPScheme::AMQP && !is_this_machine(&uri.authority.host) && !self.allow_plaintext {
+                return wrong(format!(
+                    "address {number} is beyond this machine and not encrypted: use amqps://, or set amqp.allow_plaintext"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads the authorities that `amqp.ca_file` names.
+pub(crate) async fn authorities(file: Option<&PathBuf>) -> std::io::Result<Option<String>> {
+    match file {
+        Some(file) => tokio::fs::read_to_string(file).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn beyond_this_machine_rabbitmq_is_encrypted() {
+        let amqp = |url: &str, allow_plaintext| {
+            let config = AmqpConfig { urls: vec![url.into()], allow_plaintext, ..AmqpConfig::default() };
+            config.check_urls().map_err(|error| error.to_string())
+        };
+        assert!(amqp("amqp://u:hunter2@mq.example", false).unwrap_err().contains("amqps://"));
+        for (url, allow_plaintext) in [
+            ("amqp://mq.example", true),
+            ("amqps://mq.example", false),
+            ("amqp://localhost/v", false),
+            ("amqp://127.0.0.1:5672/%2f", false),
+            ("amqp://[::1]:5672", false),
+        ] {
+            assert_eq!(amqp(url, allow_plaintext), Ok(()), "{url}");
+        }
+    }
+
+    #[test]
+    fn malformed_urls_are_refused_without_their_password() {
+        let amqp =
+            |url: &str| AmqpConfig { urls: vec!["amqp://localhost".into(), url.into()], ..AmqpConfig::default() };
+        for url in ["hunter2", "", "http://u:hunter2@h", "amqp://u:hunter2@h:port", "amqps://u:hun#ter2@h/x/y"] {
+            let error = amqp(url).check_urls().unwrap_err().to_string();
+            assert!(error.contains("address 2") && !error.contains("hun"), "{url}: {error}");
+        }
+    }
+}

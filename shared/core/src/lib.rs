@@ -1,0 +1,26 @@
+//! The decisions, without any I/O: what a state becomes, what follows an outcome, when an item is sent, what a message says. The
+//! model checker runs over these very functions.
+
+pub mod address;
+pub mod claim;
+pub mod epoch;
+pub mod health;
+pub mod item;
+pub mod message;
+pub mod message_id;
+pub mod metric;
+#[cfg(test)]
+mod model;
+pub mod observer;
+pub mod outcome;
+pub mod pacing;
+pub mod public_url;
+pub mod queue;
+pub mod reply;
+pub mod retry;
+pub mod run;
+pub mod setting;
+pub mod signed_id;
+pub mod since;
+pub mod template;
+pub mod unsubscribe;

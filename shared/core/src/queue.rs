@@ -1,0 +1,74 @@
+//! The names of the exchanges and queues.
+
+use std::{borrow::Cow, iter, time::Duration};
+
+/// The direct exchange that every message is published to; its routing keys are the queues' names.
+pub const EXCHANGE: &str = "mailrun";
+/// Where the broker puts what was delivered too often.
+pub const DEAD_EXCHANGE: &str = "mailrun.dead";
+/// Run messages: the pump's work.
+pub const RUNS: &str = "mailrun.runs";
+/// Runs that wait for room in their window.
+pub const RUNS_WAIT: &str = "mailrun.runs.wait";
+/// Runs that somebody has paused.
+pub const RUNS_PAUSED: &str = "mailrun.runs.paused";
+/// Item messages, one for each email: the first queue of them, and the one that waiting and moved messages come to.
+pub const ITEMS: &str = "mailrun.items";
+/// Item messages of a newer version, which wait for a worker that understands them.
+pub const ITEMS_WAIT: &str = "mailrun.items.wait";
+/// Results on their way to the counters.
+pub const RESULTS: &str = "mailrun.results";
+/// Results of a newer version.
+pub const RESULTS_WAIT: &str = "mailrun.results.wait";
+/// Single mails that somebody sends to look at an invitation.
+pub const TESTS: &str = "mailrun.tests";
+/// Test messages of a newer version.
+pub const TESTS_WAIT: &str = "mailrun.tests.wait";
+/// The latest epoch of the ledger, in the only message: see `marker` in the crate `mailrun-broker`.
+pub const EPOCH: &str = "mailrun.epoch";
+/// The dead letters.
+pub const DEAD: &str = "mailrun.dead";
+
+/// Where a message waits that is taken off `queue` by a worker too old to understand it.
+#[must_use]
+pub fn waiting_room_of(queue: &str) -> &'static str {
+    match queue {
+        RESULTS => RESULTS_WAIT,
+        RUNS => RUNS_PAUSED,
+        TESTS => TESTS_WAIT,
+        _ => ITEMS_WAIT,
+    }
+}
+
+/// The name of the queue where an item waits for `delay`: one queue for each delay, since a message expires only at the
+/// head of its queue.
+#[must_use]
+pub fn retry_queue(delay: Duration) -> String {
+    let ms = delay.as_millis();
+    if ms.is_multiple_of(1000) { format!("mailrun.retry.{}s", ms / 1000) } else { format!("mailrun.retry.{ms}ms") }
+}
+
+/// The queues that item messages are spread over: a queue is one core's work in the broker. Any message may be on any of
+/// them, so what comes back from a rung or is moved by hand needs no more than the first.
+#[must_use]
+pub fn item_queues(count: u16) -> Vec<Cow<'static, str>> {
+    let others = (2..=count).map(|number| Cow::Owned(format!("{ITEMS}.{number}")));
+    iter::once(Cow::Borrowed(ITEMS)).chain(others).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_item_queue_has_the_plain_name() {
+        assert_eq!(item_queues(1), ["mailrun.items"]);
+        assert_eq!(item_queues(3), ["mailrun.items", "mailrun.items.2", "mailrun.items.3"]);
+    }
+
+    #[test]
+    fn retry_queues_are_named_by_their_delay() {
+        assert_eq!(retry_queue(Duration::from_millis(250)), "mailrun.retry.250ms");
+        assert_eq!(retry_queue(Duration::from_secs(5)), "mailrun.retry.5s");
+    }
+}

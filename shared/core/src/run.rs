@@ -1,0 +1,329 @@
+//! A run's counters and what follows from them: its phase, the room in its window, and how fast it is released. Pure functions.
+
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::{Deserialize, Serialize};
+
+/// What a person wants of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Wanted {
+    /// Release its items.
+    Running,
+    /// Release nothing more for now.
+    Paused,
+    /// Send nothing more, for good.
+    Cancelled,
+}
+
+/// How many of a run's items are in each state. They always add up to `total`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "each is the number of items in the state of that name")]
+pub struct Counters {
+    pub total: i32,
+    pub pending: i32,
+    pub retrying: i32,
+    pub cancelled: i32,
+    pub skipped: i32,
+    pub unknown: i32,
+    pub failed: i32,
+    pub sent: i32,
+}
+
+impl Counters {
+    /// Items that still have to be sent in the present pass.
+    #[must_use]
+    pub fn open(&self) -> i32 {
+        self.pending + self.retrying
+    }
+
+    /// Items in any of these states.
+    #[must_use]
+    pub fn sum(&self) -> i32 {
+        self.open() + self.cancelled + self.skipped + self.unknown + self.failed + self.sent
+    }
+
+    /// Items that are settled, one way or another.
+    #[must_use]
+    pub fn settled(&self) -> i32 {
+        self.total - self.open()
+    }
+}
+
+/// What a run is doing, in the words of the pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Accepted; nothing is settled yet.
+    Queued,
+    /// Being sent.
+    Running,
+    /// Nothing more is released until a person resumes it.
+    Paused,
+    /// A person cancelled it; what was in flight is still being settled.
+    Cancelling,
+    /// Settled after a person cancelled it.
+    Cancelled,
+    /// Every item is settled.
+    Finished,
+}
+
+impl Phase {
+    /// What `counters` and the wanted state amount to.
+    #[must_use]
+    pub fn of(wanted: Wanted, counters: &Counters) -> Self {
+        match (wanted, counters.open()) {
+            (Wanted::Cancelled, 0) if counters.cancelled > 0 => Self::Cancelled,
+            (_, 0) => Self::Finished,
+            (Wanted::Cancelled, _) => Self::Cancelling,
+            (Wanted::Paused, _) => Self::Paused,
+            (Wanted::Running, open) if open == counters.total => Self::Queued,
+            (Wanted::Running, _) => Self::Running,
+        }
+    }
+
+    /// Whether nothing will change without a person.
+    #[must_use]
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Cancelled | Self::Finished)
+    }
+}
+
+/// How many released items wait for their first attempt since. `unreleased` are those that the first pass has not reached:
+/// they are pending, but not on the conveyor.
+///
+/// An item that waits for its next attempt on a rung of the retry schedule is in nobody's way, and does not count.
+#[must_use]
+pub fn outstanding(counters: &Counters, unreleased: i32) -> i32 {
+    (counters.pending - unreleased).max(0)
+}
+
+/// How fast a run goes, as the pump measures it: by what it has released and what is not outstanding any more.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Flow {
+    /// When the pump last looked.
+    pub looked_at: DateTime<Utc>,
+    /// What the pass had released and was not outstanding by then.
+    pub drained: i32,
+    /// Items a second, between that look and the one before.
+    pub per_second: f32,
+}
+
+/// Results arrive in batches: over a shorter time they say little about the throughput.
+const LOOK_EVERY: TimeDelta = TimeDelta::milliseconds(400);
+/// If nothing is outstanding any more the window was too small: then even this tells how much larger it may be.
+const LOOK_WHEN_DRAINED: TimeDelta = TimeDelta::milliseconds(100);
+
+impl Flow {
+    /// Looks again, unless the last time was a moment ago.
+    #[must_use]
+    pub fn look(self, now: DateTime<Utc>, released: i32, outstanding: i32) -> Self {
+        let (elapsed, drained) = (now - self.looked_at, released - outstanding);
+        if elapsed < TimeDelta::zero() {
+            // The clock was set back: measure from here.
+            return Self { looked_at: now, drained, ..self };
+        }
+        if elapsed < if outstanding <= 0 { LOOK_WHEN_DRAINED } else { LOOK_EVERY } {
+            return self;
+        }
+        let fewer = (drained - self.drained).max(0) as f32;
+        Self { looked_at: now, drained, per_second: fewer / elapsed.as_seconds_f32() }
+    }
+
+    /// How many items may be on the conveyor: what the run drains in `time`, but at least `least`, so that it gets going
+    /// and its senders have work, and at most `most`.
+    #[must_use]
+    pub fn window(self, time: Duration, least: i32, most: i32) -> i32 {
+        let wanted = self.per_second * time.as_secs_f32();
+        // A float beyond the range of an i32 becomes its end.
+        (wanted as i32).max(least).min(most)
+    }
+}
+
+/// How many items go into the next chunk, given what waits on the conveyor: none before a quarter of the window is free,
+/// since each chunk costs a transaction and a round of confirms.
+#[must_use]
+pub fn room(window: i32, outstanding: i32) -> i32 {
+    let room = window - outstanding;
+    if room * 4 >= window { room } else { 0 }
+}
+
+/// How fast items are released under a rate limit, and how far that is used up. The claims keep the limit
+/// ([`crate::pacing`]); this keeps what waits on the queues small.
+///
+/// This is the leaky bucket as a meter (GCRA): each send moves `next_due_at` on by its share of a second, so the rate is
+/// exact over any time, however many pumps spend from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    per_second: i32,
+    /// The next send is due from this moment on.
+    pub next_due_at: DateTime<Utc>,
+}
+
+/// At one a second, the next send is due a second after the last one.
+const FURTHEST_AHEAD: TimeDelta = TimeDelta::seconds(2);
+
+impl Budget {
+    /// The budget as it stands `now`. A step that comes late catches up, but what went unused for longer than `burst` is
+    /// not made up for: nobody was there to send.
+    #[must_use]
+    pub fn new(per_second: i32, next_due_at: DateTime<Utc>, now: DateTime<Utc>, burst: Duration) -> Self {
+        let burst = TimeDelta::from_std(burst).unwrap_or(TimeDelta::zero());
+        // Nothing is spent that is not due, so one that lies further ahead was written before the clock was set back.
+        let possible = now - burst..=now + FURTHEST_AHEAD;
+        let next_due_at = if possible.contains(&next_due_at) { next_due_at } else { now };
+        Self { per_second: per_second.max(1), next_due_at }
+    }
+
+    /// How many sends are due.
+    #[must_use]
+    pub fn due(&self, now: DateTime<Utc>) -> i32 {
+        let Some(late_us) = (now - self.next_due_at).num_microseconds().filter(|late| *late >= 0) else { return 0 };
+        // One is due at the moment itself, another one after each interval since.
+        let due = late_us.saturating_mul(i64::from(self.per_second)) / 1_000_000 + 1;
+        i32::try_from(due).unwrap_or(i32::MAX)
+    }
+
+    /// The budget after so many sends, which were due.
+    #[must_use]
+    pub fn spend(self, sends: i32) -> Self {
+        let spent_us = i64::from(sends) * 1_000_000 / i64::from(self.per_second);
+        Self { next_due_at: self.next_due_at + TimeDelta::microseconds(spent_us), ..self }
+    }
+
+    /// How many sends it allows in `time`.
+    #[must_use]
+    pub fn within(&self, time: Duration) -> i32 {
+        (f64::from(self.per_second) * time.as_secs_f64()) as i32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn counters(pending: i32, sent: i32, cancelled: i32) -> Counters {
+        Counters { total: pending + sent + cancelled, pending, sent, cancelled, ..Counters::default() }
+    }
+
+    #[test]
+    fn a_phase_follows_from_the_wish_and_the_counters() {
+        assert_eq!(Phase::of(Wanted::Running, &counters(5, 0, 0)), Phase::Queued);
+        assert_eq!(Phase::of(Wanted::Running, &counters(4, 1, 0)), Phase::Running);
+        assert_eq!(Phase::of(Wanted::Paused, &counters(4, 1, 0)), Phase::Paused);
+        assert_eq!(Phase::of(Wanted::Cancelled, &counters(4, 1, 0)), Phase::Cancelling);
+        assert_eq!(Phase::of(Wanted::Cancelled, &counters(0, 1, 4)), Phase::Cancelled);
+        // Cancelled too late: everything had been sent.
+        assert_eq!(Phase::of(Wanted::Cancelled, &counters(0, 5, 0)), Phase::Finished);
+        assert_eq!(Phase::of(Wanted::Paused, &counters(0, 5, 0)), Phase::Finished);
+    }
+
+    #[test]
+    fn what_is_not_released_is_not_outstanding() {
+        assert_eq!(outstanding(&counters(100, 20, 0), 70), 30);
+        assert_eq!(outstanding(&counters(0, 120, 0), 0), 0);
+        assert_eq!(outstanding(&Counters { total: 9, retrying: 9, ..Counters::default() }, 0), 0);
+    }
+
+    #[test]
+    fn the_window_is_what_drains_in_its_time() {
+        let start = DateTime::UNIX_EPOCH;
+        let flow = Flow { looked_at: start, drained: 0, per_second: 0.0 };
+        let time = Duration::from_millis(500);
+        assert_eq!(flow.window(time, 100, 5_000), 100, "an unknown speed gets the least");
+        assert_eq!(flow.look(start + TimeDelta::milliseconds(100), 1_000, 100), flow, "too early to tell");
+        assert_eq!(flow.look(start + TimeDelta::milliseconds(100), 900, 0).per_second, 9_000.0);
+        let flow = flow.look(start + TimeDelta::seconds(2), 4_400, 400);
+        assert_eq!(flow.window(time, 100, 5_000), 1_000);
+        assert_eq!(flow.window(time, 2_000, 5_000), 2_000);
+        assert_eq!(flow.window(time, 100, 700), 700);
+        // What a replay releases is outstanding before it is known to be released: that is no speed below zero.
+        assert_eq!(flow.look(start + TimeDelta::seconds(3), 4_400, 1_400).window(time, 100, 5_000), 100);
+    }
+
+    #[test]
+    fn a_chunk_waits_for_a_quarter_of_the_window() {
+        assert_eq!(room(1_000, 0), 1_000);
+        assert_eq!(room(1_000, 750), 250);
+        assert_eq!(room(1_000, 751), 0);
+        assert_eq!(room(100, 5_000), 0);
+        assert_eq!(room(1, 0), 1);
+    }
+
+    proptest! {
+        /// The conveyor as the pump sees it: whatever its speed and its latency, the window finds the speed, and then
+        /// holds about its time's worth of items.
+        #[test]
+        fn the_window_finds_any_speed(capacity in 20..20_000i32, latency_ms in 10..300i64) {
+            let time = Duration::from_millis(500);
+            let (tick_ms, mut now, mut released, mut drained) = (10, DateTime::UNIX_EPOCH, 0i32, 0i32);
+            let mut flow = Flow { looked_at: now, drained: 0, per_second: 0.0 };
+            let mut on_the_way: std::collections::VecDeque<(DateTime<Utc>, i32)> = [].into();
+            let mut budget = 0.0f64;
+            let mut window = 0;
+            for _ in 0..3_000 {
+                now += TimeDelta::milliseconds(tick_ms);
+                budget = (budget + f64::from(capacity) * 0.01).min(f64::from(capacity) * 0.02);
+                while let Some((due, items)) = on_the_way.front_mut()
+                    && *due <= now
+                    && budget >= 1.0
+                {
+                    let settled = (*items).min(budget as i32);
+                    budget -= f64::from(settled);
+                    drained += settled;
+                    *items -= settled;
+                    if *items == 0 {
+                        on_the_way.pop_front();
+                    }
+                }
+                flow = flow.look(now, released, released - drained);
+                window = flow.window(time, 64, 1_000_000);
+                let chunk = room(window, released - drained);
+                if chunk > 0 {
+                    released += chunk;
+                    on_the_way.push_back((now + TimeDelta::milliseconds(latency_ms), chunk));
+                }
+            }
+            let ideal = (capacity / 2).max(64);
+            prop_assert!((ideal * 7 / 10..=ideal * 13 / 10).contains(&window), "{window}, and not about {ideal}");
+        }
+    }
+
+    #[test]
+    fn a_budget_of_before_the_clock_was_set_back_stops_nothing() {
+        let now = DateTime::UNIX_EPOCH;
+        let budget = Budget::new(10, now + TimeDelta::hours(3), now, Duration::ZERO);
+        assert_eq!(budget.due(now), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn over_any_time_the_rate_is_what_was_set(
+            per_second in 1..5000i32,
+            waits_ms in prop::collection::vec(1..400i64, 1..50),
+            wish in 1..2000i32,
+        ) {
+            let start = DateTime::UNIX_EPOCH;
+            let burst = Duration::from_millis(250);
+            let (mut now, mut next_due_at, mut released) = (start, start, 0i64);
+            for wait in &waits_ms {
+                now += TimeDelta::milliseconds(*wait);
+                let budget = Budget::new(per_second, next_due_at, now, burst);
+                let items = budget.due(now).min(wish);
+                next_due_at = budget.spend(items).next_due_at;
+                released += i64::from(items);
+            }
+            let elapsed_ms = (now - start).num_milliseconds();
+            // Each chunk may round one microsecond down for each of its items.
+            let most = (elapsed_ms * i64::from(per_second)) / 1000 + 1 + i64::try_from(waits_ms.len()).unwrap();
+            prop_assert!(released <= most, "{released} released, {most} allowed");
+            let held_back = waits_ms.iter().any(|wait| *wait > 250) || i64::from(wish) * 1000 < i64::from(per_second) * 400;
+            if !held_back {
+                let least = elapsed_ms * i64::from(per_second) / 1000 - 1;
+                prop_assert!(released >= least, "{released} released, {least} due");
+            }
+        }
+    }
+}

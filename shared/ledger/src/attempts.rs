@@ -1,0 +1,352 @@
+//! Claims. Inserting the row is claiming the attempt; the primary key sees to it that only one worker ever does.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    time::Duration,
+};
+
+use chrono::{DateTime, TimeDelta, Utc};
+use sqlx::{Connection as _, PgConnection};
+use uuid::Uuid;
+
+use super::{
+    pacing,
+    receipts::{self, Receipt},
+    stored::Stored,
+};
+use mailrun_core::{
+    claim::{Fate, Found, Owner, Withheld},
+    item::{ItemState, Key, Standing},
+    pacing::Rate,
+    run::Wanted,
+};
+
+/// A claim that was granted, with what is needed to carry it out.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    /// What was claimed.
+    pub key: Key,
+    /// The item's place in its run, from 1.
+    pub position: i32,
+    /// The recipient as the list wrote it; empty if the person was deleted, and then the claim is withheld.
+    pub email: String,
+    /// The name that the list gave.
+    pub name: Option<String>,
+    /// Why the claim is nobody's, and the attempt is not to be carried out. None: it is the worker's.
+    pub withheld: Option<Withheld>,
+}
+
+/// What stands in place of a worker's id where nobody will carry the attempt out. Workers count from 1.
+const WITHHELD: [(Withheld, i64); 4] =
+    [(Withheld::Cancelled, 0), (Withheld::Suppressed, -1), (Withheld::Deleted, -2), (Withheld::Invited, -3)];
+
+/// What stands for this reason in place of a worker's id.
+fn owner_for(why: Withheld) -> i64 {
+    WITHHELD.into_iter().find(|(reason, _)| *reason == why).map_or(0, |(_, owner)| owner)
+}
+
+/// The reason that stands in place of a worker's id; none: it is a worker's.
+fn withheld(worker_id: i64) -> Option<Withheld> {
+    WITHHELD.into_iter().find(|(_, owner)| *owner == worker_id).map(|(why, _)| why)
+}
+
+/// Keys as the columns of an array each, for a statement.
+#[derive(Debug, Default)]
+struct Columns {
+    run_ids: Vec<Uuid>,
+    item_ids: Vec<i64>,
+    numbers: Vec<i32>,
+}
+
+impl Columns {
+    fn of(keys: &[Key]) -> Self {
+        let mut columns = Self::default();
+        for key in keys {
+            columns.run_ids.push(key.run_id);
+            columns.item_ids.push(key.item_id);
+            columns.numbers.push(key.attempt);
+        }
+        columns
+    }
+}
+
+/// Claims attempts for a worker: those that are neither outdated nor claimed by anyone, of runs that are not paused. Those not
+/// returned were refused; [`find`] says why. The `WHERE` clause is [`Standing::allows`]. Run and item must both match: a message
+/// of another ledger names an item that may exist here, of another run.
+///
+/// In a cancelled run, and for a person who is suppressed, deleted or has got an invitation after all, the claim goes to nobody: the attempt will never be carried out,
+/// and anyone may report that, now or later.
+///
+/// The worker's receipt is written in the same transaction, whatever is granted.
+///
+/// `IS TRUE` makes the last look one into a hash table. PostgreSQL, which expects a row or two, might compare each of them with
+/// each as a join.
+///
+/// # Errors
+/// The database's.
+pub async fn claim(
+    conn: &mut PgConnection,
+    worker_id: i64,
+    keys: &[Key],
+    receipt: &Receipt,
+) -> sqlx::Result<Vec<Claimed>> {
+    let asked = Columns::of(keys);
+    let rows = sqlx::query!(
+        r#"WITH asked AS MATERIALIZED (
+               SELECT asked.item_id, asked.number, i.run_id, i.position, coalesce(i.typed, u.email, '') AS email,
+                      nullif(coalesce(i.name, u.name), '') AS name,
+                      CASE WHEN u.id IS NULL OR r.id IS NULL OR u.erased_at IS NOT NULL THEN $7
+                           WHEN r.wanted = 'cancelled' THEN $5::bigint WHEN s.email IS NOT NULL THEN $6
+                           WHEN u.emailed_at IS NOT NULL OR i.overtaken THEN $8 ELSE $1::bigint END
+                      AS worker_id
+               FROM unnest($2::uuid[], $3::bigint[], $4::integer[]) AS asked (run_id, item_id, number)
+               JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
+               LEFT JOIN runs r ON r.id = i.run_id
+               LEFT JOIN users u ON u.id = i.user_id
+               LEFT JOIN suppressions s ON s.email = u.email
+               WHERE ((i.attempt = asked.number AND i.state = 'pending')
+                      OR (i.attempt < asked.number
+                          AND i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')))
+                 AND (r.wanted IS NULL OR r.wanted IN ('running', 'cancelled'))
+           ), claimed AS (
+               INSERT INTO attempts (item_id, number, worker_id)
+               SELECT item_id, number, worker_id FROM asked ORDER BY item_id, number
+               ON CONFLICT DO NOTHING
+               RETURNING item_id, number
+           ), receipt AS (
+               INSERT INTO receipts (worker_id, number, item_ids, attempts)
+               SELECT $1, $9, $10::bigint[], $11::integer[] WHERE cardinality($10) > 0
+           )
+           SELECT item_id AS "item_id!", number AS "number!", run_id, position, email AS "email!", name,
+                  worker_id AS "worker_id!"
+           FROM asked WHERE ((item_id, number) IN (SELECT item_id, number FROM claimed)) IS TRUE"#,
+        worker_id,
+        &asked.run_ids,
+        &asked.item_ids,
+        &asked.numbers,
+        owner_for(Withheld::Cancelled),
+        owner_for(Withheld::Suppressed),
+        owner_for(Withheld::Deleted),
+        owner_for(Withheld::Invited),
+        receipt.number,
+        &receipt.item_ids,
+        &receipt.attempts,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Claimed {
+            key: Key { run_id: row.run_id, item_id: row.item_id, attempt: row.number },
+            position: row.position,
+            email: row.email,
+            name: row.name,
+            withheld: withheld(row.worker_id),
+        })
+        .collect())
+}
+
+/// The rate limits that a claim has to keep.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Those of runs that have one; under a limit of the installation, of every run that is asked for.
+    pub runs: BTreeMap<Uuid, Option<Rate>>,
+    /// That of the installation.
+    pub installation: Option<Rate>,
+    /// Slots of earlier attempts, by run, that were granted and not used.
+    pub unused: HashMap<Uuid, i32>,
+}
+
+/// What a claim under rate limits came to.
+#[derive(Debug, Default)]
+pub struct Paced {
+    /// The claims that were granted.
+    pub claimed: Vec<Claimed>,
+    /// How long each of those that are limited has to wait for its slot.
+    pub slots: HashMap<Key, Duration>,
+    /// What was not asked for, since no slot is near: how long until one will be.
+    pub not_due: Vec<(Key, Duration)>,
+}
+
+/// Claims attempts as [`claim`] does, but of limited runs only those whose send time lies within `ahead`, and reserves these
+/// times in the same transaction.
+///
+/// # Errors
+/// The database's.
+pub async fn claim_paced(
+    conn: &mut PgConnection,
+    worker_id: i64,
+    keys: &[Key],
+    receipt: &Receipt,
+    limits: &Limits,
+    ahead: Duration,
+) -> sqlx::Result<Paced> {
+    let mut tx = conn.begin().await?;
+    let mut meters = pacing::lock(&mut tx, &limits.runs, limits.installation).await?;
+    for (run_id, slots) in &limits.unused {
+        meters.unused(*run_id, *slots);
+    }
+    let until = meters.now + TimeDelta::from_std(ahead).unwrap_or_default();
+    let (due, not_due) = split_by_slot(&meters, keys, until);
+    let claimed = claim(&mut tx, worker_id, &due, receipt).await?;
+    // What was refused or is withheld takes no slot.
+    let granted: HashSet<Key> =
+        claimed.iter().filter(|claimed| claimed.withheld.is_none()).map(|claimed| claimed.key).collect();
+    let mut slots = HashMap::new();
+    for key in due.iter().filter(|key| granted.contains(key)) {
+        if let Some(slot) = meters.take(key.run_id) {
+            slots.insert(*key, wait(slot, meters.now));
+        }
+    }
+    pacing::save(&mut tx, &meters).await?;
+    tx.commit().await?;
+    Ok(Paced { claimed, slots, not_due })
+}
+
+/// Which attempts have a slot by `until`, and how long the others have to wait for theirs.
+fn split_by_slot(meters: &pacing::Locked, keys: &[Key], until: DateTime<Utc>) -> (Vec<Key>, Vec<(Key, Duration)>) {
+    let mut meters = meters.clone();
+    let (mut due, mut not_due) = (Vec::new(), Vec::new());
+    for key in keys {
+        match meters.take(key.run_id) {
+            Some(slot) if slot > until => not_due.push((*key, wait(slot, meters.now))),
+            _ => due.push(*key),
+        }
+    }
+    (due, not_due)
+}
+
+fn wait(slot: DateTime<Utc>, now: DateTime<Utc>) -> Duration {
+    (slot - now).to_std().unwrap_or_default()
+}
+
+/// Reserves a send time for an attempt that is claimed already: its first one went unused, or it is offered once more. Returns
+/// how long it has to wait for it; none, if that is longer than `longest`, and then nothing is reserved.
+///
+/// # Errors
+/// The database's.
+pub async fn reserve(
+    conn: &mut PgConnection,
+    run_id: Uuid,
+    limits: &Limits,
+    longest: Duration,
+) -> sqlx::Result<Option<Duration>> {
+    let mut tx = conn.begin().await?;
+    let mut meters = pacing::lock(&mut tx, &limits.runs, limits.installation).await?;
+    for (run_id, slots) in &limits.unused {
+        meters.unused(*run_id, *slots);
+    }
+    let wait = meters.next_slot(run_id).map_or(Duration::ZERO, |slot| wait(slot, meters.now));
+    let reserved = wait <= longest;
+    if reserved {
+        meters.take(run_id);
+    }
+    pacing::save(&mut tx, &meters).await?;
+    tx.commit().await?;
+    Ok(reserved.then_some(wait))
+}
+
+/// A claim as it is read.
+pub(super) struct Held {
+    pub(super) item_id: i64,
+    pub(super) number: i32,
+    pub(super) worker_id: Option<i64>,
+    /// None: nobody knows such a worker.
+    pub(super) alive: Option<bool>,
+}
+
+impl Held {
+    /// Whose it is, as far as the claim says: there may be a receipt as well.
+    fn owner(&self) -> Option<Owner> {
+        self.worker_id.map(|id| match withheld(id) {
+            Some(why) => Owner::Nobody(why),
+            None => Owner::Worker { id, fate: if self.alive == Some(true) { Fate::Alive } else { Fate::Dead } },
+        })
+    }
+}
+
+/// The owners of claims, in their order.
+pub(super) async fn owners(conn: &mut PgConnection, claims: &[Held]) -> sqlx::Result<Vec<Option<Owner>>> {
+    let mut owners: Vec<Option<Owner>> = claims.iter().map(Held::owner).collect();
+    let (mut workers, items): (Vec<i64>, Vec<i64>) = claims
+        .iter()
+        .zip(&owners)
+        .filter_map(|(held, owner)| match owner {
+            Some(Owner::Worker { id, fate: Fate::Dead }) => Some((*id, held.item_id)),
+            _ => None,
+        })
+        .unzip();
+    workers.sort_unstable();
+    workers.dedup();
+    let accepted = receipts::of_workers(conn, &workers, &items).await?;
+    for (held, owner) in claims.iter().zip(&mut owners) {
+        if let Some(Owner::Worker { fate: fate @ Fate::Dead, .. }) = owner
+            && accepted.contains(&(held.item_id, held.number))
+        {
+            *fate = Fate::Accepted;
+        }
+    }
+    Ok(owners)
+}
+
+/// Looks up attempts whose claim was refused. One that isn't returned names an item that doesn't exist in this run.
+///
+/// # Errors
+/// The database's.
+pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Found>> {
+    struct Row {
+        run_id: Uuid,
+        item_id: i64,
+        number: i32,
+        attempt: i32,
+        state: Stored<ItemState>,
+        wanted: Option<Stored<Wanted>>,
+        worker_id: Option<i64>,
+        alive: Option<bool>,
+    }
+    let asked = Columns::of(keys);
+    let rows = sqlx::query_as!(
+        Row,
+        r#"SELECT i.run_id, asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: Stored<ItemState>",
+                  r.wanted AS "wanted?: Stored<Wanted>", a.worker_id AS "worker_id?",
+                  (w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
+           FROM unnest($1::uuid[], $2::bigint[], $3::integer[]) AS asked (run_id, item_id, number)
+           JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
+           LEFT JOIN runs r ON r.id = i.run_id
+           LEFT JOIN attempts a ON a.item_id = asked.item_id AND a.number = asked.number
+           LEFT JOIN workers w ON w.id = a.worker_id"#,
+        &asked.run_ids,
+        &asked.item_ids,
+        &asked.numbers,
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let held =
+        |row: &Row| Held { item_id: row.item_id, number: row.number, worker_id: row.worker_id, alive: row.alive };
+    let owners = owners(conn, &rows.iter().map(held).collect::<Vec<_>>()).await?;
+    Ok(rows
+        .into_iter()
+        .zip(owners)
+        .map(|(row, owner)| Found {
+            key: Key { run_id: row.run_id, item_id: row.item_id, attempt: row.number },
+            standing: row.state.known().map(|state| Standing { attempt: row.attempt, state }),
+            wanted: row.wanted.map(Stored::acted_on),
+            owner,
+        })
+        .collect())
+}
+
+/// Where items stand, to see whether a reported outcome has been applied; none: in a state of a later version.
+///
+/// # Errors
+/// The database's.
+pub async fn standings(conn: &mut PgConnection, item_ids: &[i64]) -> sqlx::Result<Vec<(i64, Option<Standing>)>> {
+    let rows = sqlx::query!(
+        r#"SELECT id, attempt, state AS "state: Stored<ItemState>" FROM run_items WHERE id = ANY($1)"#,
+        item_ids
+    )
+    .fetch_all(conn)
+    .await?;
+    let standing = |attempt, state: Stored<ItemState>| state.known().map(|state| Standing { attempt, state });
+    Ok(rows.into_iter().map(|row| (row.id, standing(row.attempt, row.state))).collect())
+}

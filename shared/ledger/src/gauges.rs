@@ -1,0 +1,66 @@
+//! What the ledger holds at present, for monitoring.
+
+use std::time::Duration;
+
+use sqlx::PgConnection;
+
+use mailrun_core::item::ItemState;
+
+/// The ledger at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gauges {
+    /// Items, by state.
+    pub items: [(ItemState, i64); ItemState::ALL.len()],
+    /// Runs with items that are pending or retrying.
+    pub open_runs: i64,
+    /// Messages that were committed and not handed to the broker.
+    pub outbox_messages: i64,
+    /// The age of the oldest of them.
+    pub outbox_oldest: Duration,
+    /// Suppressed addresses.
+    pub suppressions: i64,
+    /// Relays that wait for an operator.
+    pub relays_stopped: i64,
+}
+
+/// Reads them. Takes some hundred milliseconds for a million suppressions.
+///
+/// # Errors
+/// The database's.
+pub async fn read(conn: &mut PgConnection) -> sqlx::Result<Gauges> {
+    let row = sqlx::query!(
+        r#"SELECT r.pending AS "pending!", r.retrying AS "retrying!", r.cancelled AS "cancelled!", r.skipped AS "skipped!",
+                  r.unknown AS "unknown!", r.failed AS "failed!", r.sent AS "sent!", r.open AS "open!",
+                  o.messages AS "messages!", o.oldest AS "oldest!",
+                  (SELECT count(*) FROM suppressions) AS "suppressions!",
+                  (SELECT count(*) FROM relay_stops WHERE answered_at IS NULL) AS "relays_stopped!"
+           FROM (SELECT coalesce(sum(pending), 0) AS pending, coalesce(sum(retrying), 0) AS retrying,
+                        coalesce(sum(cancelled), 0) AS cancelled, coalesce(sum(skipped), 0) AS skipped,
+                        coalesce(sum(unknown), 0) AS unknown, coalesce(sum(failed), 0) AS failed,
+                        coalesce(sum(sent), 0) AS sent, count(*) FILTER (WHERE pending + retrying > 0) AS open
+                 FROM run_progress) r,
+                (SELECT count(*) AS messages,
+                        coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::double precision AS oldest
+                 FROM outbox WHERE published_at IS NULL) o"#
+    )
+    .fetch_one(conn)
+    .await?;
+    let items = |state| match state {
+        ItemState::Pending => row.pending,
+        ItemState::Retrying => row.retrying,
+        ItemState::Cancelled => row.cancelled,
+        ItemState::Skipped => row.skipped,
+        ItemState::Unknown => row.unknown,
+        ItemState::Failed => row.failed,
+        ItemState::Sent => row.sent,
+    };
+    Ok(Gauges {
+        items: ItemState::ALL.map(|state| (state, items(state))),
+        open_runs: row.open,
+        outbox_messages: row.messages,
+        // The database's clock may have been set back.
+        outbox_oldest: Duration::try_from_secs_f64(row.oldest).unwrap_or_default(),
+        suppressions: row.suppressions,
+        relays_stopped: row.relays_stopped,
+    })
+}

@@ -1,0 +1,389 @@
+//! Applies results: items and counters in one transaction, so that no counter can ever differ from a count of the items.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+use sqlx::{Connection as _, PgConnection, error::DatabaseError};
+use uuid::Uuid;
+
+use super::{
+    audit,
+    held_suppressions::{Missing, suppress_missing},
+    people::{self, REPLY_ERASED},
+    stored::{SqlState, Stored},
+};
+use crate::settings::SuppressionsConfig;
+use mailrun_core::outcome::DELETED;
+use mailrun_core::{
+    item::{CounterDelta, ItemState, Standing, merge},
+    message::ItemResult,
+};
+
+/// A result, and the run that it says its item belongs to. Messages of the first version name none.
+#[derive(Clone, Copy, Debug)]
+pub struct Report<'a> {
+    /// The run.
+    pub run_id: Option<Uuid>,
+    /// The result.
+    pub result: &'a ItemResult,
+}
+
+/// What a batch of results did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Results that said something new.
+    pub changed: usize,
+    /// Results that were known, outdated or doubled.
+    pub absorbed: usize,
+    /// The states that items have come into, and how many.
+    pub entered: BTreeMap<ItemState, u64>,
+    /// Results of items that don't exist in the run that they name, by their place in the batch: another ledger's.
+    pub strange: Vec<usize>,
+    /// Results of items in a state of a later version, which alone knows what follows, by their place in the batch.
+    pub later: Vec<usize>,
+}
+
+/// An item as it is and as it becomes.
+struct Item {
+    run_id: Uuid,
+    user_id: i64,
+    /// In a state of a later version, which is left alone.
+    is_later: bool,
+    was: Standing,
+    standing: Standing,
+    /// The result that won, by its place in the batch.
+    winner: Option<usize>,
+}
+
+impl Item {
+    fn is_sent_late(&self) -> bool {
+        self.standing.state == ItemState::Sent && matches!(self.was.state, ItemState::Cancelled | ItemState::Skipped)
+    }
+}
+
+/// How a batch changes a run.
+#[derive(Default)]
+struct Moved {
+    counters: CounterDelta,
+    /// Attempts that have to be made again.
+    repeats: i32,
+}
+
+/// How often a batch is merged anew because something that it depends on changed meanwhile.
+const TRIES: u32 = 20;
+
+/// Applies a batch of results, in one transaction of its own.
+///
+/// Any number of processes may do so at once: items are written in order of id, counters last and in order of run. An item
+/// is written only if it still stands where it was read; if it doesn't, somebody else has applied a result meanwhile, and
+/// the batch is merged anew. That is rare, and a lock on every item would cost as much as its update.
+///
+/// Counters that were changed by hand may not allow the change: they are counted anew then, once.
+///
+/// # Errors
+/// The database's. Nothing is applied then, and the batch can be applied again.
+pub async fn apply(
+    conn: &mut PgConnection,
+    suppressions: &SuppressionsConfig,
+    results: &[Report<'_>],
+) -> sqlx::Result<Applied> {
+    let mut recounted = false;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match apply_once(conn, suppressions, results).await {
+            Ok(Some(applied)) => return Ok(applied),
+            Ok(None) => {}
+            // The person of a late `sent` is invited again at this very moment.
+            Err(error) if violates(&error, &["run_items_one_per_person"]) && tries < TRIES => {}
+            Err(error) if violates(&error, &["run_progress_adds_up", "run_progress_not_negative"]) && !recounted => {
+                recounted = true;
+                let runs: BTreeSet<Uuid> =
+                    read_items(&mut *conn, results).await?.into_values().map(|item| item.run_id).collect();
+                for run_id in runs {
+                    audit::recount(&mut *conn, run_id).await?;
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn violates(error: &sqlx::Error, constraints: &[&str]) -> bool {
+    let violated = error.as_database_error().and_then(DatabaseError::constraint);
+    violated.is_some_and(|violated| constraints.contains(&violated))
+}
+
+/// None: an item was not where it had been read; nothing is applied.
+async fn apply_once(
+    conn: &mut PgConnection,
+    suppressions: &SuppressionsConfig,
+    results: &[Report<'_>],
+) -> sqlx::Result<Option<Applied>> {
+    let mut tx = conn.begin().await?;
+    let mut items = read_items(&mut tx, results).await?;
+    let mut applied = Applied::default();
+    let mut moved: BTreeMap<Uuid, Moved> = BTreeMap::new();
+    for (index, Report { run_id, result }) in results.iter().enumerate() {
+        let item = items.get_mut(&result.item_id).filter(|item| run_id.is_none_or(|run_id| run_id == item.run_id));
+        let Some(item) = item else {
+            applied.strange.push(index);
+            continue;
+        };
+        if item.is_later {
+            applied.later.push(index);
+            continue;
+        }
+        let (next, delta) = merge(item.standing, Standing { attempt: result.attempt, state: result.state });
+        if next == item.standing {
+            applied.absorbed += 1;
+            continue;
+        }
+        applied.changed += 1;
+        item.standing = next;
+        item.winner = Some(index);
+        let moved = moved.entry(item.run_id).or_default();
+        moved.counters.add(delta);
+        moved.repeats += i32::from(result.state == ItemState::Retrying);
+    }
+    if applied.changed > 0 {
+        mark_overtaken(&mut tx, &items).await?;
+        let erased = erased(&mut tx, &items, results).await?;
+        if !update_items(&mut tx, &items, results, &erased).await? {
+            tx.rollback().await?;
+            return Ok(None);
+        }
+        mark_emailed(&mut tx, &items).await?;
+        update_counters(&mut tx, &moved).await?;
+        suppress(&mut tx, suppressions, &items, results, &erased).await?;
+        tx.commit().await?;
+        for item in items.values().filter(|item| item.winner.is_some()) {
+            *applied.entered.entry(item.standing.state).or_default() += 1;
+        }
+    }
+    Ok(Some(applied))
+}
+
+async fn read_items(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Result<HashMap<i64, Item>> {
+    let ids: HashSet<i64> = results.iter().map(|report| report.result.item_id).collect();
+    let ids: Vec<i64> = ids.into_iter().collect();
+    let rows = sqlx::query!(
+        r#"SELECT id, run_id, user_id, attempt, state AS "state: Stored<ItemState>" FROM run_items WHERE id = ANY($1)"#,
+        &ids
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let state = row.state.known();
+            let standing = Standing { attempt: row.attempt, state: state.unwrap_or(ItemState::Pending) };
+            let (run_id, user_id, is_later) = (row.run_id, row.user_id, state.is_none());
+            (row.id, Item { run_id, user_id, is_later, was: standing, standing, winner: None })
+        })
+        .collect())
+}
+
+/// An item that turns out to have been sent after it was given up counts as its person's invitation, unless the person has
+/// another one by now.
+async fn mark_overtaken(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sqlx::Result<()> {
+    let late: Vec<i64> = items.iter().filter(|(_, item)| item.is_sent_late()).map(|(id, _)| *id).collect();
+    if !late.is_empty() {
+        sqlx::query!(
+            "UPDATE run_items i SET overtaken = true
+             WHERE id = ANY($1) AND EXISTS (SELECT FROM run_items other WHERE other.user_id = i.user_id AND other.active)",
+            &late,
+        )
+        .execute(conn)
+        .await?;
+    }
+    Ok(())
+}
+
+/// The people of whom a result says something, and who were erased since their attempt began.
+async fn erased(
+    conn: &mut PgConnection,
+    items: &HashMap<i64, Item>,
+    results: &[Report<'_>],
+) -> sqlx::Result<HashSet<i64>> {
+    let says_something = |item: &&Item| item.winner.is_some_and(|index| results[index].result.error.is_some());
+    let users: Vec<i64> = items.values().filter(says_something).map(|item| item.user_id).collect();
+    match users.is_empty() {
+        true => Ok(HashSet::new()),
+        false => Ok(people::erased_of(conn, &users).await?.into_iter().collect()),
+    }
+}
+
+/// The reason that is written down: nothing that a mail server says about a person who was erased.
+fn kept(error: Option<&str>, is_erased: bool) -> Option<&str> {
+    error.map(|error| if is_erased && error != DELETED { REPLY_ERASED } else { error })
+}
+
+/// False: one of them was not where it had been read.
+async fn update_items(
+    conn: &mut PgConnection,
+    items: &HashMap<i64, Item>,
+    results: &[Report<'_>],
+    erased: &HashSet<i64>,
+) -> sqlx::Result<bool> {
+    let mut changed: Vec<(&ItemResult, &Item)> =
+        items.values().filter_map(|item| item.winner.map(|index| (results[index].result, item))).collect();
+    changed.sort_unstable_by_key(|(result, _)| result.item_id);
+    let (winners, changed): (Vec<&ItemResult>, Vec<&Item>) = changed.into_iter().unzip();
+    let were: Vec<Standing> = changed.iter().map(|item| item.was).collect();
+    let is_erased: Vec<bool> = changed.iter().map(|item| erased.contains(&item.user_id)).collect();
+    let ids: Vec<i64> = winners.iter().map(|result| result.item_id).collect();
+    let old_attempts: Vec<i32> = were.iter().map(|standing| standing.attempt).collect();
+    let old_states: Vec<SqlState> = were.iter().map(|standing| standing.state.into()).collect();
+    let attempts: Vec<i32> = winners.iter().map(|result| result.attempt).collect();
+    let tries: Vec<i16> = winners.iter().map(|result| result.tries).collect();
+    let replays: Vec<i16> = winners.iter().map(|result| result.replays).collect();
+    let states: Vec<SqlState> = winners.iter().map(|result| result.state.into()).collect();
+    let errors: Vec<Option<&str>> =
+        winners.iter().zip(is_erased).map(|(result, is_erased)| kept(result.error.as_deref(), is_erased)).collect();
+    let due_in_s: Vec<Option<f64>> =
+        winners.iter().map(|result| result.due_in_ms.map(|ms| ms as f64 / 1000.0)).collect();
+    let updated = sqlx::query!(
+        "UPDATE run_items i
+         SET attempt = n.attempt, tries = n.tries, replays = n.replays, state = n.state, error = n.error,
+             due_at = now() + make_interval(secs => n.due_in_s),
+             finished_at = CASE WHEN n.state NOT IN ('pending', 'retrying') THEN now() END
+         FROM unnest($1::bigint[], $2::integer[], $3::smallint[], $4::smallint[], $5::item_state[], $6::text[],
+                     $7::double precision[], $8::integer[], $9::item_state[])
+              AS n (id, attempt, tries, replays, state, error, due_in_s, old_attempt, old_state)
+         WHERE i.id = n.id AND i.attempt = n.old_attempt AND i.state = n.old_state",
+        &ids,
+        &attempts,
+        &tries,
+        &replays,
+        &states as _,
+        &errors as _,
+        &due_in_s as _,
+        &old_attempts,
+        &old_states as _,
+    )
+    .execute(conn)
+    .await?;
+    Ok(updated.rows_affected() == ids.len() as u64)
+}
+
+async fn mark_emailed(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sqlx::Result<()> {
+    let users: Vec<i64> = items
+        .values()
+        .filter(|item| item.winner.is_some() && item.standing.state == ItemState::Sent)
+        .map(|item| item.user_id)
+        .collect();
+    if !users.is_empty() {
+        sqlx::query!("UPDATE users SET emailed_at = now() WHERE id = ANY($1) AND emailed_at IS NULL", &users)
+            .execute(conn)
+            .await?;
+    }
+    Ok(())
+}
+
+/// Addresses that a mail server called wrong receive no more mail.
+async fn suppress(
+    conn: &mut PgConnection,
+    settings: &SuppressionsConfig,
+    items: &HashMap<i64, Item>,
+    results: &[Report<'_>],
+    erased: &HashSet<i64>,
+) -> sqlx::Result<()> {
+    let bad = items.values().filter_map(|item| {
+        let result = results[item.winner?].result;
+        let detail = kept(result.error.as_deref(), erased.contains(&item.user_id));
+        result.bad_address.then_some((item.run_id, item.user_id, detail))
+    });
+    let bad: Vec<(Uuid, i64, Option<&str>)> = bad.collect();
+    if bad.is_empty() {
+        return Ok(());
+    }
+    let users: Vec<i64> = bad.iter().map(|(_, user_id, _)| *user_id).collect();
+    let emails: HashMap<i64, String> = sqlx::query!("SELECT id, email FROM users WHERE id = ANY($1)", &users)
+        .fetch_all(&mut *conn)
+        .await?
+        .into_iter()
+        .map(|row| (row.id, row.email))
+        .collect();
+    let missing: Vec<Missing> = bad
+        .into_iter()
+        .filter_map(|(run_id, user_id, detail)| {
+            let email = emails.get(&user_id)?.clone();
+            Some(Missing { run_id, email, detail: detail.map(str::to_owned) })
+        })
+        .collect();
+    suppress_missing(conn, settings, &missing).await?;
+    Ok(())
+}
+
+/// The hot rows of the whole pipeline: touched once a batch, and last, so that they are locked for the shortest time.
+async fn update_counters(conn: &mut PgConnection, runs: &BTreeMap<Uuid, Moved>) -> sqlx::Result<()> {
+    for (run_id, moved) in runs {
+        let of = |state| moved.counters.of(state);
+        sqlx::query!(
+            "WITH moved AS (
+                 UPDATE run_progress
+                 SET pending = pending + $2, retrying = retrying + $3, cancelled = cancelled + $4,
+                     skipped = skipped + $5, unknown = unknown + $6, failed = failed + $7, sent = sent + $8,
+                     repeats = repeats + $9,
+                     updated_at = clock_timestamp(),
+                     started_at = CASE WHEN finished_at IS NOT NULL AND pending + $2 + retrying + $3 > 0
+                                       THEN clock_timestamp() ELSE started_at END,
+                     finished_at = CASE WHEN pending + $2 + retrying + $3 = 0
+                                        THEN coalesce(finished_at, clock_timestamp()) END
+                 WHERE run_id = $1
+                 RETURNING total - pending - retrying AS settled
+             )
+             INSERT INTO run_samples (run_id, at, settled)
+             SELECT $1, date_trunc('second', clock_timestamp()), settled FROM moved
+             ON CONFLICT (run_id, at) DO UPDATE SET settled = excluded.settled",
+            run_id,
+            of(ItemState::Pending),
+            of(ItemState::Retrying),
+            of(ItemState::Cancelled),
+            of(ItemState::Skipped),
+            of(ItemState::Unknown),
+            of(ItemState::Failed),
+            of(ItemState::Sent),
+            moved.repeats,
+        )
+        .execute(&mut *conn)
+        .await?;
+    }
+    Ok(())
+}
+
+/// Whether a result is buried already.
+///
+/// # Errors
+/// The database's.
+pub async fn is_buried(conn: &mut PgConnection, report: Report<'_>) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT FROM buried_results
+                          WHERE run_id = $1 AND item_id = $2 AND attempt = $3 AND state = $4) AS "buried!""#,
+        report.run_id.unwrap_or_default(),
+        report.result.item_id,
+        report.result.attempt,
+        SqlState::from(report.result.state) as _,
+    )
+    .fetch_one(conn)
+    .await
+}
+
+/// Notes that a result is buried, so that its repetitions are dropped.
+///
+/// # Errors
+/// The database's.
+pub async fn note_buried(conn: &mut PgConnection, report: Report<'_>, reason: &str) -> sqlx::Result<()> {
+    sqlx::query!(
+        "INSERT INTO buried_results (run_id, item_id, attempt, state, reason) VALUES ($1, $2, $3, $4, $5)
+         ON CONFLICT DO NOTHING",
+        report.run_id.unwrap_or_default(),
+        report.result.item_id,
+        report.result.attempt,
+        SqlState::from(report.result.state) as _,
+        reason,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}

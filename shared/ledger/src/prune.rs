@@ -1,0 +1,236 @@
+//! Deletes what is old. A run goes at once, its items and claims after that in bounded steps, so that nothing live ever
+//! waits for long. People stay: they remember that they were emailed.
+
+use std::time::Duration;
+
+use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
+
+use mailrun_core::setting::DAY;
+
+/// Published messages, ended workers and tests are of no use after a day.
+const SCRAPS_AFTER: Duration = DAY;
+/// Nobody repeats a result after this time.
+const BURIED_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// A run whose counters moved so lately is under way.
+const STILL_MOVING: Duration = Duration::from_secs(5);
+
+/// Deletes the oldest runs that were over for `after`, at most `limit`, and returns how many. Their items remain for
+/// [`step`]. A run with unknown items stays until a person has decided: without them, those people might be written to
+/// twice, and nobody would know. So does one whose suppressions are held for review, and one that was just asked to send
+/// something again. Of a cancelled run, passes that were broken off are never done.
+///
+/// From the commit on, no item of these runs can be claimed, and every claim of before is seen by [`step`]: it is made in a
+/// transaction that has ended by then, or waits until it sees the run deleted.
+///
+/// # Errors
+/// The database's; 55P03 if claims are held up by somebody for long.
+pub async fn delete_runs(pool: &PgPool, after: Duration, limit: i64) -> sqlx::Result<usize> {
+    let mut tx = pool.begin().await?;
+    let candidates = sqlx::query_scalar!(
+        "SELECT p.run_id FROM run_progress p JOIN runs r ON r.id = p.run_id
+         WHERE p.finished_at < now() - make_interval(secs => $1) AND p.unknown = 0
+           AND (r.wanted = 'cancelled'
+                OR NOT EXISTS (SELECT FROM run_passes pass WHERE pass.run_id = p.run_id AND pass.done_at IS NULL))
+           AND NOT EXISTS (SELECT FROM suppression_reviews s WHERE s.run_id = p.run_id AND s.decided_at IS NULL)
+         ORDER BY p.finished_at LIMIT $2
+         FOR UPDATE SKIP LOCKED",
+        after.as_secs_f64(),
+        limit,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    if candidates.is_empty() {
+        return Ok(0);
+    }
+    // Whoever asks for a replay locks the run: what was asked before is seen now, and nothing more is asked.
+    let old = sqlx::query_scalar!(
+        r#"SELECT old.run_id AS "run_id!" FROM unnest($1::uuid[]) AS old (run_id)
+           WHERE NOT EXISTS (
+               SELECT FROM outbox o
+               WHERE o.message->>'run_id' = old.run_id::text
+                 AND (o.published_at IS NULL
+                      OR (o.message->'command'->'replay' IS NOT NULL
+                          AND NOT EXISTS (SELECT FROM run_passes pass
+                                          WHERE pass.command_id::text = o.message->'command'->'replay'->>'command_id'))))"#,
+        &candidates,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    if old.is_empty() {
+        return Ok(0);
+    }
+    sqlx::query("SET LOCAL lock_timeout = '2s'").execute(&mut *tx).await?;
+    sqlx::query("LOCK TABLE attempts IN SHARE MODE").execute(&mut *tx).await?;
+    sqlx::query!("INSERT INTO pruned_runs (run_id) SELECT unnest($1::uuid[])", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM run_samples WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM run_passes WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM sweeps WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM pacing WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM buried_results WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM suppression_reviews WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM run_progress WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
+    sqlx::query!("DELETE FROM runs WHERE id = ANY($1)", &old).execute(&mut *tx).await?;
+    tx.commit().await?;
+    Ok(old.len())
+}
+
+/// Whether [`delete_runs`] failed because somebody held up the claims.
+#[must_use]
+pub fn is_held_up(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Database(error) if error.code().is_some_and(|code| code == "55P03"))
+}
+
+/// What a step deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The run.
+    pub run_id: Uuid,
+    /// Items of it.
+    pub items: u64,
+    /// Whether all that is left of it is being sent at this moment: the run comes up again after the others.
+    pub waits: bool,
+    /// Whether another run was moving meanwhile.
+    pub beside_others: bool,
+}
+
+/// Deletes at most `limit` items of deleted runs, with their claims. None: nothing is left, or somebody else is at it.
+///
+/// A dead letter of the run may have been moved by hand just before the run was deleted. What a worker is sending stays until its
+/// end is known, so that the person counts as emailed. Where the worker has died, the person may have got it, and counts as
+/// emailed.
+///
+/// # Errors
+/// The database's.
+pub async fn step(pool: &PgPool, limit: i64) -> sqlx::Result<Option<Step>> {
+    let mut tx = pool.begin().await?;
+    let Some(run_id) = next(&mut tx).await? else { return Ok(None) };
+    let beside_others = is_any_moving(&mut tx).await?;
+    let chunk = sqlx::query!(
+        r#"SELECT i.id, i.user_id, claim.alive AS "alive?"
+           FROM run_items i
+           LEFT JOIN LATERAL (
+               SELECT coalesce(w.stopped_at IS NULL AND w.died_at IS NULL, false) AS alive
+               FROM attempts a LEFT JOIN workers w ON w.id = a.worker_id
+               WHERE a.item_id = i.id AND a.worker_id > 0 AND i.state <> 'sent'
+                 AND (a.number > i.attempt OR (a.number = i.attempt AND i.state = 'pending'))
+               ORDER BY a.number DESC LIMIT 1
+           ) claim ON true
+           WHERE i.run_id = $1 AND claim.alive IS NOT TRUE
+           ORDER BY i.position LIMIT $2"#,
+        run_id,
+        limit,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    let perhaps_sent: Vec<i64> = chunk.iter().filter(|row| row.alive.is_some()).map(|row| row.user_id).collect();
+    if !perhaps_sent.is_empty() {
+        sqlx::query!("UPDATE users SET emailed_at = now() WHERE id = ANY($1) AND emailed_at IS NULL", &perhaps_sent)
+            .execute(&mut *tx)
+            .await?;
+    }
+    let items: Vec<i64> = chunk.iter().map(|row| row.id).collect();
+    let mut waits = false;
+    if items.is_empty() {
+        let deleted = sqlx::query!(
+            "DELETE FROM pruned_runs WHERE run_id = $1 AND NOT EXISTS (SELECT FROM run_items WHERE run_id = $1)",
+            run_id,
+        )
+        .execute(&mut *tx)
+        .await?;
+        waits = deleted.rows_affected() == 0;
+        if waits {
+            sqlx::query!("UPDATE pruned_runs SET pruned_at = clock_timestamp() WHERE run_id = $1", run_id)
+                .execute(&mut *tx)
+                .await?;
+        }
+    } else {
+        sqlx::query!("DELETE FROM run_items WHERE id = ANY($1)", &items).execute(&mut *tx).await?;
+        sqlx::query!("DELETE FROM attempts WHERE item_id = ANY($1)", &items).execute(&mut *tx).await?;
+    }
+    tx.commit().await?;
+    Ok(Some(Step { run_id, items: items.len() as u64, waits, beside_others }))
+}
+
+async fn next(conn: &mut PgConnection) -> sqlx::Result<Option<Uuid>> {
+    sqlx::query_scalar!("SELECT run_id FROM pruned_runs ORDER BY pruned_at LIMIT 1 FOR UPDATE SKIP LOCKED")
+        .fetch_optional(conn)
+        .await
+}
+
+async fn is_any_moving(conn: &mut PgConnection) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"SELECT EXISTS (SELECT FROM run_progress
+                          WHERE finished_at IS NULL AND mailrun_is_recent(updated_at, $1)) AS "moving!""#,
+        STILL_MOVING.as_secs_f64(),
+    )
+    .fetch_one(conn)
+    .await
+}
+
+/// Deletes at most `limit` of each kind of scrap: published messages, workers that ended or died, and tests, of a day ago or more;
+/// receipts that no item needs; results that were buried long ago; meters of runs that are gone. Returns how many there were.
+///
+/// A receipt of a worker that is gone is needed for as long as one of its items is not shown as sent.
+///
+/// # Errors
+/// The database's.
+pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
+    let after = SCRAPS_AFTER.as_secs_f64();
+    let messages = sqlx::query!(
+        "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE published_at < now() - make_interval(secs => $1)
+                                         ORDER BY id LIMIT $2)",
+        after,
+        limit,
+    )
+    .execute(pool)
+    .await?;
+    // A claim whose worker is not known counts as one of a dead worker, which it is.
+    let workers = sqlx::query!(
+        "DELETE FROM workers WHERE id IN (SELECT id FROM workers
+                                          WHERE heartbeat_at < now() - make_interval(secs => $1)
+                                            AND (stopped_at IS NOT NULL OR died_at IS NOT NULL)
+                                          ORDER BY id LIMIT $2)",
+        after,
+        limit,
+    )
+    .execute(pool)
+    .await?;
+    let receipts = sqlx::query!(
+        "DELETE FROM receipts WHERE (worker_id, number) IN (
+             SELECT worker_id, number FROM receipts r
+             WHERE NOT EXISTS (SELECT FROM workers w WHERE w.id = r.worker_id)
+               AND NOT EXISTS (SELECT FROM run_items i WHERE i.id = ANY(r.item_ids) AND i.state <> 'sent')
+             LIMIT $1)",
+        limit,
+    )
+    .execute(pool)
+    .await?;
+    let tests = sqlx::query!(
+        "DELETE FROM test_sends WHERE id IN (SELECT id FROM test_sends WHERE created_at < now() - make_interval(secs => $1)
+                                             ORDER BY created_at LIMIT $2)",
+        after,
+        limit,
+    )
+    .execute(pool)
+    .await?;
+    let buried = sqlx::query!(
+        "DELETE FROM buried_results WHERE (run_id, item_id, attempt, state) IN (
+             SELECT run_id, item_id, attempt, state FROM buried_results
+             WHERE buried_at < now() - make_interval(secs => $1) LIMIT $2)",
+        BURIED_FOR.as_secs_f64(),
+        limit,
+    )
+    .execute(pool)
+    .await?;
+    // A claim that was under way when its run was deleted may have written one.
+    let meters = sqlx::query!(
+        "DELETE FROM pacing WHERE run_id IN (
+             SELECT run_id FROM pacing p WHERE run_id <> '00000000-0000-0000-0000-000000000000'
+               AND NOT EXISTS (SELECT FROM runs r WHERE r.id = p.run_id) LIMIT $1)",
+        limit,
+    )
+    .execute(pool)
+    .await?;
+    Ok([messages, workers, receipts, tests, buried, meters].into_iter().map(|deleted| deleted.rows_affected()).sum())
+}

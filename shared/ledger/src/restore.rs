@@ -1,0 +1,162 @@
+//! Declares that the ledger was restored from a backup: whatever was open in it may have been sent since.
+
+use sqlx::{Connection as _, PgConnection};
+use uuid::Uuid;
+
+use crate::progress::{self, Report};
+use crate::settings::SuppressionsConfig;
+use crate::stored::SqlState;
+use mailrun_core::{
+    item::ItemState,
+    message::{ItemMessage, ItemResult},
+};
+
+/// Why an item of a restored run is unknown.
+pub const MAY_HAVE_BEEN_SENT: &str =
+    "the ledger was restored from a backup: this invitation may have been sent after the backup was taken";
+/// Items that are settled in one transaction.
+const BATCH: i64 = 1_000;
+
+/// What was stopped before the items are settled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stopped {
+    /// Runs in the ledger: retrying their failed items asks first from now on.
+    pub runs: u64,
+    /// Those of them with open items, which are paused.
+    pub paused: u64,
+    /// Unpublished messages that were removed.
+    pub messages: u64,
+    /// Test mails that may have been sent.
+    pub tests: u64,
+}
+
+/// An item as it is in the ledger.
+struct Item {
+    run_id: Uuid,
+    id: i64,
+    attempt: i32,
+    tries: i16,
+    replays: i16,
+    state: ItemState,
+}
+
+impl Item {
+    /// The attempt that it waits for.
+    fn awaited(&self) -> ItemMessage {
+        let Self { run_id, id, attempt, tries, replays, state } = *self;
+        ItemMessage { run_id, item_id: id, attempt, tries, replays }.awaited(state)
+    }
+}
+
+/// The processes that are connected to this database, by name: they have to be stopped first.
+///
+/// # Errors
+/// The database's.
+pub async fn connected_workers(conn: &mut PgConnection) -> sqlx::Result<Vec<String>> {
+    sqlx::query_scalar!(
+        r#"SELECT DISTINCT application_name AS "name!" FROM pg_stat_activity
+           WHERE datname = current_database() AND application_name LIKE 'mailrun worker%' ORDER BY 1"#
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// Pauses every run with open items and removes what would set them going again. Repeating it changes nothing.
+///
+/// # Errors
+/// The database's. Nothing is changed then.
+pub async fn stop_all(conn: &mut PgConnection) -> sqlx::Result<Stopped> {
+    let mut tx = conn.begin().await?;
+    let paused = sqlx::query!(
+        "UPDATE runs r SET wanted = 'paused' FROM run_progress p
+         WHERE p.run_id = r.id AND p.finished_at IS NULL AND r.wanted = 'running'"
+    )
+    .execute(&mut *tx)
+    .await?;
+    let runs = sqlx::query!("UPDATE runs SET restored_at = clock_timestamp()").execute(&mut *tx).await?;
+    // Whoever answers for a relay later must not resume them.
+    sqlx::query!("UPDATE relay_stops SET runs = '{}' WHERE answered_at IS NULL").execute(&mut *tx).await?;
+    // Every item is settled below, so no pass has anything left to release.
+    sqlx::query!(
+        "UPDATE run_passes SET done_at = clock_timestamp(), tidied_at = clock_timestamp() WHERE done_at IS NULL"
+    )
+    .execute(&mut *tx)
+    .await?;
+    let messages = sqlx::query!("DELETE FROM outbox WHERE published_at IS NULL").execute(&mut *tx).await?;
+    let tests = sqlx::query!(
+        "UPDATE test_sends SET claimed_at = coalesce(claimed_at, now()), worker_id = coalesce(worker_id, 0), state = 'unknown',
+                reason = $1, finished_at = now()
+         WHERE finished_at IS NULL",
+        "the ledger was restored from a backup",
+    )
+    .execute(&mut *tx)
+    .await?;
+    // The workers of the time of the backup.
+    sqlx::query!("UPDATE workers SET died_at = clock_timestamp() WHERE stopped_at IS NULL AND died_at IS NULL")
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    Ok(Stopped {
+        runs: runs.rows_affected(),
+        paused: paused.rows_affected(),
+        messages: messages.rows_affected(),
+        tests: tests.rows_affected(),
+    })
+}
+
+/// Settles items as sent, of which a relay's log shows that they were. Returns how many were not known to be.
+///
+/// # Errors
+/// The database's. A batch of them is settled or not; the call can be repeated.
+pub async fn settle_sent(conn: &mut PgConnection, sent: &[(Uuid, i64)]) -> sqlx::Result<usize> {
+    let mut settled = 0;
+    for sent in sent.chunks(BATCH as usize) {
+        let (run_ids, item_ids): (Vec<Uuid>, Vec<i64>) = sent.iter().copied().unzip();
+        let items = sqlx::query_as!(
+            Item,
+            r#"SELECT i.run_id, i.id, i.attempt, i.tries, i.replays, i.state AS "state: SqlState"
+               FROM unnest($1::uuid[], $2::bigint[]) AS s (run_id, id) JOIN run_items i ON i.id = s.id AND i.run_id = s.run_id
+               WHERE i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')"#,
+            &run_ids,
+            &item_ids,
+        )
+        .fetch_all(&mut *conn)
+        .await?;
+        let results: Vec<(Uuid, ItemResult)> =
+            items.iter().map(|item| (item.run_id, item.awaited().result(ItemState::Sent, None))).collect();
+        settled += apply(conn, &results).await?;
+    }
+    Ok(settled)
+}
+
+/// Settles every open item as unknown, whether it was released or not: the backup's cursor is older than the sends. Returns how
+/// many there were; `progress` is told after each batch.
+///
+/// # Errors
+/// The database's. A batch of them is settled or not; the call can be repeated.
+pub async fn settle_open(conn: &mut PgConnection, mut progress: impl FnMut(usize)) -> sqlx::Result<usize> {
+    let (mut settled, mut after) = (0, 0);
+    loop {
+        let items = sqlx::query_as!(
+            Item,
+            r#"SELECT run_id, id, attempt, tries, replays, state AS "state: SqlState" FROM run_items
+               WHERE id > $1 AND state IN ('pending', 'retrying') ORDER BY id LIMIT $2"#,
+            after,
+            BATCH,
+        )
+        .fetch_all(&mut *conn)
+        .await?;
+        let Some(last) = items.last() else { return Ok(settled) };
+        after = last.id;
+        let unknown = |item: &Item| item.awaited().result(ItemState::Unknown, Some(MAY_HAVE_BEEN_SENT.to_owned()));
+        let results: Vec<(Uuid, ItemResult)> = items.iter().map(|item| (item.run_id, unknown(item))).collect();
+        settled += apply(conn, &results).await?;
+        progress(settled);
+    }
+}
+
+async fn apply(conn: &mut PgConnection, results: &[(Uuid, ItemResult)]) -> sqlx::Result<usize> {
+    let reports: Vec<Report<'_>> =
+        results.iter().map(|(run_id, result)| Report { run_id: Some(*run_id), result }).collect();
+    Ok(progress::apply(conn, &SuppressionsConfig::default(), &reports).await?.changed)
+}

@@ -1,0 +1,411 @@
+//! Runs as people see them: what the pages show, and what a person may ask for.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::Serialize;
+use sqlx::{PgConnection, PgPool, types::Json};
+use uuid::Uuid;
+
+use crate::{
+    outbox,
+    stored::{SqlState, SqlWanted, Stored},
+    submit::InvalidEntry,
+};
+use mailrun_core::{
+    item::ItemState,
+    message::{Command, Replay, RunMessage},
+    run::{Counters, Phase, Wanted},
+};
+
+/// The present rate is taken over this time.
+const RATE_OVER_S: f64 = 5.0;
+
+/// A run's progress at one moment.
+#[derive(Clone, Debug)]
+pub struct Progress {
+    /// The run.
+    pub run_id: Uuid,
+    /// When it was accepted.
+    pub created_at: DateTime<Utc>,
+    /// What a person wants of it.
+    pub wanted: Wanted,
+    /// What a later version wants of it, in its word: then this one leaves the run alone.
+    pub later: Option<String>,
+    /// How many items are in which state.
+    pub counters: Counters,
+    /// When it was accepted, or begun again by a replay.
+    pub started_at: DateTime<Utc>,
+    /// When a counter last moved.
+    pub updated_at: DateTime<Utc>,
+    /// When nothing was open any more.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// Items settled a second, lately.
+    pub rate: f64,
+    /// Whether the ledger was restored from a backup that holds the run.
+    pub restored: bool,
+    /// Why no worker sends anything at the moment, in the mail server's words.
+    pub held_up: Option<String>,
+    /// The database's clock.
+    pub now: DateTime<Utc>,
+}
+
+impl Progress {
+    /// What the run is doing.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        Phase::of(self.wanted, &self.counters)
+    }
+
+    /// How long it has been going, or took.
+    #[must_use]
+    pub fn elapsed(&self) -> TimeDelta {
+        (self.finished_at.unwrap_or(self.now) - self.started_at).max(TimeDelta::zero())
+    }
+}
+
+/// What was in the list that a run was made of.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// Invitations accepted.
+    pub total: i32,
+    /// People invited before, or waiting in another run.
+    pub already_invited: i32,
+    /// People whose invitation failed, or is unclear, in an earlier run.
+    pub already_failed: i32,
+    /// Addresses that nobody writes to any more.
+    pub suppressed: i32,
+    /// Addresses that stood in the list before.
+    pub repeated: i32,
+    /// Entries that are no address.
+    pub invalid: i32,
+    /// The first of those.
+    pub invalid_entries: Vec<InvalidEntry>,
+}
+
+/// An item that needs a person's attention.
+#[derive(Clone, Debug, Serialize)]
+pub struct Trouble {
+    /// Its place in the run, from 1.
+    pub position: i32,
+    /// The recipient, as the list wrote it.
+    pub email: String,
+    /// `failed` or `unknown`.
+    pub state: Stored<ItemState>,
+    /// How many attempts were made.
+    pub attempts: i32,
+    /// Why.
+    pub error: Option<String>,
+    /// Since when.
+    pub finished_at: Option<DateTime<Utc>>,
+}
+
+/// One run's progress. None: there is no such run.
+///
+/// # Errors
+/// The database's.
+pub async fn progress(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Progress>> {
+    Ok(list_where(pool, Some(run_id), None, 1).await?.pop())
+}
+
+/// The newest runs, before a moment if one is given.
+///
+/// # Errors
+/// The database's.
+pub async fn list(pool: &PgPool, before: Option<DateTime<Utc>>, limit: i64) -> sqlx::Result<Vec<Progress>> {
+    list_where(pool, None, before, limit).await
+}
+
+async fn list_where(
+    pool: &PgPool,
+    run_id: Option<Uuid>,
+    before: Option<DateTime<Utc>>,
+    limit: i64,
+) -> sqlx::Result<Vec<Progress>> {
+    let rows = sqlx::query!(
+        r#"SELECT r.id, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Stored<Wanted>", p.total, p.pending, p.retrying, p.cancelled, p.skipped, p.unknown,
+                  p.failed, p.sent, p.started_at, p.updated_at, p.finished_at, clock_timestamp() AS "now!",
+                  coalesce((SELECT (max(s.settled) - min(s.settled))::float8
+                                   / greatest(extract(epoch FROM max(s.at) - min(s.at))::float8, 1)
+                            FROM run_samples s
+                            WHERE s.run_id = r.id AND s.at > clock_timestamp() - make_interval(secs => $4)), 0) AS "rate!",
+                  (SELECT max(w.lane_reason) FROM workers w
+                   WHERE w.stopped_at IS NULL AND w.lane_until > clock_timestamp()) AS held_up
+           FROM (SELECT * FROM runs
+                 WHERE ($1::uuid IS NULL OR id = $1) AND ($2::timestamptz IS NULL OR created_at < $2)
+                 ORDER BY created_at DESC, id DESC LIMIT $3) r
+           JOIN run_progress p ON p.run_id = r.id
+           ORDER BY r.created_at DESC, r.id DESC"#,
+        run_id,
+        before,
+        limit,
+        RATE_OVER_S,
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Progress {
+            run_id: row.id,
+            created_at: row.created_at,
+            later: row.wanted.later().map(str::to_owned),
+            wanted: row.wanted.acted_on(),
+            counters: Counters {
+                total: row.total,
+                pending: row.pending,
+                retrying: row.retrying,
+                cancelled: row.cancelled,
+                skipped: row.skipped,
+                unknown: row.unknown,
+                failed: row.failed,
+                sent: row.sent,
+            },
+            started_at: row.started_at,
+            updated_at: row.updated_at,
+            finished_at: row.finished_at,
+            rate: row.rate,
+            restored: row.restored,
+            held_up: row.held_up.filter(|_| row.finished_at.is_none()),
+            now: row.now,
+        })
+        .collect())
+}
+
+/// What a run was made of. None: there is no such run.
+///
+/// # Errors
+/// The database's.
+pub async fn summary(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Summary>> {
+    let row = sqlx::query!(
+        r#"SELECT total, already_invited, already_failed, suppressed, repeated, invalid,
+                  invalid_entries AS "invalid_entries: Json<Vec<InvalidEntry>>"
+           FROM runs WHERE id = $1"#,
+        run_id
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(row.map(|row| Summary {
+        total: row.total,
+        already_invited: row.already_invited,
+        already_failed: row.already_failed,
+        suppressed: row.suppressed,
+        repeated: row.repeated,
+        invalid: row.invalid,
+        invalid_entries: row.invalid_entries.0,
+    }))
+}
+
+/// The rate limit a run was accepted with; none: it has none.
+///
+/// # Errors
+/// The database's.
+pub async fn rate_limit(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<i32>> {
+    let limit = sqlx::query_scalar("SELECT sends_per_second FROM runs WHERE id = $1").bind(run_id);
+    Ok(limit.fetch_optional(pool).await?.flatten())
+}
+
+/// What a run says: its subject and text.
+///
+/// # Errors
+/// The database's; `RowNotFound` if there is no such run.
+pub async fn text(pool: &PgPool, run_id: Uuid) -> sqlx::Result<(String, String)> {
+    let row = sqlx::query!("SELECT subject, body FROM runs WHERE id = $1", run_id).fetch_one(pool).await?;
+    Ok((row.subject, row.body))
+}
+
+/// The failed and unknown items of a run, behind a position.
+///
+/// # Errors
+/// The database's.
+pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sqlx::Result<Vec<Trouble>> {
+    sqlx::query_as!(
+        Trouble,
+        r#"SELECT i.position, coalesce(i.typed, u.email) AS "email!", i.state AS "state: Stored<ItemState>", i.attempt AS attempts, i.error, i.finished_at
+           FROM run_items i JOIN users u ON u.id = i.user_id
+           WHERE i.run_id = $1 AND i.position > $2 AND i.troubled
+           ORDER BY i.position LIMIT $3"#,
+        run_id,
+        after,
+        limit
+    )
+    .fetch_all(pool)
+    .await
+}
+
+/// The errors in the ledger's dead letters, most frequent first: state, error, how many.
+///
+/// # Errors
+/// The database's.
+pub async fn dead_by_error(pool: &PgPool) -> sqlx::Result<Vec<(Stored<ItemState>, String, i64)>> {
+    let rows = sqlx::query!(
+        r#"SELECT state AS "state: Stored<ItemState>", coalesce(error, '') AS "error!", count(*) AS "count!" FROM run_items
+           WHERE troubled GROUP BY state, error ORDER BY count(*) DESC LIMIT 50"#
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.state, row.error, row.count)).collect())
+}
+
+/// What became of a person's wish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Granted {
+    /// It is committed, and will be carried out.
+    Yes,
+    /// The run is in a state in which it means nothing; for instance, it is over.
+    NotNow,
+    /// There is no such run.
+    NoSuchRun,
+}
+
+/// Those of these runs that are paused or cancelled.
+///
+/// # Errors
+/// The database's.
+pub async fn stopped(conn: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<Vec<Uuid>> {
+    sqlx::query_scalar!("SELECT id FROM runs WHERE id = ANY($1) AND wanted <> 'running'", run_ids).fetch_all(conn).await
+}
+
+/// Pauses or resumes a run. Resuming commits a command with it that puts back what senders have dropped meanwhile.
+///
+/// # Errors
+/// The database's.
+pub async fn set_paused(pool: &PgPool, run_id: Uuid, paused: bool) -> sqlx::Result<Granted> {
+    let (from, to) = if paused { (Wanted::Running, Wanted::Paused) } else { (Wanted::Paused, Wanted::Running) };
+    let mut tx = pool.begin().await?;
+    let changed = sqlx::query!(
+        "UPDATE runs SET wanted = $2 WHERE id = $1 AND wanted = $3",
+        run_id,
+        SqlWanted::from(to) as _,
+        SqlWanted::from(from) as _
+    )
+    .execute(&mut *tx)
+    .await?;
+    let changed = changed.rows_affected() == 1;
+    if changed {
+        // From now on this person decides when the run goes on, not who answers for a relay that was stopped.
+        sqlx::query!(
+            "UPDATE relay_stops SET runs = array_remove(runs, $1) WHERE answered_at IS NULL AND $1 = ANY(runs)",
+            run_id
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    if changed && !paused {
+        outbox::put(&mut tx, &RunMessage { run_id, command: Command::Resume }).await?;
+    }
+    let granted = granted(&mut tx, run_id, changed).await?;
+    tx.commit().await?;
+    Ok(granted)
+}
+
+/// Cancels a run, for good: the wish and the command that settles its open items are committed together.
+///
+/// # Errors
+/// The database's.
+pub async fn cancel(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Granted> {
+    let mut tx = pool.begin().await?;
+    let changed = sqlx::query!(
+        "UPDATE runs SET wanted = 'cancelled' WHERE id = $1 AND wanted <> 'cancelled'
+           AND EXISTS (SELECT FROM run_progress p WHERE p.run_id = $1 AND p.finished_at IS NULL)",
+        run_id
+    )
+    .execute(&mut *tx)
+    .await?;
+    if changed.rows_affected() == 1 {
+        let command = Command::Cancel { command_id: Uuid::new_v4() };
+        outbox::put(&mut tx, &RunMessage { run_id, command }).await?;
+    }
+    let granted = granted(&mut tx, run_id, changed.rows_affected() == 1).await?;
+    tx.commit().await?;
+    Ok(granted)
+}
+
+async fn granted(conn: &mut PgConnection, run_id: Uuid, changed: bool) -> sqlx::Result<Granted> {
+    if changed {
+        return Ok(Granted::Yes);
+    }
+    let exists = sqlx::query_scalar!(r#"SELECT EXISTS (SELECT FROM runs WHERE id = $1) AS "exists!""#, run_id)
+        .fetch_one(conn)
+        .await?;
+    Ok(if exists { Granted::NotNow } else { Granted::NoSuchRun })
+}
+
+/// Which dead items to send again.
+#[derive(Clone, Debug)]
+pub struct ReplayWish {
+    /// Only this run's; none: all runs'.
+    pub run_id: Option<Uuid>,
+    /// `failed`, `unknown` or both.
+    pub states: Vec<ItemState>,
+    /// Only those with this error; none: all.
+    pub error: Option<String>,
+    /// Tells a repeated wish (a second click) from a new one.
+    pub token: Uuid,
+    /// Also of runs that were restored from a backup, whose failed items may have been sent since.
+    pub restored: bool,
+}
+
+/// What a wish for a replay has led to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replayed {
+    /// Runs that begin again.
+    pub runs: usize,
+    /// Runs that were restored from a backup, which the wish has not confirmed.
+    pub unconfirmed: usize,
+}
+
+/// Asks for a replay of every run that has matching items. Cancelled runs stay cancelled.
+///
+/// # Errors
+/// The database's.
+pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<Replayed> {
+    let mut tx = pool.begin().await?;
+    let matching = sqlx::query!(
+        r#"SELECT DISTINCT i.run_id, r.restored_at IS NOT NULL AS "restored!" FROM run_items i JOIN runs r ON r.id = i.run_id
+         WHERE ($1::uuid IS NULL OR i.run_id = $1) AND i.troubled AND i.state = ANY($2)
+           AND ($3::text IS NULL OR i.error = $3) AND r.wanted <> 'cancelled'"#,
+        wish.run_id,
+        SqlState::all(&wish.states) as _,
+        wish.error,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    let mut replayed = Replayed::default();
+    let mut runs = Vec::new();
+    for run in matching {
+        if run.restored && !wish.restored {
+            replayed.unconfirmed += 1;
+        } else {
+            runs.push(run.run_id);
+        }
+    }
+    // Those that are pruned at this very moment are gone; the others stay until the replay has begun.
+    let runs = sqlx::query_scalar!(
+        "SELECT run_id FROM run_progress WHERE run_id = ANY($1) ORDER BY run_id FOR KEY SHARE",
+        &runs
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    replayed.runs = runs.len();
+    for run_id in &runs {
+        let replay = Replay {
+            command_id: Uuid::new_v5(&wish.token, run_id.as_bytes()),
+            states: wish.states.clone(),
+            error: wish.error.clone(),
+        };
+        outbox::put(&mut tx, &RunMessage { run_id: *run_id, command: Command::Replay(replay) }).await?;
+    }
+    tx.commit().await?;
+    Ok(replayed)
+}
+
+/// How many people of a mail domain have been emailed: the demo's last check, in the table itself.
+///
+/// # Errors
+/// The database's.
+pub async fn emailed_in_domain(pool: &PgPool, domain: &str) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        r#"SELECT count(*) AS "count!" FROM users WHERE emailed_at IS NOT NULL AND split_part(email, '@', 2) = $1"#,
+        domain
+    )
+    .fetch_one(pool)
+    .await
+}

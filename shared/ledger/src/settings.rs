@@ -1,0 +1,338 @@
+//! `[database]` and `[suppressions]`: how PostgreSQL is reached, encrypted beyond this machine, and the roles that setup makes.
+
+use std::time::Duration;
+
+use mailrun_core::{
+    public_url::is_this_machine,
+    setting::{DAY, InvalidSetting},
+};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::Deserialize;
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
+use url::Url;
+
+use crate::scram;
+
+/// `[database]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DatabaseConfig {
+    /// `postgres://user:password@host:port/database`; `DATABASE_URL` wins over it.
+    pub url: SecretString,
+    /// Connections a process keeps at most.
+    pub max_connections: u32,
+    /// How long a request for a connection may wait.
+    pub acquire_timeout_ms: u64,
+    /// Lets connections beyond this machine go unencrypted or unverified, as `url` says.
+    pub allow_plaintext: bool,
+    /// The roles that `mailrun setup` makes.
+    pub roles: RolesConfig,
+    /// PostgreSQL must answer a statement within this time. A connection on which it does not is given up.
+    pub answer_timeout_ms: u64,
+}
+
+impl Default for DatabaseConfig {
+    fn default() -> Self {
+        Self {
+            url: "postgres://mailrun@127.0.0.1:5432/mailrun".into(),
+            max_connections: 10,
+            acquire_timeout_ms: 10_000,
+            allow_plaintext: false,
+            roles: RolesConfig::default(),
+            answer_timeout_ms: 30_000,
+        }
+    }
+}
+
+impl DatabaseConfig {
+    /// How long PostgreSQL may take to answer.
+    #[must_use]
+    pub fn answer_timeout(&self) -> Duration {
+        Duration::from_millis(self.answer_timeout_ms)
+    }
+}
+
+/// What may stand behind the `?` of `database.url`.
+const PARAMETERS: [&str; 19] = [
+    "sslmode",
+    "ssl-mode",
+    "sslrootcert",
+    "ssl-root-cert",
+    "ssl-ca",
+    "sslcert",
+    "ssl-cert",
+    "sslkey",
+    "ssl-key",
+    "statement-cache-capacity",
+    "host",
+    "hostaddr",
+    "port",
+    "dbname",
+    "user",
+    "password",
+    "application_name",
+    "options",
+    "connect_timeout",
+];
+
+impl DatabaseConfig {
+    /// How PostgreSQL is reached. Beyond this machine the connection is encrypted, and the server's certificate and name are
+    /// verified, unless `allow_plaintext` leaves that to the address.
+    ///
+    /// # Errors
+    /// What is wrong with the address, without any part of it.
+    pub fn options(&self) -> Result<PgConnectOptions, &'static str> {
+        const MALFORMED: &str = "it is not like postgres://user:password@host:port/database; \
+                                 special characters of a password are written as in any URL, such as %40 for @";
+        let text = self.url.expose_secret();
+        let url = Url::parse(text).map_err(|_| MALFORMED)?;
+        if !matches!(url.scheme(), "postgres" | "postgresql") {
+            return Err(MALFORMED);
+        }
+        let is_known = |name: &str| PARAMETERS.contains(&name) || name.starts_with("options[");
+        if url.query_pairs().any(|(name, _)| !is_known(&name)) {
+            return Err("it has an unknown parameter behind the question mark");
+        }
+        let options: PgConnectOptions = text.parse().map_err(|_| MALFORMED)?;
+        let is_local = options.get_socket().is_some()
+            || options.get_host().starts_with('/')
+            || is_this_machine(options.get_host());
+        if is_local || self.allow_plaintext {
+            return Ok(options);
+        }
+        let says_how = url.query_pairs().any(|(name, _)| matches!(&*name, "sslmode" | "ssl-mode"));
+        match options.get_ssl_mode() {
+            PgSslMode::VerifyFull => Ok(options),
+            _ if says_how => {
+                Err("its sslmode does not verify a server beyond this machine: leave it out or set verify-full, \
+                                  or set database.allow_plaintext")
+            }
+            _ => Ok(options.ssl_mode(PgSslMode::VerifyFull)),
+        }
+    }
+
+    /// Whether they can be used.
+    ///
+    /// # Errors
+    /// The first setting that can't.
+    pub fn check(&self) -> Result<(), InvalidSetting> {
+        let wrong = |key, reason: &str| Err(InvalidSetting::new(key, reason));
+        if let Err(reason) = self.options() {
+            return wrong("database.url", reason);
+        }
+        if !(1..=DAY.as_millis()).contains(&u128::from(self.answer_timeout_ms)) {
+            return wrong("database.answer_timeout_ms", "from 1 to 86400000, which is a day");
+        }
+        self.roles.check()
+    }
+}
+
+/// Who writes to the ledger, each with a role of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Writer {
+    /// The pages.
+    Web,
+    /// A worker with the role `fan-out`.
+    FanOut,
+    /// A worker with the role `send`.
+    Send,
+    /// A worker with the role `progress`.
+    Progress,
+    /// A worker with several roles.
+    Worker,
+    /// The operator's commands.
+    Operator,
+}
+
+impl Writer {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Web, Self::FanOut, Self::Send, Self::Progress, Self::Worker, Self::Operator];
+    /// Those that a process is, one by one.
+    pub const PROCESSES: [Self; 4] = [Self::Web, Self::FanOut, Self::Send, Self::Progress];
+    /// Those that a worker may be.
+    pub const WORKERS: [Self; 3] = [Self::FanOut, Self::Send, Self::Progress];
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Web => "web",
+            Self::FanOut => "fan_out",
+            Self::Send => "send",
+            Self::Progress => "progress",
+            Self::Worker => "worker",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+/// `[database.roles]`: the roles that `mailrun setup` makes. Only setup needs these settings.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RolesConfig {
+    /// Their names begin with it: `mailrun_web`, `mailrun_send`. Roles belong to the whole server, so two installations on one
+    /// need two prefixes.
+    pub prefix: String,
+    /// The password of the pages' role; none: it can't log in, or keeps the password it has.
+    pub web_password: Option<SecretString>,
+    /// That of the fan-out workers.
+    pub fan_out_password: Option<SecretString>,
+    /// That of the senders.
+    pub send_password: Option<SecretString>,
+    /// That of the progress workers.
+    pub progress_password: Option<SecretString>,
+    /// That of workers with several roles.
+    pub worker_password: Option<SecretString>,
+    /// That of the operator's commands.
+    pub operator_password: Option<SecretString>,
+}
+
+impl Default for RolesConfig {
+    fn default() -> Self {
+        Self {
+            prefix: "mailrun".to_owned(),
+            web_password: None,
+            fan_out_password: None,
+            send_password: None,
+            progress_password: None,
+            worker_password: None,
+            operator_password: None,
+        }
+    }
+}
+
+/// The length of a name in PostgreSQL, without the longest suffix.
+const MAX_PREFIX_BYTES: usize = 63 - "_operator".len();
+
+impl RolesConfig {
+    /// The name of a writer's role.
+    #[must_use]
+    pub fn name(&self, writer: Writer) -> String {
+        format!("{}_{}", self.prefix, writer.suffix())
+    }
+
+    fn password(&self, writer: Writer) -> Option<&SecretString> {
+        match writer {
+            Writer::Web => self.web_password.as_ref(),
+            Writer::FanOut => self.fan_out_password.as_ref(),
+            Writer::Send => self.send_password.as_ref(),
+            Writer::Progress => self.progress_password.as_ref(),
+            Writer::Worker => self.worker_password.as_ref(),
+            Writer::Operator => self.operator_password.as_ref(),
+        }
+    }
+
+    /// Whether a role is to log in, so that all of them have to be there.
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        Writer::ALL.iter().any(|writer| self.password(*writer).is_some())
+    }
+
+    /// What PostgreSQL keeps in the place of a role's password. The password itself would stand in the server's log.
+    pub(crate) fn verifier(&self, writer: Writer) -> Option<String> {
+        self.password(writer).map(|password| scram::verifier(password.expose_secret(), rand::random()))
+    }
+
+    fn check(&self) -> Result<(), InvalidSetting> {
+        let wrong = |key, reason: &str| Err(InvalidSetting::new(key, reason));
+        if self.prefix.is_empty() || self.prefix.len() > MAX_PREFIX_BYTES || self.prefix.contains('\0') {
+            return wrong("database.roles.prefix", "from 1 to 54 bytes");
+        }
+        let usable = |password: &SecretString| {
+            let password = password.expose_secret();
+            password.len() >= 8 && password.bytes().all(|byte| byte.is_ascii_graphic())
+        };
+        if Writer::ALL.iter().filter_map(|writer| self.password(*writer)).any(|password| !usable(password)) {
+            return wrong(
+                "database.roles",
+                "a password has at least 8 characters, of ASCII and without spaces, for instance from `openssl rand -hex 24`",
+            );
+        }
+        Ok(())
+    }
+}
+
+/// `[suppressions]`
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SuppressionsConfig {
+    /// A run that suppresses more than this share of its recipients gets a review; 100: none does.
+    pub hold_percent: u32,
+    /// But not before it suppresses so many.
+    pub hold_at_least: u32,
+}
+
+impl Default for SuppressionsConfig {
+    fn default() -> Self {
+        Self { hold_percent: 10, hold_at_least: 20 }
+    }
+}
+
+impl SuppressionsConfig {
+    /// Whether `count` suppressions of a run with `total` recipients are held for review.
+    #[must_use]
+    pub fn holds(&self, count: i64, total: i64) -> bool {
+        count >= i64::from(self.hold_at_least) && count * 100 > total * i64::from(self.hold_percent)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn database(url: &str, allow_plaintext: bool) -> DatabaseConfig {
+        DatabaseConfig { url: url.into(), allow_plaintext, ..DatabaseConfig::default() }
+    }
+
+    #[test]
+    fn beyond_this_machine_postgresql_is_verified() {
+        for url in
+            ["postgres://u@db.example/d", "postgres://u@192.0.2.1/d", "postgresql://u@db.example/d?sslmode=verify-full"]
+        {
+            let options = database(url, false).options().unwrap();
+            assert!(matches!(options.get_ssl_mode(), PgSslMode::VerifyFull), "{url}");
+        }
+        for mode in ["disable", "allow", "prefer", "require", "verify-ca"] {
+            let url = format!("postgres://u@db.example/d?sslmode={mode}");
+            assert!(database(&url, false).options().unwrap_err().contains("allow_plaintext"), "{url}");
+            assert!(database(&url, true).options().is_ok(), "{url}");
+        }
+        for url in [
+            "postgres://u@localhost/d",
+            "postgres://u@127.0.0.1:5432/d",
+            "postgres://u@[::1]/d",
+            "postgres://%2Frun%2Fpg/d",
+        ] {
+            let options = database(url, false).options().unwrap();
+            assert!(!matches!(options.get_ssl_mode(), PgSslMode::VerifyFull), "{url}");
+        }
+        let url = "postgres://u@localhost/d?host=db.example";
+        assert!(
+            matches!(database(url, false).options().unwrap().get_ssl_mode(), PgSslMode::VerifyFull),
+            "the host that counts"
+        );
+    }
+
+    #[test]
+    fn malformed_addresses_are_refused_without_their_password() {
+        for url in [
+            "hunter2",
+            "",
+            "postgres://u:hunter2@h:port/d",
+            "postgres://u:hun/ter2@h/d",
+            "mysql://u:hunter2@h/d",
+            "postgres://u:hunter2@h/d?sslmode=hunter2",
+            "postgres://u:hunter2@h/d?pasword=hunter2",
+            "postgres://u@h/d?hostaddr=hunter2",
+        ] {
+            let error = database(url, false).check().unwrap_err().to_string();
+            assert!(error.contains("database.url") && !error.contains("hun"), "{url}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_unusual_share_is_held() {
+        let holds = |count, total| SuppressionsConfig::default().holds(count, total);
+        assert!(!holds(19, 20) && holds(20, 20));
+        assert!(!holds(20, 200) && holds(21, 200));
+        assert!(!holds(100, 1_000) && holds(101, 1_000));
+    }
+}

@@ -1,0 +1,489 @@
+//! A submission: addresses become users, a run, its items and the message that starts it, in one transaction.
+//!
+//! The list goes through a temporary table, so that a million addresses cost neither memory here nor a statement each.
+//! Statements on that table can't be checked at compile time: it does not exist then.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, error::DatabaseError, types::Json};
+use uuid::Uuid;
+
+use super::stored::Stored;
+use crate::{may_pass, outbox, people};
+use mailrun_core::{
+    address::{self, Address},
+    message::{Command, RunMessage, Step},
+    run::Wanted,
+};
+
+/// How many invalid entries are kept to be shown; all of them are counted.
+const SHOWN_INVALID: usize = 100;
+/// The list is copied to the server in pieces of about this size.
+const COPY_BYTES: usize = 256 * 1024;
+/// Two submissions that name the same people may deadlock; the one that PostgreSQL ends is run again.
+const TRIES: u32 = 5;
+
+/// What a person submits.
+#[derive(Clone, Copy, Debug)]
+pub struct Submission<'a> {
+    /// The form's token: the same token, list, subject and text are the same submission.
+    pub token: Uuid,
+    /// The addresses, as they were typed.
+    pub text: &'a str,
+    /// The invitation's subject.
+    pub subject: &'a str,
+    /// The invitation's text.
+    pub body: &'a str,
+    /// The run's rate limit; none: as fast as possible.
+    pub sends_per_second: Option<i32>,
+    /// The most addresses that are taken.
+    pub max_addresses: usize,
+}
+
+impl Submission<'_> {
+    /// The run's id, which follows from the submission: whoever submits it again asks for the same run. Whoever has changed
+    /// the list or what it says asks for another one, and is told if there is nobody left to invite.
+    #[must_use]
+    pub fn run_id(&self) -> Uuid {
+        let listed = Uuid::new_v5(&self.token, self.text.as_bytes());
+        // A subject has no control characters.
+        Uuid::new_v5(&listed, format!("{}\0{}", self.subject, self.body).as_bytes())
+    }
+}
+
+/// What became of it.
+#[derive(Debug)]
+pub enum Submitted {
+    /// Committed: nothing that happens from here on can lose it.
+    Accepted(Uuid),
+    /// This very submission was accepted before, perhaps with another rate limit.
+    Before(Earlier),
+    /// No run was made.
+    Refused(Refusal),
+}
+
+/// A run that the same submission has made before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Earlier {
+    /// The run.
+    pub run_id: Uuid,
+    /// What a person wants of it by now.
+    pub wanted: Wanted,
+    /// Its rate limit, which stays.
+    pub sends_per_second: Option<i32>,
+}
+
+/// A submission that has no answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct NotSubmitted {
+    /// The database's.
+    #[source]
+    pub error: sqlx::Error,
+    /// Whether it is certain that nothing was kept. Otherwise the connection was lost while the database was committing, and the
+    /// same submission tells, once it is made again.
+    pub nothing_kept: bool,
+}
+
+/// An error that came from elsewhere, such as the end of all patience, says nothing about a commit.
+impl From<sqlx::Error> for NotSubmitted {
+    fn from(error: sqlx::Error) -> Self {
+        Self { error, nothing_kept: false }
+    }
+}
+
+impl NotSubmitted {
+    /// Nothing had been committed, nor asked to be.
+    #[must_use]
+    pub fn before_commit(error: sqlx::Error) -> Self {
+        Self { error, nothing_kept: true }
+    }
+
+    /// The commit had been asked for. It is undone for certain only if the database says why it refused it: a conflict of
+    /// transactions (class 40), or data (22, 23, 25).
+    fn at_commit(error: sqlx::Error) -> Self {
+        let refused = error
+            .as_database_error()
+            .and_then(DatabaseError::code)
+            .is_some_and(|code| ["22", "23", "25", "40"].iter().any(|class| code.starts_with(class)));
+        Self { error, nothing_kept: refused }
+    }
+}
+
+/// Why no run was made.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is nothing in the list.
+    Empty,
+    /// There are more addresses than a run may have.
+    TooMany {
+        /// The limit.
+        limit: usize,
+    },
+    /// Nobody in it can be invited.
+    NothingNew(Tally),
+}
+
+/// What was in a list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Invitations that the run sends.
+    pub accepted: i32,
+    /// People invited before, or waiting in another run.
+    pub already_invited: i32,
+    /// People whose invitation failed, or is unclear, in an earlier run.
+    pub already_failed: i32,
+    /// Addresses that nobody writes to any more.
+    pub suppressed: i32,
+    /// Addresses that stood in the list before.
+    pub repeated: i32,
+    /// Entries that are no address.
+    pub invalid: i32,
+    /// The first of those.
+    pub invalid_entries: Vec<InvalidEntry>,
+}
+
+/// An entry that is no address, and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InvalidEntry {
+    /// The line, from 1.
+    pub line: u32,
+    /// What stands there, shortened.
+    pub text: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// A submission is taken in within this time, or not at all.
+pub const SUBMISSION: Duration = Duration::from_secs(300);
+
+/// Takes a submission in.
+///
+/// # Errors
+/// The database's, and whether it is certain that nothing is kept.
+pub async fn submit(pool: &PgPool, submission: Submission<'_>) -> Result<Submitted, NotSubmitted> {
+    if address::parse(submission.text).next().is_none() {
+        return Ok(Submitted::Refused(Refusal::Empty));
+    }
+    let mut tries = 1;
+    let mut insert = Insert::Plain;
+    // An earlier try's commit may have been carried out, unless a later one has found nothing of it.
+    let mut in_doubt = false;
+    loop {
+        match submit_once(pool, submission, insert, &mut in_doubt).await {
+            Err(failed) if insert == Insert::Plain && is_unique_violation(&failed.error) => insert = Insert::Checked,
+            Err(failed) if tries < TRIES && may_pass(&failed.error) => {
+                in_doubt |= !failed.nothing_kept;
+                tries += 1;
+            }
+            Err(failed) => return Err(NotSubmitted { nothing_kept: failed.nothing_kept && !in_doubt, ..failed }),
+            Ok(submitted) => return Ok(submitted),
+        }
+    }
+}
+
+/// How rows are inserted that another submission may insert at the same moment.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Insert {
+    /// Fails as a whole if one does. Without the look before each row, the list is taken in in three quarters of the time.
+    Plain,
+    /// Leaves such rows out.
+    Checked,
+}
+
+impl Insert {
+    fn rows(self, statement: &str, unique: &str) -> AssertSqlSafe<String> {
+        AssertSqlSafe(match self {
+            Self::Plain => statement.to_owned(),
+            Self::Checked => format!("{statement} ON CONFLICT {unique} DO NOTHING"),
+        })
+    }
+}
+
+fn is_unique_violation(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(DatabaseError::is_unique_violation)
+}
+
+async fn submit_once(
+    pool: &PgPool,
+    submission: Submission<'_>,
+    insert: Insert,
+    in_doubt: &mut bool,
+) -> Result<Submitted, NotSubmitted> {
+    let mut tx = pool.begin().await.map_err(NotSubmitted::before_commit)?;
+    let submitted = take_in(&mut tx, submission, insert, in_doubt).await.map_err(NotSubmitted::before_commit)?;
+    if matches!(submitted, Submitted::Accepted(_)) {
+        tx.commit().await.map_err(NotSubmitted::at_commit)?;
+    }
+    Ok(submitted)
+}
+
+/// Everything but the commit. Whatever is not accepted is rolled back.
+async fn take_in(
+    tx: &mut PgConnection,
+    submission: Submission<'_>,
+    insert: Insert,
+    in_doubt: &mut bool,
+) -> sqlx::Result<Submitted> {
+    let run_id = submission.run_id();
+    // A statement for a million people takes longer than others may.
+    let timeout = format!("SET LOCAL statement_timeout = {}", SUBMISSION.as_millis());
+    sqlx::query(AssertSqlSafe(timeout)).execute(&mut *tx).await?;
+    // First of all, so that the second of two simultaneous clicks waits here for the first one's end.
+    if !insert_run(tx, run_id, submission).await? {
+        return earlier(tx, run_id).await.map(Submitted::Before);
+    }
+    // It waits for the end of an earlier try as well: that one has left nothing behind.
+    *in_doubt = false;
+    let (listed, mut tally) = match copy_list(tx, submission).await? {
+        Some(copied) => copied,
+        None => {
+            return Ok(Submitted::Refused(Refusal::TooMany { limit: submission.max_addresses }));
+        }
+    };
+    let distinct = deduplicate(tx).await?;
+    tally.repeated = listed - distinct;
+    insert_users(tx, insert).await?;
+    tally.accepted = insert_items(tx, run_id, insert).await?;
+    if tally.accepted < distinct {
+        count_others(tx, run_id, &mut tally).await?;
+    }
+    if tally.accepted == 0 {
+        return Ok(Submitted::Refused(Refusal::NothingNew(tally)));
+    }
+    complete_run(tx, run_id, &tally).await?;
+    let start = Command::Release(Step { pass: Some(1), step: Some(0) });
+    outbox::put(tx, &RunMessage { run_id, command: start }).await?;
+    Ok(Submitted::Accepted(run_id))
+}
+
+async fn earlier(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Earlier> {
+    let (wanted, sends_per_second): (Stored<Wanted>, Option<i32>) =
+        sqlx::query_as("SELECT wanted, sends_per_second FROM runs WHERE id = $1").bind(run_id).fetch_one(conn).await?;
+    Ok(Earlier { run_id, wanted: wanted.acted_on(), sends_per_second })
+}
+
+async fn insert_run(conn: &mut PgConnection, run_id: Uuid, submission: Submission<'_>) -> sqlx::Result<bool> {
+    let inserted = sqlx::query!(
+        "INSERT INTO runs (id, subject, body, sends_per_second, total) VALUES ($1, $2, $3, $4, 0) ON CONFLICT DO NOTHING",
+        run_id,
+        submission.subject,
+        submission.body,
+        submission.sends_per_second,
+    )
+    .execute(conn)
+    .await?;
+    Ok(inserted.rows_affected() == 1)
+}
+
+/// Copies the valid addresses into the temporary table `listed`. None: there are too many.
+async fn copy_list(conn: &mut PgConnection, submission: Submission<'_>) -> sqlx::Result<Option<(i32, Tally)>> {
+    sqlx::query(
+        r#"CREATE TEMP TABLE listed (place integer, email text COLLATE "C", typed text, name text) ON COMMIT DROP"#,
+    )
+    .execute(&mut *conn)
+    .await?;
+    let blocked = people::blocked(&mut *conn).await?;
+    let mut tally = Tally::default();
+    let mut place: i32 = 0;
+    let mut rows = String::with_capacity(COPY_BYTES + 1024);
+    let mut copy = conn.copy_in_raw("COPY listed (place, email, typed, name) FROM STDIN").await?;
+    for entry in address::parse(submission.text) {
+        match entry.parsed {
+            Ok(address) => {
+                place += 1;
+                if usize::try_from(place).is_ok_and(|place| place > submission.max_addresses) {
+                    copy.abort("too many addresses").await?;
+                    return Ok(None);
+                }
+                // Who was erased is in the ledger under another name, and stays out of this list under it.
+                match blocked.as_ref().and_then(|blocked| blocked.name(&address.email)) {
+                    Some(tombstone) => {
+                        push_row(&mut rows, place, &Address { email: tombstone.to_owned(), typed: None, name: None });
+                    }
+                    None => push_row(&mut rows, place, &address),
+                }
+                if rows.len() >= COPY_BYTES {
+                    copy.send(rows.as_bytes()).await?;
+                    rows.clear();
+                }
+            }
+            Err(invalid) => {
+                tally.invalid += 1;
+                if tally.invalid_entries.len() < SHOWN_INVALID {
+                    let reason = invalid.reason.to_owned();
+                    tally.invalid_entries.push(InvalidEntry { line: entry.line, text: invalid.text, reason });
+                }
+            }
+        }
+    }
+    copy.send(rows.as_bytes()).await?;
+    copy.finish().await?;
+    Ok(Some((place, tally)))
+}
+
+/// A row in the text form of COPY.
+fn push_row(rows: &mut String, place: i32, address: &Address) {
+    rows.push_str(&place.to_string());
+    rows.push('\t');
+    push_escaped(rows, &address.email);
+    for field in [&address.typed, &address.name] {
+        rows.push('\t');
+        match field {
+            Some(text) => push_escaped(rows, text),
+            None => rows.push_str("\\N"),
+        }
+    }
+    rows.push('\n');
+}
+
+/// Addresses and names hold no control characters, but a backslash is possible in both.
+fn push_escaped(rows: &mut String, text: &str) {
+    for character in text.chars() {
+        if character == '\\' {
+            rows.push('\\');
+        }
+        rows.push(character);
+    }
+}
+
+/// Leaves each address once, where it stood first, in the temporary table `invited`, with its person's id: of one who is
+/// known, or of one to be inserted.
+///
+/// Here and below, a person is looked up by a scalar subquery, which stays a look into an index for each of them. A join may
+/// be planned to read everybody ever invited, and would take longer with every run there has been.
+async fn deduplicate(conn: &mut PgConnection) -> sqlx::Result<i32> {
+    // `OFFSET 0`, or it would look twice: once for each mention.
+    let distinct = sqlx::query(
+        "CREATE TEMP TABLE invited ON COMMIT DROP AS
+         SELECT place, email, typed, name, known, coalesce(known, nextval('users_id_seq')) AS user_id
+         FROM (SELECT place, email, typed, name, (SELECT u.id FROM users u WHERE u.email = first.email) AS known
+               FROM (SELECT DISTINCT ON (email) place, email, typed, name FROM listed ORDER BY email, place) first
+               OFFSET 0) first",
+    )
+    .execute(&mut *conn)
+    .await?;
+    // Without statistics the statements below may be planned as for a handful of rows.
+    sqlx::query("ANALYZE invited").execute(conn).await?;
+    Ok(to_count(distinct.rows_affected()))
+}
+
+/// In one order for everybody, so that two submissions of the same new people wait for each other and don't deadlock.
+async fn insert_users(conn: &mut PgConnection, insert: Insert) -> sqlx::Result<()> {
+    let statement = "INSERT INTO users (id, email) OVERRIDING SYSTEM VALUE
+         SELECT user_id, email FROM invited WHERE known IS NULL ORDER BY email";
+    sqlx::query(insert.rows(statement, "(email)")).execute(&mut *conn).await?;
+    if insert == Insert::Checked {
+        // Another submission has inserted some of them since, under other ids.
+        let statement =
+            "UPDATE invited SET (known, user_id) = (SELECT u.id, u.id FROM users u WHERE u.email = invited.email)
+             WHERE known IS NULL";
+        sqlx::query(statement).execute(conn).await?;
+    }
+    Ok(())
+}
+
+/// An item for everyone who was not emailed and has none that counts. The filter is a courtesy that leaves the positions
+/// without gaps; what keeps two submissions of the same moment apart is the unique index.
+///
+/// The name and the spelling are this list's, whatever earlier lists said.
+async fn insert_items(conn: &mut PgConnection, run_id: Uuid, insert: Insert) -> sqlx::Result<i32> {
+    let statement = "INSERT INTO run_items (run_id, user_id, position, name, typed)
+         SELECT $1, user_id, row_number() OVER (ORDER BY place), coalesce(name, ''), typed FROM invited
+         WHERE (known IS NULL OR (SELECT u.emailed_at IS NULL FROM users u WHERE u.id = known)
+                                 AND (SELECT i.id FROM run_items i WHERE i.user_id = known AND i.active) IS NULL)
+           AND (SELECT s.email FROM suppressions s WHERE s.email = invited.email) IS NULL
+         ORDER BY place";
+    let inserted = sqlx::query(insert.rows(statement, "(user_id) WHERE active")).bind(run_id).execute(conn).await?;
+    Ok(to_count(inserted.rows_affected()))
+}
+
+/// Counts those who were left out: because of an item in another run, or of one that is pruned by now, or because they are
+/// suppressed.
+async fn count_others(conn: &mut PgConnection, run_id: Uuid, tally: &mut Tally) -> sqlx::Result<()> {
+    let (suppressed, others, failed): (i64, i64, i64) = sqlx::query_as(
+        "SELECT count(*) FILTER (WHERE suppressed),
+                count(*) FILTER (WHERE NOT suppressed AND (emailed OR troubled IS NOT NULL)),
+                count(*) FILTER (WHERE NOT suppressed AND troubled)
+         FROM (SELECT (SELECT s.email FROM suppressions s WHERE s.email = invited.email) IS NOT NULL AS suppressed,
+                      (SELECT u.emailed_at IS NOT NULL FROM users u WHERE u.id = known) AS emailed,
+                      (SELECT i.troubled FROM run_items i
+                       WHERE i.user_id = known AND i.active AND i.run_id <> $1) AS troubled
+               FROM invited OFFSET 0) people",
+    )
+    .bind(run_id)
+    .fetch_one(conn)
+    .await?;
+    tally.suppressed = i32::try_from(suppressed).unwrap_or(i32::MAX);
+    tally.already_failed = i32::try_from(failed).unwrap_or(i32::MAX);
+    tally.already_invited = i32::try_from(others - failed).unwrap_or(i32::MAX);
+    Ok(())
+}
+
+async fn complete_run(conn: &mut PgConnection, run_id: Uuid, tally: &Tally) -> sqlx::Result<()> {
+    sqlx::query!(
+        "UPDATE runs SET total = $2, already_invited = $3, already_failed = $4, suppressed = $5, repeated = $6,
+                invalid = $7, invalid_entries = $8
+         WHERE id = $1",
+        run_id,
+        tally.accepted,
+        tally.already_invited,
+        tally.already_failed,
+        tally.suppressed,
+        tally.repeated,
+        tally.invalid,
+        Json(&tally.invalid_entries) as _,
+    )
+    .execute(&mut *conn)
+    .await?;
+    sqlx::query!("INSERT INTO run_progress (run_id, total, pending) VALUES ($1, $2, $2)", run_id, tally.accepted)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+fn to_count(rows: u64) -> i32 {
+    i32::try_from(rows).unwrap_or(i32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_click_is_the_same_run_and_another_text_is_not() {
+        let first = Submission {
+            token: Uuid::from_u128(7),
+            text: "ann@x.org",
+            subject: "Hello",
+            body: "Come!",
+            sends_per_second: None,
+            max_addresses: 10,
+        };
+        assert_eq!(first.run_id(), Submission { sends_per_second: Some(1), ..first }.run_id());
+        for other in [
+            Submission { token: Uuid::from_u128(8), ..first },
+            Submission { text: "bob@x.org", ..first },
+            Submission { subject: "Hi", ..first },
+            Submission { body: "Stay!", ..first },
+        ] {
+            assert_ne!(first.run_id(), other.run_id());
+        }
+    }
+
+    #[test]
+    fn only_what_was_refused_or_never_committed_is_certainly_not_kept() {
+        let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+        assert!(NotSubmitted::before_commit(lost()).nothing_kept);
+        assert!(!NotSubmitted::at_commit(lost()).nothing_kept);
+        assert!(!NotSubmitted::from(sqlx::Error::PoolTimedOut).nothing_kept);
+    }
+
+    #[test]
+    fn a_row_survives_backslashes() {
+        let mut rows = String::new();
+        push_row(&mut rows, 3, &Address { email: r#""a\\b"@x.org"#.into(), typed: None, name: Some(r"C:\N".into()) });
+        assert_eq!(rows, "3\t\"a\\\\\\\\b\"@x.org\t\\N\tC:\\\\N\n");
+    }
+}

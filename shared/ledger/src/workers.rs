@@ -1,0 +1,141 @@
+//! Signs of life: each worker process writes its own row, and nobody else's.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use mailrun_core::observer::Beat;
+use sqlx::PgConnection;
+
+/// Registers this process and returns its id, which is never used again. `permits` is how many sends it may have in
+/// flight.
+///
+/// # Errors
+/// The database's.
+pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32, permits: i32) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        "INSERT INTO workers (roles, host, pid, permits) VALUES ($1, $2, $3, $4) RETURNING id",
+        roles,
+        host,
+        pid,
+        permits
+    )
+    .fetch_one(conn)
+    .await
+}
+
+/// The heartbeats of all workers that have neither stopped nor been declared dead.
+///
+/// # Errors
+/// The database's.
+pub async fn beats(conn: &mut PgConnection) -> sqlx::Result<Vec<Beat>> {
+    sqlx::query_as!(
+        Beat,
+        "SELECT id AS worker_id, heartbeat_at AS at FROM workers WHERE stopped_at IS NULL AND died_at IS NULL"
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// Declares workers dead whose heartbeat is still the one that was seen. Returns which of them are.
+///
+/// # Errors
+/// The database's.
+pub async fn declare_dead(conn: &mut PgConnection, beats: &[Beat]) -> sqlx::Result<Vec<i64>> {
+    let (ids, at): (Vec<i64>, Vec<DateTime<Utc>>) = beats.iter().map(|beat| (beat.worker_id, beat.at)).unzip();
+    sqlx::query_scalar!(
+        "UPDATE workers w SET died_at = clock_timestamp() FROM unnest($1::bigint[], $2::timestamptz[]) AS seen (id, at)
+         WHERE w.id = seen.id AND w.heartbeat_at = seen.at AND w.stopped_at IS NULL AND w.died_at IS NULL
+         RETURNING w.id",
+        &ids,
+        &at,
+    )
+    .fetch_all(conn)
+    .await
+}
+
+/// Says that the worker lives, how often it has built a consumer's connection anew, why and for how long it sends nothing, and
+/// which messages RabbitMQ rejects, if so.
+///
+/// False: its row is gone, or it was declared dead. Others act on that, so the worker has to end.
+///
+/// # Errors
+/// The database's.
+pub async fn heartbeat(
+    conn: &mut PgConnection,
+    worker_id: i64,
+    in_flight: i32,
+    rebuilds: i32,
+    closed: Option<(String, Duration)>,
+    rejected: Option<String>,
+) -> sqlx::Result<bool> {
+    let (reason, seconds) = closed.map(|(reason, time)| (reason, time.as_secs_f64())).unzip();
+    let written = sqlx::query!(
+        "UPDATE workers SET heartbeat_at = now(), in_flight = $2, rebuilds = $3, lane_reason = $4,
+                    lane_until = now() + make_interval(secs => $5), rejected = $6
+             WHERE id = $1 AND died_at IS NULL",
+        worker_id,
+        in_flight,
+        rebuilds,
+        reason,
+        seconds,
+        rejected,
+    )
+    .execute(conn)
+    .await?;
+    Ok(written.rows_affected() == 1)
+}
+
+/// Says that the worker has ended. A claim that it leaves open is `unknown` from now on.
+///
+/// # Errors
+/// The database's.
+pub async fn stop(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sqlx::Result<()> {
+    sqlx::query!(
+        "UPDATE workers SET heartbeat_at = now(), stopped_at = now(), in_flight = $2, lane_until = NULL, rejected = NULL
+         WHERE id = $1",
+        worker_id,
+        in_flight
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// A worker process, as its row tells.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Worker {
+    /// Its id.
+    pub id: i64,
+    /// Its roles, with commas between them.
+    pub roles: String,
+    /// The machine it is on.
+    pub host: String,
+    /// Its process there.
+    pub pid: i32,
+    /// Whether it has ended in good order.
+    pub stopped: bool,
+    /// Whether it was declared dead.
+    pub dead: bool,
+    /// Seconds since its last sign of life.
+    pub silent_s: f64,
+    /// Why it sends nothing at present; none: it may.
+    pub closed: Option<String>,
+    /// The queues for which RabbitMQ rejects its messages, and why; none: it takes all of them.
+    pub rejected: Option<String>,
+}
+
+/// All of them, past and present, oldest first.
+///
+/// # Errors
+/// The database's.
+pub async fn all(conn: &mut PgConnection) -> sqlx::Result<Vec<Worker>> {
+    sqlx::query_as!(
+        Worker,
+        r#"SELECT id, roles, host, pid, stopped_at IS NOT NULL AS "stopped!", died_at IS NOT NULL AS "dead!",
+                  extract(epoch FROM clock_timestamp() - heartbeat_at)::float8 AS "silent_s!",
+                  CASE WHEN lane_until > clock_timestamp() THEN coalesce(lane_reason, '') END AS closed, rejected
+           FROM workers ORDER BY id"#
+    )
+    .fetch_all(conn)
+    .await
+}
