@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What each choice of the schema is worth, in bytes of WAL an item: the table of performance.md.
+# What each choice of the schema is worth, in bytes of WAL per item: the table in performance.md.
 #
 #     ITEMS=200000 cargo run -- with-database -- bash docs/schema.sh
 #
@@ -10,7 +10,7 @@ items=${ITEMS:-50000}
 
 ask() { psql --no-psqlrc --quiet --tuples-only --no-align --set ON_ERROR_STOP=1 "$@"; }
 
-# measure NAME BATCH DDL: the batch is how many items a transaction claims and settles. With "claim in the item" as the name's
+# measure NAME BATCH DDL: BATCH is the number of items that a transaction claims and settles. With "claim in the item" as the name's
 # beginning, the claim is an update of the item instead of a row.
 measure() {
     local name=$1 batch=$2 ddl=$3 database=schema_worth
@@ -22,7 +22,7 @@ measure() {
         ask "$url" -c "ALTER TABLE run_items ADD COLUMN claimed_by bigint, ADD COLUMN claimed_at timestamptz"
         claim="UPDATE run_items SET claimed_by = 1, claimed_at = now() WHERE id BETWEEN low AND high"
     fi
-    # Nothing but this is to write, and no page is written whole: none is older than the last checkpoint.
+    # No other process writes, and no page is written whole: none is older than the last checkpoint.
     ask "$url" -c "$ddl" -c "
         ALTER TABLE run_items SET (autovacuum_enabled = false);
         ALTER TABLE users SET (autovacuum_enabled = false);
@@ -65,7 +65,7 @@ SQL
     ask "$DATABASE_URL" -c "DROP DATABASE $database WITH (FORCE)"
 }
 
-echo '| schema | taking in | claim and result | together | HOT updates of items |'
+echo '| schema | insert | claim and result | together | HOT updates of items |'
 echo '|---|---|---|---|---|'
 measure 'as it is' 200 ''
 measure 'no room on the pages' 200 'ALTER TABLE run_items SET (fillfactor = 100)'
