@@ -17,30 +17,30 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::{
-    mailer::{Lane, Mailer},
-    permits::Permits,
-};
+use crate::{gate::Gate, permits::Permits};
 use mailrun_core::observer::Observer;
 
 /// What `/livez` says of a worker that others have given up.
 const FENCED: &str = "others have declared this worker dead, or its row in the table workers is gone";
 
 /// Shows how a sender is at present.
-fn measure(mailer: &Arc<dyn Mailer>, permits: &Permits) -> Lane {
+fn measure(gate: &AskGate, permits: &Permits) -> Gate {
     gauge!(metric::PERMITS).set(permits.all() as f64);
     gauge!(metric::PERMITS_IN_USE).set(permits.in_use() as f64);
-    let lane = mailer.lane();
-    let present = match lane {
-        Lane::Open => "open",
-        Lane::Trying => "trying",
-        Lane::Closed { .. } => "closed",
+    let gate = gate();
+    let present = match gate {
+        Gate::Open => "open",
+        Gate::Trying => "trying",
+        Gate::Closed { .. } => "closed",
     };
     for state in ["open", "trying", "closed"] {
         gauge!(metric::RELAY_STATE, "state" => state).set(if state == present { 1 } else { 0 });
     }
-    lane
+    gate
 }
+
+/// Asks whether the far side accepts work.
+pub type AskGate = Box<dyn Fn() -> Gate + Send + Sync>;
 
 /// A clock that goes on while the machine sleeps, as the others' clocks do: [`std::time::Instant`] stands still then.
 fn since_boot() -> Duration {
@@ -62,7 +62,7 @@ pub struct Heartbeat {
     /// What consumes for it, and publishes.
     broker: OnceLock<Arc<Broker>>,
     /// What it sends through and with, if it does.
-    sender: OnceLock<(Arc<dyn Mailer>, Arc<Permits>)>,
+    sender: OnceLock<(AskGate, Arc<Permits>)>,
 }
 
 impl fmt::Debug for Heartbeat {
@@ -121,10 +121,10 @@ impl Heartbeat {
         since_boot().saturating_sub(last) + self.interval / 2 < self.dead_after
     }
 
-    /// From now on the heartbeat says how many permits are in use, and whether the mailer's lane is closed, and why.
-    pub fn tell_of(&self, mailer: Arc<dyn Mailer>, permits: Arc<Permits>) {
+    /// From now on the heartbeat says how many permits are in use, and whether the far side accepts work, and why not.
+    pub fn show_sender(&self, gate: AskGate, permits: Arc<Permits>) {
         // There is one of each in a process.
-        let _ = self.sender.set((mailer, permits));
+        let _ = self.sender.set((gate, permits));
     }
 
     /// Beats until `stop`, or until it is fenced. A heartbeat that fails is not made up for: the next one comes soon enough.
@@ -188,9 +188,9 @@ impl Heartbeat {
     /// False: this worker is declared dead, or its row is gone.
     async fn write(&self) -> sqlx::Result<bool> {
         let mut conn = self.pool.acquire().await?;
-        let lane = self.sender.get().map(|(mailer, permits)| measure(mailer, permits));
+        let lane = self.sender.get().map(|(gate, permits)| measure(gate, permits));
         let closed = match lane {
-            Some(Lane::Closed { reason, until }) => Some((reason, until.saturating_duration_since(Instant::now()))),
+            Some(Gate::Closed { reason, until }) => Some((reason, until.saturating_duration_since(Instant::now()))),
             _ => None,
         };
         let rebuilds = self.broker.get().map_or(0, |broker| broker.rebuilds());

@@ -11,7 +11,7 @@ use mailrun_ledger::{in_time, signing};
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use crate::until_answered;
+use crate::until_answered::until_answered;
 
 /// Makes both.
 #[derive(Clone, Debug)]

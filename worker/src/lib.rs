@@ -11,6 +11,7 @@
 pub mod attempt;
 mod claims;
 mod fan_out;
+mod gate;
 mod gauges;
 mod heartbeat;
 mod held;
@@ -29,6 +30,7 @@ mod stopped_runs;
 pub mod sweep;
 mod templates;
 pub mod test_send;
+mod until_answered;
 
 use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
 
@@ -38,18 +40,19 @@ use mailrun_app::{
     monitoring::{Monitoring, MonitoringError},
 };
 use mailrun_broker::{Broker, Publisher};
+use mailrun_core::health::Health;
 use mailrun_core::queue;
-use mailrun_core::{health::Health, retry::Reconnect};
 use mailrun_ledger::in_time;
 use sqlx::PgPool;
 use tokio::{
     task::{JoinHandle, JoinSet},
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, info, warn};
 
 pub use crate::poison::STALE;
+use crate::until_answered::until_answered;
 use crate::{
     fan_out::FanOut, heartbeat::Heartbeat, ids::Ids, permits::Permits, progress::Progress, send::Senders,
     sweep::Sweeper, test_send::TestSends,
@@ -235,24 +238,6 @@ async fn register(
     until_answered("this worker can't register", stop, register).await.map(Arc::new)
 }
 
-/// Asks PostgreSQL until it answers; `trouble` says what can't be done meanwhile. None: told to stop before that.
-async fn until_answered<T, F>(trouble: &str, stop: &CancellationToken, mut ask: impl FnMut() -> F) -> Option<T>
-where
-    F: Future<Output = sqlx::Result<T>>,
-{
-    let mut waits = Reconnect::default();
-    loop {
-        match stop.run_until_cancelled(ask()).await? {
-            Ok(answer) => return Some(answer),
-            Err(error) => {
-                let wait = waits.next_wait();
-                warn!(%error, wait_ms = wait.as_millis(), "{trouble}; trying again");
-                stop.run_until_cancelled(sleep(wait)).await?;
-            }
-        }
-    }
-}
-
 #[expect(clippy::too_many_arguments, reason = "the one place where everything is put together")]
 fn start(
     config: &Config,
@@ -288,7 +273,8 @@ fn start(
                 let Some(ids) = ids.cloned() else { continue };
                 let mailer = mailer::mailer(&config.mailer)?;
                 let permits = Arc::new(Permits::new(config.permits()));
-                heartbeat.tell_of(Arc::clone(&mailer), Arc::clone(&permits));
+                let same = Arc::clone(&mailer);
+                heartbeat.show_sender(Box::new(move || same.gate()), Arc::clone(&permits));
                 let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
                 let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, ids.clone());
                 parts.spawn(tests.run(consume(&[queue::TESTS.into()], test_send::PREFETCH), stop.clone()));

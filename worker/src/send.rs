@@ -44,10 +44,11 @@ use uuid::Uuid;
 use crate::{
     attempt::{Attempt, Checks},
     claims::{Claims, Known},
+    gate::Gate,
     heartbeat::Heartbeat,
     held::Held,
     ids::Ids,
-    mailer::{self, Lane, Mail, Mailer, Outcome},
+    mailer::{self, Mail, Mailer, Outcome},
     pace::Pace,
     permits::Permits,
     poison::{self, Refusal},
@@ -217,9 +218,9 @@ impl Senders {
                 self.put_off(batch, Instant::now()).await;
                 continue;
             }
-            match self.mailer.lane() {
-                Lane::Open | Lane::Trying => self.begin(batch, &mut held, &mut session, &finished).await,
-                Lane::Closed { until, .. } => self.put_off(batch, until).await,
+            match self.mailer.gate() {
+                Gate::Open | Gate::Trying => self.begin(batch, &mut held, &mut session, &finished).await,
+                Gate::Closed { until, .. } => self.put_off(batch, until).await,
             }
         }
     }
@@ -251,7 +252,7 @@ impl Senders {
             }
         }
         let until = Instant::now() + GATHER;
-        let most = if self.mailer.lane() == Lane::Trying { 1 } else { self.config.send.claim_batch };
+        let most = if self.mailer.gate() == Gate::Trying { 1 } else { self.config.send.claim_batch };
         while batch.len() < most.min(self.permits.room()) {
             if let Some(due) = held.take_due(Instant::now()) {
                 batch.held.push(due);
@@ -452,7 +453,7 @@ impl Senders {
                 (Outcome::Retry(_), Some(wait)) => sleep(wait).await,
                 _ => {
                     let closed_for =
-                        if matches!(outcome, Outcome::Later(_)) { self.lane_wait() } else { Duration::ZERO };
+                        if matches!(outcome, Outcome::Later(_)) { self.gate_wait() } else { Duration::ZERO };
                     break after_send(item, outcome, closed_for, &self.rules);
                 }
             }
@@ -460,10 +461,10 @@ impl Senders {
     }
 
     /// How long the lane stays closed, as far as is known.
-    fn lane_wait(&self) -> Duration {
-        match self.mailer.lane() {
-            Lane::Closed { until, .. } => until.saturating_duration_since(Instant::now()),
-            Lane::Open | Lane::Trying => Duration::ZERO,
+    fn gate_wait(&self) -> Duration {
+        match self.mailer.gate() {
+            Gate::Closed { until, .. } => until.saturating_duration_since(Instant::now()),
+            Gate::Open | Gate::Trying => Duration::ZERO,
         }
     }
 

@@ -21,8 +21,9 @@ use uuid::Uuid;
 
 use crate::{
     attempt::Attempt,
+    gate::Gate,
     ids::Ids,
-    mailer::{Lane, Mail, Mailer, Outcome},
+    mailer::{Mail, Mailer, Outcome},
     poison,
 };
 use mailrun_broker::consumer::{Consumer, Delivery};
@@ -106,7 +107,7 @@ impl TestSends {
     }
 
     async fn send(&self, test_id: Uuid, test: Claimed) -> Outcome {
-        if let Lane::Closed { reason, .. } = self.mailer.lane() {
+        if let Gate::Closed { reason, .. } = self.mailer.gate() {
             return Outcome::Later(reason);
         }
         let template = match Template::new(&test.subject, &test.body) {

@@ -7,6 +7,7 @@ mod lines;
 mod mailbox;
 mod name;
 mod split;
+mod wrapping;
 
 use std::{borrow::Cow, str::FromStr};
 
@@ -47,7 +48,7 @@ pub struct Invalid {
 /// # Errors
 /// What is wrong with the address.
 pub fn mailbox(address: &str) -> Result<String, &'static str> {
-    let address = entry::unwrap(address);
+    let address = wrapping::unwrap(address);
     mailbox::read(&address).map(|spelling| spelling.mailbox.into_owned())
 }
 
@@ -75,7 +76,7 @@ impl FromStr for Address {
 
     /// Reads a single entry, `ann@example.org` or `Ann <ann@example.org>`.
     fn from_str(text: &str) -> Result<Self, Invalid> {
-        entry::parse(entry::trim(text))
+        entry::parse(wrapping::trim(text))
     }
 }
 

@@ -3,7 +3,10 @@
 use mail_parser::{Address as Addresses, Message, MessageParser, PartType};
 use mailrun_ledger::suppressions::Reason;
 
-use super::mail::{Claim, field, fields};
+use super::{
+    claim::Claim,
+    fields::{field, fields},
+};
 
 /// The recipients who complained. A report without a recipient, or of a type that is no complaint, claims nothing.
 pub(super) fn claims(report: &str, mail: &Message<'_>) -> Vec<Claim> {

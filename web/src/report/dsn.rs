@@ -1,6 +1,9 @@
 //! Delivery status notifications (RFC 3464, RFC 6533): the part that machines read.
 
-use super::mail::{Claim, field, fields};
+use super::{
+    claim::Claim,
+    fields::{field, fields, untyped},
+};
 
 /// Recipients of a report that are looked at. A message of ours has one; a list behind that address may report several.
 const MAX_RECIPIENTS: usize = 100;
@@ -68,15 +71,6 @@ fn addresses(fields: &[(String, String)]) -> Vec<String> {
         }
     }
     addresses
-}
-
-/// `rfc822; ann@example.org` without its type. A text with a semicolon need not have one.
-pub(super) fn untyped(value: &str) -> &str {
-    let is_type = |kind: &str| kind.len() < 40 && kind.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-    match value.split_once(';') {
-        Some((kind, value)) if is_type(kind.trim()) => value.trim(),
-        _ => value.trim(),
-    }
 }
 
 /// `+2B` is a plus (RFC 3461, 4). Whether a plus is one of these is decided by comparison with the address of the message.

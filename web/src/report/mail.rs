@@ -4,10 +4,12 @@
 use std::borrow::Cow;
 
 use mail_parser::{Message, MessageParser, MessagePart, MimeHeaders as _, PartType};
-use mailrun_core::{address::mailbox, reply::classify_report};
-use mailrun_ledger::suppressions::Reason;
 
-use super::{NotUnderstood, arf, dsn, one_line, text};
+use super::{
+    arf,
+    claim::{Claim, NotUnderstood},
+    dsn, text,
+};
 
 /// A mail may hold a mail, which may hold a mail: each level has a Content-Type, and is let go of by recursion. A bounce, with the mail
 /// that it is about, has a handful.
@@ -20,34 +22,6 @@ pub(crate) struct Returned {
     pub(crate) claims: Vec<Claim>,
     /// All its text, decoded: somewhere in it stands the id of the message that it is about.
     pub(crate) quoted: String,
-}
-
-/// That an address is not to be written to again.
-#[derive(Debug, PartialEq)]
-pub(crate) struct Claim {
-    /// The address, in all forms in which the report names it: as it was written to, as it was forwarded, decoded or not.
-    pub(crate) addresses: Vec<String>,
-    pub(crate) reason: Reason,
-    /// In the reporter's words, on one line.
-    pub(crate) detail: Option<String>,
-}
-
-impl Claim {
-    /// That there is no such mailbox, if the evidence proves it.
-    pub(super) fn bounced(addresses: Vec<String>, status: Option<&str>, diagnostic: Option<&str>) -> Option<Self> {
-        let detail = diagnostic.filter(|text| !text.is_empty()).or(status);
-        classify_report(status, diagnostic).suppresses().then(|| Self::new(addresses, Reason::Bounced, detail))
-    }
-
-    pub(super) fn new(addresses: Vec<String>, reason: Reason, detail: Option<&str>) -> Self {
-        Self { addresses, reason, detail: detail.map(one_line).filter(|detail| !detail.is_empty()) }
-    }
-
-    /// Whether it is about this address, as the ledger knows it.
-    pub(crate) fn is_about(&self, email: &str) -> bool {
-        let Ok(ours) = mailbox(email) else { return false };
-        self.addresses.iter().any(|address| mailbox(address).is_ok_and(|address| address == ours))
-    }
 }
 
 pub(super) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Returned, NotUnderstood> {
@@ -127,29 +101,4 @@ fn add_decoded(mail: &Message<'_>, text: &mut String) {
             }
         }
     }
-}
-
-/// The fields of a header or of a machine-readable part, with their values on one line.
-pub(super) fn fields(lines: &mut dyn Iterator<Item = &str>) -> Vec<(String, String)> {
-    let mut fields: Vec<(String, String)> = Vec::new();
-    for line in lines {
-        if line.trim().is_empty() {
-            if !fields.is_empty() {
-                break;
-            }
-        } else if line.starts_with([' ', '\t']) {
-            if let Some((_, value)) = fields.last_mut() {
-                value.push(' ');
-                value.push_str(line.trim());
-            }
-        } else if let Some((name, value)) = line.split_once(':') {
-            fields.push((name.trim().to_owned(), value.trim().to_owned()));
-        }
-    }
-    fields
-}
-
-/// The first field of this name.
-pub(super) fn field<'a>(fields: &'a [(String, String)], name: &str) -> Option<&'a str> {
-    fields.iter().find(|field| field.0.eq_ignore_ascii_case(name)).map(|field| field.1.as_str())
 }

@@ -1,7 +1,9 @@
 //! Reads what mail providers and mail servers report of mails that went out: bounces and complaints. Pure.
 
 mod arf;
+mod claim;
 mod dsn;
+mod fields;
 mod mail;
 mod postmark;
 mod ses;
@@ -11,16 +13,13 @@ mod text;
 #[cfg(test)]
 mod samples;
 
-use mailrun_core::{
-    address::Address,
-    reply::{ReplyClass, classify_report},
-};
-use mailrun_ledger::suppressions::Reason;
 use serde_json::Value;
-use uuid::Uuid;
 
-pub(crate) use self::mail::Returned;
 use self::sns::Envelope;
+pub(crate) use self::{
+    claim::{NotUnderstood, Verdict},
+    mail::Returned,
+};
 
 /// What a report is about.
 #[derive(Debug, PartialEq)]
@@ -31,50 +30,6 @@ pub(crate) enum Report {
     Mail(Returned),
     /// A message of Amazon SNS, which is to be verified.
     Sns(Box<Envelope>),
-}
-
-/// An address that is not to be written to again.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Verdict {
-    /// In the form in which addresses are compared.
-    pub(crate) email: String,
-    pub(crate) reason: Reason,
-    /// In the reporter's words.
-    pub(crate) detail: Option<String>,
-    /// The run whose message it is about, if the report proves that.
-    pub(crate) run_id: Option<Uuid>,
-}
-
-/// A report that can't be read.
-#[derive(Debug, PartialEq, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct NotUnderstood(&'static str);
-
-/// The details of a report are cut beyond this.
-const MAX_DETAIL_CHARS: usize = 500;
-
-impl Verdict {
-    /// About an address as it stands in a report, perhaps with a name. None: it is no address.
-    fn new(address: &str, reason: Reason, detail: Option<&str>) -> Option<Self> {
-        let Address { email, .. } = address.parse().ok()?;
-        let detail = detail.map(one_line).filter(|detail| !detail.is_empty());
-        Some(Self { email, reason, detail, run_id: None })
-    }
-}
-
-/// Whether a bounce that a provider calls permanent is about the mailbox: what the mail server said may prove the contrary. Without
-/// its words, or if they are not recognised, the provider's word counts.
-fn is_about_the_mailbox(status: Option<&str>, diagnostic: Option<&str>) -> bool {
-    // A permanent failure of which nothing else is known.
-    let classified = classify_report(status.or(Some("5.0.0")), diagnostic.map(dsn::untyped));
-    let says_nothing =
-        status.is_none_or(|status| status.trim().is_empty()) && diagnostic.is_none_or(|text| text.trim().is_empty());
-    says_nothing || classified.suppresses() || (classified.permanent && classified.class == ReplyClass::Unknown)
-}
-
-pub(super) fn one_line(text: &str) -> String {
-    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
-    words.collect::<Vec<_>>().join(" ").chars().take(MAX_DETAIL_CHARS).collect()
 }
 
 /// Whether a report is JSON. Amazon SNS calls its own text/plain.
@@ -104,16 +59,17 @@ fn read_json(json: Value) -> Result<Report, NotUnderstood> {
     }
 }
 
-/// The text at a path of keys.
-fn text<'a>(json: &'a Value, path: &[&str]) -> Option<&'a str> {
-    path.iter().try_fold(json, |json, key| json.get(key))?.as_str()
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use mailrun_core::address::Address;
+    use mailrun_ledger::suppressions::Reason;
+
+    use super::{
+        claim::{MAX_DETAIL_CHARS, is_about_the_mailbox},
+        *,
+    };
 
     #[test]
     fn what_is_no_report_is_refused() {

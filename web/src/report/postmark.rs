@@ -5,7 +5,7 @@
 use mailrun_ledger::suppressions::Reason;
 use serde_json::Value;
 
-use super::{NotUnderstood, Verdict, is_about_the_mailbox, text};
+use super::claim::{NotUnderstood, Verdict, is_about_the_mailbox, text};
 
 /// Whether a report is one of Postmark's: these have a record type, and the oldest a numbered type.
 pub(super) fn is_one(json: &Value) -> bool {

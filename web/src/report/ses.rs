@@ -5,7 +5,10 @@
 use mailrun_ledger::suppressions::Reason;
 use serde_json::Value;
 
-use super::{NotUnderstood, Verdict, arf, is_about_the_mailbox, text};
+use super::{
+    arf,
+    claim::{NotUnderstood, Verdict, is_about_the_mailbox, text},
+};
 
 /// Bounces by which Amazon says that it knows the address not to exist, whatever the server said this time.
 const KNOWN: [&str; 3] = ["NoEmail", "Suppressed", "OnAccountSuppressionList"];

@@ -5,7 +5,10 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{NotUnderstood, Verdict, ses, text};
+use super::{
+    claim::{NotUnderstood, Verdict, text},
+    ses,
+};
 
 /// A message of Amazon SNS. Nothing in it is to be believed before its signature is verified.
 #[derive(Clone, Debug, PartialEq, Deserialize)]

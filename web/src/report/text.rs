@@ -6,7 +6,7 @@
 use mail_parser::{Address as Addresses, Message};
 use mailrun_core::address::Address;
 
-use super::mail::Claim;
+use super::claim::Claim;
 
 /// More addresses than this are not looked at.
 const MAX_ADDRESSES: usize = 100;

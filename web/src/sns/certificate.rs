@@ -9,7 +9,7 @@ use tokio_rustls::rustls::{
 use url::Url;
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
-use super::{Refusal, SnsError};
+use super::error::{Refusal, SnsError};
 
 /// A certificate, verified.
 pub(super) struct Chain {

@@ -1,9 +1,10 @@
 //! Whether a message is from Amazon SNS, and from one of our topics: its topic, its certificate and its signature.
 
 mod certificate;
+mod error;
 mod fetch;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mailrun_app::config::WebConfig;
@@ -14,6 +15,8 @@ use tokio_rustls::rustls::pki_types::{
 use url::Url;
 use webpki::EndEntityCert;
 
+pub(crate) use self::error::Refusal;
+pub use self::error::SnsError;
 use crate::report::sns::Envelope;
 
 use self::{
@@ -24,45 +27,6 @@ use self::{
 /// Certificates that are remembered. SNS has one at a time in each region.
 const REMEMBERED: u64 = 16;
 const REMEMBERED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// Why Amazon SNS can't be verified as configured.
-#[derive(Debug, thiserror::Error)]
-pub enum SnsError {
-    /// A file with certificates.
-    #[error("web.sns_certificates: {path} has no certificate that can be read: {reason}")]
-    Certificates {
-        /// Where it should be.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
-    /// The system trusts nobody.
-    #[error(
-        "web.sns_topics: this system has no certificate authorities; install ca-certificates, or set web.sns_certificates"
-    )]
-    NoAuthorities,
-    /// The library.
-    #[error("the connection to Amazon SNS can't be encrypted: {0}")]
-    Tls(#[from] tokio_rustls::rustls::Error),
-}
-
-/// Why a message is not accepted.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Refusal {
-    #[error("its topic is not named in web.sns_topics")]
-    Topic,
-    #[error("its SigningCertURL is not an address of Amazon SNS")]
-    CertificateUrl,
-    #[error("its certificate is not one of Amazon SNS: {0}")]
-    Certificate(&'static str),
-    #[error("its SignatureVersion is neither 1 nor 2")]
-    Version,
-    #[error("its signature does not match")]
-    Signature,
-    /// It may be accepted later.
-    #[error("its certificate can't be fetched: {0}")]
-    Unreachable(String),
-}
 
 /// Verifies messages of the configured topics.
 pub(crate) struct Verifier {

@@ -5,7 +5,7 @@ mod message;
 mod simulated;
 mod smtp;
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use mailrun_app::config::{MailerConfig, MailerKind};
@@ -13,7 +13,7 @@ use mailrun_core::template::Template;
 use mailrun_ledger::relay_stops::RelayStop;
 use uuid::Uuid;
 
-use crate::attempt::Attempt;
+use crate::{attempt::Attempt, gate::Gate};
 
 pub use mailrun_core::outcome::Outcome;
 
@@ -42,22 +42,6 @@ pub struct Mail {
     pub replays: i16,
 }
 
-/// Whether anything can be sent at present.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Lane {
-    /// As much as there are permits for.
-    Open,
-    /// One mail, to see whether the mail server takes it.
-    Trying,
-    /// Nothing.
-    Closed {
-        /// Why, in the mail server's words.
-        reason: String,
-        /// When it is tried again.
-        until: Instant,
-    },
-}
-
 /// A relay that the mailer has stopped, since many refusals could not be explained.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stopped {
@@ -79,8 +63,8 @@ pub trait Mailer: Send + Sync {
     async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome;
 
     /// Whether to send at present. Whoever sends all the same gets [`Outcome::Later`].
-    fn lane(&self) -> Lane {
-        Lane::Open
+    fn gate(&self) -> Gate {
+        Gate::Open
     }
 
     /// Whether it may stop relays: then it has to be told what the ledger knows of that.

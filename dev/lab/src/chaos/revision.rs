@@ -100,7 +100,10 @@ async fn git<I: IntoIterator<Item = impl AsRef<OsStr>>>(folder: &Path, arguments
 /// Builds the program, and passes on what cargo says meanwhile.
 async fn build(source: &Path, target: &Path) -> Result<()> {
     let mut command = Command::new("cargo");
-    command.current_dir(source).args(["build", "--locked", "--package", "mailrun", "--bin", "mailrun", "--target-dir"]).arg(target);
+    command
+        .current_dir(source)
+        .args(["build", "--locked", "--package", "mailrun", "--bin", "mailrun", "--target-dir"])
+        .arg(target);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut cargo = without_ours(&mut command).spawn().context("cargo can't be started")?;
     let stderr = cargo.stderr.take().context("cargo's messages can't be read")?;

@@ -1,35 +1,14 @@
 //! One entry of a list: an address in the ways that programs and people write it, with or without a name.
 
-use std::borrow::Cow;
-
-use percent_encoding::percent_decode_str;
-
 use super::{
     Address, Invalid,
-    mailbox::{self, Spelling, is_invisible},
+    mailbox::{self, Spelling},
     name::{self, UNDECODABLE, is_garbled},
+    wrapping::{trim, unwrap},
 };
 
 /// How much of an invalid entry is shown back.
 const MAX_SHOWN_CHARS: usize = 80;
-/// What people and programs put around an address.
-const WRAPPERS: [(char, char); 9] = [
-    ('<', '>'),
-    ('"', '"'),
-    ('[', ']'),
-    ('(', ')'),
-    ('\u{2018}', '\u{2019}'),
-    ('\u{201c}', '\u{201d}'),
-    ('«', '»'),
-    ('‹', '›'),
-    ('`', '`'),
-];
-
-/// What a person sees of `text`.
-pub(super) fn trim(text: &str) -> &str {
-    text.trim_matches(|character: char| character.is_whitespace() || is_invisible(character))
-}
-
 /// Reads an entry.
 pub(super) fn parse(entry: &str) -> Result<Address, Invalid> {
     read(entry).map_err(|reason| invalid(entry, reason))
@@ -81,32 +60,6 @@ fn comment(entry: &str) -> Option<(&str, &str)> {
         open == 0
     })?;
     Some((trim(&entry[..begin]), &inner[begin + 1..]))
-}
-
-/// An address without what is put around it.
-pub(super) fn unwrap(text: &str) -> Cow<'_, str> {
-    let mut text = trim(text);
-    loop {
-        // No mailbox begins or ends with an apostrophe; some programs put one before, or one on each side.
-        let mut inner = text.trim_matches('\'');
-        for (open, close) in WRAPPERS {
-            inner = inner.strip_prefix(open).and_then(|inner| inner.strip_suffix(close)).unwrap_or(inner);
-        }
-        inner = trim(inner);
-        if inner.len() == text.len() {
-            break;
-        }
-        text = inner;
-    }
-    const SCHEME: &str = "mailto:";
-    match text.split_at_checked(SCHEME.len()) {
-        Some((scheme, link)) if scheme.eq_ignore_ascii_case(SCHEME) => {
-            let address = link.split('?').next().unwrap_or_default();
-            // What is no text is left as it is, and refused as an address.
-            percent_decode_str(address).decode_utf8().unwrap_or(address.into())
-        }
-        _ => text.into(),
-    }
 }
 
 fn shorten(entry: &str) -> String {

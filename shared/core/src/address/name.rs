@@ -6,8 +6,8 @@ use mail_parser::parsers::MessageStream;
 use unicode_normalization::UnicodeNormalization as _;
 
 use super::{
-    entry::unwrap,
     mailbox::{self, is_invisible, is_joiner},
+    wrapping::unwrap,
 };
 
 /// A display name is cut beyond this, so that a pasted paragraph is no name.

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 
 use super::{
-    entry::trim,
     name::{MAX_NAME_CHARS, closing_quote},
+    wrapping::trim,
 };
 
 /// So many parts of a name may be apart by commas: `Ann Lee, PhD, MBA <ann@example.com>`.

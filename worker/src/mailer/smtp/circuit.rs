@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use mailrun_core::retry::Reconnect;
 
-use super::{super::Lane, verdict::Pause};
+use super::verdict::Pause;
+use crate::gate::Gate;
 
 /// How long a relay is left alone after it was away.
 #[derive(Clone, Copy, Debug)]
@@ -75,12 +76,12 @@ impl Circuit {
     }
 
     /// What to expect of it.
-    pub fn lane(&self, now: Instant) -> Lane {
+    pub fn lane(&self, now: Instant) -> Gate {
         match &self.state {
-            State::Closed => Lane::Open,
-            State::Open { reason, until } if *until > now => Lane::Closed { reason: reason.clone(), until: *until },
-            State::Open { .. } | State::Trying => Lane::Trying,
-            State::Stopped { reason } => Lane::Closed { reason: reason.clone(), until: now + STOPPED_LOOK },
+            State::Closed => Gate::Open,
+            State::Open { reason, until } if *until > now => Gate::Closed { reason: reason.clone(), until: *until },
+            State::Open { .. } | State::Trying => Gate::Trying,
+            State::Stopped { reason } => Gate::Closed { reason: reason.clone(), until: now + STOPPED_LOOK },
         }
     }
 
@@ -111,12 +112,12 @@ impl Circuit {
     /// Asks to send. Whoever gets a trial has to say how it ended.
     pub fn enter(&mut self, now: Instant) -> Option<Pass> {
         match self.lane(now) {
-            Lane::Open => Some(Pass::Free),
-            Lane::Trying if self.is_due(now) => {
+            Gate::Open => Some(Pass::Free),
+            Gate::Trying if self.is_due(now) => {
                 self.state = State::Trying;
                 Some(Pass::Trial)
             }
-            Lane::Trying | Lane::Closed { .. } => None,
+            Gate::Trying | Gate::Closed { .. } => None,
         }
     }
 
@@ -172,25 +173,25 @@ mod tests {
         // The same trouble, met by another mail.
         assert_eq!(circuit.away(Pass::Free, pause("gone too"), start), None);
         assert!(
-            matches!(circuit.lane(start), Lane::Closed { reason, until } if reason == "gone" && until == start + wait)
+            matches!(circuit.lane(start), Gate::Closed { reason, until } if reason == "gone" && until == start + wait)
         );
         assert_eq!(circuit.enter(start), None);
         // A late success of before changes nothing.
         assert!(!circuit.answered(Pass::Free) && circuit.enter(start).is_none());
         let due = start + wait;
-        assert_eq!(circuit.lane(due), Lane::Trying);
+        assert_eq!(circuit.lane(due), Gate::Trying);
         assert_eq!(circuit.enter(due), Some(Pass::Trial));
-        assert_eq!((circuit.enter(due), circuit.lane(due)), (None, Lane::Trying));
+        assert_eq!((circuit.enter(due), circuit.lane(due)), (None, Gate::Trying));
         // Still away: it is left alone for longer, which is no news.
         assert_eq!(circuit.away(Pass::Trial, pause("still gone"), due), None);
-        let Lane::Closed { until, .. } = circuit.lane(due) else { panic!() };
+        let Gate::Closed { until, .. } = circuit.lane(due) else { panic!() };
         assert_eq!(circuit.enter(until), Some(Pass::Trial));
         circuit.dropped(until);
         assert_eq!(circuit.enter(until), Some(Pass::Trial));
         assert!(circuit.answered(Pass::Trial));
-        assert_eq!((circuit.lane(until), circuit.enter(until)), (Lane::Open, Some(Pass::Free)));
+        assert_eq!((circuit.lane(until), circuit.enter(until)), (Gate::Open, Some(Pass::Free)));
         circuit.dropped(until);
-        assert_eq!(circuit.lane(until), Lane::Open);
+        assert_eq!(circuit.lane(until), Gate::Open);
     }
 
     #[test]
@@ -198,7 +199,7 @@ mod tests {
         let (mut circuit, mut now) = (Circuit::new(Patience::default()), Instant::now());
         circuit.away(Pass::Free, pause("gone"), now);
         for _ in 0..50 {
-            let Lane::Closed { until, .. } = circuit.lane(now) else { panic!() };
+            let Gate::Closed { until, .. } = circuit.lane(now) else { panic!() };
             assert!(until - now <= Duration::from_secs(90));
             now = until;
             assert_eq!(circuit.enter(now), Some(Pass::Trial));
@@ -222,7 +223,7 @@ mod tests {
         assert!(first <= Duration::from_secs(2));
         let mut longest = first;
         for _ in 0..30 {
-            let Lane::Closed { until, .. } = circuit.lane(now) else { panic!() };
+            let Gate::Closed { until, .. } = circuit.lane(now) else { panic!() };
             longest = longest.max(until - now);
             now = until;
             assert_eq!(circuit.enter(now), Some(Pass::Trial));
@@ -238,7 +239,7 @@ mod tests {
         circuit.away(Pass::Free, pause("gone"), now);
         assert!(!circuit.answered(Pass::Trial));
         let later = now + Duration::from_secs(86_400);
-        assert!(matches!(circuit.lane(later), Lane::Closed { reason, .. } if reason == "ask"));
+        assert!(matches!(circuit.lane(later), Gate::Closed { reason, .. } if reason == "ask"));
         assert!(circuit.enter(later).is_none() && circuit.release(later) && !circuit.release(later));
         assert_eq!(circuit.enter(later), Some(Pass::Trial));
     }

@@ -56,10 +56,11 @@ use self::{
     verdict::{ACCEPTED, Failure, NO_ANSWER, Pause, Verdict},
 };
 use super::{
-    Lane, Mail, Mailer, Outcome, Stopped,
+    Mail, Mailer, Outcome, Stopped,
     message::{Composer, ComposerError, Letter},
 };
 use crate::attempt::Attempt;
+use crate::gate::Gate;
 
 pub use self::tls::TlsError;
 
@@ -160,8 +161,8 @@ impl Mailer for Smtp {
         self.0.carry(mail, &letter, attempt, permit, &deadline).await
     }
 
-    fn lane(&self) -> Lane {
-        self.0.relays.lane()
+    fn gate(&self) -> Gate {
+        self.0.relays.gate()
     }
 
     fn stops_relays(&self) -> bool {

@@ -12,12 +12,12 @@ use tokio_rustls::TlsConnector;
 use tracing::{info, warn};
 
 use super::{
-    super::Lane,
     blame::Blame,
     circuit::{Circuit, Pass, Patience},
     tls::{TlsError, connector},
     verdict::Pause,
 };
+use crate::gate::Gate;
 
 /// A relay, and how it is.
 pub struct Endpoint {
@@ -85,10 +85,10 @@ impl Relays {
     }
 
     /// Whether any of them takes mail.
-    pub fn lane(&self) -> Lane {
+    pub fn gate(&self) -> Gate {
         let now = Instant::now();
         let lanes = self.endpoints.iter().map(|endpoint| endpoint.circuit().lane(now));
-        lanes.min_by_key(rank).unwrap_or(Lane::Open)
+        lanes.min_by_key(rank).unwrap_or(Gate::Open)
     }
 
     /// Chooses one that was not `tried` with this mail.
@@ -105,7 +105,7 @@ impl Relays {
                 return ticket(number, endpoint, pass);
             }
         }
-        let open: Vec<_> = left().filter(|(_, endpoint)| endpoint.circuit().lane(now) == Lane::Open).collect();
+        let open: Vec<_> = left().filter(|(_, endpoint)| endpoint.circuit().lane(now) == Gate::Open).collect();
         let total: u32 = open.iter().map(|(_, endpoint)| endpoint.relay.weight).sum();
         if total > 0 {
             let mut drawn = rand::rng().random_range(0..total);
@@ -119,9 +119,9 @@ impl Relays {
         if left().any(|(_, endpoint)| endpoint.circuit().is_tried()) {
             return Choice::Wait;
         }
-        Choice::None(match self.lane() {
-            Lane::Closed { reason, .. } => reason,
-            Lane::Open | Lane::Trying => "no mail server takes mail at present".into(),
+        Choice::None(match self.gate() {
+            Gate::Closed { reason, .. } => reason,
+            Gate::Open | Gate::Trying => "no mail server takes mail at present".into(),
         })
     }
 
@@ -156,7 +156,7 @@ impl Relays {
     pub async fn closed(&self) -> String {
         let mut changes = self.changes();
         loop {
-            if let Lane::Closed { reason, .. } = self.lane() {
+            if let Gate::Closed { reason, .. } = self.gate() {
                 return reason;
             }
             // Its other end is in `self`.
@@ -166,11 +166,11 @@ impl Relays {
 }
 
 /// The best first; of those that are closed, the one that opens first.
-fn rank(lane: &Lane) -> (u8, Option<Instant>) {
+fn rank(lane: &Gate) -> (u8, Option<Instant>) {
     match lane {
-        Lane::Open => (0, None),
-        Lane::Trying => (1, None),
-        Lane::Closed { until, .. } => (2, Some(*until)),
+        Gate::Open => (0, None),
+        Gate::Trying => (1, None),
+        Gate::Closed { until, .. } => (2, Some(*until)),
     }
 }
 
@@ -247,7 +247,7 @@ mod tests {
         for (number, lane_is_open) in [(1, true), (0, false)] {
             let Choice::Relay(ticket) = relays.choose(&[1 - number]) else { panic!() };
             ticket.away(Pause::new("gone".into()));
-            assert_eq!(relays.lane() == Lane::Open, lane_is_open);
+            assert_eq!(relays.gate() == Gate::Open, lane_is_open);
         }
         assert!(matches!(relays.choose(&[]), Choice::None(reason) if reason == "gone"));
     }

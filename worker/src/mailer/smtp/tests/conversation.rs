@@ -18,7 +18,7 @@ async fn a_mail_is_handed_over() {
     let mailer = mailer(&config(&[plain(&server)]));
     assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     assert_eq!(server.heard(), ["EHLO tests", "MAIL FROM:<mailrun@localhost>", "RCPT TO:<ann@example.org>", "DATA"]);
-    assert_eq!(mailer.lane(), Lane::Open);
+    assert_eq!(mailer.gate(), Gate::Open);
 }
 
 #[tokio::test]
@@ -36,7 +36,7 @@ async fn a_refusal_before_the_mail_is_the_relays_trouble() {
         let mailer = mailer(&config(&[plain(&server)]));
         let outcome = mailer.send(&ann(), &Attempt::unchecked()).await;
         assert!(matches!(&outcome, Outcome::Later(_)), "{outcome:?}");
-        assert!(matches!(mailer.lane(), Lane::Closed { reason, .. } if reason == later(&outcome)));
+        assert!(matches!(mailer.gate(), Gate::Closed { reason, .. } if reason == later(&outcome)));
     }
 }
 

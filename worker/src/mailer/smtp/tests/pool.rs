@@ -133,7 +133,7 @@ async fn the_next_relay_takes_over_from_one_that_is_away() {
     for _ in 0..20 {
         assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     }
-    assert_eq!(mailer.lane(), Lane::Open);
+    assert_eq!(mailer.gate(), Gate::Open);
     assert!(away.connections() <= 1);
     assert_eq!(there.count("DATA"), 20);
 }
@@ -144,13 +144,13 @@ async fn the_circuit_opens_lets_one_try_and_closes() {
     let server = Server::start(vec![busy(), busy(), takes_mail()]).await;
     let mailer = eager(&config(&[plain(&server)]));
     assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Later(_)));
-    assert_eq!(mailer.lane(), Lane::Trying);
+    assert_eq!(mailer.gate(), Gate::Trying);
     assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Later(_)));
-    assert_eq!(mailer.lane(), Lane::Trying);
+    assert_eq!(mailer.gate(), Gate::Trying);
     // Of many that come at once, one tries, and the others wait for what comes of it.
     let outcomes = join_all((0..10).map(|_| async { mailer.send(&ann(), &Attempt::unchecked()).await })).await;
     assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Sent), "{outcomes:?}");
-    assert_eq!(mailer.lane(), Lane::Open);
+    assert_eq!(mailer.gate(), Gate::Open);
 }
 
 #[tokio::test]

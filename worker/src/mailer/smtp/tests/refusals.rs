@@ -35,7 +35,7 @@ async fn a_refusal_of_us_pauses_the_relay_and_fails_nobody() {
         let mailer = mailer(&config(&[plain(&server)]));
         let outcome = send(&mailer, "ann@example.org").await;
         assert!(refusal.contains(&later(&outcome)[..9]), "{outcome:?}");
-        assert!(matches!(mailer.lane(), Lane::Closed { reason, .. } if reason == later(&outcome)));
+        assert!(matches!(mailer.gate(), Gate::Closed { reason, .. } if reason == later(&outcome)));
     }
 }
 
@@ -44,9 +44,9 @@ async fn a_paused_relay_is_probed_with_one_message() {
     let server = Server::start(vec![answers(&["550 relay not permitted"]), takes_mail()]).await;
     let mailer = eager(&config(&[plain(&server)]));
     assert!(matches!(send(&mailer, "ann@example.org").await, Outcome::Later(_)));
-    assert_eq!(mailer.lane(), Lane::Trying);
+    assert_eq!(mailer.gate(), Gate::Trying);
     assert_eq!(send(&mailer, "bob@example.org").await, Outcome::Sent);
-    assert_eq!(mailer.lane(), Lane::Open);
+    assert_eq!(mailer.gate(), Gate::Open);
 }
 
 #[tokio::test]
@@ -61,7 +61,7 @@ async fn a_recipient_that_is_deferred_alone_costs_only_its_own_tries() {
                 if answer.starts_with('2') { format!("{number}@other.example") } else { "ann@example.org".into() };
             let outcome = send(&mailer, &email).await;
             assert_eq!(matches!(outcome, Outcome::Retry(_)), !answer.starts_with('2'), "{outcome:?}");
-            assert_eq!(mailer.lane(), Lane::Open);
+            assert_eq!(mailer.gate(), Gate::Open);
         }
     }
 }
@@ -76,7 +76,7 @@ async fn a_recipient_that_meets_a_refusal_of_us_alone_does_not_pause_the_relay_a
     for _ in 0..2 {
         assert_eq!(send(&mailer, "bob@example.org").await, Outcome::Sent);
         assert!(matches!(send(&mailer, "ann@example.org").await, Outcome::Retry(_)));
-        assert_eq!(mailer.lane(), Lane::Open);
+        assert_eq!(mailer.gate(), Gate::Open);
     }
 }
 
@@ -89,7 +89,7 @@ async fn deferrals_at_several_domains_pause_the_relay() {
         outcomes.push(send(&mailer, &format!("{}@{domain}", outcomes.len())).await);
     }
     assert!(matches!(outcomes[..], [Outcome::Retry(_), Outcome::Retry(_), Outcome::Later(_)]), "{outcomes:?}");
-    assert!(matches!(mailer.lane(), Lane::Closed { reason, .. } if reason.contains("Relay access denied")));
+    assert!(matches!(mailer.gate(), Gate::Closed { reason, .. } if reason.contains("Relay access denied")));
 }
 
 #[tokio::test]
@@ -99,7 +99,7 @@ async fn greylisting_belongs_to_its_recipients_however_many() {
     for number in 0..12 {
         assert!(matches!(send(&mailer, &format!("a@{number}.example")).await, Outcome::Retry(_)));
     }
-    assert_eq!(mailer.lane(), Lane::Open);
+    assert_eq!(mailer.gate(), Gate::Open);
 }
 
 #[tokio::test]
