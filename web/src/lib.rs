@@ -13,6 +13,8 @@ mod health;
 mod hooks;
 mod ids;
 mod logins;
+mod origin;
+mod password;
 mod people;
 mod progress;
 mod relay;
@@ -64,8 +66,8 @@ use tower_http::{set_header::SetResponseHeaderLayer, trace::TraceLayer};
 use tracing::{Level, error, info, info_span};
 
 use self::error::ErrorPage;
-// For pages beside these, which shall look and guard themselves alike.
-pub use guard::{is_local, is_same_origin};
+// For other pages with the same look and the same checks.
+pub use origin::{is_local, is_same_origin};
 pub use sns::SnsError;
 pub use view::{grouped, rate};
 
