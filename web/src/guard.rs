@@ -20,16 +20,10 @@ use crate::{
 
 /// Lets a request pass, or answers it.
 pub(crate) async fn check(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    if is_for_everybody(path) {
-        return next.run(request).await;
-    }
-    let is_style = path.starts_with("/static/");
     let config = &app.config;
     let asked = Asked::by(&request, &config.trusted_proxies);
     let (headers, host) = (request.headers(), host_of(request.uri(), request.headers()));
     let refusal = match &config.password {
-        _ if is_style => None,
         None => reached_by_others(request.version(), headers, host).map(IntoResponse::into_response),
         Some(password) => log_in(&app.logins, asked.client, headers, password.expose_secret()).await,
     };
@@ -41,25 +35,4 @@ pub(crate) async fn check(State(app): State<Arc<App>>, request: Request, next: N
         return from_another_site().into_response();
     }
     next.run(request).await
-}
-
-/// What strangers call: the health check, the links in mails, which mail providers follow as well, and the bounce hook, which
-/// asks for a key of its own. The style of a page is no secret either, see above.
-fn is_for_everybody(path: &str) -> bool {
-    path == "/u" || path.starts_with("/u/") || ["/healthz", "/livez", "/readyz", "/hooks/bounces"].contains(&path)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn strangers_reach_links_and_hooks_and_nothing_else() {
-        for path in ["/u/AAAA", "/u/AAAA/", "/u/a/b", "/u/", "/u", "/hooks/bounces", "/healthz", "/livez", "/readyz"] {
-            assert!(is_for_everybody(path), "{path}");
-        }
-        for path in ["/", "/ux", "/hooks", "/hooks/", "/hooks/bounces/x", "/runs", "//u/a", "/runs/u/"] {
-            assert!(!is_for_everybody(path), "{path}");
-        }
-    }
 }
