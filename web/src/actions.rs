@@ -1,8 +1,7 @@
 //! What a person may do with a run: send again what failed, pause, resume, cancel. Each is written to the ledger, and answered with the run's page.
 
 use axum::{
-    body::Body,
-    extract::{Path, Request, State},
+    extract::{Path, State},
     http::StatusCode,
     response::Redirect,
 };
@@ -11,12 +10,7 @@ use mailrun_ledger::runs::{self, Granted, ReplayWish};
 use tracing::info;
 use uuid::Uuid;
 
-use crate::{
-    Shared,
-    body::{Room, SHORT_FORM_BYTES},
-    error::ErrorPage,
-    progress::load,
-};
+use crate::{Shared, body::Form, error::ErrorPage, progress::load};
 
 fn run_id(id: &str) -> Result<Uuid, ErrorPage> {
     id.parse().map_err(|_| ErrorPage::no_such_run())
@@ -69,9 +63,8 @@ pub(crate) async fn cancel(State(app): Shared, Path(id): Path<String>) -> Result
 pub(crate) async fn retry(
     State(app): Shared,
     Path(id): Path<String>,
-    request: Request<Body>,
+    Form(fields, _room): Form,
 ) -> Result<Redirect, ErrorPage> {
-    let (fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
     let (Some(states), Some(token)) =
         (fields.get("states").and_then(parse_states), fields.get("token").and_then(|token| token.parse::<Uuid>().ok()))
     else {

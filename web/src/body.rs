@@ -8,6 +8,7 @@ use std::{
 
 use axum::{
     body::Body,
+    extract::FromRequest,
     http::{HeaderMap, Request, StatusCode, header},
 };
 use http_body_util::BodyExt as _;
@@ -33,8 +34,8 @@ const SILENCE: Duration = Duration::from_secs(30);
 const SLOWEST_BYTES_PER_S: u64 = 4 * 1024;
 /// Of a form that is too large, so much is read and thrown away: a browser shows the answer only when it was let finish.
 const DISCARDED_PER_LIMIT: usize = 8;
-/// Forms of a few short fields are no longer than this.
-pub(crate) const SHORT_FORM_BYTES: usize = 16 * 1024;
+/// The largest form where the router allows no larger one: a few short fields.
+const SHORT_FORM_BYTES: usize = 16 * 1024;
 /// Memory is counted in units of this size.
 const UNIT_BYTES: usize = 1024;
 
@@ -212,6 +213,21 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ErrorPage> {
 
 fn bad_request(message: &'static str) -> ErrorPage {
     ErrorPage::new(StatusCode::BAD_REQUEST, "The form can't be read", message)
+}
+
+/// A submitted form, and the memory that it holds until it is dropped. How large it may be is a matter of the router: at most
+/// what the [`Room`] in the request's extensions takes; without one, [`SHORT_FORM_BYTES`].
+pub(crate) struct Form(pub(crate) Fields, pub(crate) Taken);
+
+impl<S: Sync> FromRequest<S> for Form {
+    type Rejection = ErrorPage;
+
+    async fn from_request(request: Request<Body>, _: &S) -> Result<Self, ErrorPage> {
+        let room = request.extensions().get::<Arc<Room>>().cloned();
+        let room = room.unwrap_or_else(|| Arc::new(Room::new(SHORT_FORM_BYTES)));
+        let (fields, taken) = room.read(request).await?;
+        Ok(Self(fields, taken))
+    }
 }
 
 /// The fields of a form, in their order.

@@ -1,8 +1,11 @@
 //! Who sent a request, and to which host: from the connection, or from the headers of a proxy that is trusted.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use axum::http::HeaderMap;
+use axum::{
+    extract::{ConnectInfo, Request},
+    http::{HeaderMap, Uri, uri::Authority},
+};
 use mailrun_app::config::Proxy;
 
 /// Headers that only proxies send. What begins with `x-forwarded-` or `x-original-` belongs to them.
@@ -39,7 +42,25 @@ pub(crate) struct Asked {
     pub(crate) scheme: Option<String>,
 }
 
+/// A header's value. One that can't be read must not pass for an absent one.
+pub(crate) fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name).map(|value| value.to_str().unwrap_or("unreadable"))
+}
+
+/// The host that a request itself names, with its port if there is one.
+pub(crate) fn host_of<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
+    uri.authority().map(Authority::as_str).or_else(|| text(headers, "host"))
+}
+
 impl Asked {
+    /// What `request` says, where the `trusted` proxies are believed.
+    pub(crate) fn by(request: &Request, trusted: &[Proxy]) -> Self {
+        let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0.ip());
+        // The server always sets it. Without it, no proxy is trusted.
+        let peer = peer.unwrap_or(IpAddr::from([0; 4]));
+        Self::of(peer, host_of(request.uri(), request.headers()), request.headers(), trusted)
+    }
+
     /// `host` is what the request itself names; `peer` is who sent it.
     pub(crate) fn of(peer: IpAddr, host: Option<&str>, headers: &HeaderMap, trusted: &[Proxy]) -> Self {
         let is_trusted = |address: IpAddr| trusted.iter().any(|proxy| proxy.contains(address));

@@ -7,8 +7,6 @@ use std::{
 
 use axum::{
     Json,
-    body::Body,
-    extract::{Request, State},
     http::StatusCode,
     response::{IntoResponse, Response},
 };
@@ -16,7 +14,7 @@ use mailrun_core::address;
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 
-use crate::{Shared, error::ErrorPage, view::counted};
+use crate::{body::Form, error::ErrorPage, view::counted};
 
 /// What a list comes to before the ledger is asked: who was invited before is known only when it is sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -60,8 +58,7 @@ impl Count {
 }
 
 /// `POST /invites/count`, with the form's `emails`.
-pub(crate) async fn count(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
-    let (mut fields, room) = app.room.read(request).await?;
+pub(crate) async fn count(Form(mut fields, room): Form) -> Result<Response, ErrorPage> {
     let list = fields.take("emails").unwrap_or_default();
     // A long list takes a second, which the runtime has not. The room is held until it is read.
     let counted = spawn_blocking(move || (Count::of(&list), room)).await;

@@ -13,8 +13,9 @@ use tracing::{error, warn};
 /// PostgreSQL's code for a table that is not there.
 const UNDEFINED_TABLE: &str = "42P01";
 
-/// A page instead of the one that was asked for.
-#[derive(Debug)]
+/// A page instead of the one that was asked for. Its response carries it as an extension, so that a router of JSON routes can
+/// write it in another form.
+#[derive(Clone, Debug)]
 pub(crate) struct ErrorPage {
     status: StatusCode,
     title: &'static str,
@@ -85,6 +86,11 @@ impl ErrorPage {
         )
     }
 
+    /// What happened, in sentences.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
     #[cfg(test)]
     pub(crate) fn status(&self) -> StatusCode {
         self.status
@@ -100,7 +106,9 @@ impl From<sqlx::Error> for ErrorPage {
 impl IntoResponse for ErrorPage {
     fn into_response(self) -> Response {
         let page = Page { code: self.status.as_u16(), title: self.title, message: &self.message };
-        (self.status, html(&page)).into_response()
+        let mut response = (self.status, html(&page)).into_response();
+        response.extensions_mut().insert(self);
+        response
     }
 }
 
@@ -119,14 +127,14 @@ pub(crate) fn html(page: &impl Template) -> Response {
 }
 
 pub(crate) async fn not_found() -> ErrorPage {
-    ErrorPage::new(StatusCode::NOT_FOUND, "Nothing here", "There is no page at this address.")
+    ErrorPage::new(StatusCode::NOT_FOUND, "Page not found", "There is no page at this address. It may be mistyped.")
 }
 
 pub(crate) async fn method_not_allowed() -> ErrorPage {
     ErrorPage::new(
         StatusCode::METHOD_NOT_ALLOWED,
-        "Not like this",
-        "This address exists, but doesn't understand that kind of request.",
+        "Method not allowed",
+        "This address does not support the request's method.",
     )
 }
 

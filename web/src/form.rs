@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use askama::Template;
 use axum::{
-    body::Body,
-    extract::{Query, Request, State},
+    extract::{Query, State},
     http::StatusCode,
     response::{IntoResponse, Redirect, Response},
 };
@@ -24,7 +23,7 @@ use uuid::Uuid;
 
 use crate::{
     App, Shared,
-    body::Fields,
+    body::{Fields, Form},
     error::{ErrorPage, html},
     runs::Row,
     text::{self, TextProblems, with_plain_line_ends},
@@ -160,8 +159,7 @@ pub(crate) async fn back_to_form() -> Redirect {
 }
 
 /// `POST /invites`
-pub(crate) async fn submit(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
-    let (mut fields, _room) = app.room.read(request).await?;
+pub(crate) async fn submit(State(app): Shared, Form(mut fields, _room): Form) -> Result<Response, ErrorPage> {
     let incomplete =
         |what: &'static str| ErrorPage::new(StatusCode::UNPROCESSABLE_ENTITY, "The form is incomplete", what);
     if fields.get("token").is_none_or(|token| token.parse::<Uuid>().is_err()) {

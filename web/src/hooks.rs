@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use crate::{
     App, Shared, correlate,
-    guard::{basic_password, credentials, is_same},
+    password::{basic_password, credentials, is_same},
     report::{
         self, NotUnderstood, Report, Verdict,
         sns::{Envelope, Kind},

@@ -12,13 +12,18 @@ mod guard;
 mod health;
 mod hooks;
 mod ids;
+mod layers;
 mod logins;
+mod origin;
+mod password;
 mod people;
+mod problem;
 mod progress;
 mod relay;
 mod relay_stops;
 mod report;
 mod results;
+mod routes;
 mod runs;
 mod sns;
 mod suppressions;
@@ -27,22 +32,9 @@ mod text;
 mod unsubscribe;
 mod view;
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::{
-    Router,
-    body::Body,
-    extract::{MatchedPath, State},
-    http::{HeaderValue, Request, header},
-    middleware::{self, Next},
-    response::{IntoResponse, Response},
-    routing::{any, get, post},
-};
+use axum::extract::State;
 use mailrun_app::{
     config::{Config, ConfigError, MailerKind, SuppressionsConfig, WebConfig},
     lineage,
@@ -50,8 +42,7 @@ use mailrun_app::{
     server::{self, Limits},
 };
 use mailrun_broker::Broker;
-use mailrun_core::{health::Health, metric};
-use metrics::histogram;
+use mailrun_core::health::Health;
 use sqlx::PgPool;
 use tokio::{
     net::TcpListener,
@@ -59,12 +50,10 @@ use tokio::{
     time::sleep,
 };
 use tokio_util::sync::CancellationToken;
-use tower_http::{set_header::SetResponseHeaderLayer, trace::TraceLayer};
-use tracing::{Level, error, info, info_span};
+use tracing::{error, info};
 
-use self::error::ErrorPage;
-// For pages beside these, which shall look and guard themselves alike.
-pub use guard::{is_local, is_same_origin};
+// For other pages with the same look and the same checks.
+pub use origin::{is_local, is_same_origin};
 pub use sns::SnsError;
 pub use view::{grouped, rate};
 
@@ -81,9 +70,6 @@ const CLOSE: Duration = Duration::from_secs(3);
 const BACKGROUND_CONNECTIONS: u32 = 3;
 /// Another installation's virtual host is looked at again after this time: it may have been taken over.
 const FOREIGN_RETRY: Duration = Duration::from_secs(10);
-/// Nothing but our own files, and nobody may frame a page.
-const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; \
-     img-src 'self' data:; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 
 /// Why the pages can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -129,8 +115,8 @@ struct App {
     logins: logins::Logins,
     /// Submissions that are under way, or whose end is not known.
     in_doubt: form::InDoubt,
-    /// The memory for forms that are being read.
-    room: body::Room,
+    /// The memory for uploads that are being read.
+    room: Arc<body::Room>,
     /// What polls were answered lately.
     watched: progress::Watched,
     /// What ids of ours are verified with, once the ledger was read.
@@ -148,6 +134,36 @@ struct App {
 }
 
 type Shared = State<Arc<App>>;
+
+impl App {
+    fn new(
+        config: Config,
+        pool: PgPool,
+        background: PgPool,
+        health: Health,
+        outbox: Arc<Notify>,
+        sns: Option<sns::Verifier>,
+    ) -> Self {
+        Self {
+            pool,
+            background,
+            answers: health::Answers::new(),
+            health,
+            outbox,
+            logins: logins::Logins::new(),
+            in_doubt: form::nothing_in_doubt(),
+            room: Arc::new(body::Room::new(config.web.max_body_bytes)),
+            watched: progress::watched(),
+            ids: OnceCell::new(),
+            sns,
+            simulated: config.mailer.kind == MailerKind::Simulated,
+            dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
+            suppressions: config.suppressions,
+            answer_timeout: config.database.answer_timeout(),
+            config: config.web,
+        }
+    }
+}
 
 /// Serves the pages and runs the outbox relay until `stop` is cancelled.
 ///
@@ -193,30 +209,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         header: Duration::from_millis(config.web.header_timeout_ms),
         age: Duration::from_millis(config.web.connection_age_ms),
     };
-    let room = body::Room::new(config.web.max_body_bytes);
-    let app = Arc::new(App {
-        pool: pool.clone(),
-        background: background.clone(),
-        answers: health::Answers::new(),
-        health: health.clone(),
-        config: config.web,
-        outbox,
-        logins: logins::Logins::new(),
-        in_doubt: form::nothing_in_doubt(),
-        room,
-        watched: progress::watched(),
-        ids: OnceCell::new(),
-        sns,
-        simulated: config.mailer.kind == MailerKind::Simulated,
-        dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
-        suppressions: config.suppressions,
-        answer_timeout: limit,
-    });
+    let app = Arc::new(App::new(config, pool.clone(), background.clone(), health.clone(), outbox, sns));
     let tell = async {
         ending.cancelled().await;
         health.stopping();
     };
-    tokio::join!(server::serve(listener, router(app), limits, &ending), tell);
+    tokio::join!(server::serve(listener, routes::router(app), limits, &ending), tell);
     relay.await?;
     broker.closed(CLOSE).await;
     pool.close().await;
@@ -233,83 +231,4 @@ async fn keep_lineage(pool: &PgPool, broker: &Arc<Broker>, limit: Duration, stop
             return;
         }
     }
-}
-
-fn router(app: Arc<App>) -> Router {
-    let header = |name, value| SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value));
-    Router::new()
-        .route("/", get(form::show))
-        .route("/invites", post(form::submit).get(form::back_to_form))
-        .route("/invites/count", post(count::count).get(form::back_to_form))
-        .route("/runs", get(runs::show))
-        .route("/runs/{id}", get(results::show))
-        .route("/runs/{id}/progress", get(progress::show))
-        .route("/runs/{id}/actions", get(results::actions))
-        .route("/runs/{id}/troubles", get(results::troubles))
-        .route("/runs/{id}/retry", post(actions::retry).get(actions::back_to_run))
-        .route("/runs/{id}/pause", post(actions::pause).get(actions::back_to_run))
-        .route("/runs/{id}/resume", post(actions::resume).get(actions::back_to_run))
-        .route("/runs/{id}/cancel", post(actions::cancel).get(actions::back_to_run))
-        .route("/tests", post(test_sends::ask).get(form::back_to_form))
-        .route("/tests/{id}", get(test_sends::show))
-        .route("/suppressions", get(suppressions::show).post(suppressions::add))
-        .route("/suppressions/remove", post(suppressions::remove_since).get(suppressions::back_to_list))
-        .route("/suppressions/held/{run_id}", post(suppressions::decide).get(suppressions::back_to_list))
-        .route("/relay", get(relay_stops::show))
-        .route("/relay/{number}", post(relay_stops::answer).get(relay_stops::back))
-        .route("/suppressions/{number}/remove", post(suppressions::remove).get(suppressions::back_to_list))
-        .route("/people/erase", post(people::erase).get(suppressions::back_to_list))
-        // With whatever a mail program took for a part of the link.
-        .route("/u/{*token}", get(unsubscribe::show).post(unsubscribe::unsubscribe))
-        // Without a key there is no such page, however it is asked for.
-        .route("/hooks/bounces", any(hooks::bounces))
-        .route("/static/{name}", get(assets::show))
-        .route("/healthz", get(health::show))
-        .route("/livez", get(health::live))
-        .route("/readyz", get(health::ready))
-        .fallback(error::not_found)
-        .method_not_allowed_fallback(error::method_not_allowed)
-        .layer(middleware::from_fn_with_state(Arc::clone(&app), in_time))
-        .layer(middleware::from_fn_with_state(Arc::clone(&app), guard::check))
-        .layer(header(header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY))
-        .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
-        .layer(header(header::REFERRER_POLICY, "same-origin"))
-        .layer(middleware::from_fn(measured))
-        // What goes wrong is logged where it is known, so the trace adds only the request it happened in.
-        .layer(
-            TraceLayer::new_for_http()
-                .make_span_with(|request: &Request<_>| {
-                    info_span!("request", method = %request.method(), path = logged(request.uri().path()))
-                })
-                .on_response(tower_http::trace::DefaultOnResponse::new().level(Level::DEBUG))
-                .on_failure(()),
-        )
-        .with_state(app)
-}
-
-/// A path without what only the recipient of a mail should know.
-fn logged(path: &str) -> &str {
-    if path.starts_with("/u/") { "/u/…" } else { path }
-}
-
-/// What is sent here may take long to arrive, so it sees to that by itself.
-const LONG: [&str; 5] = ["/invites", "/invites/count", "/tests", "/hooks/bounces", "/people/erase"];
-
-/// Counts requests, with how long they took. Those that no route is for are one.
-async fn measured(request: Request<Body>, next: Next) -> Response {
-    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
-    let begun = Instant::now();
-    let response = next.run(request).await;
-    let status = response.status().as_u16().to_string();
-    histogram!(metric::REQUEST_SECONDS, "route" => route, "status" => status).record(begun.elapsed());
-    response
-}
-
-/// Answers in time, whatever became of the database: a connection to it that is cut off says nothing.
-async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Response {
-    if LONG.contains(&request.uri().path()) {
-        return next.run(request).await;
-    }
-    let answer = mailrun_ledger::in_time(app.answer_timeout, async { Ok::<_, sqlx::Error>(next.run(request).await) });
-    answer.await.unwrap_or_else(|error| ErrorPage::from_database(&error).into_response())
 }

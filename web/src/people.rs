@@ -1,24 +1,14 @@
 //! `POST /people/erase`: erasing a person. The form is on the page of the suppression list.
 
-use axum::{
-    body::Body,
-    extract::{Request, State},
-    http::StatusCode,
-    response::Redirect,
-};
+use axum::{extract::State, http::StatusCode, response::Redirect};
 use mailrun_core::address::Address;
 use mailrun_ledger::{in_time, people};
 use tracing::info;
 
-use crate::{
-    Shared,
-    body::{Room, SHORT_FORM_BYTES},
-    error::ErrorPage,
-};
+use crate::{Shared, body::Form, error::ErrorPage};
 
 /// `POST /people/erase`, with the `email`. Whether the person was known here is not said: it is erased in either case.
-pub(crate) async fn erase(State(app): Shared, request: Request<Body>) -> Result<Redirect, ErrorPage> {
-    let (mut fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
+pub(crate) async fn erase(State(app): Shared, Form(mut fields, _room): Form) -> Result<Redirect, ErrorPage> {
     let Ok(Address { email, .. }) = fields.take("email").unwrap_or_default().parse() else {
         return Err(ErrorPage::new(
             StatusCode::UNPROCESSABLE_ENTITY,

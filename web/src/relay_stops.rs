@@ -2,8 +2,7 @@
 
 use askama::Template;
 use axum::{
-    body::Body,
-    extract::{Path, Request, State},
+    extract::{Path, State},
     response::{Redirect, Response},
 };
 use chrono::Utc;
@@ -12,7 +11,7 @@ use tracing::info;
 
 use crate::{
     Shared,
-    body::{Room, SHORT_FORM_BYTES},
+    body::Form,
     error::{ErrorPage, html},
     view::Moment,
 };
@@ -49,9 +48,8 @@ pub(crate) async fn show(State(app): Shared) -> Result<Response, ErrorPage> {
 pub(crate) async fn answer(
     State(app): Shared,
     Path(number): Path<String>,
-    request: Request<Body>,
+    Form(fields, _room): Form,
 ) -> Result<Redirect, ErrorPage> {
-    let (fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
     let fault = match fields.get("fault") {
         Some("us") => Some(Fault::Us),
         Some("them") => Some(Fault::Them),

@@ -4,8 +4,7 @@ use std::borrow::Cow;
 
 use askama::Template;
 use axum::{
-    body::Body,
-    extract::{Path, Query, Request, State},
+    extract::{Path, Query, State},
     http::StatusCode,
     response::{IntoResponse, Redirect, Response},
 };
@@ -25,7 +24,7 @@ use uuid::Uuid;
 
 use crate::{
     App, Shared,
-    body::{Room, SHORT_FORM_BYTES},
+    body::Form,
     error::{ErrorPage, html},
     view::{self, Moment},
 };
@@ -146,8 +145,7 @@ fn why(reason: Stored<Reason>) -> Cow<'static, str> {
 }
 
 /// `POST /suppressions`, with the `email` to add.
-pub(crate) async fn add(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
-    let (mut fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
+pub(crate) async fn add(State(app): Shared, Form(mut fields, _room): Form) -> Result<Response, ErrorPage> {
     let typed = fields.take("email").unwrap_or_default();
     let email = match typed.parse() {
         Ok(Address { email, .. }) => email,
@@ -175,8 +173,7 @@ pub(crate) async fn remove(State(app): Shared, Path(number): Path<String>) -> Re
 }
 
 /// `POST /suppressions/remove`, with a `reason` and `since`: takes off what was suppressed for that reason since then.
-pub(crate) async fn remove_since(State(app): Shared, request: Request<Body>) -> Result<Redirect, ErrorPage> {
-    let (fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
+pub(crate) async fn remove_since(State(app): Shared, Form(fields, _room): Form) -> Result<Redirect, ErrorPage> {
     let reason = fields.get("reason").and_then(|reason| reason.parse::<Reason>().ok());
     let since = fields.get("since").and_then(|since| since::parse(since, Utc::now()));
     let (Some(reason), Some(since)) = (reason, since) else { return Ok(Redirect::to("/suppressions?done=no-moment")) };
@@ -189,9 +186,8 @@ pub(crate) async fn remove_since(State(app): Shared, request: Request<Body>) -> 
 pub(crate) async fn decide(
     State(app): Shared,
     Path(run_id): Path<String>,
-    request: Request<Body>,
+    Form(fields, _room): Form,
 ) -> Result<Redirect, ErrorPage> {
-    let (fields, _room) = Room::new(SHORT_FORM_BYTES).read(request).await?;
     let accepted = match fields.get("decision") {
         Some("accept") => true,
         Some("reject") => false,

@@ -2,8 +2,7 @@
 
 use askama::Template;
 use axum::{
-    body::Body,
-    extract::{Path, Request, State},
+    extract::{Path, State},
     http::StatusCode,
     response::{IntoResponse, Redirect, Response},
 };
@@ -19,6 +18,7 @@ use uuid::Uuid;
 
 use crate::{
     Shared,
+    body::Form,
     error::{ErrorPage, html},
     form::{Problems, Typed, refused},
     text,
@@ -40,8 +40,7 @@ impl TestPage {
 }
 
 /// `POST /tests`: the form's second button.
-pub(crate) async fn ask(State(app): Shared, request: Request<Body>) -> Result<Response, ErrorPage> {
-    let (mut fields, _room) = app.room.read(request).await?;
+pub(crate) async fn ask(State(app): Shared, Form(mut fields, _room): Form) -> Result<Response, ErrorPage> {
     let typed = Typed::take(&app, &mut fields);
     let text = text::check_aside(&typed.subject, &typed.body).await;
     let to = match typed.test_email.parse() {

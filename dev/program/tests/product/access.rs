@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 
 use crate::support::{MAILRUN, World, field, until};
 use reqwest::{Client, Response};
+use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -138,4 +139,55 @@ async fn a_form_is_taken_through_a_proxy() {
         sqlx::query_scalar::<_, i64>("SELECT count(*) FROM runs").fetch_one(&world.pool).await.unwrap() == 1
     })
     .await;
+}
+
+#[tokio::test]
+async fn json_routes_answer_errors_as_problem_details() {
+    let world = World::new(&[PASSWORD]).await;
+    let ask = async |method: &str, path: &str, password: Option<&str>| {
+        let request = world.client.request(method.parse().unwrap(), format!("{}{path}", world.web));
+        let request = match password {
+            Some(password) => request.basic_auth("", Some(password)),
+            None => request,
+        };
+        request.header("accept", "application/json").send().await.unwrap()
+    };
+    let progress = "/runs/00000000-0000-4000-8000-000000000007/progress";
+    let password = Some(PASSWORD.1);
+    for (method, path, password, status) in [
+        ("GET", progress, None, 401),
+        ("GET", progress, Some("wrong password"), 401),
+        ("GET", progress, password, 404),
+        ("GET", "/runs/x/progress", password, 404),
+        ("DELETE", progress, password, 405),
+        ("DELETE", "/invites/count", password, 405),
+        ("GET", "/nothing", None, 401),
+        ("GET", "/nothing", password, 404),
+    ] {
+        let answer = ask(method, path, password).await;
+        assert_eq!(answer.status(), status, "{method} {path}");
+        assert_eq!(answer.headers()["content-type"], "application/problem+json", "{method} {path}");
+        assert_eq!(answer.headers().contains_key("allow"), status == 405, "{method} {path}");
+        let problem: Value = answer.json().await.unwrap();
+        assert_eq!((&problem["type"], &problem["status"]), (&"about:blank".into(), &status.into()), "{path}");
+        assert!(problem["title"].is_string() && problem["detail"].is_string(), "{problem}");
+    }
+    // A page that was asked for stays a page.
+    let page = ask("GET", "/runs/x", password).await;
+    assert_eq!(
+        (page.status().as_u16(), &page.headers()["content-type"]),
+        (404, &"text/html; charset=utf-8".parse().unwrap())
+    );
+}
+
+#[tokio::test]
+async fn the_token_of_a_link_is_not_logged() {
+    let world = World::new(&[PASSWORD, ("RUST_LOG", "info,mailrun_web=trace,tower_http=trace,hyper=trace")]).await;
+    for path in ["/u/s3cr3ttoken", "/u/s3cr3ttoken/more", "//u/s3cr3ttoken", "/U/s3cr3ttoken", "/u/?s3cr3ttoken"] {
+        world.client.get(format!("{}{path}", world.web)).send().await.unwrap();
+        world.client.post(format!("{}{path}", world.web)).send().await.unwrap();
+    }
+    let log = world.log();
+    assert!(log.contains("/u/{*token}"), "{log}");
+    assert!(!log.contains("s3cr3ttoken"), "{log}");
 }

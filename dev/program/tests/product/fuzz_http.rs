@@ -80,10 +80,16 @@ impl Ask {
         self.headers.iter().find(|header| header.0 == name).map(|header| header.1.as_slice())
     }
 
-    /// As the guards say it.
-    fn is_for_everybody(&self) -> bool {
-        let link = self.path == "/u" || self.path.starts_with("/u/");
-        link || ["/healthz", "/livez", "/readyz"].contains(&self.path.as_str()) || self.path == "/hooks/bounces"
+    /// Whether a public route is for it.
+    fn is_public(&self) -> bool {
+        let open = ["/u/", "/static/"].iter().any(|start| self.path.starts_with(start));
+        open || ["/u", "/healthz", "/livez", "/readyz", "/hooks/bounces"].contains(&self.path.as_str())
+    }
+
+    /// Whether a JSON route is for it.
+    fn is_json(&self) -> bool {
+        let run = self.path.strip_prefix("/runs/").and_then(|rest| rest.strip_suffix("/progress"));
+        self.path == "/invites/count" || run.is_some_and(|id| !id.is_empty() && !id.contains('/'))
     }
 
     fn is_foreign(&self) -> bool {
@@ -94,8 +100,7 @@ impl Ask {
             None => self.header("Origin").is_some_and(|origin| origin != b"http://localhost"),
         };
         let named_otherwise = self.header("Host").is_none_or(|host| host != b"localhost");
-        !self.is_for_everybody()
-            && ((!reads && from_elsewhere) || (named_otherwise && !self.path.starts_with("/static/")))
+        !self.is_public() && ((!reads && from_elsewhere) || named_otherwise)
     }
 }
 
@@ -495,6 +500,9 @@ async fn storm(world: &World, fuzz: &mut Fuzz) {
         check(&answer, &asked);
         if ask.is_foreign() && !answer.is_of_the_wire() {
             assert_eq!(answer.status, 403, "{asked}\n{answer:?}");
+        }
+        if ask.is_json() && answer.status >= 400 && !answer.is_of_the_wire() {
+            assert_eq!(answer.header("content-type"), Some("application/problem+json"), "{asked}\n{answer:?}");
         }
         if let Some(location) = answer.header("location") {
             assert!(
