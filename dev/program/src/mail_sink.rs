@@ -41,7 +41,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<()> {
     println!("Mail to smtp://{} is shown at http://{}", sink.address(), page.local_addr()?);
     let served = mailrun_sink::serve_page(page, sink.mailbox().clone(), stop).await;
     sink.stop().await;
-    let figures = sink.mailbox().figures();
-    println!("Received {}, {} of them more than once", figures.received, figures.received_twice);
+    let counts = sink.mailbox().counts();
+    println!("Received {}, {} of them more than once", counts.received, counts.received_twice);
     served.context("the page ended")
 }

@@ -119,7 +119,7 @@ pub(super) async fn judge(
     };
     let items: Vec<(ItemState, u32)> =
         rows.iter().map(|(id, email, state)| ((*state).into(), times(*id, email))).collect();
-    let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);
+    let account = Account::of(recipients.into(), &items, sink.mailbox().counts().deliveries);
     // No fault is evidence: the mail server calls nobody unknown, and no report comes from it.
     let suppressed: i64 = sqlx::query_scalar("SELECT count(*) FROM suppressions").fetch_one(pool).await?;
     Ok(Verdict {

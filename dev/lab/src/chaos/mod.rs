@@ -278,7 +278,7 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
     let (site, in_good_order) = site.stop().await;
     let verdict = judge(&site.pool, &site.sink, run_id, setting.recipients, &weather.erased()).await?;
     site.drop().await?;
-    let kept = limit.zip(weather.meter.get()).map(|(limit, meter)| meter.judge(allowed(limit))).unwrap_or_default();
+    let kept = limit.zip(weather.meter.get()).map(|(limit, meter)| meter.check(allowed(limit))).unwrap_or_default();
     if limit.is_some() {
         eprintln!("  {kept:?}");
     }
