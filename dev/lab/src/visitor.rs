@@ -34,12 +34,19 @@ pub struct Form(Request);
 /// A run's progress, as the page polls it.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Progress {
+    /// Items of the run.
     pub total: u64,
+    /// Items pending.
     pub pending: u64,
+    /// Items waiting for a retry.
     pub retrying: u64,
+    /// Items sent.
     pub sent: u64,
+    /// Items failed.
     pub failed: u64,
+    /// Items with an unknown outcome.
     pub unknown: u64,
+    /// Whether nothing changes without a person.
     pub over: bool,
 }
 
