@@ -1,4 +1,4 @@
-//! The network between our processes and one server: a TCP proxy that can cut, delay and swallow.
+//! The network between our processes and one server: a TCP proxy that can cut, delay and drop traffic.
 
 use std::{
     io,
@@ -17,21 +17,21 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// Bytes that travel together.
+/// Maximum bytes forwarded at once.
 const CHUNK: usize = 64 * 1024;
-/// After an error of the listening socket, mostly too many open files.
+/// Pause after an error of the listening socket, usually too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How the network is.
+/// The state of the network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Network {
     /// How often all connections were cut.
     cuts: u32,
-    /// How long bytes travel, each way.
+    /// The delay each way.
     delay: Duration,
-    /// How many holes there have been.
+    /// How many holes were opened so far.
     holes: u32,
-    /// How many there are.
+    /// How many are open.
     open_holes: u32,
 }
 
@@ -44,10 +44,7 @@ pub(super) struct Proxy {
 }
 
 impl Proxy {
-    /// Starts one in front of `server`.
-    ///
-    /// # Errors
-    /// When no port is free.
+    /// Starts a proxy in front of `server`.
     pub(super) async fn start(server: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
@@ -57,25 +54,24 @@ impl Proxy {
         Ok(Self { address, network, tasks, stop })
     }
 
-    /// Where our processes find the server.
+    /// The address at which our processes reach the server.
     pub(super) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Cuts all connections: both ends are told, as by a machine that has just restarted.
+    /// Cuts all connections: both ends are notified, as by a machine that has just restarted.
     pub(super) fn cut(&self) {
         self.network.send_modify(|network| network.cuts += 1);
     }
 
-    /// Bytes that arrive in this time are on their way for `delay`, and what follows waits behind them.
+    /// Delays bytes that arrive during `time` by `delay`; later bytes wait behind them.
     pub(super) async fn slow(&self, delay: Duration, time: Duration) {
         self.network.send_modify(|network| network.delay += delay);
         sleep(time).await;
         self.network.send_modify(|network| network.delay -= delay);
     }
 
-    /// For this time all bytes are lost, and nobody is told. A connection that was there then is dead for ever, and looks
-    /// open from both ends.
+    /// Drops all bytes for this time without notice. Existing connections stay dead, and look open from both ends.
     pub(super) async fn hole(&self, time: Duration) {
         self.network
             .send_modify(|network| (network.holes, network.open_holes) = (network.holes + 1, network.open_holes + 1));
@@ -83,7 +79,7 @@ impl Proxy {
         self.network.send_modify(|network| network.open_holes -= 1);
     }
 
-    /// Ends it, with all connections.
+    /// Stops the proxy and its connections.
     pub(super) async fn stop(self) {
         self.stop.cancel();
         self.tasks.close();
@@ -108,13 +104,13 @@ async fn accept(
     }
 }
 
-/// Carries one connection until both ends have closed it, or it is cut.
+/// Forwards one connection until both ends have closed it, or it is cut.
 async fn serve(mut client: TcpStream, server: SocketAddr, mut network: watch::Receiver<Network>) {
     let born = *network.borrow_and_update();
     if born.open_holes > 0 {
         return swallow(&mut client).await;
     }
-    // Nobody is there: the client is told by the end of its connection.
+    // The server does not listen: the client's connection is closed.
     let Ok(mut server) = TcpStream::connect(server).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let was_cut = {
@@ -129,16 +125,16 @@ async fn serve(mut client: TcpStream, server: SocketAddr, mut network: watch::Re
         }
     };
     if was_cut {
-        // They get a reset.
+        // Both ends get a reset.
         let _ = (client.set_zero_linger(), server.set_zero_linger());
     }
 }
 
-/// Carries one direction. The end is passed on as well, but not by a connection that was in a hole.
+/// Forwards one direction. Also forwards its end, except on a connection that was in a hole.
 async fn carry(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, network: watch::Receiver<Network>, born: Network) {
     let mut chunk = vec![0; CHUNK];
     let is_dead = || network.borrow().holes != born.holes;
-    // An error is an end as well.
+    // An error also ends it.
     while let Ok(length @ 1..) = from.read(&mut chunk).await {
         let delay = network.borrow().delay;
         if delay > Duration::ZERO {
@@ -153,7 +149,7 @@ async fn carry(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, network: watch::Re
     }
 }
 
-/// Reads for as long as somebody writes.
+/// Reads and discards until the other end closes.
 async fn swallow(client: &mut TcpStream) {
     let mut chunk = vec![0; CHUNK];
     while let Ok(1..) = client.read(&mut chunk).await {}
@@ -163,7 +159,7 @@ async fn swallow(client: &mut TcpStream) {
 mod tests {
     use super::*;
 
-    /// A server that says everything again.
+    /// An echo server.
     async fn echo() -> SocketAddr {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -185,7 +181,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_are_carried_until_they_are_cut() {
+    async fn forwards_connections_until_they_are_cut() {
         let proxy = Proxy::start(echo().await).await.unwrap();
         let mut client = TcpStream::connect(proxy.address()).await.unwrap();
         assert!(answers(&mut client).await);
@@ -198,7 +194,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_hole_swallows_what_was_there_and_what_comes_and_then_lets_others_through() {
+    async fn a_hole_drops_old_and_new_connections_and_then_forwards_again() {
         let proxy = Proxy::start(echo().await).await.unwrap();
         let mut old = TcpStream::connect(proxy.address()).await.unwrap();
         assert!(answers(&mut old).await);
@@ -207,7 +203,7 @@ mod tests {
         assert!(futures::poll!(&mut hole).is_pending());
         let mut new = TcpStream::connect(proxy.address()).await.unwrap();
         new.write_all(b"hello").await.unwrap();
-        // Nothing tells that the connection was accepted; it comes before the next one, which is served when the hole is over.
+        // Nothing reports that the connection was accepted; it precedes the next one, which is served when the hole is closed.
         tokio::task::yield_now().await;
         hole.await;
         let mut later = TcpStream::connect(proxy.address()).await.unwrap();
@@ -216,7 +212,7 @@ mod tests {
         old.shutdown().await.unwrap();
         let mut answer = [0; 1];
         let silent = tokio::time::timeout(Duration::from_millis(100), old.read(&mut answer)).await;
-        assert!(silent.is_err(), "not even the end gets through");
+        assert!(silent.is_err(), "not even the end is forwarded");
         proxy.stop().await;
     }
 }

@@ -129,12 +129,12 @@ async fn what_was_broken_is_named_and_repaired() {
     // One of the servers is away: that is told, and the other one is looked at all the same.
     execute(&world, "UPDATE users SET emailed_at = NULL WHERE email = 'guest-000001@example.org'").await;
     let (_, report) = doctor(&world, &[], &[("AMQP_URL", "amqp://127.0.0.1:1/none")]);
-    assert!(found(&report, "RabbitMQ", "can't be used") && found(&report, "people", "1 person"), "{report}");
+    assert!(found(&report, "RabbitMQ", "is unavailable") && found(&report, "people", "1 person"), "{report}");
     // A process that connects meanwhile would declare it again.
     world.terminate_all();
     world.channel().await.queue_delete("mailrun.retry.200ms".into(), Default::default()).await.unwrap();
     let (_, report) = doctor(&world, &[], &[("DATABASE_URL", "postgres://127.0.0.1:1/none")]);
-    assert!(found(&report, "PostgreSQL", "can't be used") && found(&report, "queues", "200ms"), "{report}");
+    assert!(found(&report, "PostgreSQL", "is unavailable") && found(&report, "queues", "200ms"), "{report}");
 }
 
 #[tokio::test]
