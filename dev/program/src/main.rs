@@ -50,14 +50,17 @@ enum Command {
     Chaos(chaos::Options),
     /// Accept mail, deliver none, and show what arrived. Ctrl-C stops it.
     MailSink(mail_sink::Options),
-    /// Runs a command with a new, empty database of the private PostgreSQL in DATABASE_URL: for the tools that check queries.
+    /// Run a command with a new database of the private PostgreSQL in DATABASE_URL: for the tools that check queries.
     #[command(hide = true)]
     WithDatabase {
+        /// Migrate the database first.
+        #[arg(long)]
+        migrated: bool,
         /// The command.
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
-    /// Runs the private RabbitMQ and PostgreSQL for as long as anybody uses them.
+    /// Run the private RabbitMQ and PostgreSQL for as long as a process uses them.
     #[command(hide = true)]
     StackKeeper {
         /// The folder of the stack.
@@ -92,7 +95,7 @@ async fn run(arguments: Arguments) -> Result<()> {
             telemetry::init(&config()?.log);
             mail_sink::run(options, shutdown::on_signal_or_orphaned()?).await
         }
-        Command::WithDatabase { command } => with_database(&command).await,
+        Command::WithDatabase { migrated, command } => with_database(migrated, &command).await,
         Command::StackKeeper { home, linger_seconds, nodes } => {
             Ok(keep(&home, Duration::from_secs(linger_seconds), nodes).await?)
         }
