@@ -84,10 +84,11 @@ impl Heartbeat {
         health: &Health,
     ) -> sqlx::Result<Self> {
         let last = since_boot();
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let system = rustix::system::uname();
+        let host = system.nodename().to_string_lossy();
         let pid = i32::try_from(std::process::id()).unwrap_or_default();
         let permits = i32::try_from(permits).unwrap_or(i32::MAX);
-        let worker_id = workers::register(&mut *pool.acquire().await?, roles, host.trim(), pid, permits).await?;
+        let worker_id = workers::register(&mut *pool.acquire().await?, roles, &host, pid, permits).await?;
         Ok(Self {
             pool: pool.clone(),
             worker_id,

@@ -188,7 +188,8 @@ fn ages(polls: &[Poll], claims: &[f64]) -> Vec<f64> {
     under_way.filter_map(|poll| Some((poll.at - claims.get(poll.settled - 1)?) * 1e3)).collect()
 }
 
-/// The values that half and 99 of a hundred are not above.
+/// The values that half and 99 of a hundred are not above. They are exact, and an age may be negative: a histogram of buckets has
+/// neither.
 fn percentiles(mut values: Vec<f64>) -> (Option<f64>, Option<f64>) {
     values.sort_by(f64::total_cmp);
     let at = |share: f64| values.get(((values.len() as f64 * share).ceil() as usize).saturating_sub(1)).copied();

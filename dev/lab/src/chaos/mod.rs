@@ -7,7 +7,7 @@
 mod fault;
 mod judge;
 mod plan;
-mod proxy;
+pub mod proxy;
 mod report;
 mod revision;
 mod site;
