@@ -11,7 +11,7 @@ use axum::{
 use chrono::TimeDelta;
 use mailrun_core::{
     item::ItemState,
-    run::{Phase, Wanted},
+    run::{Counters, Phase, Wanted},
 };
 use mailrun_ledger::runs::{self, Progress};
 use moka::future::Cache;
@@ -32,14 +32,9 @@ pub(crate) struct Asked {
 pub(crate) struct Snapshot {
     pub(crate) run_id: Uuid,
     pub(crate) phase: Phase,
-    pub(crate) total: i32,
-    pub(crate) pending: i32,
-    pub(crate) retrying: i32,
-    pub(crate) sent: i32,
-    pub(crate) failed: i32,
-    pub(crate) unknown: i32,
-    pub(crate) cancelled: i32,
-    pub(crate) skipped: i32,
+    /// `total`, and each state by its name.
+    #[serde(flatten)]
+    pub(crate) counters: Counters,
     pub(crate) elapsed_ms: i64,
     /// Items a second: at present, or once it is over on average; null: that says nothing.
     pub(crate) rate: Option<f64>,
@@ -80,14 +75,7 @@ impl Snapshot {
         Self {
             run_id: progress.run_id,
             phase,
-            total: counters.total,
-            pending: counters.pending,
-            retrying: counters.retrying,
-            sent: counters.sent,
-            failed: counters.failed,
-            unknown: counters.unknown,
-            cancelled: counters.cancelled,
-            skipped: counters.skipped,
+            counters,
             elapsed_ms: progress.elapsed().num_milliseconds(),
             rate,
             over,
@@ -106,8 +94,8 @@ impl Snapshot {
             speed: rate.map(view::rate),
             left: if phase == Phase::Running { view::time_left(counters.open(), progress.rate) } else { None },
             note: note(progress, asked),
-            skipped_note: (counters.skipped > 0).then(|| {
-                let who = view::counted(counters.skipped, "person was", "people were");
+            skipped_note: (counters.of(ItemState::Skipped) > 0).then(|| {
+                let who = view::counted(counters.of(ItemState::Skipped), "person was", "people were");
                 format!("{who} skipped: not to be written to any more since after this run was accepted.")
             }),
         }
@@ -126,7 +114,9 @@ fn rate(progress: &Progress) -> Option<f64> {
         // What a replay has sent can't be told from what was sent before it, and the cancelled and the skipped were not sent.
         Phase::Finished | Phase::Cancelled if was_replayed(progress) => None,
         Phase::Finished | Phase::Cancelled => {
-            let settled = progress.counters.settled() - progress.counters.cancelled - progress.counters.skipped;
+            let settled = progress.counters.settled()
+                - progress.counters.of(ItemState::Cancelled)
+                - progress.counters.of(ItemState::Skipped);
             let seconds = progress.elapsed().as_seconds_f64();
             (settled > 0 && seconds > 0.0).then(|| f64::from(settled) / seconds)
         }
@@ -139,7 +129,7 @@ const STALLED_AFTER: TimeDelta = TimeDelta::minutes(2);
 
 /// Whether the run has items that are due, and none was settled for long. Items that wait for a retry are not due.
 fn is_stalled(progress: &Progress) -> bool {
-    progress.counters.pending > 0 && progress.now - progress.updated_at > STALLED_AFTER
+    progress.counters.of(ItemState::Pending) > 0 && progress.now - progress.updated_at > STALLED_AFTER
 }
 
 fn note(progress: &Progress, asked: bool) -> String {
@@ -171,11 +161,11 @@ fn note(progress: &Progress, asked: bool) -> String {
         },
         Phase::Cancelling => "What is being sent right now is still finished.".to_owned(),
         Phase::Cancelled => "Cancelled. What had been sent before stays sent.".to_owned(),
-        Phase::Finished if counters.sent == counters.total => match counters.total {
+        Phase::Finished if counters.of(ItemState::Sent) == counters.total => match counters.total {
             1 => "The invitation is on its way.".to_owned(),
             total => format!("All {} invitations are on their way.", view::grouped(total)),
         },
-        Phase::Finished => match (counters.failed, counters.unknown) {
+        Phase::Finished => match (counters.of(ItemState::Failed), counters.of(ItemState::Unknown)) {
             (0, 0) => "Finished.".to_owned(),
             (_, 0) => "Finished. What failed can be sent again.".to_owned(),
             (0, _) => "Finished. For some invitations, nobody knows whether they went out.".to_owned(),
@@ -186,7 +176,7 @@ fn note(progress: &Progress, asked: bool) -> String {
 
 /// Whether a person may ask for the items in `state` again.
 pub(crate) fn may_replay(progress: &Progress, state: ItemState) -> bool {
-    let count = if state == ItemState::Failed { progress.counters.failed } else { progress.counters.unknown };
+    let count = progress.counters.of(state);
     count > 0 && progress.phase().is_over() && progress.wanted != Wanted::Cancelled
 }
 
@@ -196,7 +186,12 @@ pub(crate) fn replay_token(progress: &Progress, state: ItemState) -> Uuid {
     let counters = progress.counters;
     // Not when it finished: a replay that fails at once, within one batch of results, never reopens the run.
     let moved_us = progress.updated_at.timestamp_micros();
-    let name = format!("{state:?} {moved_us} {} {} {}", counters.sent, counters.failed, counters.unknown);
+    let name = format!(
+        "{state:?} {moved_us} {} {} {}",
+        counters.of(ItemState::Sent),
+        counters.of(ItemState::Failed),
+        counters.of(ItemState::Unknown)
+    );
     Uuid::new_v5(&progress.run_id, name.as_bytes())
 }
 
@@ -255,7 +250,6 @@ pub(crate) async fn show(
 mod tests {
     use super::*;
     use chrono::Utc;
-    use mailrun_core::run::Counters;
 
     fn finished(sent: i32, failed: i32, unknown: i32) -> Progress {
         let now = Utc::now();
@@ -264,7 +258,11 @@ mod tests {
             created_at: now - TimeDelta::seconds(10),
             wanted: Wanted::Running,
             later: None,
-            counters: Counters { total: sent + failed + unknown, sent, failed, unknown, ..Counters::default() },
+            counters: Counters::of_items(&[
+                (ItemState::Sent, sent),
+                (ItemState::Failed, failed),
+                (ItemState::Unknown, unknown),
+            ]),
             started_at: now - TimeDelta::seconds(10),
             updated_at: now,
             finished_at: Some(now),
@@ -278,7 +276,7 @@ mod tests {
     #[test]
     fn a_run_that_has_not_progressed_for_long_says_so() {
         let mut progress = finished(5, 0, 0);
-        progress.counters = Counters { total: 9, sent: 5, pending: 4, ..Counters::default() };
+        progress.counters = Counters::of_items(&[(ItemState::Sent, 5), (ItemState::Pending, 4)]);
         assert!(!note(&progress, false).contains("Nothing has been sent"));
         progress.now += TimeDelta::minutes(3);
         assert!(note(&progress, false).starts_with("Nothing has been sent for 3 min"), "{}", note(&progress, false));
@@ -292,7 +290,7 @@ mod tests {
         progress.held_up = Some("421 busy".into());
         assert!(note(&progress, false).contains("421 busy"));
         progress.held_up = None;
-        progress.counters = Counters { total: 9, sent: 5, retrying: 4, ..Counters::default() };
+        progress.counters = Counters::of_items(&[(ItemState::Sent, 5), (ItemState::Retrying, 4)]);
         assert!(!note(&progress, false).contains("Nothing has been sent"), "they wait for their next try");
     }
 
@@ -312,7 +310,7 @@ mod tests {
         let token = replay_token(&progress, ItemState::Failed).to_string();
         assert!(Snapshot::of(&progress, Some(&token)).asked);
         assert!(!Snapshot::of(&progress, Some("nonsense")).asked);
-        progress.counters = Counters { pending: 10, failed: 0, ..progress.counters };
+        progress.counters = Counters::of_items(&[(ItemState::Sent, 990), (ItemState::Pending, 10)]);
         progress.finished_at = None;
         assert!(!Snapshot::of(&progress, Some(&token)).asked);
     }
@@ -324,8 +322,8 @@ mod tests {
         assert!(!may_replay(&progress, ItemState::Unknown));
         assert!(!may_replay(&Progress { wanted: Wanted::Cancelled, ..progress.clone() }, ItemState::Failed));
         let mut running = progress;
-        running.counters.pending = 1;
-        running.counters.total += 1;
+        running.counters =
+            Counters::of_items(&[(ItemState::Sent, 990), (ItemState::Failed, 10), (ItemState::Pending, 1)]);
         assert!(!may_replay(&running, ItemState::Failed));
     }
 

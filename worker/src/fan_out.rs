@@ -364,7 +364,7 @@ impl FanOut {
         // Under a limit no more waits than it allows within the window, beside what is being sent.
         let most = limits.window.map(|window| window.saturating_add(situation.in_flight.min(situation.permits)));
         let window = flow.window(time, least, most.map_or(config.window_items, |most| most.min(config.window_items)));
-        if situation.counters.retrying >= config.deferred_items {
+        if situation.counters.of(ItemState::Retrying) >= config.deferred_items {
             0
         } else {
             room(window, outstanding).min(config.chunk_items)

@@ -28,12 +28,7 @@ pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32
 /// # Errors
 /// The database's.
 pub async fn beats(conn: &mut PgConnection) -> sqlx::Result<Vec<Beat>> {
-    sqlx::query_as!(
-        Beat,
-        "SELECT id AS worker_id, heartbeat_at AS at FROM workers WHERE stopped_at IS NULL AND died_at IS NULL"
-    )
-    .fetch_all(conn)
-    .await
+    sqlx::query_as!(Beat, r#"SELECT id AS "worker_id!", heartbeat_at AS "at!" FROM live_workers"#).fetch_all(conn).await
 }
 
 /// Declares workers dead whose heartbeat is still the one that was seen. Returns which of them are.
