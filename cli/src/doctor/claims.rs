@@ -148,7 +148,7 @@ async fn gather(
         let mut after = 0;
         loop {
             let items: Vec<OpenItem> =
-                sweep::open_items(conn, run_id, overdue, after, patient.config.sweep.batch_items).await?;
+                sweep::open_items(conn, run_id, overdue, after, mailrun_worker::sweep::BATCH).await?;
             let Some(last) = items.last() else { break };
             after = last.position;
             for item in &items {

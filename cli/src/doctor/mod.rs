@@ -50,11 +50,11 @@ struct Patient {
 
 impl Patient {
     fn dead_after(&self) -> Duration {
-        Duration::from_millis(self.config.heartbeat.dead_after_ms)
+        self.config.heartbeat.dead_after
     }
 
     fn stalled_after(&self) -> Duration {
-        Duration::from_millis(self.config.sweep.stalled_after_ms)
+        self.config.sweep.stalled_after
     }
 
     /// `finding`, repaired if that is wanted.

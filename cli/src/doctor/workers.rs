@@ -75,7 +75,7 @@ fn is_alive(worker: &Worker) -> bool {
 /// workers have done so; these may all be gone.
 async fn watch_silent_workers(patient: &Patient) -> Result<()> {
     let heartbeat = &patient.config.heartbeat;
-    let (interval, dead_after) = (Duration::from_millis(heartbeat.interval_ms), patient.dead_after());
+    let (interval, dead_after) = (heartbeat.interval, patient.dead_after());
     let seems_silent = |worker: &Worker| {
         // By PostgreSQL's clock, which may have been set: so this is no more than a reason to look.
         is_alive(worker) && !(0.0..2.0 * interval.as_secs_f64()).contains(&worker.silent_s)

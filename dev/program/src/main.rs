@@ -92,7 +92,7 @@ async fn run(arguments: Arguments) -> Result<()> {
         Command::Bench(options) => Box::pin(bench::run(config()?, file, &options)).await,
         Command::Chaos(options) => Box::pin(chaos::run(config()?, file, &options)).await,
         Command::MailSink(options) => {
-            telemetry::init(&config()?.log);
+            telemetry::init(&config()?);
             mail_sink::run(options, shutdown::on_signal_or_orphaned()?).await
         }
         Command::WithDatabase { migrated, command } => with_database(migrated, &command).await,

@@ -105,9 +105,9 @@ const TABLES: &[Table] = &[
     Table {
         name: "workers",
         insert: &[
-            (FanOut, "roles host pid permits"),
-            (Send, "roles host pid permits"),
-            (Progress, "roles host pid permits"),
+            (FanOut, "roles host pid permits settings"),
+            (Send, "roles host pid permits settings"),
+            (Progress, "roles host pid permits settings"),
         ],
         update: &[
             (FanOut, "heartbeat_at stopped_at died_at in_flight rebuilds lane_reason lane_until rejected"),
