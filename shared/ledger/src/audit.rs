@@ -9,7 +9,7 @@ use sqlx::{Connection as _, PgConnection, PgPool, Postgres, Transaction};
 use uuid::Uuid;
 
 use super::{
-    progress::{self, Change},
+    counters::{self, Change},
     stored::Stored,
 };
 use mailrun_core::{
@@ -125,7 +125,7 @@ pub async fn recount(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<()> 
         (Counters::new(row.total, &row.shown), Counters::new(row.counted.iter().sum(), &row.counted));
     if counted.total == counted.sum() {
         let change = Change { items: shown.delta(&counted), total: counted.total - shown.total, repeats: 0 };
-        progress::change_counters(&mut tx, run_id, &change).await?;
+        counters::change(&mut tx, run_id, &change).await?;
     }
     tx.commit().await
 }

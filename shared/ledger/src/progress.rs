@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::{
     audit,
+    counters::{self, Change},
     held_suppressions::{Missing, suppress_missing},
     people::{self, REPLY_ERASED},
     stored::{SqlState, Stored},
@@ -14,7 +15,7 @@ use super::{
 use crate::settings::SuppressionsConfig;
 use mailrun_core::outcome::DELETED;
 use mailrun_core::{
-    item::{CounterDelta, ItemState, Standing, merge},
+    item::{ItemState, Standing, merge},
     message::ItemResult,
 };
 
@@ -58,16 +59,6 @@ impl Item {
     fn is_sent_late(&self) -> bool {
         self.standing.state == ItemState::Sent && matches!(self.was.state, ItemState::Cancelled | ItemState::Skipped)
     }
-}
-
-/// How the counters of a run change.
-#[derive(Default)]
-pub(crate) struct Change {
-    pub(crate) items: CounterDelta,
-    /// Items that the run has more than its counters say, where they were changed by hand.
-    pub(crate) total: i32,
-    /// Attempts that have to be made again.
-    pub(crate) repeats: i32,
 }
 
 /// How often a batch is merged anew because something that it depends on changed meanwhile.
@@ -319,44 +310,8 @@ async fn suppress(
 
 async fn update_counters(conn: &mut PgConnection, runs: &BTreeMap<Uuid, Change>) -> sqlx::Result<()> {
     for (run_id, change) in runs {
-        change_counters(conn, *run_id, change).await?;
+        counters::change(conn, *run_id, change).await?;
     }
-    Ok(())
-}
-
-/// The hot rows of the whole pipeline: touched once a batch, and last, so that they are locked for the shortest time.
-pub(crate) async fn change_counters(conn: &mut PgConnection, run_id: Uuid, change: &Change) -> sqlx::Result<()> {
-    let by = |state| change.items.of(state);
-    sqlx::query!(
-        "WITH moved AS (
-             UPDATE run_progress
-             SET pending = pending + $2, retrying = retrying + $3, cancelled = cancelled + $4,
-                 skipped = skipped + $5, unknown = unknown + $6, failed = failed + $7, sent = sent + $8,
-                 repeats = repeats + $9, total = total + $10,
-                 updated_at = clock_timestamp(),
-                 started_at = CASE WHEN finished_at IS NOT NULL AND pending + $2 + retrying + $3 > 0
-                                   THEN clock_timestamp() ELSE started_at END,
-                 finished_at = CASE WHEN pending + $2 + retrying + $3 = 0
-                                    THEN coalesce(finished_at, clock_timestamp()) END
-             WHERE run_id = $1
-             RETURNING total - pending - retrying AS settled
-         )
-         INSERT INTO run_samples (run_id, at, settled)
-         SELECT $1, date_trunc('second', clock_timestamp()), settled FROM moved
-         ON CONFLICT (run_id, at) DO UPDATE SET settled = excluded.settled",
-        run_id,
-        by(ItemState::Pending),
-        by(ItemState::Retrying),
-        by(ItemState::Cancelled),
-        by(ItemState::Skipped),
-        by(ItemState::Unknown),
-        by(ItemState::Failed),
-        by(ItemState::Sent),
-        change.repeats,
-        change.total,
-    )
-    .execute(conn)
-    .await?;
     Ok(())
 }
 
