@@ -255,11 +255,11 @@ impl Command {
     async fn run_as_configured(self, config: Config) -> Result<()> {
         match self {
             Command::Web => {
-                telemetry::init(&config.log);
+                telemetry::init(&config);
                 Ok(mailrun_web::run(config, shutdown::on_signal_or_orphaned().context("cannot catch signals")?).await?)
             }
             Command::Worker { roles } => {
-                telemetry::init(&config.log);
+                telemetry::init(&config);
                 let roles: BTreeSet<Role> = roles.into_iter().collect();
                 abort_on_panic();
                 Ok(mailrun_worker::run(
@@ -270,7 +270,7 @@ impl Command {
                 .await?)
             }
             Command::Setup { take_over } => {
-                telemetry::init(&config.log);
+                telemetry::init(&config);
                 setup::run(&config, take_over).await
             }
             Command::Doctor(options) => Box::pin(doctor::run(&config, &options)).await,
@@ -314,7 +314,7 @@ impl Command {
                 unknown::settle(&ledger, settle.run, &settle.addresses, found, settle.by).await
             }
             Command::TestSend { address } => {
-                telemetry::init(&config.log);
+                telemetry::init(&config);
                 test_send::run(&config, &address).await
             }
             Command::Prune { older_than_days } => prune::run(&config, &Ledger::open(&config)?, older_than_days).await,

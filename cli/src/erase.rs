@@ -50,7 +50,7 @@ async fn finish(config: &Config, ledger: &Ledger) -> Result<usize> {
     let publisher = broker.publisher(1);
     let begun = Instant::now();
     loop {
-        let scrubbed = scrub(&ledger.pool, &broker, &publisher, config.database.answer_timeout());
+        let scrubbed = scrub(&ledger.pool, &broker, &publisher, config.database.answer_timeout);
         let left = scrubbed.await.context("scrubbing the dead-letter queue")?;
         if left == 0 || begun.elapsed() > SENDS_END {
             return Ok(left);

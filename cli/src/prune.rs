@@ -16,7 +16,7 @@ pub async fn run(config: &Config, ledger: &Ledger, days: Option<u32>) -> Result<
         })?,
     };
     let spinner = ProgressBar::new_spinner();
-    let pruned = mailrun_worker::prune::prune(&ledger.pool, Some(keep), config.database.answer_timeout(), |so_far| {
+    let pruned = mailrun_worker::prune::prune(&ledger.pool, Some(keep), config.database.answer_timeout, |so_far| {
         spinner.set_message(format!("{} runs, {} invitations deleted", so_far.runs, so_far.items));
         spinner.tick();
     })

@@ -1,6 +1,7 @@
 //! Reads a submitted form within a bounded amount of memory, and decodes it strictly.
 
 use std::{
+    borrow::Cow,
     mem,
     sync::Arc,
     time::{Duration, Instant},
@@ -12,6 +13,7 @@ use axum::{
     http::{HeaderMap, Request, StatusCode, header},
 };
 use http_body_util::BodyExt as _;
+use percent_encoding::percent_decode;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
@@ -257,26 +259,11 @@ impl Fields {
     }
 }
 
-/// Decodes `+` and `%XX`. A stray percent sign stands for itself. None: the result is not UTF-8.
+/// Decodes `+` and `%XX`. A stray percent sign stands for itself. None: the result is not UTF-8, which `form_urlencoded` would
+/// replace instead.
 fn unescape(text: &[u8]) -> Option<String> {
-    let hex = |byte: Option<&u8>| byte.and_then(|byte| (*byte as char).to_digit(16));
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut index = 0;
-    while let Some(byte) = text.get(index) {
-        index += 1;
-        bytes.push(match byte {
-            b'+' => b' ',
-            b'%' => match (hex(text.get(index)), hex(text.get(index + 1))) {
-                (Some(high), Some(low)) => {
-                    index += 2;
-                    (high * 16 + low) as u8
-                }
-                _ => b'%',
-            },
-            byte => *byte,
-        });
-    }
-    String::from_utf8(bytes).ok()
+    let text: Vec<u8> = text.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+    percent_decode(&text).decode_utf8().map(Cow::into_owned).ok()
 }
 
 #[cfg(test)]
@@ -378,12 +365,7 @@ mod tests {
 
     /// Encodes like a browser.
     fn escape(text: &str) -> String {
-        let escape = |byte: u8| match byte {
-            b' ' => "+".to_owned(),
-            byte if byte.is_ascii_alphanumeric() => char::from(byte).to_string(),
-            byte => format!("%{byte:02X}"),
-        };
-        text.bytes().map(escape).collect()
+        url::form_urlencoded::byte_serialize(text.as_bytes()).collect()
     }
 
     proptest! {

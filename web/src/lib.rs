@@ -63,7 +63,7 @@ pub const STYLE_SHEET: &str = include_str!("../static/style.css");
 pub const ICON: &str = include_str!("../static/icon.svg");
 
 /// People wait for a page, so acquiring a database connection times out sooner than in a worker.
-const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
+const ACQUIRE_TIMEOUT: Duration = Duration::from_millis(5_000);
 /// Time limit for closing the connections to RabbitMQ at shutdown.
 const CLOSE: Duration = Duration::from_secs(3);
 /// Connections reserved for the outbox publisher, the epoch and the health check, which must not wait for the pages.
@@ -159,9 +159,9 @@ impl App {
             ids: OnceCell::new(),
             sns,
             simulated: config.mailer.kind == MailerKind::Simulated,
-            dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
+            dead_after: config.heartbeat.dead_after,
             suppressions: config.suppressions,
-            answer_timeout: config.database.answer_timeout(),
+            answer_timeout: config.database.answer_timeout,
             config: config.web,
         }
     }
@@ -178,7 +178,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     let health = Health::default();
     let monitoring = Monitoring::start(&config.metrics, "web", &health).await?;
     let mut database = config.database.clone();
-    database.acquire_timeout_ms = database.acquire_timeout_ms.min(ACQUIRE_TIMEOUT_MS);
+    database.acquire_timeout = ACQUIRE_TIMEOUT;
     let pool = mailrun_ledger::open(&database, "mailrun web")?;
     database.max_connections = BACKGROUND_CONNECTIONS;
     let background = mailrun_ledger::open(&database, "mailrun web outbox")?;
@@ -194,7 +194,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     let publisher = broker.publisher(1);
     // Whichever ends first stops the other.
     let ending = stop.child_token();
-    let limit = database.answer_timeout();
+    let limit = database.answer_timeout;
     let publishing = tokio::spawn({
         let (pool, outbox, ending) = (background.clone(), Arc::clone(&outbox), ending.clone());
         let broker = Arc::clone(&broker);
@@ -208,8 +208,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     });
     let limits = Limits {
         connections: config.web.max_connections,
-        header: Duration::from_millis(config.web.header_timeout_ms),
-        age: Duration::from_millis(config.web.connection_age_ms),
+        header: config.web.header_timeout,
+        age: config.web.connection_age,
     };
     let app = Arc::new(App::new(config, pool.clone(), background.clone(), health.clone(), outbox, sns));
     let tell = async {

@@ -11,7 +11,7 @@ use axum::{
 use chrono::TimeDelta;
 use mailrun_core::{
     item::ItemState,
-    run::{Phase, Wanted},
+    run::{Counters, Phase, Wanted},
 };
 use mailrun_ledger::runs::{self, Progress};
 use moka::future::Cache;
@@ -31,14 +31,9 @@ pub(crate) struct ProgressQuery {
 pub(crate) struct Snapshot {
     pub(crate) run_id: Uuid,
     pub(crate) phase: Phase,
-    pub(crate) total: i32,
-    pub(crate) pending: i32,
-    pub(crate) retrying: i32,
-    pub(crate) sent: i32,
-    pub(crate) failed: i32,
-    pub(crate) unknown: i32,
-    pub(crate) cancelled: i32,
-    pub(crate) skipped: i32,
+    /// `total`, and each state by its name.
+    #[serde(flatten)]
+    pub(crate) counters: Counters,
     pub(crate) elapsed_ms: i64,
     /// Items per second: currently, or on average once the run is over; null if it cannot be measured.
     pub(crate) rate: Option<f64>,
@@ -78,14 +73,7 @@ impl Snapshot {
         Self {
             run_id: progress.run_id,
             phase,
-            total: counters.total,
-            pending: counters.pending,
-            retrying: counters.retrying,
-            sent: counters.sent,
-            failed: counters.failed,
-            unknown: counters.unknown,
-            cancelled: counters.cancelled,
-            skipped: counters.skipped,
+            counters,
             elapsed_ms: progress.elapsed().num_milliseconds(),
             rate,
             over,
@@ -104,8 +92,8 @@ impl Snapshot {
             speed: rate.map(view::rate),
             left: if phase == Phase::Running { view::time_left(counters.open(), progress.rate) } else { None },
             note: note(progress, asked),
-            skipped_note: (counters.skipped > 0).then(|| {
-                let who = view::counted(counters.skipped, "person was", "people were");
+            skipped_note: (counters.of(ItemState::Skipped) > 0).then(|| {
+                let who = view::counted(counters.of(ItemState::Skipped), "person was", "people were");
                 format!("{who} skipped: suppressed after this run was accepted.")
             }),
         }
@@ -124,7 +112,9 @@ fn rate(progress: &Progress) -> Option<f64> {
         // A replay's sends cannot be told from earlier ones, and the cancelled and skipped items were not sent.
         Phase::Finished | Phase::Cancelled if was_replayed(progress) => None,
         Phase::Finished | Phase::Cancelled => {
-            let settled = progress.counters.settled() - progress.counters.cancelled - progress.counters.skipped;
+            let settled = progress.counters.settled()
+                - progress.counters.of(ItemState::Cancelled)
+                - progress.counters.of(ItemState::Skipped);
             let seconds = progress.elapsed().as_seconds_f64();
             (settled > 0 && seconds > 0.0).then(|| f64::from(settled) / seconds)
         }
@@ -137,7 +127,7 @@ const STALLED_AFTER: TimeDelta = TimeDelta::minutes(2);
 
 /// Whether items are due and none was settled recently. Deferred items are not due.
 fn is_stalled(progress: &Progress) -> bool {
-    progress.counters.pending > 0 && progress.now - progress.updated_at > STALLED_AFTER
+    progress.counters.of(ItemState::Pending) > 0 && progress.now - progress.updated_at > STALLED_AFTER
 }
 
 fn note(progress: &Progress, asked: bool) -> String {
@@ -169,11 +159,11 @@ fn note(progress: &Progress, asked: bool) -> String {
         },
         Phase::Cancelling => "Sends in progress are completed first.".to_owned(),
         Phase::Cancelled => "Cancelled. Invitations sent before are not affected.".to_owned(),
-        Phase::Finished if counters.sent == counters.total => match counters.total {
+        Phase::Finished if counters.of(ItemState::Sent) == counters.total => match counters.total {
             1 => "The invitation was sent.".to_owned(),
             total => format!("All {} invitations were sent.", view::grouped(total)),
         },
-        Phase::Finished => match (counters.failed, counters.unknown) {
+        Phase::Finished => match (counters.of(ItemState::Failed), counters.of(ItemState::Unknown)) {
             (0, 0) => "Finished.".to_owned(),
             (_, 0) => "Finished. You can retry the failed invitations.".to_owned(),
             (0, _) => "Finished. It is unknown whether some invitations were sent.".to_owned(),
@@ -184,7 +174,7 @@ fn note(progress: &Progress, asked: bool) -> String {
 
 /// Whether the items in `state` can be replayed.
 pub(crate) fn may_replay(progress: &Progress, state: ItemState) -> bool {
-    let count = if state == ItemState::Failed { progress.counters.failed } else { progress.counters.unknown };
+    let count = progress.counters.of(state);
     count > 0 && progress.phase().is_over() && progress.wanted != Wanted::Cancelled
 }
 
@@ -194,7 +184,12 @@ pub(crate) fn replay_token(progress: &Progress, state: ItemState) -> Uuid {
     let counters = progress.counters;
     // Not `finished_at`: a replay that fails at once, within one batch of results, never reopens the run.
     let moved_us = progress.updated_at.timestamp_micros();
-    let name = format!("{state:?} {moved_us} {} {} {}", counters.sent, counters.failed, counters.unknown);
+    let name = format!(
+        "{state:?} {moved_us} {} {} {}",
+        counters.of(ItemState::Sent),
+        counters.of(ItemState::Failed),
+        counters.of(ItemState::Unknown)
+    );
     Uuid::new_v5(&progress.run_id, name.as_bytes())
 }
 
@@ -252,7 +247,6 @@ pub(crate) async fn show(
 mod tests {
     use super::*;
     use chrono::Utc;
-    use mailrun_core::run::Counters;
 
     fn finished(sent: i32, failed: i32, unknown: i32) -> Progress {
         let now = Utc::now();
@@ -261,7 +255,11 @@ mod tests {
             created_at: now - TimeDelta::seconds(10),
             wanted: Wanted::Running,
             later: None,
-            counters: Counters { total: sent + failed + unknown, sent, failed, unknown, ..Counters::default() },
+            counters: Counters::of_items(&[
+                (ItemState::Sent, sent),
+                (ItemState::Failed, failed),
+                (ItemState::Unknown, unknown),
+            ]),
             started_at: now - TimeDelta::seconds(10),
             updated_at: now,
             finished_at: Some(now),
@@ -275,7 +273,7 @@ mod tests {
     #[test]
     fn reports_a_stalled_run() {
         let mut progress = finished(5, 0, 0);
-        progress.counters = Counters { total: 9, sent: 5, pending: 4, ..Counters::default() };
+        progress.counters = Counters::of_items(&[(ItemState::Sent, 5), (ItemState::Pending, 4)]);
         assert!(!note(&progress, false).contains("Nothing has been sent"));
         progress.now += TimeDelta::minutes(3);
         assert!(note(&progress, false).starts_with("Nothing has been sent for 3 min"), "{}", note(&progress, false));
@@ -289,7 +287,7 @@ mod tests {
         progress.held_up = Some("421 busy".into());
         assert!(note(&progress, false).contains("421 busy"));
         progress.held_up = None;
-        progress.counters = Counters { total: 9, sent: 5, retrying: 4, ..Counters::default() };
+        progress.counters = Counters::of_items(&[(ItemState::Sent, 5), (ItemState::Retrying, 4)]);
         assert!(!note(&progress, false).contains("Nothing has been sent"), "they wait for their next try");
     }
 
@@ -309,7 +307,7 @@ mod tests {
         let token = replay_token(&progress, ItemState::Failed).to_string();
         assert!(Snapshot::of(&progress, Some(&token)).asked);
         assert!(!Snapshot::of(&progress, Some("nonsense")).asked);
-        progress.counters = Counters { pending: 10, failed: 0, ..progress.counters };
+        progress.counters = Counters::of_items(&[(ItemState::Sent, 990), (ItemState::Pending, 10)]);
         progress.finished_at = None;
         assert!(!Snapshot::of(&progress, Some(&token)).asked);
     }
@@ -321,8 +319,8 @@ mod tests {
         assert!(!may_replay(&progress, ItemState::Unknown));
         assert!(!may_replay(&Progress { wanted: Wanted::Cancelled, ..progress.clone() }, ItemState::Failed));
         let mut running = progress;
-        running.counters.pending = 1;
-        running.counters.total += 1;
+        running.counters =
+            Counters::of_items(&[(ItemState::Sent, 990), (ItemState::Failed, 10), (ItemState::Pending, 1)]);
         assert!(!may_replay(&running, ItemState::Failed));
     }
 

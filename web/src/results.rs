@@ -115,10 +115,12 @@ impl ResultsQuery {
 
 impl Actions {
     fn of(progress: &Progress, now: &Snapshot, confirming: Option<&'static str>) -> Self {
-        let replay =
-            |state, count| may_replay(progress, state).then(|| Replay { token: replay_token(progress, state), count });
+        let replay = |state| {
+            may_replay(progress, state)
+                .then(|| Replay { token: replay_token(progress, state), count: now.counters.of(state) })
+        };
         let cancel = matches!(now.phase, Phase::Queued | Phase::Running | Phase::Paused);
-        let retry = replay(ItemState::Failed, now.failed);
+        let retry = replay(ItemState::Failed);
         let confirming =
             confirming.filter(|action| if *action == "cancel" { cancel } else { retry.is_some() && progress.restored });
         Self {
@@ -126,19 +128,19 @@ impl Actions {
             asked: now.asked,
             retry,
             restored: progress.restored,
-            send_again: replay(ItemState::Unknown, now.unknown),
+            send_again: replay(ItemState::Unknown),
             pause: matches!(now.phase, Phase::Queued | Phase::Running),
             resume: now.phase == Phase::Paused && progress.later.is_none(),
             cancel,
             confirming,
-            to_go: now.pending + now.retrying,
+            to_go: now.counters.open(),
         }
     }
 }
 
 impl Failures {
     async fn load(app: &App, now: &Snapshot, after: i32) -> Result<Self, ErrorPage> {
-        let total = now.failed + now.unknown;
+        let total = now.counters.of(ItemState::Failed) + now.counters.of(ItemState::Unknown);
         let mut list = match total {
             0 => Vec::new(),
             // One more than is shown, to know whether there is another page.
@@ -151,17 +153,13 @@ impl Failures {
     }
 }
 
-fn legend(now: &Snapshot) -> [Legend; 7] {
-    let line = |key, name, count, always| Legend { key, name, count, always };
-    [
-        line("sent", "successful", now.sent, true),
-        line("retrying", "retrying", now.retrying, false),
-        line("failed", "failed", now.failed, false),
-        line("unknown", "unknown", now.unknown, false),
-        line("cancelled", "cancelled", now.cancelled, false),
-        line("skipped", "skipped", now.skipped, false),
-        line("pending", "to go", now.pending, false),
-    ]
+fn legend(now: &Snapshot) -> [Legend; ItemState::ALL.len()] {
+    view::SHOWN.map(|state| Legend {
+        key: state.name(),
+        name: view::word(state),
+        count: now.counters.of(state),
+        always: state == ItemState::Sent,
+    })
 }
 
 /// The notice for someone who submitted the same form again with another rate limit; none: the limit is the same.

@@ -159,7 +159,6 @@ mod tests {
         config.web.hook_key = Some("0123456789abcdef".into());
         config.web.max_body_bytes = 100;
         config.database.url = "postgres://mailrun@127.0.0.1:1/mailrun".into();
-        config.database.acquire_timeout_ms = 50;
         let pool = mailrun_ledger::open(&config.database, "test").unwrap();
         router(Arc::new(App::new(config, pool.clone(), pool, Health::default(), Arc::new(Notify::new()), None)))
     }

@@ -3,7 +3,10 @@
 use std::borrow::Cow;
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
-use mailrun_core::run::{Counters, Phase};
+use mailrun_core::{
+    item::ItemState,
+    run::{Counters, Phase},
+};
 use mailrun_ledger::runs::Progress;
 
 /// The minimum width of a segment that is not empty, in percent, so that one failure among a million is visible.
@@ -29,18 +32,42 @@ pub(crate) fn counted(number: i32, one: &str, many: &str) -> String {
     if number == 1 { format!("1 {one}") } else { format!("{} {many}", grouped(number)) }
 }
 
+/// The states in the order in which pages show them.
+pub(crate) const SHOWN: [ItemState; ItemState::ALL.len()] = [
+    ItemState::Sent,
+    ItemState::Retrying,
+    ItemState::Failed,
+    ItemState::Unknown,
+    ItemState::Cancelled,
+    ItemState::Skipped,
+    ItemState::Pending,
+];
+/// The segments of the bar, from the left. What is in none of them is still to be done.
+const SEGMENTS: [&[ItemState]; 5] = [
+    &[ItemState::Sent],
+    &[ItemState::Retrying],
+    &[ItemState::Failed],
+    &[ItemState::Unknown],
+    &[ItemState::Cancelled, ItemState::Skipped],
+];
+
+/// What pages call a state.
+pub(crate) fn word(state: ItemState) -> &'static str {
+    match state {
+        ItemState::Sent => "successful",
+        ItemState::Pending => "to go",
+        other => other.name(),
+    }
+}
+
 /// `990 successful, 10 failed of 1,000`
 pub(crate) fn progress_text(counters: &Counters) -> String {
-    let mut text = format!("{} successful", grouped(counters.sent));
-    for (number, what) in [
-        (counters.failed, "failed"),
-        (counters.retrying, "retrying"),
-        (counters.unknown, "unknown"),
-        (counters.cancelled, "cancelled"),
-        (counters.skipped, "skipped"),
-    ] {
+    let mut text = format!("{} {}", grouped(counters.of(ItemState::Sent)), word(ItemState::Sent));
+    for state in [ItemState::Failed, ItemState::Retrying, ItemState::Unknown, ItemState::Cancelled, ItemState::Skipped]
+    {
+        let number = counters.of(state);
         if number > 0 {
-            text.push_str(&format!(", {} {what}", grouped(number)));
+            text.push_str(&format!(", {} {}", grouped(number), word(state)));
         }
     }
     text.push_str(&format!(" of {}", grouped(counters.total)));
@@ -55,8 +82,9 @@ pub(crate) fn percent(counters: &Counters) -> i64 {
 /// The right edges of the bar's segments, in percent: sent, retrying, failed, unknown, and not to be sent (cancelled or skipped).
 /// The rest is pending.
 pub(crate) fn edges(counters: &Counters) -> [f64; 5] {
-    let withheld = counters.cancelled + counters.skipped;
-    let counts = [counters.sent, counters.retrying, counters.failed, counters.unknown, withheld, counters.pending];
+    let segments = SEGMENTS.map(|states| states.iter().map(|state| counters.of(*state)).sum::<i32>());
+    let [sent, retrying, failed, unknown, withheld] = segments;
+    let counts = [sent, retrying, failed, unknown, withheld, counters.total - segments.iter().sum::<i32>()];
     let total = f64::from(counters.total.max(1));
     let mut shares = counts.map(|count| f64::from(count) * 100.0 / total);
     let mut borrowed = 0.0;
@@ -172,8 +200,14 @@ mod tests {
     use super::*;
 
     fn counters(sent: i32, retrying: i32, failed: i32, unknown: i32, cancelled: i32, pending: i32) -> Counters {
-        let total = sent + retrying + failed + unknown + cancelled + pending;
-        Counters { total, pending, retrying, cancelled, skipped: 0, unknown, failed, sent }
+        Counters::of_items(&[
+            (ItemState::Sent, sent),
+            (ItemState::Retrying, retrying),
+            (ItemState::Failed, failed),
+            (ItemState::Unknown, unknown),
+            (ItemState::Cancelled, cancelled),
+            (ItemState::Pending, pending),
+        ])
     }
 
     #[test]
@@ -195,7 +229,7 @@ mod tests {
             progress_text(&counters(80, 3, 10, 2, 5, 900)),
             "80 successful, 10 failed, 3 retrying, 2 unknown, 5 cancelled of 1,000"
         );
-        let skipped = Counters { skipped: 3, total: 993, ..counters(990, 0, 0, 0, 0, 0) };
+        let skipped = Counters::of_items(&[(ItemState::Sent, 990), (ItemState::Skipped, 3)]);
         assert_eq!(progress_text(&skipped), "990 successful, 3 skipped of 993");
     }
 

@@ -146,7 +146,7 @@ async fn gather(
         let mut after = 0;
         loop {
             let items: Vec<OpenItem> =
-                sweep::open_items(conn, run_id, overdue, after, target.config.sweep.batch_items).await?;
+                sweep::open_items(conn, run_id, overdue, after, mailrun_worker::sweep::BATCH).await?;
             let Some(last) = items.last() else { break };
             after = last.position;
             for item in &items {

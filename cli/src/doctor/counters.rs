@@ -106,13 +106,13 @@ fn flagged(flags: Flags) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mailrun_core::run::Counters;
+    use mailrun_core::{item::ItemState, run::Counters};
     use uuid::Uuid;
 
     #[test]
     fn a_wrong_counter_is_reported_with_both_numbers() {
-        let counted = Counters { total: 2000, pending: 1, sent: 1999, ..Counters::default() };
-        let shown = Counters { pending: 0, failed: 1, ..counted };
+        let counted = Counters::of_items(&[(ItemState::Pending, 1), (ItemState::Sent, 1999)]);
+        let shown = Counters::of_items(&[(ItemState::Failed, 1), (ItemState::Sent, 1999)]);
         let run = Drift { run_id: Uuid::nil(), accepted: 2000, shown, counted, finished: true };
         let finding = drift(&run);
         assert!(

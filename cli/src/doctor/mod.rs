@@ -47,11 +47,11 @@ struct Target {
 
 impl Target {
     fn dead_after(&self) -> Duration {
-        Duration::from_millis(self.config.heartbeat.dead_after_ms)
+        self.config.heartbeat.dead_after
     }
 
     fn stalled_after(&self) -> Duration {
-        Duration::from_millis(self.config.sweep.stalled_after_ms)
+        self.config.sweep.stalled_after
     }
 
     /// Returns `finding`, after carrying out `repair` if `--fix` is given.

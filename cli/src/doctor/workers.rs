@@ -71,7 +71,7 @@ fn is_alive(worker: &Worker) -> bool {
 /// done so, but all of them may be gone.
 async fn watch_silent_workers(target: &Target) -> Result<()> {
     let heartbeat = &target.config.heartbeat;
-    let (interval, dead_after) = (Duration::from_millis(heartbeat.interval_ms), target.dead_after());
+    let (interval, dead_after) = (heartbeat.interval, target.dead_after());
     let seems_silent = |worker: &Worker| {
         // By PostgreSQL's clock, which may have been adjusted: this is only a reason to watch.
         is_alive(worker) && !(0.0..2.0 * interval.as_secs_f64()).contains(&worker.silent_s)

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod chaos;
+pub mod doubler;
 pub mod local;
 pub mod people;
 pub mod supervise;

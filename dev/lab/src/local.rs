@@ -312,15 +312,21 @@ async fn stop(supervisor: Supervisor) {
     supervisor.stop(&order, DRAIN).await;
 }
 
-/// Runs a command with a new, empty database in `DATABASE_URL`, and drops it afterwards.
-pub async fn with_database(command: &[OsString]) -> Result<()> {
+/// Runs a command with a new database in `DATABASE_URL`, empty or `migrated`, and drops it afterwards.
+pub async fn with_database(migrated: bool, command: &[OsString]) -> Result<()> {
     let [program, args @ ..] = command else { bail!("no command given") };
     let stack =
         Stack::start(&mailrun_stack::home(), &own_program()?, Duration::from_secs(20), |step| eprintln!("{step}…"))
             .await?;
     let name = format!("scratch-{}", std::process::id());
     stack.create_database(&name).await?;
-    let status = Command::new(program).args(args).env("DATABASE_URL", stack.database_url(&name)).status().await;
+    let url = stack.database_url(&name);
+    if migrated {
+        let pool = PgPool::connect(&url).await?;
+        mailrun_ledger::migrate(&pool).await?;
+        pool.close().await;
+    }
+    let status = Command::new(program).args(args).env("DATABASE_URL", url).status().await;
     stack.drop_database(&name).await?;
     if !status.with_context(|| format!("cannot start {}", program.display()))?.success() {
         bail!("the command failed");

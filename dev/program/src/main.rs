@@ -49,9 +49,12 @@ enum Command {
     Chaos(chaos::Options),
     /// Accept mail, deliver none, and show what arrived. Stop with Ctrl-C
     MailSink(mail_sink::Options),
-    /// Run a command with a new, empty database of the private PostgreSQL in DATABASE_URL, for tools that check queries
+    /// Run a command with a new database of the private PostgreSQL in DATABASE_URL, for tools that check queries
     #[command(hide = true)]
     WithDatabase {
+        /// Migrate the database first
+        #[arg(long)]
+        migrated: bool,
         /// The command
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
@@ -88,10 +91,10 @@ async fn run(arguments: Arguments) -> Result<()> {
         Command::Bench(options) => Box::pin(bench::run(config()?, file, &options)).await,
         Command::Chaos(options) => Box::pin(chaos::run(config()?, file, &options)).await,
         Command::MailSink(options) => {
-            telemetry::init(&config()?.log);
+            telemetry::init(&config()?);
             mail_sink::run(options, shutdown::on_signal_or_orphaned()?).await
         }
-        Command::WithDatabase { command } => with_database(&command).await,
+        Command::WithDatabase { migrated, command } => with_database(migrated, &command).await,
         Command::StackKeeper { home, linger_seconds, nodes } => {
             Ok(keep(&home, Duration::from_secs(linger_seconds), nodes).await?)
         }

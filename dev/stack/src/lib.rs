@@ -15,6 +15,7 @@ mod management;
 mod packages;
 mod ports;
 mod postgres;
+pub mod proc;
 mod processes;
 mod rabbitmq;
 mod release;

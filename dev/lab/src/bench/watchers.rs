@@ -186,7 +186,7 @@ fn ages(polls: &[Poll], claims: &[f64]) -> Vec<f64> {
     under_way.filter_map(|poll| Some((poll.at - claims.get(poll.settled - 1)?) * 1e3)).collect()
 }
 
-/// The 50th and the 99th percentile.
+/// The 50th and the 99th percentile. Not from a histogram: the values are exact, and an age may be negative.
 fn percentiles(mut values: Vec<f64>) -> (Option<f64>, Option<f64>) {
     values.sort_by(f64::total_cmp);
     let at = |share: f64| values.get(((values.len() as f64 * share).ceil() as usize).saturating_sub(1)).copied();

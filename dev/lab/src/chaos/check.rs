@@ -172,7 +172,7 @@ pub(super) async fn remains(site: &Site<'_>, run_id: Uuid) -> Result<Remains> {
             }
         }
         let busy: i64 = sqlx::query_scalar(
-            "SELECT count(*) FROM workers WHERE stopped_at IS NULL AND died_at IS NULL AND in_flight > 0
+            "SELECT count(*) FROM live_workers WHERE in_flight > 0
                     AND heartbeat_at > clock_timestamp() - make_interval(secs => $1)",
         )
         .bind(DEAD_AFTER.as_secs_f64())

@@ -7,7 +7,7 @@
 mod check;
 mod fault;
 mod plan;
-mod proxy;
+pub mod proxy;
 mod report;
 mod revision;
 mod site;
@@ -319,8 +319,7 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
 /// The maximum in any second under a limit: a tenth more to catch up after a delay, what may be late by `fan_out.rate_burst_ms`, and
 /// one at either end.
 fn allowed(limit: u32) -> usize {
-    let burst = Rate::new(i32::try_from(limit).unwrap_or(i32::MAX))
-        .within(Duration::from_millis(FanOutConfig::default().rate_burst_ms));
+    let burst = Rate::new(i32::try_from(limit).unwrap_or(i32::MAX)).within(FanOutConfig::default().rate_burst);
     limit as usize + limit.div_ceil(10) as usize + usize::try_from(burst).unwrap_or_default() + 2
 }
 

@@ -1,8 +1,9 @@
-//! The network between our processes and one server: a TCP proxy that can cut, delay and drop traffic.
+//! The network between our processes and one server: a TCP proxy that can cut, delay, hold, drop and filter traffic.
 
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,6 +23,12 @@ const CHUNK: usize = 64 * 1024;
 /// Pause after an error of the listening socket, usually too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Filters the bytes that a server sends over one connection: gets each chunk, and returns the bytes to forward.
+pub type Filter = Box<dyn FnMut(&[u8]) -> Vec<u8> + Send>;
+
+/// Creates the filter of each connection.
+type NewFilter = Arc<dyn Fn() -> Option<Filter> + Send + Sync>;
+
 /// The state of the network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Network {
@@ -33,10 +40,12 @@ struct Network {
     holes: u32,
     /// How many are open.
     open_holes: u32,
+    /// Whether bytes are held.
+    is_held: bool,
 }
 
 /// A proxy in front of one server.
-pub(super) struct Proxy {
+pub struct Proxy {
     address: SocketAddr,
     network: watch::Sender<Network>,
     tasks: TaskTracker,
@@ -45,42 +54,70 @@ pub(super) struct Proxy {
 
 impl Proxy {
     /// Starts a proxy in front of `server`.
-    pub(super) async fn start(server: SocketAddr) -> io::Result<Self> {
+    pub async fn start(server: SocketAddr) -> io::Result<Self> {
+        Self::new(server, Arc::new(|| None)).await
+    }
+
+    /// The same, with a filter for each connection.
+    pub async fn filtered(
+        server: SocketAddr,
+        new_filter: impl Fn() -> Filter + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        Self::new(server, Arc::new(move || Some(new_filter()))).await
+    }
+
+    async fn new(server: SocketAddr, new_filter: NewFilter) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let (network, now) = watch::channel(Network::default());
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        tasks.spawn(stop.clone().run_until_cancelled_owned(accept(listener, server, now, tasks.clone(), stop.clone())));
+        let accepting = accept(listener, server, new_filter, now, tasks.clone(), stop.clone());
+        tasks.spawn(stop.clone().run_until_cancelled_owned(accepting));
         Ok(Self { address, network, tasks, stop })
     }
 
-    /// The address at which our processes reach the server.
-    pub(super) fn address(&self) -> SocketAddr {
+    /// The address at which clients reach the server.
+    pub fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Cuts all connections: both ends are notified, as by a machine that has just restarted.
-    pub(super) fn cut(&self) {
+    pub fn cut(&self) {
         self.network.send_modify(|network| network.cuts += 1);
     }
 
     /// Delays bytes that arrive during `time` by `delay`; later bytes wait behind them.
-    pub(super) async fn slow(&self, delay: Duration, time: Duration) {
+    pub async fn slow(&self, delay: Duration, time: Duration) {
         self.network.send_modify(|network| network.delay += delay);
         sleep(time).await;
         self.network.send_modify(|network| network.delay -= delay);
     }
 
     /// Drops all bytes for this time without notice. Existing connections stay dead, and look open from both ends.
-    pub(super) async fn hole(&self, time: Duration) {
+    pub async fn hole(&self, time: Duration) {
         self.network
             .send_modify(|network| (network.holes, network.open_holes) = (network.holes + 1, network.open_holes + 1));
         sleep(time).await;
         self.network.send_modify(|network| network.open_holes -= 1);
     }
 
+    /// Holds all bytes until [`Self::release`].
+    pub fn hold(&self) {
+        self.network.send_modify(|network| network.is_held = true);
+    }
+
+    /// Forwards the held bytes.
+    pub fn release(&self) {
+        self.network.send_modify(|network| network.is_held = false);
+    }
+
+    /// Whether bytes are held.
+    pub fn is_held(&self) -> bool {
+        self.network.borrow().is_held
+    }
+
     /// Stops the proxy and its connections.
-    pub(super) async fn stop(self) {
+    pub async fn stop(self) {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
@@ -90,6 +127,7 @@ impl Proxy {
 async fn accept(
     listener: TcpListener,
     server: SocketAddr,
+    new_filter: NewFilter,
     network: watch::Receiver<Network>,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -97,7 +135,8 @@ async fn accept(
     loop {
         match listener.accept().await {
             Ok((client, _)) => {
-                tasks.spawn(stop.clone().run_until_cancelled_owned(serve(client, server, network.clone())));
+                let serving = serve(client, server, new_filter(), network.clone());
+                tasks.spawn(stop.clone().run_until_cancelled_owned(serving));
             }
             Err(_) => sleep(PAUSE).await,
         }
@@ -105,7 +144,12 @@ async fn accept(
 }
 
 /// Forwards one connection until both ends have closed it, or it is cut.
-async fn serve(mut client: TcpStream, server: SocketAddr, mut network: watch::Receiver<Network>) {
+async fn serve(
+    mut client: TcpStream,
+    server: SocketAddr,
+    filter: Option<Filter>,
+    mut network: watch::Receiver<Network>,
+) {
     let born = *network.borrow_and_update();
     if born.open_holes > 0 {
         return swallow(&mut client).await;
@@ -116,8 +160,8 @@ async fn serve(mut client: TcpStream, server: SocketAddr, mut network: watch::Re
     let was_cut = {
         let ((from_client, to_client), (from_server, to_server)) = (client.split(), server.split());
         let carried = futures::future::join(
-            carry(from_client, to_server, network.clone(), born),
-            carry(from_server, to_client, network.clone(), born),
+            forward(from_client, to_server, None, network.clone(), born),
+            forward(from_server, to_client, filter, network.clone(), born),
         );
         tokio::select! {
             _ = carried => false,
@@ -131,16 +175,27 @@ async fn serve(mut client: TcpStream, server: SocketAddr, mut network: watch::Re
 }
 
 /// Forwards one direction. Also forwards its end, except on a connection that was in a hole.
-async fn carry(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, network: watch::Receiver<Network>, born: Network) {
+async fn forward(
+    mut from: ReadHalf<'_>,
+    mut to: WriteHalf<'_>,
+    mut filter: Option<Filter>,
+    mut network: watch::Receiver<Network>,
+    born: Network,
+) {
     let mut chunk = vec![0; CHUNK];
-    let is_dead = || network.borrow().holes != born.holes;
+    let now = network.clone();
+    let is_dead = || now.borrow().holes != born.holes;
     // An error also ends it.
     while let Ok(length @ 1..) = from.read(&mut chunk).await {
         let delay = network.borrow().delay;
         if delay > Duration::ZERO {
             sleep(delay).await;
         }
-        if !is_dead() && to.write_all(&chunk[..length]).await.is_err() {
+        if network.wait_for(|network| !network.is_held).await.is_err() {
+            return;
+        }
+        let filtered = filter.as_mut().map(|filter| filter(&chunk[..length]));
+        if !is_dead() && to.write_all(filtered.as_deref().unwrap_or(&chunk[..length])).await.is_err() {
             return;
         }
     }
@@ -191,6 +246,41 @@ mod tests {
         assert!(answers(&mut next).await);
         proxy.stop().await;
         assert!(!matches!(next.read(&mut [0]).await, Ok(1..)));
+    }
+
+    #[tokio::test]
+    async fn a_filter_keeps_its_state_for_each_connection() {
+        let new_filter = || -> Filter {
+            let mut number = 0;
+            Box::new(move |bytes| {
+                number += 1;
+                [bytes, &[number]].concat()
+            })
+        };
+        let proxy = Proxy::filtered(echo().await, new_filter).await.unwrap();
+        for _ in 0..2 {
+            let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+            for number in 1..3 {
+                client.write_all(b"a").await.unwrap();
+                let mut answer = [0; 2];
+                client.read_exact(&mut answer).await.unwrap();
+                assert_eq!(answer, [b'a', number]);
+            }
+        }
+        proxy.stop().await;
+    }
+
+    #[tokio::test]
+    async fn held_bytes_arrive_after_the_release() {
+        let proxy = Proxy::start(echo().await).await.unwrap();
+        let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+        assert!(answers(&mut client).await);
+        proxy.hold();
+        let mut answer = Box::pin(answers(&mut client));
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut answer).await.is_err());
+        proxy.release();
+        assert!(answer.await);
+        proxy.stop().await;
     }
 
     #[tokio::test]

@@ -26,6 +26,7 @@ use url::Url;
 
 use super::{Setting, fault::send_signal, plan::Plan, proxy::Proxy, revision::Revision, smtp_faults::SmtpFaults};
 use crate::{
+    doubler::Doubler,
     local::{SENDERS, Services, own_program, to_sink},
     visitor::Visitor,
 };
@@ -71,6 +72,8 @@ pub(super) struct Site<'a> {
     pub(super) to_database: Proxy,
     /// Between the senders and the mail server.
     pub(super) to_mail: Proxy,
+    /// Publishes each message a second time, if the plan requires it.
+    _doubler: Option<Doubler>,
     /// The program that an upgrade starts from.
     pub(super) revision: Option<&'a Revision>,
     /// The installation's rate limit, in sends per second.
@@ -114,7 +117,7 @@ impl<'a> Site<'a> {
             vec![("DATABASE_URL".into(), database_url.into()), ("AMQP_URL".into(), amqp_urls.join(",").into())];
         environment.extend(setting.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         environment.extend(to_sink(to_mail.address()));
-        environment.extend(settings(plan.publishes_twice(), setting.resend));
+        environment.extend(settings(setting.resend));
         let limited = limit.map(|limit| ("MAILRUN_FAN_OUT__SENDS_PER_SECOND".into(), limit.to_string().into()));
         environment.extend(limited);
         let mut config = setting.config.clone();
@@ -123,6 +126,10 @@ impl<'a> Site<'a> {
         let revision = setting.revision.as_ref().filter(|_| plan.upgrades());
         let program = revision.map_or_else(own_program, |revision| Ok(revision.program.clone()))?;
         let services = Services::start(program, &config, environment.clone(), SENDERS, None, log, |_| {}).await?;
+        let doubler = match plan.publishes_twice() {
+            true => Some(Doubler::start(&stack.amqp_url(&name), &queues()).await?),
+            false => None,
+        };
         let options: PgConnectOptions = stack.database_url(&name).parse()?;
         let pool = PgPoolOptions::new()
             .max_connections(8)
@@ -138,6 +145,7 @@ impl<'a> Site<'a> {
             to_broker,
             to_database,
             to_mail,
+            _doubler: doubler,
             revision,
             limit,
             name,
@@ -252,7 +260,7 @@ pub(super) fn queues() -> Vec<String> {
 
 /// Short times, so that what takes a minute with the defaults takes seconds here. The rules are the same. Settings that older programs
 /// refuse do not belong here, because upgrades start with them.
-fn settings(publish_twice: bool, resend: bool) -> Vec<(OsString, OsString)> {
+fn settings(resend: bool) -> Vec<(OsString, OsString)> {
     let answer_ms = ANSWER.as_millis().to_string();
     let delays = RETRY_DELAYS_MS.map(|ms| ms.to_string()).join(",");
     let settings = [
@@ -269,7 +277,6 @@ fn settings(publish_twice: bool, resend: bool) -> Vec<(OsString, OsString)> {
         ("AMQP__ANSWER_TIMEOUT_MS", answer_ms),
         ("AMQP__HEARTBEAT_S", HEARTBEAT.as_secs().to_string()),
         ("WEB__HOOK_KEY", HOOK_KEY.into()),
-        ("AMQP__PUBLISH_TWICE", publish_twice.to_string()),
     ];
     settings.into_iter().map(|(key, value)| (format!("MAILRUN_{key}").into(), value.into())).collect()
 }

@@ -120,7 +120,7 @@ pub(super) async fn open_transaction(site: &Site<'_>, time: Duration) -> Result<
 pub(super) async fn delete_worker_row(site: &Site<'_>) -> Result<()> {
     let deleted = sqlx::query(
         "DELETE FROM workers WHERE id = (SELECT max(id) FROM workers
-                                         WHERE permits > 0 AND stopped_at IS NULL AND died_at IS NULL)",
+                                         WHERE permits > 0 AND id IN (SELECT id FROM live_workers))",
     )
     .execute(&site.pool)
     .await?;

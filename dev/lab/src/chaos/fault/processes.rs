@@ -8,6 +8,7 @@ use rustix::process::{Pid, Signal};
 use tokio::time::sleep;
 
 use super::super::site::{DEAD_AFTER, STALLED_AFTER, Site};
+use mailrun_stack::proc;
 
 /// The name of a random sender.
 pub(super) fn a_sender(rng: &mut StdRng) -> String {
@@ -57,30 +58,18 @@ pub(super) async fn term_uncounted(site: &Site<'_>, more: Duration) -> Result<()
 
 /// Sends a signal to a child process of `parent` only: the id may have been reused.
 pub(in super::super) fn send_signal(pid: u32, parent: u32, signal: Signal) -> Result<()> {
-    if parent_of(pid)? != parent {
+    let process = proc::process(pid).with_context(|| format!("process {pid} has ended"))?;
+    if process.parent != parent {
         bail!("process {pid} has ended");
     }
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no process has this id")?;
     Ok(rustix::process::kill_process(pid, signal)?)
 }
 
-fn parent_of(pid: u32) -> Result<u32> {
-    let stat =
-        std::fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid} has ended"))?;
-    // The program's name is in parentheses and may contain anything; the state follows, then the parent.
-    let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
-    parent.context("unexpected format of /proc")
-}
-
 /// The child processes of `parent` that run this program.
 pub(super) fn children(parent: u32, program: &str) -> Vec<u32> {
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let runs = |pid: &u32| {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
-        name.is_ok_and(|name| name.trim() == program) && parent_of(*pid).is_ok_and(|of| of == parent)
-    };
-    pids.filter(runs).collect()
+    let all = proc::all().unwrap_or_default();
+    all.iter().filter(|other| other.parent == parent && other.program == program).map(|other| other.pid).collect()
 }
 
 #[cfg(test)]
