@@ -170,7 +170,7 @@ async fn setting_the_clock_back_neither_stalls_runs_nor_hides_a_dead_worker() {
     world.set("MAILRUN_SEND__PERMITS", "20".into());
     world.set("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "0".into());
     world.worker("send");
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") >= 10).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") >= 10).await;
     server.set_clock(&world.pool, -9).await;
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "unknown")), (90, 5), "{}", world.log());
@@ -182,7 +182,7 @@ async fn setting_the_clock_back_neither_stalls_runs_nor_hides_a_dead_worker() {
     assert_eq!(count(&world.until_over(&next).await, "sent"), 2);
     assert_eq!(number(&world, DEAD).await, 1, "{}", world.log());
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -212,5 +212,5 @@ async fn setting_the_clock_forward_declares_no_live_worker_dead() {
         assert!(world.is_running(worker), "{}", world.log());
     }
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

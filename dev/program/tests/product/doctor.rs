@@ -55,7 +55,7 @@ async fn finds_and_repairs_faults() {
     .await;
     world.workers();
     let run = world.invite(&people(2000)).await;
-    world.until_progress(&run, "under way", |progress| progress["sent"].as_i64() > Some(100)).await;
+    world.until_progress(&run, "in progress", |progress| progress["sent"].as_i64() > Some(100)).await;
     assert_well(&world);
     assert!(world.progress(&run).await["over"] == false, "the run must still be in progress");
     world.until_over(&run).await;
@@ -209,6 +209,6 @@ async fn republishes_purged_messages() {
     world.workers();
     let end = world.until_over(&run).await;
     assert_eq!(end["sent"], 50);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     assert_well(&world);
 }

@@ -117,7 +117,7 @@ async fn a_recipient_of_a_moved_dead_letter_counts_as_emailed_although_the_run_i
     prune(&world);
     assert_eq!(number(&world, "SELECT count(*) FROM run_items").await, 0);
     assert_eq!(number(&world, "SELECT count(*) FROM attempts").await, 0);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -227,5 +227,5 @@ async fn a_run_that_cannot_be_swept_does_not_stop_the_sweep() {
         let end = world.until_over(run).await;
         assert_eq!(count(&end, "sent"), 2);
     }
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

@@ -58,7 +58,7 @@ async fn refused_results_are_buried_once_and_the_others_counted() {
     world.until_over(&later).await;
     assert_eq!(depth(&channel, "mailrun.dead").await.unwrap(), 2, "{}", world.log());
 
-    // Each is a separate dead dead_letter, and can be moved back when the ledger accepts it.
+    // Each is a separate dead letter, and can be moved back when the ledger accepts it.
     execute(&world, "ALTER TABLE run_items DROP CONSTRAINT no_such_end").await;
     while let Some(dead_letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
         let message: ResultsMessage = decode(None, &dead_letter.data).unwrap();

@@ -141,6 +141,6 @@ async fn values_of_a_later_version_wait_for_the_upgrade_and_block_nothing_else()
     for run in [&item, &wanted, &pass] {
         assert_eq!(world.until_over(run).await["sent"], 9, "{}", world.log());
     }
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     world.counters_equal_counts().await;
 }

@@ -48,7 +48,7 @@ async fn a_worker_without_a_row_fails_and_the_next_one_continues() {
     let run = world.invite(&people(50)).await;
     world.workers();
     assert_eq!(count(&world.until_over(&run).await, "sent"), 50);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -114,7 +114,7 @@ async fn senders_restarted_without_a_progress_worker_send_nothing_twice() {
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (297, 3, 0));
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -128,7 +128,7 @@ async fn senders_restarted_without_a_progress_worker_leave_no_stale_dead_letters
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (297, 3, 0));
     assert_eq!(depth(&world.channel().await, "mailrun.dead").await.unwrap(), 3, "only those of failed items");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -142,7 +142,7 @@ async fn sends_before_a_clean_stop_are_known_although_the_results_are_purged() {
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (297, 3, 0));
     assert!(world.repairs(&run).await.told_again > 0, "the last receipts prove what was sent");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 /// A mail server behind a proxy, which holds everything from the first RCPT on: its reply does not arrive.
@@ -195,7 +195,7 @@ async fn a_sender_without_a_ledger_sends_nothing_more() {
     let cut_off = world.worker("send");
     world.set("DATABASE_URL", sound);
     let run = world.invite(&people(20)).await;
-    until("mails are under way", async || mail.is_held()).await;
+    until("mails are in progress", async || mail.is_held()).await;
     ledger.hold();
     until_given_up(&world, &run).await;
     // Now the relay's reply arrives.
@@ -215,7 +215,7 @@ async fn a_sender_stopped_for_too_long_sends_nothing_more() {
     let mut world = world_that_sends_through(&mail).await;
     let frozen = world.worker("send");
     let run = world.invite(&people(20)).await;
-    until("mails are under way", async || mail.is_held()).await;
+    until("mails are in progress", async || mail.is_held()).await;
     world.signal(frozen, Signal::STOP);
     until_given_up(&world, &run).await;
     mail.release();

@@ -410,7 +410,7 @@ async fn malformed_messages_are_buried_once_and_the_run_continues() {
     world.client.post(format!("{held}/resume")).send().await.unwrap();
     assert_eq!(world.until_over(&held).await["sent"], 1);
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     for worker in workers {
         assert!(world.is_running(worker), "a worker has ended");
     }

@@ -26,7 +26,7 @@ async fn of_a_thousand_ten_fail_and_a_retry_sends_them() {
     let last = world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 1000).await;
     assert_eq!((count(&last, "failed"), count(&last, "unknown")), (0, 0));
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     assert_eq!(world.handed_over().len(), 1000);
     let emailed: i64 = sqlx::query_scalar("SELECT count(*) FROM users WHERE emailed_at IS NOT NULL")
         .fetch_one(&world.pool)
@@ -48,7 +48,7 @@ async fn duplicated_messages_change_nothing() {
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "4,950 successful, 50 failed of 5,000");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -64,7 +64,7 @@ async fn a_killed_worker_loses_nothing_and_sends_nothing_twice() {
     assert_eq!(count(&end, "sent") + count(&end, "failed") + count(&end, "unknown"), 2000);
     assert!(count(&end, "unknown") <= 20, "more unknown than permits: {end}");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     // Items neither sent nor unknown were certainly not sent.
     let handed_over = i64::try_from(world.handed_over().len()).unwrap();
     assert!(handed_over >= count(&end, "sent") && handed_over <= count(&end, "sent") + count(&end, "unknown"));
@@ -90,7 +90,7 @@ async fn sends_before_a_workers_last_claim_are_known_although_the_results_are_pu
     assert!(count(&end, "unknown") <= 20, "more unknown than permits: {end}");
     assert!(world.repairs(&run).await.told_again > 0, "the dead worker's receipts prove what it sent");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -100,13 +100,13 @@ async fn a_terminated_worker_finishes_its_sends() {
     world.worker("progress");
     let first = world.worker("send");
     let run = world.invite(&people(3000)).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 300).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 300).await;
     assert!(world.terminate(first), "the exit code of a clean stop is 0");
     assert!(world.progress(&run).await["over"] == false, "the run must still be in progress");
     world.worker("send");
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (2970, 30, 0));
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -121,7 +121,7 @@ async fn a_run_submitted_without_the_broker_starts_when_it_is_back() {
     world.stack.start_rabbitmq().await.unwrap();
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed")), (297, 3));
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -140,7 +140,7 @@ async fn concurrent_forms_with_the_same_people_invite_them_once() {
         world.until_over(run.as_ref().unwrap()).await;
     }
     assert_eq!(world.handed_over().len(), 4500);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     world.counters_equal_counts().await;
     let left_out = "SELECT total, already_invited FROM runs";
     let told: Vec<(i32, i32)> = sqlx::query_as(left_out).fetch_all(&world.pool).await.unwrap();
@@ -258,7 +258,7 @@ async fn manually_moved_dead_letters_and_manual_run_messages_work() {
     dead_letter.ack(Default::default()).await.unwrap();
     let moved = world.until_progress(&run, "sent by hand", |progress| count(progress, "sent") == 199).await;
     assert_eq!(count(&moved, "failed"), 1);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 
     // Purge a run's message, and publish it manually.
     let id = run.rsplit('/').next().unwrap().to_owned();
@@ -275,7 +275,7 @@ async fn a_small_run_overtakes_a_large_one_and_a_pause_stops_a_run_until_it_is_r
         World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "200"), ("MAILRUN_SEND__PERMITS", "10")]).await;
     world.workers();
     let big = world.invite(&people(3000)).await;
-    world.until_progress(&big, "under way", |progress| count(progress, "sent") > 20).await;
+    world.until_progress(&big, "in progress", |progress| count(progress, "sent") > 20).await;
     let few: String = (0..20).map(|number| format!("later-{number}@example.org\n")).collect();
     let small = world.invite(&few).await;
     assert_eq!(count(&world.until_over(&small).await, "sent"), 20);
@@ -306,7 +306,7 @@ async fn a_small_run_overtakes_a_large_one_and_a_pause_stops_a_run_until_it_is_r
     world.client.post(format!("{big}/cancel")).send().await.unwrap();
     world.until_over(&big).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -359,7 +359,7 @@ async fn items_are_spread_evenly_over_several_queues() {
     world.retry(&run, "failed").await;
     world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 1500).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -367,23 +367,23 @@ async fn purged_queues_only_delay_a_run_and_cancelling_settles_it() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
     world.workers();
     let run = world.invite(&people(1500)).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 100).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 100).await;
     let channel = world.channel().await;
     for queue in ["mailrun.items", "mailrun.results", "mailrun.retry.100ms"] {
         channel.queue_purge(queue.into(), Default::default()).await.unwrap();
     }
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (1485, 15, 0));
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 
     let next: String = (0..3000).map(|number| format!("later-{number}@example.org\n")).collect();
     let run = world.invite(&next).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 50).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 50).await;
     world.client.post(format!("{run}/cancel")).send().await.unwrap();
     let end = tokio::time::timeout(Duration::from_secs(100), world.until_over(&run)).await.unwrap();
     assert!(count(&end, "cancelled") > 0, "{end}");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -404,7 +404,7 @@ async fn republishes_exactly_what_was_purged() {
 
     let next: String = (0..1000).map(|number| format!("later-{number}@example.org\n")).collect();
     let run = world.invite(&next).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 200).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 200).await;
     let channel = world.channel().await;
     let purged = channel.queue_purge("mailrun.items".into(), Default::default()).await.unwrap();
     assert!(purged > 0, "nothing was on the queue");
@@ -413,7 +413,7 @@ async fn republishes_exactly_what_was_purged() {
     assert_eq!(world.repairs(&run).await, Repairs { put_back: purged.into(), ..Repairs::default() });
     let page = world.client.get(&run).send().await.unwrap().text().await.unwrap();
     assert!(page.contains("The sweeper republished"), "{page}");
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -442,5 +442,5 @@ async fn survives_deleted_queues_and_replays_without_dead_letters() {
     world.retry(&run, "failed").await;
     world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 2000).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

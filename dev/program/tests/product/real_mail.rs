@@ -90,7 +90,7 @@ async fn a_relay_outage_loses_no_invitation() {
     let sink = Sink::start(Options { latency, ..Options::default() }).await.unwrap();
     let world = world(&sink, &[]).await;
     let run = world.invite(&people(1500)).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 300).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 300).await;
     sink.set_down(true).await.unwrap();
     let is_told = |progress: &Value| progress["note"].as_str().unwrap().contains("the relay is not accepting mail");
     let held_up = world.until_progress(&run, "the reason is shown", is_told).await;

@@ -53,7 +53,7 @@ async fn a_missing_retry_queue_is_reported_and_everyone_is_sent() {
     let end = world.until_over(&run).await;
     assert_eq!(count(&end, "sent"), 300, "{end}");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     let log = world.log();
     let reported = log.lines().filter(|line| line.contains("RabbitMQ rejects messages")).count();
     assert!((1..=4).contains(&reported), "once a minute at most: {reported}\n{log}");
@@ -133,7 +133,7 @@ async fn runs_end_with_any_queues_missing() {
     world.retry(&runs[0], "failed").await;
     world.until_progress(&runs[0], "all sent", |progress| count(progress, "sent") == 200).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -142,10 +142,10 @@ async fn a_process_declares_a_queue_that_it_misses() {
         World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"), ("MAILRUN_SEND__PERMITS", "10")]).await;
     world.workers();
     let run = world.invite(&people(600)).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 50).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 50).await;
     delete(&world, &["mailrun.results", "mailrun.retry.100ms", "mailrun.dead", "mailrun.runs.wait"]).await;
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (594, 6, 0), "{end}");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

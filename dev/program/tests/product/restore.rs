@@ -83,7 +83,7 @@ async fn a_restored_backup_mails_nobody_twice() {
     // A new list is sent normally, with ids that were not used before the restore.
     let new = world.invite("late@example.org").await;
     assert_eq!(world.until_over(&new).await["sent"], 1);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     assert_eq!(world.handed_over().len(), 298);
 
     if failed > 0 {
@@ -129,7 +129,7 @@ async fn a_ledger_older_than_the_messages_sends_nothing_until_the_restore_is_dec
     world.worker("fan-out,send,progress");
     post(&world, &format!("{run}/resume"), &[]).await;
     world.until_over(&run).await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]

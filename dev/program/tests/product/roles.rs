@@ -100,7 +100,7 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     // With retries, a pause, an unsubscribe, a rate limit, and a sender that dies.
     let world = &roles.world;
     let run = world.invite(&people(300)).await;
-    world.until_progress(&run, "under way", |progress| progress["sent"].as_i64() > Some(20)).await;
+    world.until_progress(&run, "in progress", |progress| progress["sent"].as_i64() > Some(20)).await;
     world.client.post(format!("{run}/pause")).send().await.unwrap().error_for_status().unwrap();
     let key = signing::key(&mut world.pool.acquire().await.unwrap()).await.unwrap();
     let last = "SELECT id, run_id FROM run_items WHERE state = 'pending' ORDER BY id DESC LIMIT 1";
@@ -127,7 +127,7 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     let answer = world.client.post(format!("{}/invites", world.web)).form(&form).send().await.unwrap();
     let location = answer.headers()["location"].to_str().unwrap().to_owned();
     let limited = format!("{}{location}", world.web);
-    world.until_progress(&limited, "under way", |progress| progress["sent"].as_i64() > Some(2)).await;
+    world.until_progress(&limited, "in progress", |progress| progress["sent"].as_i64() > Some(2)).await;
     world.client.post(format!("{limited}/cancel")).send().await.unwrap().error_for_status().unwrap();
     world.until_over(&limited).await;
     let test = [("test_email", "me@example.org"), ("subject", "Hello"), ("body", "Come!")];
@@ -155,7 +155,7 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     let left = "SELECT (SELECT count(*) FROM runs WHERE id = $1) + (SELECT count(*) FROM run_items WHERE run_id = $1)";
     let left: i64 = sqlx::query_scalar(left).bind(run_id).fetch_one(&roles.world.pool).await.unwrap();
     assert_eq!(left, 0, "rows of a deleted run");
-    roles.world.nobody_got_two();
+    roles.world.assert_no_duplicates();
     let log = roles.world.log();
     assert!(!log.contains("permission denied"), "{log}");
     roles.world.terminate_rest();

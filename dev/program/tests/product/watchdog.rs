@@ -130,7 +130,7 @@ async fn rebuilds_a_starved_consumer() {
     until("it is counted for each of the three stages", async || rebuilds(&world).await >= 3).await;
     assert!(world.log().contains("a run stands still, and nothing is delivered"), "{}", world.log());
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     assert!(world.terminate(0) && world.terminate(1), "the web server and a worker stop cleanly");
 }
 
@@ -145,14 +145,14 @@ async fn rebuilds_a_consumer_cut_off_from_a_full_queue() {
     ];
     let (world, proxy) = world(&settings).await;
     let run = world.invite(&people(1000)).await;
-    world.until_progress(&run, "under way", |progress| progress["sent"].as_i64().unwrap() > 50).await;
+    world.until_progress(&run, "in progress", |progress| progress["sent"].as_i64().unwrap() > 50).await;
     proxy.drop_deliveries();
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "990 successful, 10 failed of 1,000");
     assert!(world.log().contains("messages wait on the queue, and none is delivered"), "{}", world.log());
     until("it is counted", async || rebuilds(&world).await >= 1).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 /// Like a queue without a leader for a while: the broker registers the consumer after the client's timeout.
@@ -171,5 +171,5 @@ async fn a_consumer_registered_too_late_takes_no_messages() {
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "198 successful, 2 failed of 200");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

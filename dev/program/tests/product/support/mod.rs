@@ -255,10 +255,10 @@ impl World {
         journal.lines().map(str::to_owned).collect()
     }
 
-    pub fn nobody_got_two(&self) {
+    pub fn assert_no_duplicates(&self) {
         let all = self.handed_over();
         let distinct: std::collections::HashSet<_> = all.iter().collect();
-        assert_eq!(distinct.len(), all.len(), "somebody got two mails");
+        assert_eq!(distinct.len(), all.len(), "a mail was handed over twice");
     }
 
     /// Guarantee 2, in SQL: each counter equals a count of the items.
