@@ -251,7 +251,7 @@ pub(super) struct Held {
     pub(super) item_id: i64,
     pub(super) number: i32,
     pub(super) worker_id: Option<i64>,
-    /// None: nobody knows such a worker.
+    /// Whether its worker neither stopped nor died. A worker whose row was pruned is dead.
     pub(super) alive: Option<bool>,
 }
 
@@ -309,7 +309,7 @@ pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Fou
         Row,
         r#"SELECT i.run_id, asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: Stored<ItemState>",
                   r.wanted AS "wanted?: Stored<Wanted>", a.worker_id AS "worker_id?",
-                  (w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
+                  (w.id IS NOT NULL AND w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
            FROM unnest($1::uuid[], $2::bigint[], $3::integer[]) AS asked (run_id, item_id, number)
            JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
            LEFT JOIN runs r ON r.id = i.run_id

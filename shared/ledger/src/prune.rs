@@ -110,7 +110,7 @@ pub async fn step(pool: &PgPool, limit: i64) -> sqlx::Result<Option<Step>> {
         r#"SELECT i.id, i.user_id, claim.alive AS "alive?"
            FROM run_items i
            LEFT JOIN LATERAL (
-               SELECT coalesce(w.stopped_at IS NULL AND w.died_at IS NULL, false) AS alive
+               SELECT w.id IS NOT NULL AND w.stopped_at IS NULL AND w.died_at IS NULL AS alive
                FROM attempts a LEFT JOIN workers w ON w.id = a.worker_id
                WHERE a.item_id = i.id AND a.worker_id > 0 AND i.state <> 'sent'
                  AND (a.number > i.attempt OR (a.number = i.attempt AND i.state = 'pending'))

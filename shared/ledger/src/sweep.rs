@@ -189,7 +189,7 @@ pub async fn open_items(
     let rows = sqlx::query!(
         r#"SELECT i.id, i.position, i.attempt, i.state AS "state: SqlState", i.tries, i.replays,
                   a.worker_id AS "worker_id?",
-                  (w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
+                  (w.id IS NOT NULL AND w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
            FROM run_items i
            LEFT JOIN attempts a ON a.item_id = i.id
                  AND a.number = i.attempt + CASE WHEN i.state = 'retrying' THEN 1 ELSE 0 END
