@@ -1,4 +1,4 @@
-//! How counts, times and progress are put into words and widths. Pure functions.
+//! Formats counts, times and progress. Pure functions.
 
 use std::borrow::Cow;
 
@@ -9,7 +9,7 @@ use mailrun_core::{
 };
 use mailrun_ledger::runs::Progress;
 
-/// A segment of the bar that is not empty is at least this wide, in percent: one failure among a million is seen.
+/// The minimum width of a segment that is not empty, in percent, so that one failure among a million is visible.
 const LEAST_PERCENT: f64 = 2.0;
 
 /// `1,000`
@@ -74,13 +74,13 @@ pub(crate) fn progress_text(counters: &Counters) -> String {
     text
 }
 
-/// How much is settled, in whole percent; 100 means everything.
+/// Settled items in whole percent, rounded down: 100 only if all are settled.
 pub(crate) fn percent(counters: &Counters) -> i64 {
     if counters.total == 0 { 100 } else { i64::from(counters.settled()) * 100 / i64::from(counters.total) }
 }
 
-/// The right edges of the bar's segments, in percent: sent, retrying, failed, unknown, and what will not be sent
-/// (cancelled or skipped). What is left over is still to be done.
+/// The right edges of the bar's segments, in percent: sent, retrying, failed, unknown, and not to be sent (cancelled or skipped).
+/// The rest is pending.
 pub(crate) fn edges(counters: &Counters) -> [f64; 5] {
     let segments = SEGMENTS.map(|states| states.iter().map(|state| counters.of(*state)).sum::<i32>());
     let [sent, retrying, failed, unknown, withheld] = segments;
@@ -94,7 +94,7 @@ pub(crate) fn edges(counters: &Counters) -> [f64; 5] {
             *share = LEAST_PERCENT;
         }
     }
-    // Six shares make up 100, so the largest has more than the other five can borrow.
+    // Six shares sum to 100, so the largest has more than the other five can borrow.
     if let Some(largest) = shares.iter_mut().max_by(|a, b| a.total_cmp(b)) {
         *largest -= borrowed;
     }
@@ -131,7 +131,7 @@ pub fn rate(per_second: f64) -> String {
     }
 }
 
-/// How long `open` items take at this rate, roughly. None: nothing moves.
+/// A rough estimate for `open` items at this rate. None: no progress.
 pub(crate) fn time_left(open: i32, per_second: f64) -> Option<String> {
     if open <= 0 || per_second <= 0.0 {
         return None;
@@ -161,11 +161,9 @@ fn plural(number: i64, what: &str) -> String {
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }
 
-/// A moment, for people and for `<time datetime>`.
+/// A time, for people and for `<time datetime>`.
 pub(crate) struct Moment {
-    /// For machines.
     pub(crate) iso: String,
-    /// For people.
     pub(crate) text: String,
     /// Relative to now.
     pub(crate) ago: String,
@@ -181,7 +179,7 @@ impl Moment {
     }
 }
 
-/// What a run is doing: its phase's name, or the word of a later version, which wants something else of it.
+/// The phase's name, or a wanted state of a later version.
 pub(crate) fn state(progress: &Progress) -> Cow<'static, str> {
     progress.later.clone().map_or_else(|| phase(progress.phase()).into(), Cow::Owned)
 }
@@ -213,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_grouped() {
+    fn groups_digits() {
         let texts = [0, 7, 999, 1_000, 12_345, 1_000_000, -1_234].map(|number: i64| grouped(number));
         assert_eq!(texts, ["0", "7", "999", "1,000", "12,345", "1,000,000", "-1,234"]);
         assert_eq!(
@@ -223,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_is_told_in_one_form() {
+    fn formats_progress() {
         assert_eq!(progress_text(&counters(990, 0, 10, 0, 0, 0)), "990 successful, 10 failed of 1,000");
         assert_eq!(progress_text(&counters(1_000, 0, 0, 0, 0, 0)), "1,000 successful of 1,000");
         assert_eq!(progress_text(&counters(0, 0, 0, 0, 0, 5)), "0 successful of 5");
@@ -236,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hundred_percent_means_everything() {
+    fn a_hundred_percent_means_all_settled() {
         assert_eq!(percent(&counters(999_999, 0, 0, 0, 0, 1)), 99);
         assert_eq!(percent(&counters(990, 0, 10, 0, 0, 0)), 100);
         assert_eq!(percent(&counters(0, 0, 0, 0, 0, 0)), 100);
@@ -250,16 +248,16 @@ mod tests {
     }
 
     #[test]
-    fn one_among_a_million_is_seen() {
+    fn one_among_a_million_is_visible() {
         assert_eq!(edges(&counters(999_999, 0, 1, 0, 0, 0)), [98.0, 98.0, 100.0, 100.0, 100.0]);
         let all = edges(&counters(1, 1, 1, 1, 1, 1_000_000));
         assert_eq!(all, [2.0, 4.0, 6.0, 8.0, 10.0]);
-        // The last one that is still to be done keeps the bar from looking full.
+        // One pending item keeps the bar from looking full.
         assert_eq!(edges(&counters(999_999, 0, 0, 0, 0, 1)), [98.0; 5]);
     }
 
     #[test]
-    fn durations_are_as_exact_as_they_are_short() {
+    fn short_durations_are_more_exact() {
         let texts = [0, 3_456, 9_999, 42_000, 185_000, 7_380_000, 100 * 3_600_000]
             .map(|ms| duration(TimeDelta::milliseconds(ms)));
         assert_eq!(texts, ["0.0 s", "3.4 s", "9.9 s", "42 s", "3 min 05 s", "2 h 03 min", "4 days 4 h"]);
@@ -286,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn the_past_is_told_from_now() {
+    fn formats_times_relative_to_now() {
         let now = Utc::now();
         let texts = [-3, 10, 50, 3_599, 7_200, 86_400].map(|s| ago(now - TimeDelta::seconds(s), now));
         assert_eq!(texts, ["just now", "just now", "1 minute ago", "59 minutes ago", "2 hours ago", "1 day ago"]);

@@ -1,7 +1,7 @@
-//! Publishes every message of a virtual host a second time, to test that nothing is counted or sent twice because of it.
+//! Publishes each message of a virtual host a second time, to test that duplicates are neither counted nor sent twice.
 //!
-//! A queue of its own is bound beside every other, so it receives a copy of each message; each copy is published again, over the
-//! default exchange, from which nothing is copied.
+//! An additional queue is bound beside each queue and receives a copy of each message. Each copy is published again over the default
+//! exchange, from which nothing is copied.
 
 use std::time::Duration;
 
@@ -20,18 +20,15 @@ use tokio::{task::JoinHandle, time::sleep};
 
 const COPIES: &str = "lab.copies";
 const PREFETCH: u16 = 500;
-/// Before the next connection, when one has failed.
+/// Pause before reconnecting.
 const AGAIN: Duration = Duration::from_millis(200);
 
-/// A doubler, until it is dropped.
+/// Duplicates messages until it is dropped.
 #[derive(Debug)]
 pub struct Doubler(JoinHandle<()>);
 
 impl Doubler {
-    /// Begins to double the messages for these queues. The exchange must be there.
-    ///
-    /// # Errors
-    /// When RabbitMQ can't be reached.
+    /// Starts to duplicate the messages of these queues. The exchange must exist.
     pub async fn start(url: &str, queues: &[String]) -> Result<Self> {
         let (connection, channel) = open(url, queues).await.context("messages can't be doubled")?;
         let (url, queues) = (url.to_owned(), queues.to_vec());
@@ -42,7 +39,7 @@ impl Doubler {
                     Some(opened) => Ok(opened),
                     None => open(&url, &queues).await,
                 };
-                // Whatever ends it, a node that is killed for instance, is a fault that the pipeline has to bear, and so has this.
+                // Any error, such as a killed node, is a fault that the pipeline must survive, and so must this.
                 if let Ok((_connection, channel)) = opened {
                     let _ = double(&channel).await;
                 }

@@ -1,4 +1,4 @@
-//! Mailrun under load and under faults: the benchmark and the fault bench, and the whole of Mailrun as children of this process.
+//! The benchmark and the fault bench, and a complete Mailrun as children of this process.
 
 pub mod bench;
 pub mod chaos;

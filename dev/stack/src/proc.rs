@@ -1,21 +1,26 @@
-//! The one reader of `/proc`. Where there is none, command lines come from `ps`, and nothing else is known.
+//! The only reader of `/proc`. Without it, command lines come from `ps`, and nothing else is available.
 
 /// A process; times in clock ticks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Process {
+    /// The process id.
     pub pid: u32,
+    /// Its parent.
     pub parent: u32,
-    /// The program's name, of which Linux keeps 15 bytes.
+    /// The program's name, truncated by Linux to 15 bytes.
     pub program: String,
+    /// Its own time.
     pub own: u64,
-    /// Of its children that have ended, and of theirs.
+    /// Of its ended children, and of theirs.
     pub ended_children: u64,
 }
 
 /// A process with its command line.
 #[derive(Debug)]
 pub struct Command {
+    /// The process id.
     pub pid: u32,
+    /// The command line.
     pub line: String,
 }
 
@@ -71,7 +76,7 @@ mod linux {
         Ok(all_processes().map_err(io::Error::other)?.filter_map(|entry| read(&entry.ok()?).ok()).collect())
     }
 
-    /// The command lines of all processes. Ended ones that nobody waited for have none.
+    /// The command lines of all processes. Zombies have none.
     pub fn commands() -> io::Result<Vec<Command>> {
         let command = |entry: Entry| {
             let mut line = Vec::new();
@@ -83,13 +88,13 @@ mod linux {
         Ok(all_processes().map_err(io::Error::other)?.filter_map(|entry| command(entry.ok()?)).collect())
     }
 
-    /// The most memory that a process has used, in bytes.
+    /// The peak memory of a process, in bytes.
     pub fn peak_memory(pid: u32) -> io::Result<u64> {
         let status = entry(pid)?.status().map_err(io::Error::other)?;
         Ok(status.vmhwm.unwrap_or(0) * 1024)
     }
 
-    /// What the whole machine has worked, interrupts included, in clock ticks.
+    /// The busy time of the whole machine, including interrupts, in clock ticks.
     pub fn busy() -> io::Result<u64> {
         KernelStats::current().map(|stats| working(&stats.total)).map_err(io::Error::other)
     }

@@ -1,4 +1,4 @@
-//! Where the time goes: CPU seconds and peak memory of every process that takes part, from `/proc`.
+//! CPU seconds and peak memory of all participating processes, from `/proc`.
 
 use std::ops::Sub;
 
@@ -11,38 +11,35 @@ use mailrun_stack::{
     proc::{self, Process, seconds},
 };
 
-/// CPU seconds by part, in user and kernel mode.
+/// CPU seconds in user and kernel mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Cpu {
     /// RabbitMQ.
     pub(super) broker: f64,
     /// PostgreSQL.
     pub(super) database: f64,
-    /// The pages and the relay.
+    /// The web server with the outbox publisher.
     pub(super) web: f64,
-    /// The pump.
+    /// Fan-out.
     pub(super) fan_out: f64,
-    /// The senders, together.
+    /// All senders together.
     pub(super) send: f64,
-    /// The counters.
+    /// The progress worker.
     pub(super) progress: f64,
     /// This process.
     pub(super) bench: f64,
-    /// Everybody else on this machine, who should be quiet.
+    /// All other processes of this machine, which should be idle.
     pub(super) others: f64,
 }
 
 impl Cpu {
-    /// What the parts have used up to now. Without services, theirs is nothing.
-    ///
-    /// # Errors
-    /// Where there is no `/proc`, or a server is restarting.
+    /// The CPU seconds used so far. Without `services`, theirs are 0. Requires `/proc` and running servers.
     pub(super) fn now(stack: &Stack, services: Option<&Services>) -> Result<Self> {
-        let all = proc::all().context("the bench reads /proc, which only Linux has")?;
+        let all = proc::all().context("the bench requires /proc (Linux)")?;
         let server = |pid: Option<u32>, name: &str| {
             pid.map(|pid| tree(&all, pid)).with_context(|| format!("{name} is not running"))
         };
-        let pids = stack.pids().context("the state of the private servers can't be read")?;
+        let pids = stack.pids().context("cannot read the state of the private servers")?;
         let mut cpu = Self {
             broker: server(pids.rabbitmq, "RabbitMQ")?,
             database: server(pids.postgres, "PostgreSQL")?,
@@ -54,7 +51,7 @@ impl Cpu {
                 *part += tree(&all, pid);
             }
         }
-        cpu.others = seconds(proc::busy().context("/proc/stat can't be read")?) - cpu.total();
+        cpu.others = seconds(proc::busy().context("cannot read /proc/stat")?) - cpu.total();
         Ok(cpu)
     }
 
@@ -68,7 +65,7 @@ impl Cpu {
         }
     }
 
-    /// The parts that are measured, with their names.
+    /// The measured parts with their names.
     pub(super) fn parts(&self) -> [(&'static str, f64); 7] {
         [
             ("broker", self.broker),
@@ -81,17 +78,17 @@ impl Cpu {
         ]
     }
 
-    /// The parts that are measured, together.
+    /// The sum of the measured parts.
     pub(super) fn total(&self) -> f64 {
         self.parts().iter().map(|(_, seconds)| seconds).sum()
     }
 
-    /// Whether others took so much of the machine that the figures say little.
+    /// Whether other processes used so much of the machine that the results are not meaningful.
     pub(super) fn is_disturbed(&self) -> bool {
         self.others > 0.1 * self.total()
     }
 
-    /// The part that `pick` makes of each part of `all`.
+    /// Applies `pick` to each part of `all`.
     pub(super) fn by_part(all: &[Self], pick: impl Fn(Vec<f64>) -> f64) -> Self {
         let of = |part: fn(&Self) -> f64| pick(all.iter().map(part).collect());
         Self {
@@ -115,18 +112,18 @@ impl Sub for Cpu {
     }
 }
 
-/// The most memory that a process of each role has used, in bytes.
+/// Peak memory by role, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Memory {
     pub(super) web: u64,
     pub(super) fan_out: u64,
-    /// The greatest of the senders.
+    /// The maximum of the senders.
     pub(super) send: u64,
     pub(super) progress: u64,
 }
 
 impl Memory {
-    /// Up to now.
+    /// The peak so far.
     pub(super) fn now(services: &Services) -> Self {
         let mut memory = Self::default();
         for (name, pid) in services.pids() {
@@ -141,7 +138,7 @@ impl Memory {
         memory
     }
 
-    /// The greater of both, role by role.
+    /// The maximum of both, for each role.
     pub(super) fn max(self, other: Self) -> Self {
         Self {
             web: self.web.max(other.web),
@@ -152,7 +149,7 @@ impl Memory {
     }
 }
 
-/// CPU seconds of a process, its descendants, and those of them that have ended.
+/// CPU seconds of a process and its descendants, including ended ones.
 fn tree(all: &[Process], root: u32) -> f64 {
     let mut ticks = 0;
     let mut open = vec![root];
@@ -173,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tree_counts_descendants_and_the_dead_once() {
+    fn a_tree_counts_descendants_and_ended_ones_once() {
         let program = String::new;
         let process =
             |pid, parent, own, ended_children| Process { pid, parent, program: program(), own, ended_children };
@@ -184,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn others_disturb_if_they_take_a_tenth() {
+    fn is_disturbed_if_others_use_a_tenth() {
         let (quiet, loud) = (Cpu { broker: 2.0, others: 0.1, ..Cpu::default() }, Cpu { others: 0.1, ..Cpu::default() });
         assert!(!quiet.is_disturbed() && loud.is_disturbed());
     }

@@ -61,12 +61,12 @@ async fn the_doctor_finds_an_idle_worker_that_is_of_no_use() {
     assert!(well, "{report}");
     sqlx::query("DELETE FROM workers").execute(&world.pool).await.unwrap();
     let (well, report) = world.output(&["doctor", "--json"], &[]);
-    assert!(!well && report.contains("a process reads mailrun.items that is no living worker"), "{report}");
+    assert!(!well && report.contains("mailrun.items has a consumer that is not a live worker"), "{report}");
     // One that is of use does not hide it.
     world.worker("send");
     until_read(&world, "mailrun.items", 2).await;
     let (well, report) = world.output(&["doctor", "--json"], &[]);
-    assert!(!well && report.contains("a process reads mailrun.items that is no living worker"), "{report}");
+    assert!(!well && report.contains("mailrun.items has a consumer that is not a live worker"), "{report}");
 }
 
 /// So many items are released and not counted at most.

@@ -407,7 +407,7 @@ async fn exactly_what_was_purged_is_put_back_and_nothing_of_a_sound_run() {
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (990, 10, 0));
     assert_eq!(world.repairs(&run).await, Repairs { put_back: purged.into(), ..Repairs::default() });
     let page = world.client.get(&run).send().await.unwrap().text().await.unwrap();
-    assert!(page.contains("The sweeper put back"), "{page}");
+    assert!(page.contains("The sweeper republished"), "{page}");
     world.nobody_got_two();
 }
 

@@ -1,7 +1,7 @@
-//! The mail server's moods: what it does to a message beside taking it in.
+//! Faults of the mail server: how it treats a message other than accepting it.
 //!
-//! Some recipients are always in trouble, so that there is something on the queues of the retry schedule and among the
-//! dead letters: every 20th is refused once for a passing reason, every 50th for good.
+//! Some recipients always have faults, so that there are messages on the retry queues and dead letters: every 20th is refused once with a
+//! temporary reply, every 50th permanently.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,78 +19,78 @@ use mailrun_sink::{Action, RateMeter, Rule, Stage};
 
 const REFUSED_ONCE_EVERY: u32 = 20;
 const REFUSED_EVERY: u32 = 50;
-/// While messages are dropped, it is every so manieth.
+/// While messages are dropped, every Nth one is.
 const DROPPED_EVERY: u32 = 100;
-/// While recipients are deferred, it is one of so many, and so often.
+/// While recipients are deferred: every Nth one, this many times.
 const DEFERRED_EVERY: u32 = 7;
 const DEFERRED_TIMES: u32 = 2;
-/// A pause holds within this time.
+/// A pause is in effect within this time.
 const PAUSE_ACTS: Duration = Duration::from_secs(1);
-/// A slow answer comes so late: it is waited for.
+/// The delay of a slow reply, which is shorter than the timeout.
 const SLOW: Duration = Duration::from_secs(2);
 
-/// What can be wrong with the mail server for a while.
+/// A temporary fault of the mail server.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Trouble {
-    /// Some messages are taken in, and the connection is closed before that is said.
+pub(super) enum SmtpFault {
+    /// Some messages are accepted, and the connection is closed before the reply.
     Drops,
-    /// Everybody is asked to come back later.
+    /// All clients are deferred.
     Busy,
-    /// It does not relay for us.
+    /// Relaying is denied.
     Refuses,
-    /// A limit of ours is reached.
+    /// A sending limit is exceeded.
     Limits,
-    /// An answer takes its time.
+    /// Replies are slow.
     Slow,
 }
 
-/// What a mail server does at present.
+/// The present faults of a mail server.
 #[derive(Debug, Default)]
-pub(super) struct Weather {
-    /// How many want it so at the moment.
+pub(super) struct SmtpFaults {
+    /// How many faults of each kind are active.
     drops: AtomicU32,
     busy: AtomicU32,
     refuses: AtomicU32,
     limits: AtomicU32,
     slow: AtomicU32,
-    /// Connections that shall still fall silent.
+    /// Connections that are still to hang.
     hangs: AtomicU32,
     messages: AtomicU32,
     refused_once: Mutex<HashSet<u32>>,
-    /// How often each of the recipients was named whom a limited run's mail server defers.
+    /// How often each deferred recipient of a limited run was named.
     deferred: Mutex<HashMap<u32, u32>>,
-    /// Whether some recipients are deferred again and again.
+    /// Whether some recipients are deferred repeatedly.
     pub(super) defers: AtomicBool,
     /// When mail was offered.
     pub(super) meter: OnceLock<Arc<RateMeter>>,
-    /// From when to when the run was paused, as far as a person can know.
+    /// When the run was paused, as far as a person can know.
     pub(super) pauses: Mutex<Vec<(Instant, Instant)>>,
-    /// The people who were erased: by tombstone, the address, which the sink knows.
+    /// The erased people: the address, known to the sink, by tombstone.
     pub(super) erased: Mutex<HashMap<String, String>>,
 }
 
-impl Weather {
+impl SmtpFaults {
     /// The rule for a mail sink.
     pub(super) fn rule(self: &Arc<Self>) -> Rule {
-        let weather = Arc::clone(self);
-        Arc::new(move |stage, _| weather.action(stage))
+        let smtp_faults = Arc::clone(self);
+        Arc::new(move |stage, _| smtp_faults.action(stage))
     }
 
-    /// Has this trouble for so long.
-    pub(super) async fn bad(&self, trouble: Trouble, time: Duration) {
-        let level = match trouble {
-            Trouble::Drops => &self.drops,
-            Trouble::Busy => &self.busy,
-            Trouble::Refuses => &self.refuses,
-            Trouble::Limits => &self.limits,
-            Trouble::Slow => &self.slow,
+    /// Applies this fault for some time.
+    pub(super) async fn apply(&self, fault: SmtpFault, time: Duration) {
+        let level = match fault {
+            SmtpFault::Drops => &self.drops,
+            SmtpFault::Busy => &self.busy,
+            SmtpFault::Refuses => &self.refuses,
+            SmtpFault::Limits => &self.limits,
+            SmtpFault::Slow => &self.slow,
         };
         level.fetch_add(1, Ordering::Relaxed);
         sleep(time).await;
         level.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Falls silent on so many connections that have a message under way.
+    /// Lets this many connections with a current message hang.
     pub(super) fn hang(&self, connections: u32) {
         self.hangs.fetch_add(connections, Ordering::Relaxed);
     }
@@ -113,7 +113,7 @@ impl Weather {
         }
     }
 
-    /// False, always: what follows is decided elsewhere.
+    /// Always false, so that the match continues.
     fn note_offer(&self) -> bool {
         if let Some(meter) = self.meter.get() {
             meter.note();
@@ -121,15 +121,14 @@ impl Weather {
         false
     }
 
-    /// How many mails were offered while the run was paused, leaving out the second within which a pause acts, and the moments in
-    /// which the machine stood still.
+    /// How many mails were offered while the run was paused, excluding the second in which a pause takes effect, and stalls of the machine.
     pub(super) fn offered_while_paused(&self) -> u64 {
         let pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(meter) = self.meter.get() else { return 0 };
         pauses.iter().map(|(from, until)| meter.offered_between(*from + PAUSE_ACTS, *until) as u64).sum()
     }
 
-    /// The people who were erased: by tombstone, the address.
+    /// The erased people: the address by tombstone.
     pub(super) fn erased(&self) -> HashMap<String, String> {
         self.erased.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -170,16 +169,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_weather_is_as_it_was_made() {
-        let weather = Weather::default();
-        let refused = |number: u32| weather.action(Stage::Rcpt(&format!("guest-{number:07}@example.org")));
+    fn applies_the_active_faults() {
+        let smtp_faults = SmtpFaults::default();
+        let refused = |number: u32| smtp_faults.action(Stage::Rcpt(&format!("guest-{number:07}@example.org")));
         assert!(matches!(refused(20), Action::Reply(451, _)));
         assert_eq!(refused(20), Action::GoOn);
         assert!(matches!((refused(50), refused(50)), (Action::Reply(550, _), Action::Reply(550, _))));
-        weather.hang(1);
-        assert_eq!([weather.action(Stage::Data), weather.action(Stage::Data)], [Action::Hang, Action::GoOn]);
-        weather.drops.store(1, Ordering::Relaxed);
-        let dropped = (0..1_000).filter(|_| weather.action(Stage::Message) == Action::AcceptThenDrop).count();
+        smtp_faults.hang(1);
+        assert_eq!([smtp_faults.action(Stage::Data), smtp_faults.action(Stage::Data)], [Action::Hang, Action::GoOn]);
+        smtp_faults.drops.store(1, Ordering::Relaxed);
+        let dropped = (0..1_000).filter(|_| smtp_faults.action(Stage::Message) == Action::AcceptThenDrop).count();
         assert_eq!(dropped, 10);
     }
 }

@@ -1,4 +1,4 @@
-//! Faults of the conveyor itself: messages in another order, queues that are gone, channels that the broker closes.
+//! Faults of queues: reordered messages, deleted queues and bindings, channels closed by the broker, foreign messages.
 
 use std::time::Duration;
 
@@ -23,28 +23,28 @@ use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
-use super::super::site::{Site, queues, rungs};
+use super::super::site::{Site, queues, retry_queues};
 
-/// So many messages of each queue are taken out of the order at a time, …
+/// How many messages of each queue are taken at a time, …
 const TAKEN: u16 = 200;
-/// … and kept for so long.
+/// … and held for this long.
 const KEPT: Duration = Duration::from_millis(300);
 /// Between two deletions.
 const BETWEEN_MS: std::ops::Range<u64> = 0..300;
-/// Between two times at which queues lose their bindings.
+/// Between two removals of bindings.
 const BETWEEN_UNBINDINGS: Duration = Duration::from_millis(20);
-/// What a delivery may take, while it may take less than a mail server that hangs.
+/// A delivery timeout shorter than the delay of a relay that hangs.
 const SHORT_TIMEOUT: &str = "application:set_env(rabbit, consumer_timeout, 1000), \
                              application:set_env(rabbit, channel_tick_interval, 200)";
-/// What RabbitMQ comes with.
-const USUAL_TIMEOUT: &str = "application:set_env(rabbit, consumer_timeout, 1800000), \
+/// RabbitMQ's default.
+const DEFAULT_TIMEOUT: &str = "application:set_env(rabbit, consumer_timeout, 1800000), \
                              application:set_env(rabbit, channel_tick_interval, 60000)";
-/// A channel keeps the time-out that held when it was opened.
+/// Channels keep the timeout with which they were opened, so connections are closed.
 const NEW_CHANNELS: &str =
     "[rabbit_networking:close_connection(Pid, \"mailrun chaos\") || Pid <- rabbit_networking:connections()]";
 
-/// Takes messages off every queue, beside those who should get them, and publishes them again in another order. They stay as they
-/// are, headers and all.
+/// Takes messages off all queues, competing with their consumers, and publishes them again in another order, unchanged including their
+/// headers.
 pub(super) async fn reorder(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -70,16 +70,16 @@ pub(super) async fn reorder(site: &Site<'_>, time: Duration, rng: &mut StdRng) -
             }
         }
         taken.shuffle(rng);
-        try_join_all(taken.iter().map(|(queue, delivery)| put_back(&channel, queue, delivery))).await?;
+        try_join_all(taken.iter().map(|(queue, delivery)| republish(&channel, queue, delivery))).await?;
         reordered += taken.len();
     }
     eprintln!("  {reordered} messages reordered");
-    // What has come since goes back by itself.
+    // Later deliveries return when the connection closes.
     Ok(connection.close(200, "done".into()).await?)
 }
 
-/// Publishes a message as it was, and acknowledges it once the broker has it again.
-async fn put_back(channel: &Channel, queue: &str, delivery: &Delivery) -> Result<()> {
+/// Publishes a message unchanged, and acknowledges it once the broker has confirmed it.
+async fn republish(channel: &Channel, queue: &str, delivery: &Delivery) -> Result<()> {
     let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
     let properties = delivery.properties.clone();
     let confirm = channel.basic_publish("".into(), queue.into(), options, &delivery.data, properties).await?;
@@ -89,7 +89,7 @@ async fn put_back(channel: &Channel, queue: &str, delivery: &Delivery) -> Result
     Ok(())
 }
 
-/// Deletes every queue, one after another.
+/// Deletes all queues, one after another.
 pub(super) async fn delete_queues(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     let mut queues = queues();
@@ -102,10 +102,10 @@ pub(super) async fn delete_queues(site: &Site<'_>, rng: &mut StdRng) -> Result<(
     Ok(connection.close(200, "done".into()).await?)
 }
 
-/// Takes the bindings of all queues that others can do without, again and again: the process that misses one declares it again.
+/// Repeatedly removes the bindings of all optional queues: a process that misses one declares it again.
 pub(super) async fn missing_queues(site: &Site<'_>, time: Duration) -> Result<()> {
     let (connection, channel) = site.channel().await?;
-    let queues = [RUNS_WAIT, RUNS_PAUSED, DEAD].map(str::to_owned).into_iter().chain(rungs());
+    let queues = [RUNS_WAIT, RUNS_PAUSED, DEAD].map(str::to_owned).into_iter().chain(retry_queues());
     let queues: Vec<String> = queues.collect();
     let end = Instant::now() + time;
     while Instant::now() < end {
@@ -115,7 +115,7 @@ pub(super) async fn missing_queues(site: &Site<'_>, time: Duration) -> Result<()
         }
         sleep(BETWEEN_UNBINDINGS).await;
     }
-    // As an operator does it afterwards.
+    // Restores them, as an operator would afterwards.
     for queue in &queues {
         let (name, options) = (queue.as_str(), QueueBindOptions::default());
         channel.queue_bind(name.into(), EXCHANGE.into(), name.into(), options, FieldTable::default()).await?;
@@ -123,15 +123,15 @@ pub(super) async fn missing_queues(site: &Site<'_>, time: Duration) -> Result<()
     Ok(connection.close(200, "done".into()).await?)
 }
 
-/// For some time the broker closes each channel on which a delivery is not acknowledged soon (406), and some mails take longer.
+/// For some time, the broker closes each channel with an unacknowledged delivery (406), while some mails take longer.
 pub(super) async fn time_out(site: &Site<'_>, time: Duration, hanging: u32) -> Result<()> {
     site.stack.control_rabbitmq(&["eval", &format!("{SHORT_TIMEOUT}, {NEW_CHANNELS}.")]).await?;
-    site.weather.hang(hanging);
+    site.smtp_faults.hang(hanging);
     sleep(time).await;
-    Ok(site.stack.control_rabbitmq(&["eval", &format!("{USUAL_TIMEOUT}, {NEW_CHANNELS}.")]).await?)
+    Ok(site.stack.control_rabbitmq(&["eval", &format!("{DEFAULT_TIMEOUT}, {NEW_CHANNELS}.")]).await?)
 }
 
-/// Publishes messages and results as another installation would: of runs of its own, whose items have the numbers of ours.
+/// Publishes messages and results of another installation: of its own runs, with items that have the same numbers as ours.
 pub(super) async fn foreign(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     let items: Vec<i64> = sqlx::query_scalar("SELECT id FROM run_items").fetch_all(&site.pool).await?;

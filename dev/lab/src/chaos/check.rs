@@ -1,4 +1,4 @@
-//! The judgement: what the ledger says of a run, beside what the mail server has seen and what is left on the queues.
+//! The check after a run: compares the ledger with what the mail server received and what is left on the queues.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,81 +27,78 @@ use uuid::Uuid;
 use super::site::{DEAD_AFTER, Site, queues};
 use mailrun_sink::Sink;
 
-/// After its end, a run's queues are empty within this time.
+/// A finished run's queues are empty within this time.
 const QUIET: Duration = Duration::from_secs(30);
 
-/// What became of the recipients of a run.
+/// The outcome of a run's recipients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Account {
+pub(super) struct Deliveries {
     pub(super) sent: u64,
     pub(super) failed: u64,
     pub(super) unknown: u64,
-    /// Not in the ledger, open for ever, or shown as sent and never delivered.
+    /// Not in the ledger, never settled, or recorded as sent and not delivered.
     pub(super) lost: u64,
-    /// Deliveries to somebody who had one already.
+    /// Deliveries to people who already had one.
     pub(super) doubled: u64,
-    /// Delivered, and shown as something that says they were not.
+    /// Delivered, and recorded in a state that means they were not.
     pub(super) untold: u64,
 }
 
-impl Account {
-    /// Weighs each item's state against how often its mail arrived. `deliveries` is all that arrived, whoever for.
-    fn of(recipients: u64, items: &[(ItemState, u32)], deliveries: u64) -> Self {
-        let mut account = Self { lost: recipients.saturating_sub(items.len() as u64), ..Self::default() };
+impl Deliveries {
+    /// Compares each item's state with how often its mail arrived. `total` is the number of deliveries.
+    fn of(recipients: u64, items: &[(ItemState, u32)], total: u64) -> Self {
+        let mut deliveries = Self { lost: recipients.saturating_sub(items.len() as u64), ..Self::default() };
         let mut accounted = 0;
         for (state, times) in items {
             accounted += u64::from(*times);
-            account.doubled += u64::from(times.saturating_sub(1));
+            deliveries.doubled += u64::from(times.saturating_sub(1));
             match state {
-                ItemState::Sent => account.sent += 1,
-                ItemState::Failed => account.failed += 1,
-                ItemState::Unknown => account.unknown += 1,
+                ItemState::Sent => deliveries.sent += 1,
+                ItemState::Failed => deliveries.failed += 1,
+                ItemState::Unknown => deliveries.unknown += 1,
                 _ => {}
             }
-            account.lost += u64::from(state.is_open() || (*state == ItemState::Sent && *times == 0));
-            account.untold += u64::from(!matches!(state, ItemState::Sent | ItemState::Unknown) && *times > 0);
+            deliveries.lost += u64::from(state.is_open() || (*state == ItemState::Sent && *times == 0));
+            deliveries.untold += u64::from(!matches!(state, ItemState::Sent | ItemState::Unknown) && *times > 0);
         }
-        // A mail that belongs to no item of the run was not to be written.
-        account.doubled += deliveries.saturating_sub(accounted);
-        account
+        // A mail that belongs to no item of the run is a duplicate.
+        deliveries.doubled += total.saturating_sub(accounted);
+        deliveries
     }
 }
 
-/// What the ledger and the mail server say in the end.
+/// The final state of the ledger and the mail server.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Verdict {
-    pub(super) account: Account,
-    /// Counters that differ from the number of items that they count, and people whose flag differs from their item.
+pub(super) struct CheckResult {
+    pub(super) deliveries: Deliveries,
+    /// Counters that differ from the items, and people whose flag differs from their item.
     pub(super) drift: u64,
-    /// People who were suppressed, though nothing proved that their mailbox does not exist.
+    /// People suppressed without proof that their mailbox does not exist.
     pub(super) suppressed_without_evidence: u64,
     pub(super) repairs: Repairs,
 }
 
-/// What Mailrun did about it by itself.
+/// Automatic repairs.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Repairs {
-    /// Messages that the sweeper put back.
+    /// Messages republished by the sweeper.
     pub(super) put_back: u64,
     /// Claims of dead workers that it gave up.
     pub(super) buried: u64,
-    /// Consumers' connections that a watchdog built anew.
+    /// Consumer connections rebuilt by a watchdog.
     pub(super) rebuilds: u64,
 }
 
-/// Judges a run when its services have ended. `erased`: the addresses of people who were erased, by their tombstones.
-///
-/// # Errors
-/// The database's.
-pub(super) async fn judge(
+/// Checks a run after its services have ended. `erased`: the addresses of erased people by their tombstones.
+pub(super) async fn check(
     pool: &PgPool,
     sink: &Sink,
     run_id: Uuid,
     recipients: u32,
     erased: &HashMap<String, String>,
-) -> Result<Verdict> {
+) -> Result<CheckResult> {
     let runs: i64 = sqlx::query_scalar("SELECT count(*) FROM runs").fetch_one(pool).await?;
-    ensure!(runs == 1, "the form was sent once, and made {runs} runs");
+    ensure!(runs == 1, "the form was submitted once and created {runs} runs");
     let rows: Vec<(i64, String, SqlState)> = sqlx::query_as(
         "SELECT i.id, u.email, i.state FROM run_items i JOIN users u ON u.id = i.user_id WHERE i.run_id = $1",
     )
@@ -119,11 +116,11 @@ pub(super) async fn judge(
     };
     let items: Vec<(ItemState, u32)> =
         rows.iter().map(|(id, email, state)| ((*state).into(), times(*id, email))).collect();
-    let account = Account::of(recipients.into(), &items, sink.mailbox().figures().deliveries);
-    // No fault is evidence: the mail server calls nobody unknown, and no report comes from it.
+    let deliveries = Deliveries::of(recipients.into(), &items, sink.mailbox().counts().deliveries);
+    // No fault is evidence: the mail server refuses nobody as unknown, and sends no reports.
     let suppressed: i64 = sqlx::query_scalar("SELECT count(*) FROM suppressions").fetch_one(pool).await?;
-    Ok(Verdict {
-        account,
+    Ok(CheckResult {
+        deliveries,
         drift: drift(pool).await?,
         suppressed_without_evidence: suppressed.try_into()?,
         repairs: repairs(pool, run_id).await?,
@@ -148,21 +145,18 @@ async fn drift(pool: &PgPool) -> sqlx::Result<u64> {
     Ok(counters as u64 + (flags.missing + flags.wrong).unsigned_abs())
 }
 
-/// What a run has left behind, which still ran when it was looked at.
+/// What a finished run left behind while its services still ran.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Remains {
-    /// Messages on queues that should be empty, and dead letters of nobody.
+    /// Messages on queues that should be empty, and unexpected dead letters.
     pub(super) messages: u64,
-    /// Dead letters of items that were sent after all; sending them again does nothing.
+    /// Dead letters of items that were sent since; replaying them has no effect.
     pub(super) outdated_dead_letters: u64,
-    /// Workers that live and say that they still have something in flight.
+    /// Live workers that report items in flight.
     pub(super) busy_workers: u64,
 }
 
-/// Waits until the queues of a run that is over are empty, and says what stays.
-///
-/// # Errors
-/// When a server does not answer.
+/// Waits until the queues of a finished run are empty, and returns what remains.
 pub(super) async fn remains(site: &Site<'_>, run_id: Uuid) -> Result<Remains> {
     let (connection, mut channel) = site.channel().await?;
     let queues = queues();
@@ -173,7 +167,7 @@ pub(super) async fn remains(site: &Site<'_>, run_id: Uuid) -> Result<Remains> {
         for queue in &queues {
             match depth(&channel, queue).await {
                 Ok(messages) => remains.messages += u64::from(messages),
-                // A queue that was deleted comes back when somebody needs it; the question has cost the channel.
+                // A deleted queue is declared again on demand; the failed query has closed the channel.
                 Err(_) => channel = connection.create_channel().await?,
             }
         }
@@ -199,40 +193,40 @@ pub(super) async fn remains(site: &Site<'_>, run_id: Uuid) -> Result<Remains> {
     if depth(&channel, DEAD).await.is_err() {
         return Ok(remains);
     }
-    // Nothing is acknowledged, so all of it is back when the connection ends.
-    let mut strange: BTreeMap<String, u64> = BTreeMap::new();
+    // Nothing is acknowledged, so all messages return when the connection closes.
+    let mut unexpected: BTreeMap<String, u64> = BTreeMap::new();
     while let Some(letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
-        match Letter::of(&letter.delivery, &standings, run_id) {
-            Letter::Waits | Letter::Foreign | Letter::Stale => {}
-            Letter::Outdated => remains.outdated_dead_letters += 1,
-            Letter::Strange => *strange.entry(described(&letter.delivery)).or_default() += 1,
+        match DeadLetterKind::of(&letter.delivery, &standings, run_id) {
+            DeadLetterKind::Waits | DeadLetterKind::Foreign | DeadLetterKind::Stale => {}
+            DeadLetterKind::Outdated => remains.outdated_dead_letters += 1,
+            DeadLetterKind::Unexpected => *unexpected.entry(described(&letter.delivery)).or_default() += 1,
         }
     }
-    for (what, count) in &strange {
-        eprintln!("  {count} dead letters of nobody: {what}");
+    for (what, count) in &unexpected {
+        eprintln!("  {count} unexpected dead letters: {what}");
     }
-    remains.messages += strange.values().sum::<u64>();
+    remains.messages += unexpected.values().sum::<u64>();
     connection.close(200, "done".into()).await?;
     Ok(remains)
 }
 
-/// What a dead letter is good for.
+/// What a dead letter is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Letter {
-    /// It is the next attempt of somebody who failed or is unknown.
+enum DeadLetterKind {
+    /// The next attempt of an item that failed or is unknown.
     Waits,
-    /// Moving it does nothing: its item was sent after all, or the ledger knows all its results. The broker puts here what
-    /// it had to deliver too often, and others do its work.
+    /// Without effect: its item was sent since, or the ledger has all its results. The broker dead-letters deliveries over the limit,
+    /// and other workers have done their work.
     Outdated,
-    /// It belongs to a run of another installation.
+    /// Of another installation's run.
     Foreign,
-    /// It was published before the ledger was restored.
+    /// Published before the restore.
     Stale,
-    /// Nobody knows what it is for.
-    Strange,
+    /// None of these.
+    Unexpected,
 }
 
-impl Letter {
+impl DeadLetterKind {
     fn of(letter: &Delivery, standings: &HashMap<i64, Standing>, ours: Uuid) -> Self {
         if header_text(letter, ERROR_HEADER).is_some_and(|why| why == STALE) {
             return Self::Stale;
@@ -246,7 +240,7 @@ impl Letter {
                 let news = Standing { attempt: result.attempt, state: result.state };
                 standings.get(&result.item_id).is_some_and(|standing| merge(*standing, news).0 == *standing)
             });
-            return if known { Self::Outdated } else { Self::Strange };
+            return if known { Self::Outdated } else { Self::Unexpected };
         }
         let item = decode::<ItemMessage>(kind, &letter.data).ok();
         if item.is_some_and(|item| item.run_id != ours) {
@@ -255,15 +249,15 @@ impl Letter {
         match item.and_then(|item| standings.get(&item.item_id)).map(|standing| standing.state) {
             Some(ItemState::Failed | ItemState::Unknown) => Self::Waits,
             Some(ItemState::Sent) => Self::Outdated,
-            _ => Self::Strange,
+            _ => Self::Unexpected,
         }
     }
 }
 
-/// The type of a dead letter, and why it is one.
+/// The type of a dead letter and the reason for it.
 fn described(letter: &Delivery) -> String {
     let kind = letter.properties.kind().as_ref().map_or("of no type", ShortString::as_str);
-    // The broker's own word, where it was not a worker that put it there.
+    // The broker's reason, if no worker put it there.
     let why = [REASON_HEADER, "x-first-death-reason"].into_iter().find_map(|header| header_text(letter, header));
     format!("{kind}, {}", why.as_deref().unwrap_or("for no reason"))
 }
@@ -273,13 +267,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_recipient_is_weighed() {
+    fn counts_each_recipient() {
         use ItemState::{Cancelled, Failed, Pending, Sent, Unknown};
-        let account = Account::of(5, &[(Sent, 1), (Failed, 0), (Unknown, 0), (Unknown, 1), (Cancelled, 0)], 2);
-        assert_eq!(account, Account { sent: 1, failed: 1, unknown: 2, ..Account::default() });
+        let deliveries = Deliveries::of(5, &[(Sent, 1), (Failed, 0), (Unknown, 0), (Unknown, 1), (Cancelled, 0)], 2);
+        assert_eq!(deliveries, Deliveries { sent: 1, failed: 1, unknown: 2, ..Deliveries::default() });
         // One is not in the ledger, one was never delivered, one is open.
-        assert_eq!(Account::of(4, &[(Sent, 0), (Pending, 0), (Sent, 1)], 1).lost, 3);
-        let account = Account::of(3, &[(Sent, 3), (Failed, 1), (Unknown, 2)], 7);
-        assert_eq!((account.doubled, account.untold), (4, 1), "and one mail was for nobody");
+        assert_eq!(Deliveries::of(4, &[(Sent, 0), (Pending, 0), (Sent, 1)], 1).lost, 3);
+        let deliveries = Deliveries::of(3, &[(Sent, 3), (Failed, 1), (Unknown, 2)], 7);
+        assert_eq!((deliveries.doubled, deliveries.untold), (4, 1), "one mail had no recipient in the run");
     }
 }

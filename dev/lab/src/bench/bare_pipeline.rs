@@ -1,9 +1,9 @@
-//! The bare conveyor: raw lapin and raw SQL that write durably what Mailrun writes for an item, and do nothing else.
+//! The bare pipeline: raw lapin and raw SQL that durably write what Mailrun writes for an item, and nothing else.
 //!
-//! For each item one message is published, confirmed, consumed and acknowledged; a claim is inserted; a result goes through
-//! a second queue; item, person and counter are updated. There are no decisions in it: no fence, no permits, no heartbeat,
-//! no mail, nothing that would survive a crash. So it is what the servers allow in Mailrun's order of work. With batches of
-//! one it is what somebody would write who thinks of one item at a time.
+//! For each item, one message is published, confirmed, consumed and acknowledged; a claim is inserted; a result goes through a second
+//! queue; item, person and counter are updated. It makes no decisions: no fence, no permits, no heartbeat, no mail, no crash recovery.
+//! It therefore shows what the servers allow in Mailrun's order of work. With batches of one, it is the code that processes one item
+//! at a time.
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,15 +27,15 @@ use uuid::Uuid;
 
 use super::place::Place;
 
-/// Items whose ids are read at a time.
+/// Items whose ids are read at once.
 const CHUNK: usize = 1_000;
-/// Publishes polled together: one system call for many frames.
+/// Publishes polled together, so that one system call writes many frames.
 const POLLED_TOGETHER: usize = 64;
-/// A batch that is not full by then goes as it is.
+/// How long to wait for a batch to fill.
 const GATHER: Duration = Duration::from_millis(10);
 const PREFETCH: u16 = 400;
 
-/// How much is done at a time.
+/// The batch sizes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sizes {
     /// Messages published before their confirms are awaited.
@@ -44,24 +44,22 @@ pub(super) struct Sizes {
     pub(super) batch: usize,
     /// Channels that publish item messages.
     pub(super) publishers: usize,
-    /// Senders, each with a session and channels of its own.
+    /// Senders, each with its own session and channels.
     pub(super) senders: usize,
     /// Items published and not yet counted.
     pub(super) window: usize,
 }
 
-/// A conveyor that is connected and stands still.
-pub(super) struct Conveyor {
+/// A connected pipeline that has not started.
+pub(super) struct BarePipeline {
     publishers: Vec<Publisher>,
     senders: Vec<Sender>,
     progress: Progress,
 }
 
-impl Conveyor {
+impl BarePipeline {
     /// Connects everything, so that connecting is not measured.
-    ///
-    /// # Errors
-    /// When a server does not answer.
+
     pub(super) async fn connect(place: &Place<'_>, sizes: Sizes) -> Result<Self> {
         let window = Arc::new(Semaphore::new(sizes.window));
         let mut publishers = Vec::new();
@@ -84,11 +82,9 @@ impl Conveyor {
         Ok(Self { publishers, senders, progress })
     }
 
-    /// Carries all items of a run, and returns when the last one is counted.
-    ///
-    /// # Errors
-    /// Any trouble: it has no means against it.
-    pub(super) async fn carry(self, run_id: Uuid, items: usize) -> Result<()> {
+    /// Processes all items of a run, and returns when the last one is counted. Any error ends it.
+
+    pub(super) async fn process(self, run_id: Uuid, items: usize) -> Result<()> {
         let mut parts: JoinSet<Result<bool>> = JoinSet::new();
         let lanes = self.publishers.len();
         for (lane, publisher) in self.publishers.into_iter().enumerate() {
@@ -100,15 +96,15 @@ impl Conveyor {
         parts.spawn(async move { self.progress.count(run_id, items).await.map(|()| true) });
         while let Some(ended) = parts.join_next().await {
             if ended?? {
-                // The others are stopped with the set.
+                // Dropping the set stops the others.
                 return Ok(());
             }
         }
-        bail!("the conveyor stopped before all was counted")
+        bail!("the bare pipeline ended before all items were counted")
     }
 }
 
-/// Publishes to one queue.
+/// A publisher to one queue.
 struct Out {
     queue: &'static str,
     channel: Channel,
@@ -121,7 +117,7 @@ impl Out {
         Ok(Self { queue, channel, _connection: connection })
     }
 
-    /// Those of Mailrun's item messages, so that the same bytes are written.
+    /// The properties of Mailrun's item messages, so that the same bytes are written.
     fn properties(&self) -> BasicProperties {
         Outgoing::raw(self.queue, ItemMessage::TYPE, Vec::new()).in_epoch(1).properties()
     }
@@ -136,13 +132,13 @@ impl Out {
             confirms.extend(try_join_all(together.iter().map(|body| publish(body.as_slice()))).await?);
         }
         for confirm in join_all(confirms).await {
-            ensure!(confirm? == Confirmation::Ack(None), "RabbitMQ did not take a message");
+            ensure!(confirm? == Confirmation::Ack(None), "RabbitMQ did not accept a message");
         }
         Ok(())
     }
 }
 
-/// Consumes one queue.
+/// A consumer of one queue.
 struct In {
     deliveries: Consumer,
     channel: Channel,
@@ -162,7 +158,7 @@ impl In {
         Ok(self.deliveries.next().await.context("the consumer was cancelled")??)
     }
 
-    /// `most` deliveries, or fewer if no more come for a moment.
+    /// Up to `max` deliveries; fewer if no more come for [`GATHER`].
     async fn gather(&mut self, most: usize) -> Result<Vec<Delivery>> {
         let mut batch = vec![self.next().await?];
         while batch.len() < most {
@@ -178,7 +174,7 @@ impl In {
         Ok(batch)
     }
 
-    /// Acknowledges all up to the last of `batch`.
+    /// Acknowledges all deliveries up to the last of `batch`.
     async fn ack(&self, batch: &[Delivery]) -> Result<()> {
         let Some(last) = batch.last() else { return Ok(()) };
         let options = BasicAckOptions { multiple: batch.len() > 1 };
@@ -195,7 +191,7 @@ struct Publisher {
 }
 
 impl Publisher {
-    /// Every `lanes`-th chunk, from the `lane`-th on.
+    /// Publishes every `lanes`-th chunk, starting with the `lane`-th.
     async fn publish(mut self, run_id: Uuid, items: usize, lane: usize, lanes: usize) -> Result<()> {
         for after in (0..items).step_by(CHUNK).skip(lane).step_by(lanes) {
             let ids: Vec<i64> = sqlx::query_scalar(
@@ -216,7 +212,7 @@ impl Publisher {
     }
 }
 
-/// Claims, sends nothing, and reports.
+/// Claims items and reports them without sending.
 struct Sender {
     id: i64,
     database: PgConnection,
@@ -244,7 +240,7 @@ impl Sender {
     }
 }
 
-/// Counts.
+/// Applies the results.
 struct Progress {
     database: PgConnection,
     results: In,
@@ -287,13 +283,13 @@ fn item_body(run_id: Uuid, item_id: i64) -> Vec<u8> {
     format!(r#"{{"run_id":"{run_id}","item_id":{item_id},"attempt":1,"tries":1,"replays":0}}"#).into_bytes()
 }
 
-/// The id in an item's message: not read as JSON, only found.
+/// Finds the id in an item's message without parsing JSON.
 fn item_id(body: &[u8]) -> Option<i64> {
     let (_, rest) = std::str::from_utf8(body).ok()?.split_once(r#""item_id":"#)?;
     rest.split_once(',')?.0.parse().ok()
 }
 
-/// The ids, and nothing else.
+/// A message of ids only.
 fn results_body(ids: &[i64]) -> Vec<u8> {
     let ids: Vec<String> = ids.iter().map(i64::to_string).collect();
     ids.join(",").into_bytes()
@@ -310,7 +306,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_survive_the_conveyor() {
+    fn ids_survive_encoding() {
         let run_id = Uuid::from_u128(7);
         assert_eq!(item_id(&item_body(run_id, 4711)), Some(4711));
         assert_eq!(item_id(b"{}"), None);
@@ -319,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn its_item_messages_are_mailruns() {
+    fn item_messages_equal_mailruns() {
         let message = ItemMessage { run_id: Uuid::from_u128(7), item_id: 4711, attempt: 1, tries: 1, replays: 0 };
         assert_eq!(item_body(message.run_id, message.item_id), encode(&message));
         assert_eq!(decode::<ItemMessage>(None, &item_body(message.run_id, 4711)).unwrap(), message);

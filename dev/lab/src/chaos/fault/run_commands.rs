@@ -1,4 +1,4 @@
-//! What a person asks for in the middle of a run.
+//! Actions of a person during a run: pausing it, and erasing people.
 
 use std::time::{Duration, Instant};
 
@@ -12,27 +12,31 @@ use uuid::Uuid;
 
 use super::super::site::Site;
 
-/// A person presses the button again for so long while the pages do not answer.
-const PATIENT_FOR: Duration = Duration::from_secs(30);
-/// People who are erased at a time.
+/// How long a button is pressed repeatedly while the web server is unavailable.
+const RETRY_FOR: Duration = Duration::from_secs(30);
+/// People erased at a time.
 const ERASED: i64 = 5;
 const BETWEEN: Duration = Duration::from_millis(200);
 
-/// Pauses the run, waits until that must hold and for `time` more, and resumes it.
+/// Pauses the run, waits until the pause must be in effect and for `time` more, and resumes it.
 pub(super) async fn pause(site: &Site<'_>, time: Duration) -> Result<()> {
     let run_id: Uuid = sqlx::query_scalar("SELECT id FROM runs").fetch_one(&site.pool).await?;
     if wanted(&site.pool, run_id).await? != Wanted::Running {
-        bail!("the run is paused already");
+        bail!("the run is already paused");
     }
     press(site, run_id, "pause", Wanted::Paused).await?;
     let paused_at = Instant::now();
     sleep(Duration::from_secs(1) + time).await;
     let resumed_at = Instant::now();
-    site.weather.pauses.lock().map_err(|_| anyhow::anyhow!("a pause was broken off"))?.push((paused_at, resumed_at));
+    site.smtp_faults
+        .pauses
+        .lock()
+        .map_err(|_| anyhow::anyhow!("a pause was interrupted"))?
+        .push((paused_at, resumed_at));
     press(site, run_id, "resume", Wanted::Running).await
 }
 
-/// Erases people, in whatever state their invitation is.
+/// Erases people, in any state of their invitation.
 pub(super) async fn erase(site: &Site<'_>) -> Result<()> {
     let people: Vec<(i64, String)> =
         sqlx::query_as("SELECT id, email FROM users WHERE erased_at IS NULL ORDER BY random() LIMIT $1")
@@ -41,28 +45,28 @@ pub(super) async fn erase(site: &Site<'_>) -> Result<()> {
             .await?;
     let mut conn = site.pool.acquire().await?;
     for (id, email) in people {
-        // Before it is done: it may be, although the answer is lost.
+        // Before the erasure: it may succeed although the response is lost.
         let tombstone = people::Tombs::read(&mut conn).await?.of(&email);
-        site.weather
+        site.smtp_faults
             .erased
             .lock()
-            .map_err(|_| anyhow::anyhow!("an erasure was broken off"))?
+            .map_err(|_| anyhow::anyhow!("an erasure was interrupted"))?
             .insert(tombstone, email.clone());
-        people::erase(&mut conn, &email).await.with_context(|| format!("person {id} can't be erased"))?;
+        people::erase(&mut conn, &email).await.with_context(|| format!("erasing person {id} failed"))?;
     }
     Ok(())
 }
 
 pub(super) async fn press(site: &Site<'_>, run_id: Uuid, button: &str, until: Wanted) -> Result<()> {
-    let end = Instant::now() + PATIENT_FOR;
+    let end = Instant::now() + RETRY_FOR;
     loop {
         let pressed = site.visitor.press(run_id, button).await;
-        // The answer may get lost, so the ledger says whether it was heard.
+        // The response may get lost, so the ledger decides.
         if wanted(&site.pool, run_id).await.is_ok_and(|wanted| wanted == until) {
             return Ok(());
         }
         if Instant::now() > end {
-            return pressed.with_context(|| format!("the pages do not {button} the run"));
+            return pressed.with_context(|| format!("the request to {button} the run failed"));
         }
         sleep(BETWEEN).await;
     }

@@ -1,4 +1,4 @@
-//! The outbox relay: takes messages that were committed to PostgreSQL and marks them once RabbitMQ has confirmed them.
+//! The outbox publisher: publishes the messages that were committed to PostgreSQL, and marks them once RabbitMQ has confirmed them.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -12,26 +12,25 @@ use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// Messages in one transaction.
+/// Messages per transaction.
 const BATCH: i64 = 100;
-/// Other processes put messages into the outbox as well, and nobody wakes the relay for them.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Other processes also insert into the outbox, and do not wake the publisher.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A message that this program does not understand is left for so long, …
-const NOT_UNDERSTOOD: Duration = Duration::from_secs(60);
-/// … and one that RabbitMQ rejects for so long: the others go on meanwhile.
-const REJECTED: Duration = Duration::from_secs(5);
+/// A message that cannot be parsed is postponed for this long, …
+const UNPARSED_DELAY: Duration = Duration::from_secs(60);
+/// … and one that RabbitMQ rejects for this long; the others are published meanwhile.
+const REJECTED_DELAY: Duration = Duration::from_secs(5);
 
-/// Why nothing can be handed over at the moment.
 #[derive(Debug, thiserror::Error)]
-enum RelayError {
+enum PublishError {
     #[error("PostgreSQL: {0}")]
     Database(#[from] sqlx::Error),
     #[error("{0}")]
     Broker(#[from] BrokerError),
 }
 
-/// Hands over whatever is in the outbox, until `stop` is cancelled. Several relays may run at once.
+/// Publishes the outbox until `stop` is cancelled. Several publishers may run at once.
 /// One batch may take `limit`.
 pub(crate) async fn run(
     pool: &PgPool,
@@ -44,24 +43,24 @@ pub(crate) async fn run(
     let mut down = false;
     // A ledger that is older than the broker's messages publishes nothing.
     while stop.run_until_cancelled(epoch.current()).await.is_some() {
-        // What is cut off here was not marked: it is handed over again at the next start, and a doubled message changes
+        // A batch that is cut off here was not marked: it is published again at the next start, and a duplicate message changes
         // nothing.
-        let relayed = tokio::select! {
+        let published = tokio::select! {
             () = stop.cancelled() => return,
-            relayed = in_time(limit, relay(pool, publisher)) => relayed,
+            published = in_time(limit, publish_batch(pool, publisher)) => published,
         };
-        let more = match relayed {
+        let more = match published {
             Ok(count) => {
                 // An empty outbox proves nothing about RabbitMQ.
                 if down && count > 0 {
-                    info!("the outbox is handed over again");
+                    info!("outbox publishing resumed");
                     down = false;
                 }
                 count == BATCH as usize
             }
             Err(error) => {
                 if !down {
-                    warn!(%error, "messages wait in the outbox; they are handed over as soon as possible");
+                    warn!(%error, "publishing the outbox failed, retrying");
                     down = true;
                 }
                 false
@@ -71,14 +70,14 @@ pub(crate) async fn run(
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = wake.notified() => {}
-                () = sleep(LOOK_EVERY) => {}
+                () = sleep(POLL_INTERVAL) => {}
             }
         }
     }
 }
 
-/// Hands over one batch, and returns how many messages that was.
-async fn relay(pool: &PgPool, publisher: &Publisher) -> Result<usize, RelayError> {
+/// Publishes one batch, and returns its size.
+async fn publish_batch(pool: &PgPool, publisher: &Publisher) -> Result<usize, PublishError> {
     let mut tx = pool.begin().await?;
     let waiting = outbox::take(&mut tx, BATCH).await?;
     if waiting.is_empty() {
@@ -92,20 +91,20 @@ async fn relay(pool: &PgPool, publisher: &Publisher) -> Result<usize, RelayError
                 offered.insert(message.id(), id);
                 messages.push(message);
             }
-            // A newer Mailrun wrote it, which may understand it as well; the others must not wait for that.
+            // A newer version may have written it and can parse it; the others must not wait for that.
             Err(error) => {
-                warn!(outbox_id = id, %error, "a message in the outbox is not understood; it is left for a minute");
+                warn!(outbox_id = id, %error, "outbox message cannot be parsed, postponed for a minute");
                 postponed.push(id);
             }
         }
     }
-    // The limit of this batch ends the wait.
+    // The caller's time limit bounds this wait.
     let rejected = publisher.offer(messages).await?;
     let rejected: Vec<i64> = rejected.iter().filter_map(|message| offered.remove(&message.id())).collect();
     let published: Vec<i64> = offered.into_values().collect();
     outbox::mark_published(&mut tx, &published).await?;
-    outbox::postpone(&mut tx, &postponed, NOT_UNDERSTOOD).await?;
-    outbox::postpone(&mut tx, &rejected, REJECTED).await?;
+    outbox::postpone(&mut tx, &postponed, UNPARSED_DELAY).await?;
+    outbox::postpone(&mut tx, &rejected, REJECTED_DELAY).await?;
     tx.commit().await?;
     Ok(count)
 }
