@@ -251,7 +251,6 @@ pub(super) struct Held {
     pub(super) item_id: i64,
     pub(super) number: i32,
     pub(super) worker_id: Option<i64>,
-    /// None: nobody knows such a worker.
     pub(super) alive: bool,
 }
 

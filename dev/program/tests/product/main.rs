@@ -29,4 +29,5 @@ mod restore;
 mod roles;
 mod submission;
 mod support;
+mod upgrade;
 mod watchdog;
