@@ -287,9 +287,8 @@ impl Problem {
     fn nothing_new(tally: Tally) -> Self {
         let known = tally.already_invited + tally.already_failed;
         let title = match (known, tally.invalid) {
-            (0, _) if tally.suppressed > 0 => "Nobody in the list can be invited.",
-            (0, _) => "There is no valid address in the list.",
-            (_, 0) if tally.already_failed == 0 => "Everyone in the list has been invited already.",
+            (0, _) if tally.suppressed == 0 => "There is no valid address in the list.",
+            (1.., 0) if tally.already_failed == 0 => "Everyone in the list has been invited already.",
             _ => "Nobody in the list can be invited.",
         };
         let mut reasons = Vec::new();

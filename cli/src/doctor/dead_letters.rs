@@ -110,8 +110,8 @@ async fn read(rabbitmq: &RabbitMq) -> Result<QueueContents> {
     };
     let mut contents = QueueContents { all, poison: 0, readable: Vec::new() };
     for _ in 0..all.min(MAX_CHECKED) {
-        let Some(letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? else { break };
-        match key(&letter.delivery) {
+        let Some(dead_letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? else { break };
+        match key(&dead_letter.delivery) {
             Some(key) => contents.readable.push(key),
             None => contents.poison += 1,
         }
@@ -121,20 +121,20 @@ async fn read(rabbitmq: &RabbitMq) -> Result<QueueContents> {
 }
 
 /// None: the message cannot be parsed.
-fn key(letter: &Delivery) -> Option<Key> {
-    if header_text(letter, REASON_HEADER).as_deref() == Some(DeadReason::Poison.as_str()) {
+fn key(dead_letter: &Delivery) -> Option<Key> {
+    if header_text(dead_letter, REASON_HEADER).as_deref() == Some(DeadReason::Poison.as_str()) {
         return None;
     }
-    let kind = letter.properties.kind().as_ref().map(lapin::types::ShortString::as_str);
-    let item: ItemMessage = decode(kind, &letter.data).ok()?;
+    let kind = dead_letter.properties.kind().as_ref().map(lapin::types::ShortString::as_str);
+    let item: ItemMessage = decode(kind, &dead_letter.data).ok()?;
     Some((item.item_id, item.attempt))
 }
 
-async fn subjects(target: &Target, letters: &[Key]) -> Result<HashMap<i64, Subject>> {
+async fn subjects(target: &Target, dead_letters: &[Key]) -> Result<HashMap<i64, Subject>> {
     let mut conn = target.pool.acquire().await?;
     let mut subjects = HashMap::new();
-    for letters in letters.chunks(BATCH) {
-        let ids: Vec<i64> = letters.iter().map(|(item_id, _)| *item_id).collect();
+    for batch in dead_letters.chunks(BATCH) {
+        let ids: Vec<i64> = batch.iter().map(|(item_id, _)| *item_id).collect();
         let found = audit::subjects(&mut conn, &ids, target.stalled_after()).await?;
         subjects.extend(found.into_iter().map(|subject| (subject.item_id, subject)));
     }
@@ -142,9 +142,9 @@ async fn subjects(target: &Target, letters: &[Key]) -> Result<HashMap<i64, Subje
 }
 
 /// A dead letter holds its item's next attempt, so it is outdated when that attempt is no longer allowed.
-fn sort(letters: &[Key], subjects: &HashMap<i64, Subject>) -> Sorted {
+fn sort(dead_letters: &[Key], subjects: &HashMap<i64, Subject>) -> Sorted {
     let mut sorted = Sorted::default();
-    for (item_id, attempt) in letters {
+    for (item_id, attempt) in dead_letters {
         match subjects.get(item_id) {
             // The item's state is of a later version, so its dead letter is left.
             Some(Subject { standing: None, .. }) => sorted.unsettled += 1,
@@ -170,8 +170,8 @@ fn outdated(count: usize) -> Finding {
 
 async fn remove(rabbitmq: &RabbitMq, outdated: &HashSet<Key>) -> Result<()> {
     let publisher = rabbitmq.publisher.as_ref().context("RabbitMQ accepts no messages")?;
-    let removes = |letter: &Delivery| key(letter).is_some_and(|key| outdated.contains(&key));
-    let fate = |letter: &Delivery| if removes(letter) { Fate::Goes } else { Fate::Stays };
+    let removes = |dead_letter: &Delivery| key(dead_letter).is_some_and(|key| outdated.contains(&key));
+    let fate = |dead_letter: &Delivery| if removes(dead_letter) { Fate::Goes } else { Fate::Stays };
     let Walked { changed, left } = walk_over(&rabbitmq.broker, publisher, fate).await?;
     ensure!(left == 0, "{changed} dead letters were removed and {left} were not reached: run it again");
     Ok(())
@@ -200,8 +200,8 @@ mod tests {
             (7, Subject { item_id: 7, standing: None, quiet: true }),
         ]);
         // The third was retried since and has two dead letters; the sixth is pruned.
-        let letters = [(1, 2), (2, 2), (3, 2), (3, 3), (4, 2), (5, 2), (6, 2), (7, 2)];
-        let sorted = sort(&letters, &subjects);
+        let dead_letters = [(1, 2), (2, 2), (3, 2), (3, 3), (4, 2), (5, 2), (6, 2), (7, 2)];
+        let sorted = sort(&dead_letters, &subjects);
         assert_eq!(sorted.outdated, HashSet::from([(2, 2), (3, 2), (6, 2)]));
         assert_eq!(sorted.waiting, HashSet::from([1, 3, 5]));
         assert_eq!(sorted.unsettled, 2);

@@ -15,10 +15,10 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 # The mirror of this machine's own packages is near, but may lack this release.
-everybodys=http://deb.debian.org/debian
+public_mirror=http://deb.debian.org/debian
 near=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' |
-    sed 's,/*$,,' | grep '^http' | grep -vxF "$everybodys" | sort -u || true)
-for mirror in $near "$everybodys"; do
+    sed 's,/*$,,' | grep '^http' | grep -vxF "$public_mirror" | sort -u || true)
+for mirror in $near "$public_mirror"; do
     rm -rf --one-file-system "$new"
     # In a mount namespace, so that nothing stays mounted below the folder, however this ends.
     if unshare --mount debootstrap --force-check-gpg --keyring=/usr/share/keyrings/debian-archive-keyring.gpg \

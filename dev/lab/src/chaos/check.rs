@@ -195,11 +195,11 @@ pub(super) async fn remains(site: &Site<'_>, run_id: Uuid) -> Result<Remains> {
     }
     // Nothing is acknowledged, so all messages return when the connection closes.
     let mut unexpected: BTreeMap<String, u64> = BTreeMap::new();
-    while let Some(letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
-        match DeadLetterKind::of(&letter.delivery, &standings, run_id) {
+    while let Some(dead_letter) = channel.basic_get(DEAD.into(), BasicGetOptions::default()).await? {
+        match DeadLetterKind::of(&dead_letter.delivery, &standings, run_id) {
             DeadLetterKind::Waits | DeadLetterKind::Foreign | DeadLetterKind::Stale => {}
             DeadLetterKind::Outdated => remains.outdated_dead_letters += 1,
-            DeadLetterKind::Unexpected => *unexpected.entry(described(&letter.delivery)).or_default() += 1,
+            DeadLetterKind::Unexpected => *unexpected.entry(described(&dead_letter.delivery)).or_default() += 1,
         }
     }
     for (what, count) in &unexpected {
@@ -227,12 +227,12 @@ enum DeadLetterKind {
 }
 
 impl DeadLetterKind {
-    fn of(letter: &Delivery, standings: &HashMap<i64, Standing>, ours: Uuid) -> Self {
-        if header_text(letter, ERROR_HEADER).is_some_and(|why| why == STALE) {
+    fn of(dead_letter: &Delivery, standings: &HashMap<i64, Standing>, ours: Uuid) -> Self {
+        if header_text(dead_letter, ERROR_HEADER).is_some_and(|why| why == STALE) {
             return Self::Stale;
         }
-        let kind = letter.properties.kind().as_ref().map(ShortString::as_str);
-        if let Ok(message) = decode::<ResultsMessage>(kind, &letter.data) {
+        let kind = dead_letter.properties.kind().as_ref().map(ShortString::as_str);
+        if let Ok(message) = decode::<ResultsMessage>(kind, &dead_letter.data) {
             if message.run_id.is_some_and(|run_id| run_id != ours) {
                 return Self::Foreign;
             }
@@ -242,7 +242,7 @@ impl DeadLetterKind {
             });
             return if known { Self::Outdated } else { Self::Unexpected };
         }
-        let item = decode::<ItemMessage>(kind, &letter.data).ok();
+        let item = decode::<ItemMessage>(kind, &dead_letter.data).ok();
         if item.is_some_and(|item| item.run_id != ours) {
             return Self::Foreign;
         }
@@ -255,10 +255,10 @@ impl DeadLetterKind {
 }
 
 /// The type of a dead letter and the reason for it.
-fn described(letter: &Delivery) -> String {
-    let kind = letter.properties.kind().as_ref().map_or("of no type", ShortString::as_str);
+fn described(dead_letter: &Delivery) -> String {
+    let kind = dead_letter.properties.kind().as_ref().map_or("of no type", ShortString::as_str);
     // The broker's reason, if no worker put it there.
-    let why = [REASON_HEADER, "x-first-death-reason"].into_iter().find_map(|header| header_text(letter, header));
+    let why = [REASON_HEADER, "x-first-death-reason"].into_iter().find_map(|header| header_text(dead_letter, header));
     format!("{kind}, {}", why.as_deref().unwrap_or("for no reason"))
 }
 

@@ -55,7 +55,7 @@ const IN_TURN_SHORTEST_MS: u32 = 60_000;
 /// The key of the bounce hook.
 pub(super) const HOOK_KEY: &str = "the-key-of-the-fault-bench";
 /// Services end cleanly within this time, and are killed after slightly more.
-const GOOD_ORDER: Duration = Duration::from_secs(30);
+const CLEAN_STOP: Duration = Duration::from_secs(30);
 /// Ports of the web server, outside the range assigned to other sockets.
 const PORTS: std::ops::Range<u16> = 20_000..30_000;
 
@@ -222,7 +222,7 @@ impl<'a> Site<'a> {
         let Self { stack, sink, pool, to_broker, to_database, to_mail, name, services, .. } = self;
         let began = Instant::now();
         services.stop().await;
-        let good = began.elapsed() < GOOD_ORDER;
+        let good = began.elapsed() < CLEAN_STOP;
         for proxy in [to_broker, to_database, to_mail] {
             proxy.stop().await;
         }

@@ -1,4 +1,4 @@
-//! Who reaches the pages: passwords, proxies, and settings that would open them to others.
+//! Access to the pages: passwords, proxies, and settings that would expose the pages.
 
 use std::process::{Command, Stdio};
 
@@ -12,7 +12,7 @@ use tokio::{
 
 const PASSWORD: (&str, &str) = ("MAILRUN_WEB__PASSWORD", "correct horse");
 
-/// What `mailrun web` says of settings that it refuses, before it connects to anything.
+/// The error of `mailrun web` for refused settings, before it connects to anything.
 fn refused(settings: &[(&str, &str)]) -> String {
     let mut command = Command::new(MAILRUN);
     command.arg("web").env("MAILRUN_WEB__LISTEN", "127.0.0.1:0").envs(settings.iter().copied());
@@ -22,7 +22,7 @@ fn refused(settings: &[(&str, &str)]) -> String {
 }
 
 #[test]
-fn settings_that_open_the_pages_to_others_are_refused_at_start() {
+fn refuses_settings_that_expose_the_pages() {
     for (settings, key) in [
         (&[("MAILRUN_WEB__PUBLIC_URL", "https://invites.example.org")][..], "web.public_url"),
         (&[("MAILRUN_WEB__TRUSTED_PROXIES", "127.0.0.1,10.0.0.0/8")], "web.trusted_proxies"),
@@ -43,7 +43,7 @@ async fn get(client: &Client, url: String, headers: &[(&str, &str)]) -> Response
 }
 
 #[tokio::test]
-async fn without_a_password_what_comes_through_a_proxy_is_refused() {
+async fn refuses_proxied_requests_without_a_password() {
     let world = World::new(&[]).await;
     for header in [
         ("x-forwarded-for", "192.0.2.7"),
@@ -59,7 +59,7 @@ async fn without_a_password_what_comes_through_a_proxy_is_refused() {
     }
     assert_eq!(get(&world.client, world.web.clone(), &[]).await.status(), 200);
 
-    // As nginx asks, with `proxy_pass http://127.0.0.1:8080` and nothing else.
+    // Like nginx with `proxy_pass http://127.0.0.1:8080` and nothing else.
     let address = world.web.trim_start_matches("http://");
     for (version, status) in [("1.0", "403"), ("1.1", "200")] {
         let mut connection = TcpStream::connect(address).await.unwrap();
@@ -78,7 +78,7 @@ async fn failed_logins_are_logged_and_limited() {
         let answer = world.client.get(&world.web).basic_auth("ann", Some(password)).send().await.unwrap();
         (answer.status().as_u16(), answer.headers().contains_key("retry-after"))
     };
-    assert_eq!(world.client.get(&world.web).send().await.unwrap().status(), 401, "this is no attempt");
+    assert_eq!(world.client.get(&world.web).send().await.unwrap().status(), 401, "not an attempt");
     assert_eq!(attempt("correct horse").await, (200, false));
     // All at once: an attempt counts before its answer is delayed.
     let guesses: Vec<String> = (0..30).map(|number| format!("hunter{number}")).collect();
@@ -86,7 +86,7 @@ async fn failed_logins_are_logged_and_limited() {
     let with = |status| answers.iter().filter(|answer| answer.0 == status).count();
     assert_eq!((with(401), with(429)), (10, 20), "{answers:?}");
     assert!(answers.iter().all(|(status, waits)| (*status == 429) == *waits), "{answers:?}");
-    assert_eq!(attempt("correct horse").await, (429, true), "a guess that is right is not looked at either");
+    assert_eq!(attempt("correct horse").await, (429, true), "a correct guess is not checked either");
     let page = world.client.get(&world.web).send().await.unwrap().text().await.unwrap();
     assert!(page.contains("Login required"), "{page}");
 
@@ -98,7 +98,7 @@ async fn failed_logins_are_logged_and_limited() {
 }
 
 #[tokio::test]
-async fn a_form_is_taken_through_a_proxy() {
+async fn accepts_a_form_through_a_proxy() {
     let world = World::new(&[
         PASSWORD,
         ("MAILRUN_WEB__TRUSTED_PROXIES", "127.0.0.1, 10.0.0.0/8"),
@@ -127,7 +127,7 @@ async fn a_form_is_taken_through_a_proxy() {
         assert_eq!(send(&from(origin)).await, 403, "{origin}");
     }
 
-    // A client that the proxy names is limited alone.
+    // The limit applies to each client that the proxy names.
     let login = async |client: &str, password: &str| {
         let request = world.client.get(&world.web).basic_auth("", Some(password)).header("x-forwarded-for", client);
         request.send().await.unwrap().status().as_u16()
@@ -172,7 +172,7 @@ async fn json_routes_answer_errors_as_problem_details() {
         assert_eq!((&problem["type"], &problem["status"]), (&"about:blank".into(), &status.into()), "{path}");
         assert!(problem["title"].is_string() && problem["detail"].is_string(), "{problem}");
     }
-    // A page that was asked for stays a page.
+    // A page's error remains a page.
     let page = ask("GET", "/runs/x", password).await;
     assert_eq!(
         (page.status().as_u16(), &page.headers()["content-type"]),
@@ -181,7 +181,7 @@ async fn json_routes_answer_errors_as_problem_details() {
 }
 
 #[tokio::test]
-async fn the_token_of_a_link_is_not_logged() {
+async fn does_not_log_the_token_of_a_link() {
     let world = World::new(&[PASSWORD, ("RUST_LOG", "info,mailrun_web=trace,tower_http=trace,hyper=trace")]).await;
     for path in ["/u/s3cr3ttoken", "/u/s3cr3ttoken/more", "//u/s3cr3ttoken", "/U/s3cr3ttoken", "/u/?s3cr3ttoken"] {
         world.client.get(format!("{}{path}", world.web)).send().await.unwrap();

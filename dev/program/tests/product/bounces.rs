@@ -1,4 +1,4 @@
-//! Bounces from end to end: mails that a mail server received from us come back, and are handed to `mailrun bounce`.
+//! Bounces end to end: mails received by a mail server are returned and passed to `mailrun bounce`.
 
 use std::{
     collections::HashMap,
@@ -25,14 +25,14 @@ const PEOPLE: [&str; 6] = [
     "fay@example.org",
 ];
 
-/// Hands a mail over as a mail server does, and returns the exit code.
+/// Passes a mail on like a mail server, and returns the exit code.
 fn bounce(world: &World, settings: &[(&str, &str)], mail: &[u8]) -> i32 {
     let listen = world.web.strip_prefix("http://").unwrap();
     let mut command = Command::new(MAILRUN);
     command.arg("bounce").env_clear().env("MAILRUN_WEB__LISTEN", listen).env("MAILRUN_WEB__HOOK_KEY", KEY);
     command.envs(settings.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::null());
     let mut child = command.spawn().unwrap();
-    // A process that ends early closes the pipe; what counts is its exit code.
+    // A process that ends early closes the pipe; only its exit code matters.
     let _ = child.stdin.take().unwrap().write_all(mail);
     child.wait().unwrap().code().unwrap()
 }
@@ -54,7 +54,7 @@ async fn suppressed(world: &World) -> Vec<(String, String)> {
     sqlx::query_as("SELECT email, reason::text FROM suppressions ORDER BY number").fetch_all(&world.pool).await.unwrap()
 }
 
-/// Invites [`PEOPLE`] by SMTP; the Message-ID and the link that each got.
+/// Invites [`PEOPLE`] by SMTP; returns the Message-ID and the link of each.
 async fn invited() -> (World, HashMap<&'static str, (String, String)>) {
     let sink = Sink::start(Options::default()).await.unwrap();
     let relays = format!("smtp://{}?tls=none", sink.address());
@@ -86,11 +86,11 @@ async fn invited() -> (World, HashMap<&'static str, (String, String)>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bounce_counts_for_the_recipient_of_the_message_that_it_names() {
+async fn a_bounce_suppresses_the_recipient_of_the_named_message() {
     let (world, sent) = invited().await;
     let id = |email: &str| sent[email].0.as_str();
     const GONE: &str = "550 5.1.1 no such user";
-    // Forged: it names no message of ours, another person's, or one of the form that was used before.
+    // Forged: with no message of ours, another person's, or an id in the previous format.
     for (recipient, message_id) in [
         ("ann@example.org", "64001.12b06094beb35fa29ecb1750595e94db@party.example"),
         ("ann@example.org", &format!("{}@party.example", "a".repeat(64))),
@@ -99,7 +99,7 @@ async fn a_bounce_counts_for_the_recipient_of_the_message_that_it_names() {
     ] {
         assert_eq!(bounce(&world, &[], &dsn(recipient, "5.1.1", GONE, message_id)), 0);
     }
-    // About us, the network or the mail.
+    // About the sender, the network or the mail.
     for (status, diagnostic) in [
         ("5.0.0", "550 5.7.1 Message refused by local policy"),
         ("5.0.0", "552 Mailbox limit exceeded"),
@@ -129,7 +129,7 @@ async fn a_bounce_counts_for_the_recipient_of_the_message_that_it_names() {
         id("bob@example.org")
     );
     assert_eq!(bounce(&world, &[], qmail.as_bytes()), 0);
-    // A relay has replaced the Message-ID; the link to unsubscribe is still there.
+    // A relay has replaced the Message-ID; the unsubscribe link remains.
     let replaced = String::from_utf8(dsn("eve@example.org", "5.1.1", GONE, "0102@relay.example")).unwrap();
     let replaced =
         replaced.replace("Subject: You", &format!("List-Unsubscribe: {}\nSubject: You", sent["eve@example.org"].1));
@@ -163,18 +163,18 @@ async fn a_bounce_counts_for_the_recipient_of_the_message_that_it_names() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bounce_waits_while_the_pages_are_down_and_is_never_returned() {
+async fn a_bounce_is_deferred_while_the_web_server_is_down_and_never_returned() {
     let mut world = World::new(&[("MAILRUN_WEB__HOOK_KEY", KEY)]).await;
     let report = dsn("ann@example.org", "5.1.1", "550 5.1.1 no such user", "x@party.example");
     assert_eq!(bounce(&world, &[], &report), 0);
     let reply = b"From: Ann <ann@example.org>\nSubject: Out of office\nAuto-Submitted: auto-replied\n\nI am away.\n";
     let long = [&report[..], &vec![b'x'; 6 * 1024 * 1024]].concat();
     for mail in [&reply[..], b"", b"hello", b"{", &[0xff; 1000], b"From: a@x.org\n\n", &long] {
-        assert_eq!(bounce(&world, &[], mail), 0, "what is no report is no failure");
+        assert_eq!(bounce(&world, &[], mail), 0, "other mail is not a failure");
     }
     let other_key = ("MAILRUN_WEB__HOOK_KEY", "another-key-for-the-hook");
     assert_eq!(bounce(&world, &[other_key], &report), 75);
-    assert_eq!(bounce(&world, &[("MAILRUN_WEB__HOOK_KEY", "short")], &report), 75, "settings that can't be used");
+    assert_eq!(bounce(&world, &[("MAILRUN_WEB__HOOK_KEY", "short")], &report), 75, "invalid settings");
     assert_eq!(bounce(&world, &[("MAILRUN_WEB__LISTEN", "127.0.0.1:1")], &report), 75);
     let wrong = Command::new(MAILRUN).args(["bounce", "--nonsense"]).stdin(Stdio::null()).status().unwrap();
     assert_eq!(wrong.code(), Some(75));

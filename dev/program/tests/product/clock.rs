@@ -1,4 +1,4 @@
-//! PostgreSQL's clock is set, by hours: a private server has one of its own, by libfaketime. The machine's clock stays as it is.
+//! Changing PostgreSQL's clock by hours: a private server has its own clock, with libfaketime. The machine's clock is not changed.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, geteuid, kill_process};
 use serde_json::Value;
 use sqlx::PgPool;
 
-/// A PostgreSQL with a clock of its own.
+/// A PostgreSQL with its own clock.
 struct Server {
     process: Child,
     folder: tempfile::TempDir,
@@ -47,14 +47,14 @@ impl Server {
             format!("LD_PRELOAD={}", faketime_library().unwrap().display()),
             format!("FAKETIME_TIMESTAMP_FILE={}", offset.display()),
             "FAKETIME_NO_CACHE=1".to_owned(),
-            // Time-outs run as they are.
+            // Timeouts use the real time.
             "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned(),
         ];
         let process = program("postgres", account, &clock)
             .arg("-D")
             .arg(&data)
             .args(["-c", &format!("port={port}"), "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="])
-            // Nothing of it has to survive.
+            // Its data need not survive.
             .args(["-c", "fsync=off", "-c", "logging_collector=off"])
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -67,26 +67,26 @@ impl Server {
         server
     }
 
-    /// Sets its clock: so many hours before or after the machine's.
+    /// Sets its clock to this many hours before or after the machine's.
     async fn set_clock(&self, pool: &PgPool, hours: i32) {
         set(&self.folder.path().join("offset"), hours);
         let query = "SELECT (extract(epoch FROM clock_timestamp())::float8 - $1)::float8";
         let machine = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
         let ahead: f64 = sqlx::query_scalar(query).bind(machine).fetch_one(pool).await.unwrap();
-        // The test itself takes a while.
+        // The test itself takes some time.
         assert!((ahead - f64::from(hours) * 3_600.0).abs() < 600.0, "{ahead} s ahead, and not {hours} h");
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Its children end with it if it is asked.
+        // Its children end with it after a clean stop.
         let _ = kill_process(Pid::from_child(&self.process), Signal::QUIT);
         let _ = self.process.wait();
     }
 }
 
-/// In one step: there is no moment without a whole file.
+/// Atomically: the file is always complete.
 fn set(offset: &Path, hours: i32) {
     let new = offset.with_extension("new");
     fs::write(&new, format!("{:+}", hours * 3_600)).unwrap();
@@ -113,8 +113,8 @@ fn give_away(path: &Path, account: Option<(u32, u32)>) {
     }
 }
 
-/// One of PostgreSQL's programs. Its environment is not that of the program that changes the account: that one must not take
-/// part in the clock.
+/// One of PostgreSQL's programs. The environment does not apply to the program that changes the account, which must not use the
+/// fake clock.
 fn program(name: &str, account: Option<(u32, u32)>, environment: &[String]) -> Command {
     let mut found: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql")
         .into_iter()
@@ -135,7 +135,7 @@ fn program(name: &str, account: Option<(u32, u32)>, environment: &[String]) -> C
     command
 }
 
-/// A Mailrun whose ledger is there.
+/// A world with this server's ledger.
 async fn world(server: &Server, settings: &[(&str, &str)]) -> World {
     let mut world = World::new(&[&[("DATABASE_URL", server.url.as_str())], settings].concat()).await;
     world.pool = PgPool::connect_lazy(&server.url).unwrap();
@@ -153,12 +153,12 @@ async fn number(world: &World, query: &'static str) -> i64 {
 const DEAD: &str = "SELECT count(*) FROM workers WHERE died_at IS NOT NULL";
 
 #[tokio::test]
-async fn a_clock_that_is_set_back_freezes_no_run_and_keeps_no_dead_worker_alive() {
+async fn setting_the_clock_back_neither_stalls_runs_nor_hides_a_dead_worker() {
     let server = Server::start().await;
     let mut world = world(&server, &[("MAILRUN_FAN_OUT__SENDS_PER_SECOND", "30")]).await;
     world.worker("fan-out");
     world.worker("progress");
-    // One that has begun with five, and dies.
+    // One that starts five attempts, and dies.
     world.set("MAILRUN_SEND__PERMITS", "5".into());
     world.set("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "600000".into());
     let victim = world.worker("send");
@@ -166,29 +166,29 @@ async fn a_clock_that_is_set_back_freezes_no_run_and_keeps_no_dead_worker_alive(
     until("five are claimed", async || number(&world, "SELECT count(*) FROM attempts").await == 5).await;
     world.kill(victim);
     server.set_clock(&world.pool, -5).await;
-    // And one that sends the others.
+    // And one that sends the rest.
     world.set("MAILRUN_SEND__PERMITS", "20".into());
     world.set("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "0".into());
     world.worker("send");
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") >= 10).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") >= 10).await;
     server.set_clock(&world.pool, -9).await;
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "unknown")), (90, 5), "{}", world.log());
     let victims = "SELECT count(*) FROM workers WHERE died_at IS NOT NULL AND permits = 5";
     assert_eq!((number(&world, DEAD).await, number(&world, victims).await), (1, 1), "{}", world.log());
 
-    // The next run is not held up either.
+    // The next run is not delayed either.
     let next = world.invite("a@later.example\nb@later.example").await;
     assert_eq!(count(&world.until_over(&next).await, "sent"), 2);
     assert_eq!(number(&world, DEAD).await, 1, "{}", world.log());
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn a_clock_that_is_set_forward_declares_no_live_worker_dead() {
+async fn setting_the_clock_forward_declares_no_live_worker_dead() {
     let server = Server::start().await;
-    // Heartbeats are rare: others look at them many times before the next one is written.
+    // Heartbeats are rare: observers read them many times before the next one is written.
     let settings = [
         ("MAILRUN_HEARTBEAT__INTERVAL_MS", "3000"),
         ("MAILRUN_HEARTBEAT__DEAD_AFTER_MS", "30000"),
@@ -201,7 +201,7 @@ async fn a_clock_that_is_set_forward_declares_no_live_worker_dead() {
     server.set_clock(&world.pool, 5).await;
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "unknown")), (50, 0), "{}", world.log());
-    // Once more, in the middle of the next one.
+    // Once more, during the next run.
     let next = world.invite(&people(50).replace("example.org", "later.example")).await;
     until("all are being sent", async || number(&world, "SELECT count(*) FROM attempts").await >= 100).await;
     server.set_clock(&world.pool, 11).await;
@@ -212,5 +212,5 @@ async fn a_clock_that_is_set_forward_declares_no_live_worker_dead() {
         assert!(world.is_running(worker), "{}", world.log());
     }
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

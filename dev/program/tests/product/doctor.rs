@@ -1,15 +1,15 @@
-//! `mailrun doctor` on the real servers: it is silent while all is well, however busy, names what was broken, and repairs it.
+//! `mailrun doctor` on the real servers: it finds nothing in a busy installation without faults, and finds and repairs faults.
 
 use crate::support::{World, people, until};
 use mailrun_app::config::DatabaseConfig;
 use mailrun_broker::depth;
 use serde_json::{Value, json};
 
-/// Says whether the exit code was 0, and what the doctor found.
+/// Whether the exit code was 0, and the report.
 fn doctor(world: &World, args: &[&str], settings: &[(&str, &str)]) -> (bool, Value) {
     let (good, stdout) = world.output(&[&["doctor", "--json"], args].concat(), settings);
     let report: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
-    assert_eq!(report["well"], good, "the exit code says the same: {report}");
+    assert_eq!(report["well"], good, "the exit code agrees: {report}");
     (good, report)
 }
 
@@ -19,7 +19,7 @@ fn assert_well(world: &World) -> Value {
     report
 }
 
-/// Whether a check has found something of which the subject or the explanation speaks so.
+/// Whether a check has a finding with these words in its subject or explanation.
 fn found(report: &Value, check: &str, words: &str) -> bool {
     report["findings"].as_array().unwrap().iter().any(|finding| {
         let said = |key: &str| finding[key].as_str().unwrap().contains(words);
@@ -45,19 +45,19 @@ async fn purge(world: &World, queue: &str) {
 }
 
 #[tokio::test]
-async fn what_was_broken_is_named_and_repaired() {
+async fn finds_and_repairs_faults() {
     let mut world = World::new(&[
         ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"),
         ("MAILRUN_SEND__PERMITS", "20"),
-        // Nobody but the doctor repairs anything here.
+        // Only the doctor repairs anything here.
         ("MAILRUN_SWEEP__STALLED_AFTER_MS", "600000"),
     ])
     .await;
     world.workers();
     let run = world.invite(&people(2000)).await;
-    world.until_progress(&run, "under way", |progress| progress["sent"].as_i64() > Some(100)).await;
+    world.until_progress(&run, "in progress", |progress| progress["sent"].as_i64() > Some(100)).await;
     assert_well(&world);
-    assert!(world.progress(&run).await["over"] == false, "it was to be looked at in the middle");
+    assert!(world.progress(&run).await["over"] == false, "the run must still be in progress");
     world.until_over(&run).await;
     let later = world.invite("late@example.org").await;
     world.until_over(&later).await;
@@ -75,7 +75,7 @@ async fn what_was_broken_is_named_and_repaired() {
         "INSERT INTO outbox (kind, message, created_at) VALUES ('mailrun.run.v9', '{}', now() - interval '1 hour')",
     )
     .await;
-    // A letter of somebody whose invitation was sent, an hour ago.
+    // A dead letter of an item that was sent an hour ago.
     execute(
         &world,
         "UPDATE run_progress SET finished_at = finished_at - interval '1 hour', updated_at = updated_at - interval '1 hour'
@@ -86,8 +86,8 @@ async fn what_was_broken_is_named_and_repaired() {
         &world,
         "SELECT i.id FROM run_items i JOIN users u ON u.id = i.user_id WHERE u.email = 'late@example.org'",
     );
-    let letter = json!({ "run_id": later.rsplit('/').next(), "item_id": late.await, "attempt": 2 });
-    world.publish("mailrun.dead", letter.to_string().as_bytes()).await;
+    let dead_letter = json!({ "run_id": later.rsplit('/').next(), "item_id": late.await, "attempt": 2 });
+    world.publish("mailrun.dead", dead_letter.to_string().as_bytes()).await;
     world.channel().await.queue_delete("mailrun.retry.200ms".into(), Default::default()).await.unwrap();
 
     let (good, report) = doctor(&world, &[], &[]);
@@ -103,7 +103,7 @@ async fn what_was_broken_is_named_and_repaired() {
     ] {
         assert!(found(&report, check, words), "{check}, {words}: {report}");
     }
-    assert_eq!(report["findings"].as_array().unwrap().len(), 5, "and nothing else: {report}");
+    assert_eq!(report["findings"].as_array().unwrap().len(), 5, "no other findings: {report}");
     assert!(report["findings"].as_array().unwrap().iter().all(|finding| finding["repaired"] == false), "{report}");
 
     let (good, report) = doctor(&world, &["--fix"], &[]);
@@ -126,7 +126,7 @@ async fn what_was_broken_is_named_and_repaired() {
     let (good, text) = world.output(&["doctor"], &[]);
     assert!(good && text.ends_with("No faults found.\n"), "{text}");
 
-    // One of the servers is away: that is told, and the other one is looked at all the same.
+    // If one server is unavailable, it is reported, and the other one is checked anyway.
     execute(&world, "UPDATE users SET emailed_at = NULL WHERE email = 'guest-000001@example.org'").await;
     let (_, report) = doctor(&world, &[], &[("AMQP_URL", "amqp://127.0.0.1:1/none")]);
     assert!(found(&report, "RabbitMQ", "is unavailable") && found(&report, "people", "1 person"), "{report}");
@@ -138,7 +138,7 @@ async fn what_was_broken_is_named_and_repaired() {
 }
 
 #[tokio::test]
-async fn our_sessions_commit_synchronously_whatever_the_database_says() {
+async fn our_sessions_commit_synchronously_despite_database_settings() {
     let world = World::new(&[]).await;
     let name = &world.name;
     for statement in [
@@ -159,7 +159,7 @@ async fn our_sessions_commit_synchronously_whatever_the_database_says() {
 }
 
 #[tokio::test]
-async fn the_claims_of_a_killed_worker_are_settled() {
+async fn settles_the_claims_of_a_killed_worker() {
     let settings = [("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "600000"), ("MAILRUN_SEND__PERMITS", "5")];
     let mut world = World::new(&settings).await;
     world.worker("fan-out");
@@ -169,14 +169,14 @@ async fn the_claims_of_a_killed_worker_are_settled() {
     until("all permits are used", async || number(&world, "SELECT count(*) FROM attempts").await == 5).await;
     assert_well(&world);
     world.kill(victim);
-    until("the doctor takes the worker for dead", async || {
+    until("the doctor reports the worker as dead", async || {
         let (_, report) = doctor(&world, &[], &[]);
         found(&report, "claims", "5 invitations are claimed by a dead worker")
             && found(&report, "workers", "no live worker for send")
     })
     .await;
     let (good, report) = doctor(&world, &["--fix"], &[]);
-    assert!(!good, "nobody starts a worker for you: {report}");
+    assert!(!good, "the doctor starts no worker: {report}");
     let claims = report["findings"].as_array().unwrap().iter().find(|finding| finding["check"] == "claims").unwrap();
     assert_eq!(claims["repaired"], true, "{report}");
     assert_eq!(world.progress(&run).await["unknown"], 5);
@@ -187,20 +187,20 @@ async fn the_claims_of_a_killed_worker_are_settled() {
 }
 
 #[tokio::test]
-async fn what_a_purge_took_is_put_back() {
+async fn republishes_purged_messages() {
     let mut world = World::new(&[]).await;
     let run = world.invite(&people(50)).await;
-    until("the relay has handed it over", async || waiting(&world, "mailrun.runs").await == 1).await;
+    until("the outbox publisher has published it", async || waiting(&world, "mailrun.runs").await == 1).await;
     purge(&world, "mailrun.runs").await;
     until("the doctor misses it", async || found(&doctor(&world, &[], &[]).1, "runs", "Its command is on no queue"))
         .await;
     doctor(&world, &["--fix"], &[]);
-    let pump = world.worker("fan-out");
+    let fan_out = world.worker("fan-out");
     until("all is released", async || waiting(&world, "mailrun.items").await == 50).await;
     // The step is committed after its messages are published.
     let released = "SELECT coalesce(max(cursor), 0)::bigint FROM run_passes";
     until("the step is committed", async || number(&world, released).await == 50).await;
-    world.kill(pump);
+    world.kill(fan_out);
     purge(&world, "mailrun.items").await;
     until("the doctor misses them", async || found(&doctor(&world, &[], &[]).1, "runs", "50 invitations are stuck"))
         .await;
@@ -209,6 +209,6 @@ async fn what_a_purge_took_is_put_back() {
     world.workers();
     let end = world.until_over(&run).await;
     assert_eq!(end["sent"], 50);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     assert_well(&world);
 }

@@ -1,7 +1,7 @@
-//! Connections to PostgreSQL and RabbitMQ beyond this machine: encrypted and verified, or refused.
+//! Connections to PostgreSQL and RabbitMQ on other machines: encrypted and verified, or refused.
 //!
-//! The servers of the tests listen on this machine. They are reached by the address 0.0.0.0, which the system takes for this machine
-//! and which says nothing of that.
+//! The test servers listen on this machine. They are reached at 0.0.0.0, which the system resolves to this machine, and which Mailrun
+//! treats as another one.
 
 use std::{
     fs,
@@ -22,7 +22,7 @@ use tokio_rustls::{
 };
 use url::Url;
 
-/// A private authority in a file, and a server with its certificate for `name`.
+/// A private certificate authority in a file, and a TLS server with its certificate for `name`.
 fn authority(name: &str) -> (tempfile::NamedTempFile, TlsAcceptor) {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -40,7 +40,7 @@ fn authority(name: &str) -> (tempfile::NamedTempFile, TlsAcceptor) {
     (file, TlsAcceptor::from(Arc::new(config)))
 }
 
-/// Speaks TLS in front of a server that does not, and returns its port. PostgreSQL's clients ask for it first.
+/// Terminates TLS in front of a plain server, and returns its port. PostgreSQL's clients request TLS first.
 async fn front(acceptor: TlsAcceptor, server: u16, asks_first: bool) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -49,7 +49,7 @@ async fn front(acceptor: TlsAcceptor, server: u16, asks_first: bool) -> u16 {
             let acceptor = acceptor.clone();
             tokio::spawn(async move {
                 if asks_first {
-                    // SSLRequest, and that it is granted.
+                    // SSLRequest and its acceptance.
                     client.read_exact(&mut [0; 8]).await?;
                     client.write_all(b"S").await?;
                 }
@@ -71,7 +71,7 @@ fn at(url: &str, scheme: &str, host: &str, port: u16) -> Url {
 }
 
 #[tokio::test]
-async fn postgresql_beyond_this_machine_is_encrypted_and_verified() {
+async fn encrypts_and_verifies_remote_postgresql() {
     let world = World::new(&[]).await;
     let url = world.stack.database_url(&world.name);
     let server = Url::parse(&url).unwrap().port().unwrap();
@@ -93,11 +93,11 @@ async fn postgresql_beyond_this_machine_is_encrypted_and_verified() {
     connects(encrypted, None, false).await.expect_err("not one of the system's authorities");
     connects(impostor, Some(&wrong_name), false).await.expect_err("another server's certificate");
     connects(server, Some(&ours), false).await.expect_err("a server without encryption");
-    connects(server, None, true).await.expect("a setting says otherwise");
+    connects(server, None, true).await.expect("a setting allows it");
 }
 
 #[tokio::test]
-async fn rabbitmq_is_verified() {
+async fn verifies_rabbitmq() {
     let world = World::new(&[]).await;
     let url = world.stack.amqp_url(&world.name);
     let server = Url::parse(&url).unwrap().port().unwrap();
@@ -116,7 +116,7 @@ async fn rabbitmq_is_verified() {
 }
 
 #[test]
-fn addresses_that_are_malformed_or_unprotected_are_refused_at_start_without_their_password() {
+fn refuses_malformed_and_unprotected_urls_without_printing_passwords() {
     let database = |url| [("DATABASE_URL", url), ("AMQP_URL", "amqp://localhost")];
     let amqp = |url| [("DATABASE_URL", "postgres://localhost/d"), ("AMQP_URL", url)];
     for (settings, key) in [

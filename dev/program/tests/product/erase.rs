@@ -1,4 +1,4 @@
-//! Erasing a person, people and runs that were deleted by hand, and settling what is unknown.
+//! Erasing people, people and runs deleted manually, and settling unknown items.
 
 use std::sync::Arc;
 
@@ -33,7 +33,7 @@ fn run(world: &World, args: &[&str]) -> String {
     said
 }
 
-/// The tables in which a text still stands, in whatever column.
+/// The tables that still contain a text in any column.
 async fn tables_with(world: &World, text: &str) -> Vec<String> {
     let tables: Vec<String> = sqlx::query_scalar("SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'")
         .fetch_all(&world.pool)
@@ -51,26 +51,26 @@ async fn tables_with(world: &World, text: &str) -> Vec<String> {
 }
 
 /// The dead letters: their errors and bodies.
-async fn letters(world: &World) -> Vec<String> {
+async fn dead_letters(world: &World) -> Vec<String> {
     let channel = world.channel().await;
-    let mut letters = Vec::new();
-    while let Some(letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
-        let body = String::from_utf8_lossy(&letter.data).into_owned();
-        letters.push(format!("{} {body}", header_text(&letter, ERROR_HEADER).unwrap_or_default()));
+    let mut dead_letters = Vec::new();
+    while let Some(dead_letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
+        let body = String::from_utf8_lossy(&dead_letter.data).into_owned();
+        dead_letters.push(format!("{} {body}", header_text(&dead_letter, ERROR_HEADER).unwrap_or_default()));
     }
-    channel.close(200, "looked".into()).await.unwrap();
-    letters
+    channel.close(200, "done".into()).await.unwrap();
+    dead_letters
 }
 
 #[tokio::test]
-async fn nothing_is_left_of_an_erased_person_but_a_tombstone_that_keeps_her_from_getting_two() {
+async fn an_erased_person_leaves_only_a_tombstone_that_prevents_a_second_mail() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "0")]).await;
     world.workers();
     let list = "Ann Smith <ann@erase.example>\nbob@other.example\nnot <an> ann@erase.example address\n";
     let first = world.invite(list).await;
     world.until_over(&first).await;
     assert_eq!(number(&world, "SELECT count(*) FROM users WHERE emailed_at IS NOT NULL").await, 2);
-    // Where an address may stand in others' rows.
+    // Where an address may be in other rows.
     execute(&world, "UPDATE run_items SET error = '550 5.1.1 <Ann@Erase.example>: user unknown' WHERE position = 2")
         .await;
     execute(
@@ -100,7 +100,7 @@ async fn nothing_is_left_of_an_erased_person_but_a_tombstone_that_keeps_her_from
     assert_eq!(tables_with(&world, "Ann Smith").await, [""; 0]);
     assert_eq!(number(&world, "SELECT count(*) FROM users WHERE email ~ '^erased:[0-9a-f]{64}$'").await, 1);
     world.counters_equal_counts().await;
-    // Nobody twice, and the others as before.
+    // Nobody is invited twice, and others are not affected.
     let (status, page) = world.submit(&world.token().await, "ann@erase.example\nbob@other.example").await.unwrap_err();
     assert_eq!(status, 422, "{page}");
     let second = world.invite("Ann <ann@erase.example>\nnew@other.example").await;
@@ -110,11 +110,11 @@ async fn nothing_is_left_of_an_erased_person_but_a_tombstone_that_keeps_her_from
 }
 
 #[tokio::test]
-async fn who_was_erased_before_anything_was_sent_fails_with_a_reason_and_can_be_invited_anew() {
+async fn a_person_erased_before_sending_fails_with_a_reason_and_can_be_invited_again() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "0")]).await;
     let first = world.invite("ann@erase.example\nbob@other.example\ncia@erase.example").await;
     run(&world, &["people", "erase", "ann@erase.example"]);
-    // By hand.
+    // Manually.
     execute(&world, "DELETE FROM users WHERE email = 'cia@erase.example'").await;
     world.workers();
     let end = world.until_over(&first).await;
@@ -130,7 +130,7 @@ async fn who_was_erased_before_anything_was_sent_fails_with_a_reason_and_can_be_
 }
 
 #[tokio::test]
-async fn who_was_erased_or_deleted_does_not_hold_up_a_cancelled_run() {
+async fn erased_and_deleted_people_do_not_block_a_cancelled_run() {
     let mut world = World::new(&[]).await;
     let run = world.invite("ann@erase.example\nbob@other.example\ncia@erase.example").await;
     let erase = [("email", "ann@erase.example")];
@@ -149,7 +149,7 @@ async fn who_was_erased_or_deleted_does_not_hold_up_a_cancelled_run() {
 }
 
 #[tokio::test]
-async fn replies_of_mail_servers_are_erased_from_the_ledger_and_from_dead_letters() {
+async fn erases_mail_server_replies_from_the_ledger_and_dead_letters() {
     let sink = Sink::start(Options::default()).await.unwrap();
     let rule: Rule = Arc::new(|stage, _| match stage {
         Stage::Rcpt(to) if to.starts_with("ann@") => Action::Reply(550, format!("5.1.1 <{to}>: user unknown")),
@@ -164,13 +164,15 @@ async fn replies_of_mail_servers_are_erased_from_the_ledger_and_from_dead_letter
     let first = world.invite("ann@erase.example\nbob@other.example\ncia@other.example").await;
     let end = world.until_over(&first).await;
     assert_eq!(count(&end, "sent"), 1, "{end}");
-    until("the letter is there", async || letters(&world).await.iter().any(|letter| letter.contains("user unknown")))
-        .await;
+    until("the dead letter is there", async || {
+        dead_letters(&world).await.iter().any(|dead_letter| dead_letter.contains("user unknown"))
+    })
+    .await;
     run(&world, &["people", "erase", "ann@erase.example"]);
     assert_eq!(tables_with(&world, "ann@erase.example").await, [""; 0]);
-    let left = letters(&world).await;
-    assert!(left.iter().all(|letter| !letter.contains("ann@erase.example")), "{left:?}");
-    // What was suppressed stays so.
+    let left = dead_letters(&world).await;
+    assert!(left.iter().all(|dead_letter| !dead_letter.contains("ann@erase.example")), "{left:?}");
+    // Suppressions stay in effect.
     let suppressed = number(&world, "SELECT count(*) FROM suppressions WHERE email LIKE 'erased:%'").await;
     if suppressed == 1 {
         assert_eq!(world.submit(&world.token().await, "ann@erase.example").await.unwrap_err().0, 422);
@@ -178,7 +180,7 @@ async fn replies_of_mail_servers_are_erased_from_the_ledger_and_from_dead_letter
 }
 
 #[tokio::test]
-async fn what_is_unknown_can_be_settled_and_then_its_run_can_be_pruned() {
+async fn settled_unknown_items_allow_pruning_their_run() {
     let settings = [("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "600000"), ("MAILRUN_SEND__PERMITS", "5")];
     let mut world = World::new(&settings).await;
     world.worker("fan-out");
@@ -193,7 +195,7 @@ async fn what_is_unknown_can_be_settled_and_then_its_run_can_be_pruned() {
     let end = world.until_progress(&invitation, "unknown", |progress| count(progress, "unknown") == 5).await;
     assert_eq!(count(&end, "sent"), 0);
     run(&world, &["prune", "--older-than-days", "0"]);
-    assert_eq!(number(&world, "SELECT count(*) FROM runs").await, 1, "somebody has to decide first");
+    assert_eq!(number(&world, "SELECT count(*) FROM runs").await, 1, "a person must decide first");
 
     let said = run(
         &world,
@@ -201,7 +203,7 @@ async fn what_is_unknown_can_be_settled_and_then_its_run_can_be_pruned() {
     );
     assert!(said.contains("2 unknown invitations were settled as sent"), "{said}");
     let (good, _) = world.output(&["unknown", "settle", "--not-sent"], &[]);
-    assert!(!good, "it has to be said which");
+    assert!(!good, "a selection is required");
     let run_id = id(&invitation).to_owned();
     let said = run(&world, &["unknown", "settle", "--not-sent", "--by", "Zoë", "--run", &run_id]);
     assert!(said.contains("3 unknown invitations were settled as failed"), "{said}");
@@ -211,7 +213,7 @@ async fn what_is_unknown_can_be_settled_and_then_its_run_can_be_pruned() {
     assert_eq!(number(&world, reasons).await, 5);
     assert_eq!(number(&world, "SELECT count(*) FROM users WHERE emailed_at IS NOT NULL").await, 2);
     world.counters_equal_counts().await;
-    // Settled once, it stays so.
+    // A settled item stays settled.
     assert!(run(&world, &["unknown", "settle", "--arrived", "--all"]).contains("No invitations match"));
     run(&world, &["prune", "--older-than-days", "0"]);
     assert_eq!(number(&world, "SELECT count(*) FROM runs").await, 0);

@@ -1,5 +1,5 @@
-//! Thousands of requests that nobody should send, to the real pages: none is answered with an error of ours, none gets past the
-//! guards, and what is in the ledger afterwards is what was accepted.
+//! Thousands of invalid requests to the real pages: none causes an internal error or passes the guards, and afterwards the ledger
+//! contains exactly what was accepted.
 
 use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 
@@ -13,16 +13,16 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// Requests, once with RabbitMQ and once while it is away.
+/// Requests, once with RabbitMQ and once without it.
 const REQUESTS: usize = 1_500;
-/// However slow the machine is, this is not slowness any more.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longer than any slow machine needs.
+const TIMEOUT: Duration = Duration::from_secs(30);
 const HOOK_KEY: &str = "0123456789abcdef";
-/// What must never come back as a tag.
+/// Must never appear as a tag.
 const SCRIPT: &str = "<script>alert(7)</script>";
-/// Addresses of lists that arrive incompletely have this domain, so nobody with it may be in the ledger.
+/// The domain of addresses in incomplete lists: the ledger must not contain it.
 const CUT: &str = "cut.example";
-/// Addresses with this domain are put on the list of suppressions.
+/// The domain of addresses that are suppressed.
 const QUIET: &str = "quiet.example";
 
 #[derive(Clone, Debug, Default)]
@@ -32,7 +32,7 @@ struct Ask {
     query: String,
     headers: Vec<(&'static str, Vec<u8>)>,
     body: Vec<u8>,
-    /// What `Content-Length` says, if that is not the truth.
+    /// The `Content-Length`, if it is wrong.
     length: Option<String>,
 }
 
@@ -44,7 +44,7 @@ struct Answer {
 }
 
 impl Answer {
-    /// None: the connection was closed without one.
+    /// None: the connection was closed without an answer.
     fn read(bytes: &[u8]) -> Option<Self> {
         let text = String::from_utf8_lossy(bytes);
         let (head, body) = text.split_once("\r\n\r\n")?;
@@ -56,7 +56,7 @@ impl Answer {
         self.head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
     }
 
-    /// Whether it is the HTTP library's own, given before it is known what is asked for.
+    /// Whether it is the HTTP library's own answer, before routing.
     fn is_of_the_wire(&self) -> bool {
         matches!(self.status, 400 | 414 | 431) && self.body.is_empty() && self.header("content-type").is_none()
     }
@@ -80,13 +80,13 @@ impl Ask {
         self.headers.iter().find(|header| header.0 == name).map(|header| header.1.as_slice())
     }
 
-    /// Whether a public route is for it.
+    /// Whether it has a public route.
     fn is_public(&self) -> bool {
         let open = ["/u/", "/static/"].iter().any(|start| self.path.starts_with(start));
         open || ["/u", "/healthz", "/livez", "/readyz", "/hooks/bounces"].contains(&self.path.as_str())
     }
 
-    /// Whether a JSON route is for it.
+    /// Whether it has a JSON route.
     fn is_json(&self) -> bool {
         let run = self.path.strip_prefix("/runs/").and_then(|rest| rest.strip_suffix("/progress"));
         self.path == "/invites/count" || run.is_some_and(|id| !id.is_empty() && !id.contains('/'))
@@ -104,11 +104,11 @@ impl Ask {
     }
 }
 
-/// Sends it, and reads until the other side has said all.
+/// Sends it, and reads until the connection is closed.
 async fn send(address: &str, bytes: &[u8], then_end: bool) -> Option<Answer> {
     let exchange = async {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        // It may be answered before all is sent.
+        // The answer may arrive before everything is sent.
         let _ = stream.write_all(bytes).await;
         if then_end {
             let _ = stream.shutdown().await;
@@ -117,13 +117,13 @@ async fn send(address: &str, bytes: &[u8], then_end: bool) -> Option<Answer> {
         let _ = stream.read_to_end(&mut answer).await;
         answer
     };
-    Answer::read(&timeout(PATIENCE, exchange).await.expect("it answers or hangs up"))
+    Answer::read(&timeout(TIMEOUT, exchange).await.expect("it answers or closes the connection"))
 }
 
-/// Makes requests up.
+/// Generates requests.
 struct Fuzz {
     random: StdRng,
-    /// Runs that were accepted.
+    /// Accepted runs.
     runs: BTreeSet<String>,
     tests: Vec<String>,
     people: usize,
@@ -394,7 +394,7 @@ impl Fuzz {
                 _ => self.form(),
             };
             if !self.often() {
-                // Less arrives than is announced, or it is no number: nobody in it may be invited.
+                // Less data than announced, or an invalid length: nobody in it may be invited.
                 ask.body = format!(
                     "token={}&emails=a@{CUT}%0Ab@{CUT}&subject=x&body=y",
                     Uuid::from_u128(self.random.random())
@@ -410,7 +410,7 @@ impl Fuzz {
         Ask { path, ..ask }
     }
 
-    /// What is hardly HTTP.
+    /// Invalid HTTP.
     fn garbage(&mut self) -> Vec<u8> {
         let form = "POST /invites HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n";
         let list = format!("token={}&emails=c@{CUT}", Uuid::from_u128(self.random.random()));
@@ -449,7 +449,7 @@ fn escape(bytes: &[u8]) -> String {
     percent_encoding::percent_encode(bytes, percent_encoding::NON_ALPHANUMERIC).to_string()
 }
 
-/// What holds for every answer.
+/// The checks for each answer.
 fn check(answer: &Answer, asked: &str) {
     assert!(answer.status < 500, "{asked}\n{answer:?}");
     if answer.is_of_the_wire() {
@@ -473,7 +473,7 @@ async fn storm(world: &World, fuzz: &mut Fuzz) {
                     check(&answer, &String::from_utf8_lossy(&garbage[..garbage.len().min(200)]));
                 }
             } else {
-                // Gone before an answer.
+                // Closed before an answer.
                 let mut stream = TcpStream::connect(address).await.unwrap();
                 let _ = stream.write_all(&garbage).await;
             }
@@ -482,7 +482,7 @@ async fn storm(world: &World, fuzz: &mut Fuzz) {
         let ask = fuzz.ask();
         let answer = send(address, &ask.bytes(), ask.length.is_some()).await;
         let Some(answer) = answer else {
-            // Who is still sending may not hear why it is refused.
+            // A client that is still sending may not receive the refusal.
             assert!(ask.length.is_some() || ask.body.len() > 50_000, "no answer to {ask:?}");
             continue;
         };
@@ -516,8 +516,8 @@ async fn storm(world: &World, fuzz: &mut Fuzz) {
     }
 }
 
-/// The ledger holds what was accepted, all of it, and nothing else.
-async fn the_ledger_is_whole(world: &World, fuzz: &Fuzz) {
+/// Checks that the ledger contains exactly what was accepted.
+async fn check_ledger(world: &World, fuzz: &Fuzz) {
     let runs: Vec<String> = sqlx::query_scalar("SELECT id::text FROM runs").fetch_all(&world.pool).await.unwrap();
     assert_eq!(runs.into_iter().collect::<BTreeSet<_>>(), fuzz.runs);
     let tests: Vec<String> =
@@ -546,12 +546,12 @@ async fn the_ledger_is_whole(world: &World, fuzz: &Fuzz) {
              AND NOT EXISTS (SELECT FROM test_sends t WHERE t.id::text = o.message->>'test_id')",
         ),
         (
-            "people of lists that were not taken",
+            "people of lists that were not accepted",
             "SELECT count(*) FROM users u WHERE email LIKE '%@cut.example' OR
              (email NOT LIKE '%@quiet.example' AND NOT EXISTS (SELECT FROM run_items i WHERE i.user_id = u.id))",
         ),
         (
-            "addresses that are none",
+            "invalid addresses",
             "SELECT count(*) FROM (SELECT email FROM users UNION ALL SELECT email FROM suppressions) x
              WHERE email ~ '[[:cntrl:][:space:]]' OR email <> lower(email) OR email !~ '.@.*[.]'",
         ),
@@ -563,8 +563,8 @@ async fn the_ledger_is_whole(world: &World, fuzz: &Fuzz) {
 }
 
 #[tokio::test]
-async fn no_request_breaks_the_pages_or_leaves_something_half_written() {
-    // A stack of its own: RabbitMQ goes away in between.
+async fn no_request_breaks_the_pages_or_leaves_partial_writes() {
+    // Its own stack, because RabbitMQ is stopped meanwhile.
     let home = tempfile::tempdir().unwrap();
     let settings = [
         ("MAILRUN_WEB__HOOK_KEY", HOOK_KEY),
@@ -574,15 +574,15 @@ async fn no_request_breaks_the_pages_or_leaves_something_half_written() {
     let mut world = World::on(home.path(), &settings).await;
     let mut fuzz = Fuzz { random: StdRng::seed_from_u64(7), runs: BTreeSet::new(), tests: Vec::new(), people: 0 };
     storm(&world, &mut fuzz).await;
-    the_ledger_is_whole(&world, &fuzz).await;
-    assert!(fuzz.runs.len() > 20 && !fuzz.tests.is_empty(), "hardly anything was taken: {}", fuzz.runs.len());
+    check_ledger(&world, &fuzz).await;
+    assert!(fuzz.runs.len() > 20 && !fuzz.tests.is_empty(), "few requests were accepted: {}", fuzz.runs.len());
 
-    assert!(!world.log().contains("ERROR"), "an error of ours");
+    assert!(!world.log().contains("ERROR"), "an internal error");
 
     world.stack.stop_rabbitmq().await.unwrap();
     let before = fuzz.runs.len();
     storm(&world, &mut fuzz).await;
-    the_ledger_is_whole(&world, &fuzz).await;
+    check_ledger(&world, &fuzz).await;
     assert!(fuzz.runs.len() > before + 20);
     world.stack.start_rabbitmq().await.unwrap();
     until("what waited for RabbitMQ is published", async || {
@@ -594,6 +594,6 @@ async fn no_request_breaks_the_pages_or_leaves_something_half_written() {
     })
     .await;
 
-    assert!(world.is_running(0), "the pages have ended");
-    assert!(!world.log().contains("panicked") && !world.log().contains("query failed"), "an error of ours");
+    assert!(world.is_running(0), "the web server has ended");
+    assert!(!world.log().contains("panicked") && !world.log().contains("query failed"), "an internal error");
 }

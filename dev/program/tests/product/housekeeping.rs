@@ -1,5 +1,4 @@
-//! What goes on beside the runs: taking replayed dead letters off, pruning and sweeping. It neither holds runs up nor loses what
-//! is under way.
+//! Housekeeping: tidying replayed dead letters, pruning and sweeping. It neither delays runs nor loses work in progress.
 
 use crate::support::{World, people, until};
 use lapin::options::{BasicAckOptions, BasicGetOptions};
@@ -27,13 +26,13 @@ fn prune(world: &World) {
     assert!(world.run_to_end(&["prune", "--older-than-days", "0"]), "{}", world.log());
 }
 
-/// A run of as many people, of whom one fails until a person asks for it again.
+/// A list of a hundred people, one of whom fails until a replay.
 fn list(run: usize) -> String {
     people(100).replace("@example.org", &format!("@run-{run}.example"))
 }
 
 #[tokio::test]
-async fn taking_dead_letters_off_holds_up_no_run_and_goes_over_the_queue_once_for_all_replays() {
+async fn tidying_dead_letters_delays_no_run_and_walks_the_queue_once_for_all_replays() {
     let mut world = World::new(&[]).await;
     world.workers();
     let mut runs = Vec::new();
@@ -44,21 +43,21 @@ async fn taking_dead_letters_off_holds_up_no_run_and_goes_over_the_queue_once_fo
         world.until_over(run).await;
     }
     let channel = world.channel().await;
-    until("five letters are there", async || depth(&channel, "mailrun.dead").await.unwrap() == 5).await;
-    // More than a walk looks at together: so the queue is still too long while it does.
+    until("there are five dead letters", async || depth(&channel, "mailrun.dead").await.unwrap() == 5).await;
+    // More than one batch of a walk, so that the queue stays too long meanwhile.
     for _ in 0..600 {
         let publish =
             channel.basic_publish("".into(), "mailrun.dead".into(), Default::default(), b"{}", Default::default());
         publish.await.unwrap();
     }
-    until("they are there", async || depth(&channel, "mailrun.dead").await.unwrap() == 605).await;
-    // Now it takes nothing, so no letter can be moved to its tail.
+    until("all are there", async || depth(&channel, "mailrun.dead").await.unwrap() == 605).await;
+    // Now the queue is full, so no dead letter can be moved to its end.
     let full = r#"{"max-length":1}"#;
     let policy = ["set_policy", "-p", &world.name, "full", "^mailrun\\.dead$", full, "--apply-to", "queues"];
     world.stack.control_rabbitmq(&policy).await.unwrap();
     let confirming = world.channel().await;
     confirming.confirm_select(Default::default()).await.unwrap();
-    until("it takes nothing", async || {
+    until("it accepts nothing", async || {
         let (options, properties) = (Default::default(), Default::default());
         let publish = confirming.basic_publish("".into(), "mailrun.dead".into(), options, b"{}", properties);
         publish.await.unwrap().await.unwrap().is_nack()
@@ -74,23 +73,24 @@ async fn taking_dead_letters_off_holds_up_no_run_and_goes_over_the_queue_once_fo
     let other = world.invite("a@other.example\nb@other.example").await;
     world.until_progress(&other, "sent", |progress| count(progress, "sent") == 2).await;
     world.stack.control_rabbitmq(&["clear_policy", "-p", &world.name, "full"]).await.unwrap();
-    // Looked at before that, the letters would not be on their queue.
-    until("their letters are off", async || world.log().contains("replayed dead letters are off the queue")).await;
+    // Read earlier, the dead letters would not be on their queue.
+    until("their dead letters are removed", async || world.log().contains("replayed dead letters are off the queue"))
+        .await;
     let mut of = Vec::new();
-    while let Some(letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
-        let body: Value = serde_json::from_slice(&letter.data).unwrap();
+    while let Some(dead_letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
+        let body: Value = serde_json::from_slice(&dead_letter.data).unwrap();
         of.extend(body["run_id"].as_str().map(str::to_owned));
     }
     assert!(
         !of.is_empty() && of.iter().all(|run| run == id(&runs[4])),
-        "only the letter that was not replayed: {of:?}"
+        "only the dead letter that was not replayed: {of:?}"
     );
     let walks = world.log().matches("replayed dead letters are off the queue").count();
     assert_eq!(walks, 1, "one walk for four replays");
 }
 
 #[tokio::test]
-async fn who_is_sent_a_moved_dead_letter_while_the_run_is_pruned_counts_as_emailed() {
+async fn a_recipient_of_a_moved_dead_letter_counts_as_emailed_although_the_run_is_pruned() {
     let mut world = World::new(&[]).await;
     world.worker("fan-out");
     world.worker("progress");
@@ -101,12 +101,12 @@ async fn who_is_sent_a_moved_dead_letter_while_the_run_is_pruned_counts_as_email
     world.set("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "8000".into());
     world.worker("send");
     let channel = world.channel().await;
-    let letter = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap().unwrap();
-    world.publish("mailrun.items", &letter.data).await;
-    letter.ack(BasicAckOptions::default()).await.unwrap();
+    let dead_letter = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap().unwrap();
+    world.publish("mailrun.items", &dead_letter.data).await;
+    dead_letter.ack(BasicAckOptions::default()).await.unwrap();
     let claimed = "SELECT count(*) FROM attempts a JOIN run_items i ON i.id = a.item_id
                    WHERE i.state = 'failed' AND a.number > i.attempt";
-    until("the letter is being sent", async || number(&world, claimed).await == 1).await;
+    until("the dead letter is being sent", async || number(&world, claimed).await == 1).await;
     prune(&world);
     assert_eq!(number(&world, "SELECT count(*) FROM runs").await, 0);
     assert_eq!(number(&world, "SELECT count(*) FROM run_items").await, 1, "what is being sent is still there");
@@ -117,11 +117,11 @@ async fn who_is_sent_a_moved_dead_letter_while_the_run_is_pruned_counts_as_email
     prune(&world);
     assert_eq!(number(&world, "SELECT count(*) FROM run_items").await, 0);
     assert_eq!(number(&world, "SELECT count(*) FROM attempts").await, 0);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn a_run_that_was_asked_for_again_is_not_pruned_before_that() {
+async fn a_run_with_a_requested_replay_is_not_pruned_before_it() {
     let mut world = World::new(&[]).await;
     world.worker("send");
     world.worker("progress");
@@ -142,7 +142,7 @@ async fn a_run_that_was_asked_for_again_is_not_pruned_before_that() {
 }
 
 #[tokio::test]
-async fn pruning_deletes_what_belonged_to_the_run_and_keeps_the_receipts_that_items_need() {
+async fn pruning_deletes_a_runs_rows_and_keeps_needed_receipts() {
     let mut world = World::new(&[]).await;
     world.workers();
     let [old, open] = [world.invite(&list(1)).await, world.invite("a@open.example").await];
@@ -166,7 +166,7 @@ async fn pruning_deletes_what_belonged_to_the_run_and_keeps_the_receipts_that_it
         ),
     )
     .await;
-    // A receipt of a worker that is long gone, of an item that is not shown as sent yet.
+    // A receipt of a pruned worker, for an item that is not settled as sent yet.
     execute(
         &world,
         "UPDATE run_items SET state = 'pending' WHERE run_id IN (SELECT run_id FROM run_progress WHERE total = 1)",
@@ -188,7 +188,7 @@ async fn pruning_deletes_what_belonged_to_the_run_and_keeps_the_receipts_that_it
 }
 
 #[tokio::test]
-async fn a_run_that_cannot_be_swept_does_not_end_the_sweep() {
+async fn a_run_that_cannot_be_swept_does_not_stop_the_sweep() {
     let mut world = World::new(&[]).await;
     let releasing = world.worker("fan-out");
     let mut runs = Vec::new();
@@ -197,11 +197,11 @@ async fn a_run_that_cannot_be_swept_does_not_end_the_sweep() {
     }
     let channel = world.channel().await;
     until("all are released", async || depth(&channel, "mailrun.items").await.unwrap() == 6).await;
-    // A step is committed after its messages are published, and is repeated if it was not.
+    // A step is committed after its messages are published, and repeated if it was not.
     let released = "SELECT count(*) FROM run_passes WHERE cursor = 2";
     until("the steps are committed", async || number(&world, released).await == 3).await;
     world.kill(releasing);
-    // The first and the last of them can't be swept, in whatever order they come.
+    // The first and the last of them cannot be swept, in any order.
     execute(
         &world,
         "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'not this one'; END $$",
@@ -215,7 +215,7 @@ async fn a_run_that_cannot_be_swept_does_not_end_the_sweep() {
     );
     execute(&world, &failing).await;
     channel.queue_purge("mailrun.items".into(), Default::default()).await.unwrap();
-    // All in one sweep: what it puts back waits for a sender, and is missing no more.
+    // All in one sweep: republished messages wait for a sender and are no longer missing.
     execute(&world, "UPDATE run_progress SET updated_at = now() - interval '1 minute'").await;
     world.worker("fan-out");
     until("the other one is swept", async || world.repairs(&runs[1]).await.put_back == 2).await;
@@ -227,5 +227,5 @@ async fn a_run_that_cannot_be_swept_does_not_end_the_sweep() {
         let end = world.until_over(run).await;
         assert_eq!(count(&end, "sent"), 2);
     }
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

@@ -1,5 +1,5 @@
-//! Results that come late, or that the ledger refuses: a mail that was sent is shown as sent, whatever happened since, and what is
-//! refused spoils nothing but itself.
+//! Late results, and results that the ledger refuses: a sent mail is recorded as sent regardless of later events, and a refused result
+//! affects no others.
 
 use crate::support::{World, people, until};
 use lapin::options::BasicGetOptions;
@@ -24,7 +24,7 @@ fn result(item_id: i64, attempt: i32, state: ItemState) -> ItemResult {
     ItemMessage { run_id: Uuid::nil(), item_id, attempt, tries: 1, replays: 0 }.result(state, None)
 }
 
-/// Says what became of some attempts, as a sender does.
+/// Reports results like a sender.
 async fn report(world: &World, run: &str, results: &[ItemResult]) {
     let message = ResultsMessage { run_id: Some(id(run)), results: results.to_vec() };
     world.publish("mailrun.results", &encode(&message)).await;
@@ -35,14 +35,14 @@ async fn execute(world: &World, statement: &'static str) {
 }
 
 #[tokio::test]
-async fn what_the_ledger_refuses_is_buried_alone_and_once_and_the_others_are_counted() {
+async fn refused_results_are_buried_once_and_the_others_counted() {
     let mut world = World::new(&[]).await;
     let run = world.invite(&people(200)).await;
     execute(&world, "ALTER TABLE run_items ADD CONSTRAINT no_such_end CHECK (error <> 'impossible')").await;
     let mut results: Vec<ItemResult> =
         items(&world, &run).await.into_iter().map(|item| result(item, 1, Sent)).collect();
     results[70] = ItemResult { state: Failed, error: Some("impossible".into()), ..results[70].clone() };
-    // Later than any calendar goes.
+    // Beyond PostgreSQL's range of dates.
     results[130] = ItemResult { state: Retrying, due_in_ms: Some(i64::MAX), ..results[130].clone() };
     report(&world, &run, &results).await;
     world.worker("progress");
@@ -50,7 +50,7 @@ async fn what_the_ledger_refuses_is_buried_alone_and_once_and_the_others_are_cou
     let channel = world.channel().await;
     until("both are buried", async || depth(&channel, "mailrun.dead").await.unwrap() == 2).await;
 
-    // Their sender repeats what it does not see counted. What comes after that is counted after it.
+    // A sender repeats results that are not counted. Later results are counted after them.
     report(&world, &run, &results).await;
     report(&world, &run, &[results[130].clone(), results[70].clone()]).await;
     let later = world.invite("later@example.org").await;
@@ -58,13 +58,13 @@ async fn what_the_ledger_refuses_is_buried_alone_and_once_and_the_others_are_cou
     world.until_over(&later).await;
     assert_eq!(depth(&channel, "mailrun.dead").await.unwrap(), 2, "{}", world.log());
 
-    // Each lies there alone, and can be moved back when the ledger takes it.
+    // Each is a separate dead letter, and can be moved back when the ledger accepts it.
     execute(&world, "ALTER TABLE run_items DROP CONSTRAINT no_such_end").await;
-    while let Some(letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
-        let message: ResultsMessage = decode(None, &letter.data).unwrap();
+    while let Some(dead_letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
+        let message: ResultsMessage = decode(None, &dead_letter.data).unwrap();
         assert_eq!(message.results.len(), 1, "{message:?}");
         if message.results == results[70..71] {
-            world.publish("mailrun.results", &letter.data).await;
+            world.publish("mailrun.results", &dead_letter.data).await;
         }
     }
     let end = world.until_progress(&run, "one has failed", |progress| progress["failed"] == 1).await;
@@ -73,7 +73,7 @@ async fn what_the_ledger_refuses_is_buried_alone_and_once_and_the_others_are_cou
 }
 
 #[tokio::test]
-async fn counters_that_were_changed_by_hand_bury_no_result() {
+async fn manually_changed_counters_bury_no_result() {
     let mut world = World::new(&[]).await;
     let run = world.invite(&people(200)).await;
     execute(&world, "UPDATE run_progress SET pending = pending - 150, sent = sent + 150").await;
@@ -86,7 +86,7 @@ async fn counters_that_were_changed_by_hand_bury_no_result() {
 }
 
 #[tokio::test]
-async fn a_late_sent_of_an_earlier_attempt_wins_whatever_happened_since() {
+async fn a_late_sent_result_of_an_earlier_attempt_wins() {
     let mut world = World::new(&[]).await;
     world.worker("progress");
     let run = world.invite(&people(6)).await;
@@ -108,7 +108,7 @@ async fn a_late_sent_of_an_earlier_attempt_wins_whatever_happened_since() {
     let page = world.client.get(&run).send().await.unwrap().text().await.unwrap();
     assert!(page.contains("6 successful"), "{page}");
 
-    // What was to be attempted by then is not.
+    // Pending attempts are not made.
     for item_id in items {
         let next = ItemMessage { run_id: id(&run), item_id, attempt: 5, tries: 1, replays: 1 };
         world.publish("mailrun.items", &encode(&next)).await;
@@ -122,8 +122,8 @@ async fn a_late_sent_of_an_earlier_attempt_wins_whatever_happened_since() {
 }
 
 #[tokio::test]
-async fn who_turns_out_to_have_been_sent_to_is_not_sent_to_by_a_replay_or_another_run() {
-    // Everybody fails until a person asks for another try.
+async fn a_late_sent_result_prevents_sends_of_a_replay_and_another_run() {
+    // Every send fails until a person requests a replay.
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "1")]).await;
     world.worker("fan-out");
     world.worker("progress");
@@ -149,7 +149,7 @@ async fn who_turns_out_to_have_been_sent_to_is_not_sent_to_by_a_replay_or_anothe
     assert_eq!(world.until_over(&again).await["skipped"], 1);
     let later = world.invite("later@example.org").await;
     assert_eq!(world.until_over(&later).await["failed"], 1);
-    assert_eq!(world.handed_over(), [""; 0], "nobody is sent to");
+    assert_eq!(world.handed_over(), [""; 0], "nothing is sent");
     assert_eq!(world.progress(&replayed).await["sent"], 1);
     world.counters_equal_counts().await;
 }

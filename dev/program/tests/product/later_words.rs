@@ -1,5 +1,5 @@
-//! Words that a later version has written into the ledger's enums: no process of this one ends over them, whatever else is there
-//! goes on, the pages answer, and what belongs to them waits for the upgrade.
+//! Enum values of a later version in the ledger: no process of this version ends because of them, other work continues, the pages
+//! answer, and what belongs to them waits for the upgrade.
 
 use crate::support::{World, people, until};
 use mailrun_broker::depth;
@@ -17,7 +17,7 @@ fn id(run: &str) -> Uuid {
     run.rsplit('/').next().unwrap().parse().unwrap()
 }
 
-/// As many people, whom no other list has.
+/// A list of distinct people.
 fn list(name: &str) -> String {
     people(9).replace("@example.org", &format!("@{name}.example"))
 }
@@ -38,13 +38,13 @@ async fn page(world: &World, path: &str) -> String {
 }
 
 #[tokio::test]
-async fn what_a_later_version_has_written_stops_nothing_else_and_waits_for_the_upgrade() {
-    // A limit that holds nobody up, so that claims and steps look at limits as well.
+async fn values_of_a_later_version_wait_for_the_upgrade_and_block_nothing_else() {
+    // A high rate limit, so that claims and steps check limits as well.
     let mut world = World::new(&[("MAILRUN_FAN_OUT__SENDS_PER_SECOND", "1000")]).await;
     for name in TYPES {
         execute(&world, &format!("ALTER TYPE {name} ADD VALUE 'later'")).await;
     }
-    // One run that is over, whose replay named states of the later version.
+    // A finished run whose replay names states of the later version.
     let mut workers = vec![world.worker("fan-out"), world.worker("send"), world.worker("progress")];
     let old = invite(&world, "old").await;
     world.until_over(&old).await;
@@ -79,14 +79,14 @@ async fn what_a_later_version_has_written_stops_nothing_else_and_waits_for_the_u
     ] {
         execute(&world, &statement).await;
     }
-    // A result for the item arrives, and a message that asks for another attempt.
+    // A result of the item, and a message for another attempt.
     let asked = ItemMessage { run_id: id(&item), item_id: later_item, attempt: 1, tries: 1, replays: 0 };
     let results = ResultsMessage { run_id: Some(id(&item)), results: vec![asked.result(Sent, None)] };
     world.publish("mailrun.results", &encode(&results)).await;
     let next = ItemMessage { attempt: 2, ..asked };
     world.publish("mailrun.items", &encode(&next)).await;
 
-    // The messages of another run are lost: it ends only if the sweeper gets to it.
+    // Another run's messages are lost: it only ends if it is swept.
     let other = invite(&world, "other").await;
     workers.push(world.worker("fan-out"));
     let channel = world.channel().await;
@@ -108,18 +108,18 @@ async fn what_a_later_version_has_written_stops_nothing_else_and_waits_for_the_u
     }
 
     let runs = page(&world, "/runs").await;
-    assert!(runs.contains(">later</span>"), "the word is shown: {runs}");
+    assert!(runs.contains(">later</span>"), "the value is shown: {runs}");
     assert!(page(&world, &format!("/runs/{}", id(&wanted))).await.contains("newer version"));
     assert_eq!(world.progress(&wanted).await["state"], "later");
     let again = world.submit(&token, &list("wanted")).await.unwrap();
-    assert!(again.starts_with(&wanted), "the same form makes no other run: {again}");
+    assert!(again.starts_with(&wanted), "the same form creates no other run: {again}");
     for run in [&item, &pass, &old] {
         page(&world, &format!("/runs/{}", id(run))).await;
     }
     assert!(page(&world, "/suppressions").await.contains("later"));
     assert!(page(&world, &format!("/tests/{test_id}")).await.contains("later"));
     page(&world, "/relay").await;
-    // A suppressed address stays so, whatever for.
+    // A suppressed address stays suppressed for any reason.
     let skipped = world.invite("suppressed@example.org\nfine@example.org").await;
     assert_eq!(world.until_over(&skipped).await["total"], 1);
     for command in [&["suppressions", "list"][..], &["relay", "show"], &["dead-letters"]] {
@@ -133,7 +133,7 @@ async fn what_a_later_version_has_written_stops_nothing_else_and_waits_for_the_u
     }
     assert_eq!(depth(&channel, "mailrun.dead").await.unwrap(), 0, "nothing of it is poison");
 
-    // A later version understands all of it.
+    // A later version handles these values.
     execute(&world, &format!("UPDATE run_items SET state = 'pending' WHERE id = {later_item}")).await;
     execute(&world, "UPDATE runs SET wanted = 'running' WHERE wanted = 'later'").await;
     execute(&world, "DELETE FROM run_passes WHERE kind = 'later'").await;
@@ -141,6 +141,6 @@ async fn what_a_later_version_has_written_stops_nothing_else_and_waits_for_the_u
     for run in [&item, &wanted, &pass] {
         assert_eq!(world.until_over(run).await["sent"], 9, "{}", world.log());
     }
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     world.counters_equal_counts().await;
 }

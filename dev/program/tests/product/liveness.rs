@@ -1,4 +1,5 @@
-//! Workers that are cut off, or of no use, or end while nobody counts: what they had begun is settled once, and nobody gets two.
+//! Workers that are cut off, declared dead, or stopped while no progress worker runs: their attempts are settled once, and nobody gets
+//! two mails.
 
 use std::{
     net::SocketAddr,
@@ -24,7 +25,7 @@ fn count(progress: &Value, state: &str) -> i64 {
     progress[state].as_i64().unwrap()
 }
 
-/// Until somebody reads the queue.
+/// Waits until the queue has this many consumers.
 async fn until_read(world: &World, queue: &str, consumers: u32) {
     let channel = world.channel().await;
     until(&format!("{queue} is read"), async || {
@@ -35,24 +36,24 @@ async fn until_read(world: &World, queue: &str, consumers: u32) {
 }
 
 #[tokio::test]
-async fn a_worker_whose_row_is_gone_ends_with_an_error_and_the_next_one_goes_on() {
+async fn a_worker_without_a_row_fails_and_the_next_one_continues() {
     let mut world = World::new(&[]).await;
     let workers = ["fan-out", "send", "progress"].map(|role| world.worker(role));
     until("all have registered", async || number(&world, "SELECT count(*) FROM workers").await == 3).await;
     sqlx::query("DELETE FROM workers").execute(&world.pool).await.unwrap();
     for worker in workers {
-        assert!(!world.until_ended(worker).await, "the exit code is that of an error");
+        assert!(!world.until_ended(worker).await, "the exit code reports an error");
     }
     assert!(world.log().matches("its row in the table workers is gone").count() >= 3, "{}", world.log());
     let run = world.invite(&people(50)).await;
     world.workers();
     assert_eq!(count(&world.until_over(&run).await, "sent"), 50);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn the_doctor_finds_an_idle_worker_that_is_of_no_use() {
-    // It does not find out by itself for a long time.
+async fn the_doctor_finds_an_idle_worker_without_a_row() {
+    // It does not notice by itself for a long time.
     let settings = [("MAILRUN_HEARTBEAT__INTERVAL_MS", "600000"), ("MAILRUN_HEARTBEAT__DEAD_AFTER_MS", "3600000")];
     let mut world = World::new(&settings).await;
     world.worker("send");
@@ -62,18 +63,18 @@ async fn the_doctor_finds_an_idle_worker_that_is_of_no_use() {
     sqlx::query("DELETE FROM workers").execute(&world.pool).await.unwrap();
     let (well, report) = world.output(&["doctor", "--json"], &[]);
     assert!(!well && report.contains("mailrun.items has a consumer that is not a live worker"), "{report}");
-    // One that is of use does not hide it.
+    // A working one does not hide it.
     world.worker("send");
     until_read(&world, "mailrun.items", 2).await;
     let (well, report) = world.output(&["doctor", "--json"], &[]);
     assert!(!well && report.contains("mailrun.items has a consumer that is not a live worker"), "{report}");
 }
 
-/// So many items are released and not counted at most.
+/// The maximum of released items that are not counted.
 const WINDOW: &str = "100";
 
-/// A run in the middle of which all senders have ended in good order, and nobody counts.
-async fn senders_have_ended_while_nobody_counts(on_unknown: &str) -> (World, String) {
+/// A run during which all senders have ended cleanly, without a progress worker.
+async fn senders_ended_without_a_progress_worker(on_unknown: &str) -> (World, String) {
     let mut world = World::new(&[
         ("MAILRUN_SEND__ON_UNKNOWN", on_unknown),
         ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"),
@@ -91,7 +92,7 @@ async fn senders_have_ended_while_nobody_counts(on_unknown: &str) -> (World, Str
     (world, run)
 }
 
-/// Until a sweep has gone over the run. It shows by what it puts back: the message that drives the run, which is taken away.
+/// Waits until the run is swept, which is visible by the republished run message after it was purged.
 async fn until_swept(world: &World, run: &str) {
     let channel = world.channel().await;
     until("the run is swept", async || {
@@ -104,8 +105,8 @@ async fn until_swept(world: &World, run: &str) {
 }
 
 #[tokio::test]
-async fn senders_that_restart_while_nobody_counts_send_nothing_again() {
-    let (mut world, run) = senders_have_ended_while_nobody_counts("resend").await;
+async fn senders_restarted_without_a_progress_worker_send_nothing_twice() {
+    let (mut world, run) = senders_ended_without_a_progress_worker("resend").await;
     world.worker("send");
     world.worker("send");
     until_swept(&world, &run).await;
@@ -113,35 +114,35 @@ async fn senders_that_restart_while_nobody_counts_send_nothing_again() {
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (297, 3, 0));
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn senders_that_restart_while_nobody_counts_leave_no_stale_dead_letters() {
-    let (mut world, run) = senders_have_ended_while_nobody_counts("hold").await;
+async fn senders_restarted_without_a_progress_worker_leave_no_stale_dead_letters() {
+    let (mut world, run) = senders_ended_without_a_progress_worker("hold").await;
     world.worker("send");
     world.worker("send");
     until_swept(&world, &run).await;
     world.worker("progress");
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (297, 3, 0));
-    assert_eq!(depth(&world.channel().await, "mailrun.dead").await.unwrap(), 3, "those who failed, and no other");
+    assert_eq!(depth(&world.channel().await, "mailrun.dead").await.unwrap(), 3, "only those of failed items");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn what_was_sent_before_an_end_in_good_order_is_known_even_if_its_results_are_purged() {
-    let (mut world, run) = senders_have_ended_while_nobody_counts("resend").await;
+async fn sends_before_a_clean_stop_are_known_although_the_results_are_purged() {
+    let (mut world, run) = senders_ended_without_a_progress_worker("resend").await;
     let purged = world.channel().await.queue_purge("mailrun.results".into(), Default::default()).await.unwrap();
     assert!(purged > 0, "no result was on its queue");
     world.worker("send");
     world.worker("progress");
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (297, 3, 0));
-    assert!(world.repairs(&run).await.told_again > 0, "what was sent is told by the last receipts");
+    assert!(world.repairs(&run).await.told_again > 0, "the last receipts prove what was sent");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 /// A mail server behind a proxy, which holds everything from the first RCPT on: its reply does not arrive.
@@ -159,7 +160,7 @@ async fn mail_server() -> (Sink, Arc<Proxy>) {
     (sink, proxy)
 }
 
-/// Everything but senders, which will send again what is unknown.
+/// A world without senders, with send.on_unknown = "resend".
 async fn world_that_sends_through(proxy: &Proxy) -> World {
     let relay = format!("smtp://{}?tls=none", proxy.address());
     let mut world = World::new(&[
@@ -168,7 +169,7 @@ async fn world_that_sends_through(proxy: &Proxy) -> World {
         ("MAILRUN_MAILER__SMTP__FROM", "zoe@party.example"),
         ("MAILRUN_MAILER__SMTP__CONNECTIONS", "5"),
         ("MAILRUN_SEND__ON_UNKNOWN", "resend"),
-        // RabbitMQ soon takes back what a process holds that was stopped.
+        // RabbitMQ soon requeues the deliveries of a stopped process.
         ("MAILRUN_AMQP__HEARTBEAT_S", "5"),
     ])
     .await;
@@ -177,13 +178,13 @@ async fn world_that_sends_through(proxy: &Proxy) -> World {
     world
 }
 
-/// Until others have declared the sender dead, and have settled what it had claimed.
+/// Waits until the sender is declared dead and its claims are settled.
 async fn until_given_up(world: &World, run: &str) {
     until("its claims are settled", async || world.repairs(run).await.buried > 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sender_that_is_cut_off_from_the_ledger_sends_nothing_more() {
+async fn a_sender_without_a_ledger_sends_nothing_more() {
     let (sink, mail) = mail_server().await;
     let mut world = world_that_sends_through(&mail).await;
     let sound = world.stack.database_url(&world.name);
@@ -194,13 +195,13 @@ async fn a_sender_that_is_cut_off_from_the_ledger_sends_nothing_more() {
     let cut_off = world.worker("send");
     world.set("DATABASE_URL", sound);
     let run = world.invite(&people(20)).await;
-    until("mails are under way", async || mail.is_held()).await;
+    until("mails are in progress", async || mail.is_held()).await;
     ledger.hold();
     until_given_up(&world, &run).await;
-    // Now it hears that it may go on.
+    // Now the relay's reply arrives.
     mail.release();
     ledger.release();
-    assert!(!world.until_ended(cut_off).await, "it finds out that it was declared dead");
+    assert!(!world.until_ended(cut_off).await, "it notices that it was declared dead");
     assert_eq!(sink.received(), 0, "{}", world.log());
     world.worker("send");
     let end = world.until_over(&run).await;
@@ -209,21 +210,21 @@ async fn a_sender_that_is_cut_off_from_the_ledger_sends_nothing_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sender_that_was_stopped_for_longer_than_it_may_sends_nothing_more() {
+async fn a_sender_stopped_for_too_long_sends_nothing_more() {
     let (sink, mail) = mail_server().await;
     let mut world = world_that_sends_through(&mail).await;
     let frozen = world.worker("send");
     let run = world.invite(&people(20)).await;
-    until("mails are under way", async || mail.is_held()).await;
+    until("mails are in progress", async || mail.is_held()).await;
     world.signal(frozen, Signal::STOP);
     until_given_up(&world, &run).await;
     mail.release();
-    // Another one sends everything, also what the first had begun.
+    // Another one sends everything, including the first one's attempts.
     world.worker("send");
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), sink.received()), (20, 20));
     world.signal(frozen, Signal::CONT);
-    assert!(!world.until_ended(frozen).await, "it finds out that it was declared dead");
+    assert!(!world.until_ended(frozen).await, "it notices that it was declared dead");
     assert_eq!((sink.received(), sink.received_twice()), (20, 0), "{}", world.log());
     world.counters_equal_counts().await;
 }

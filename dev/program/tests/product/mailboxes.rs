@@ -1,4 +1,4 @@
-//! One mailbox is one person, whatever lists call it; and each mail says what its own list says.
+//! One mailbox is one person, however lists spell it; each mail uses its own list's spelling.
 
 use std::path::Path;
 
@@ -8,13 +8,13 @@ use mailrun_ledger::mailboxes::{Unified, unify};
 use mailrun_sink::{Message, Options, Sink};
 use sqlx::{PgPool, migrate::Migrator};
 
-/// No send fails.
+/// Settings without simulated failures.
 const SMOOTH: [(&str, &str); 2] =
     [("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "0"), ("MAILRUN_MAILER__SIMULATED__FLAKY_EVERY", "0")];
-/// The newest migration that knows nothing of mailboxes.
+/// The last migration before mailboxes.
 const BEFORE: i64 = 12;
 
-/// A run with an item for each person in each state, as an older version wrote it.
+/// A run with an item per person and state, as an older version wrote it.
 async fn run(pool: &PgPool, number: i64, items: &[(i64, &str)]) {
     let id = uuid::Uuid::from_u128(number as u128);
     sqlx::query(
@@ -58,7 +58,7 @@ async fn run(pool: &PgPool, number: i64, items: &[(i64, &str)]) {
         .unwrap();
 }
 
-/// A ledger as it was left by a version that compared addresses by letter.
+/// A ledger of a version that compared addresses literally.
 async fn older_ledger(pool: &PgPool) {
     let migrations = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../migrations");
     Migrator::new(migrations).await.unwrap().run_to(BEFORE, pool).await.unwrap();
@@ -99,15 +99,15 @@ where
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_older_ledger_with_two_spellings_of_one_mailbox_keeps_its_counts() {
-    // World runs `mailrun setup` on what is there.
+async fn migrating_two_spellings_of_one_mailbox_keeps_the_counts() {
+    // World runs `mailrun setup` on the existing ledger.
     let mut world = World::on_ledger(&SMOOTH, older_ledger).await;
     world.counters_equal_counts().await;
     let states = "SELECT state::text || ' ' || count(*) FROM run_items GROUP BY state ORDER BY state";
     assert_eq!(
         column::<String>(&world.pool, states).await,
         ["pending 8", "cancelled 1", "unknown 1", "failed 1", "sent 1"],
-        "no item has another state"
+        "no item's state changed"
     );
     let people = "SELECT id || ' ' || email FROM users ORDER BY id";
     assert_eq!(
@@ -132,10 +132,10 @@ async fn an_older_ledger_with_two_spellings_of_one_mailbox_keeps_its_counts() {
     let named =
         "SELECT position || ' ' || name || ' ' || coalesce(typed, '') FROM run_items WHERE user_id = 1 ORDER BY id";
     assert_eq!(column::<String>(&world.pool, named).await, ["1 Ann ann@bücher.example", "1 Anna "]);
-    // Once more, there is nothing to do.
+    // A second time, nothing changes.
     assert_eq!(unify(&mut world.pool.acquire().await.unwrap()).await.unwrap(), Unified::default());
 
-    // Both runs end, and of each pair one gets one mail: ann once, cid by the second run; eve is suppressed.
+    // Both runs end, and each pair gets one mail: ann once, cid by the second run; eve is suppressed.
     world.workers();
     for number in [1_u128, 2] {
         world.until_over(&format!("{}/runs/{}", world.web, uuid::Uuid::from_u128(number))).await;
@@ -149,7 +149,7 @@ async fn an_older_ledger_with_two_spellings_of_one_mailbox_keeps_its_counts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn spellings_of_one_mailbox_are_one_person_who_is_shown_as_typed() {
+async fn spellings_of_one_mailbox_are_one_person_shown_as_typed() {
     let mut world = World::new(&[]).await;
     let run = world
         .invite("Ann@Bücher.example\nann@xn--bcher-kva.example\nANN@BU\u{308}CHER.EXAMPLE\na\u{200b}nn@bücher.example")
@@ -159,7 +159,7 @@ async fn spellings_of_one_mailbox_are_one_person_who_is_shown_as_typed() {
     assert_eq!(column::<String>(&world.pool, "SELECT typed FROM run_items").await, ["Ann@Bücher.example"]);
     world.workers();
     assert_eq!(world.until_over(&run).await["sent"], 1);
-    // Any spelling of it is known, and any spelling suppresses it.
+    // Any spelling is recognised, and any spelling suppresses it.
     let (status, _) = world.submit(&world.token().await, "ann@bücher.example").await.unwrap_err();
     assert_eq!(status, 422);
     let (added, text) = world.output(&["suppressions", "add", "Zoe@Bücher.example"], &[]);
@@ -171,7 +171,7 @@ async fn spellings_of_one_mailbox_are_one_person_who_is_shown_as_typed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_newest_lists_name_is_used() {
+async fn uses_the_name_of_the_newest_list() {
     let sink = Sink::start(Options::default()).await.unwrap();
     let relay = format!("smtp://{}?tls=none", sink.address());
     let mut world = World::new(&[
@@ -208,7 +208,7 @@ async fn the_newest_lists_name_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_form_is_told_how_many_people_its_list_names() {
+async fn counts_the_people_of_a_list_for_the_form() {
     let world = World::new(&[]).await;
     let list = "Ann <ann@bücher.example> Bob <bob@x.org>\nann@xn--bcher-kva.example\nnobody";
     let answer =
@@ -216,7 +216,7 @@ async fn the_form_is_told_how_many_people_its_list_names() {
     let count: serde_json::Value = answer.json().await.unwrap();
     assert_eq!(count["text"], "2 people, 1 address repeated, 1 invalid entry");
     assert_eq!((&count["people"], &count["repeated"], &count["invalid"]), (&2.into(), &1.into(), &1.into()));
-    let strange = world.client.post(format!("{}/invites/count", world.web)).header("origin", "https://evil.example");
-    assert_eq!(strange.form(&[("emails", list)]).send().await.unwrap().status(), 403);
+    let foreign = world.client.post(format!("{}/invites/count", world.web)).header("origin", "https://evil.example");
+    assert_eq!(foreign.form(&[("emails", list)]).send().await.unwrap().status(), 403);
     assert_eq!(column::<i64>(&world.pool, "SELECT count(*) FROM users").await, [0]);
 }

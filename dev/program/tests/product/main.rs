@@ -1,4 +1,4 @@
-//! What Mailrun promises, on the real servers and with the real processes: each test has a database and a virtual host of its own.
+//! Mailrun's guarantees, with the real servers and processes: each test has its own database and virtual host.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod access;

@@ -1,5 +1,4 @@
-//! Messages that nobody should send, on every queue and in every way: each ends in the dead letters, once and with its reason,
-//! while a run goes on beside them.
+//! Invalid messages on all queues in all forms: each becomes a dead letter once, with its reason, while a run continues.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,7 +17,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _}
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-/// Every queue that a consumer takes from, and three of those that lead to one.
+/// All consumed queues, and three of those whose messages expire to one.
 const QUEUES: [&str; 8] = [
     "mailrun.runs",
     "mailrun.items",
@@ -29,24 +28,23 @@ const QUEUES: [&str; 8] = [
     "mailrun.runs.paused",
     "mailrun.retry.100ms",
 ];
-/// Larger than a frame by far.
+/// Much larger than a frame.
 const HUGE: usize = 1_500_000;
-/// Messages on each queue that are a right one with a few bytes changed.
+/// Valid messages with a few bytes changed, per queue.
 const GARBLED: usize = 40;
 
-/// What comes of a message.
+/// What becomes of a message.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum End {
-    /// The dead letters.
+    /// Dead-lettered.
     Buried,
-    /// It is a well-formed result of an item that this ledger does not know: it is buried by itself, and once, however often it
-    /// comes.
+    /// A well-formed result of an unknown item: buried separately, and once, however often it arrives.
     BuriedOnce,
-    /// It is well-formed, and refers to nothing: a test that is pruned by now.
+    /// Well-formed, but its test is pruned.
     Dropped,
 }
 
-/// A message that belongs on the queue and names nothing that exists.
+/// A valid message of the queue that refers to nothing.
 fn right(queue: &str) -> Value {
     let id = Uuid::from_u128(0xDEAD);
     match queue {
@@ -61,7 +59,7 @@ fn right(queue: &str) -> Value {
     }
 }
 
-/// What is right for a body without a type, by the decoder that the workers use.
+/// The expected end of a body without a type, by the workers' decoder.
 fn end_of(queue: &str, body: &[u8]) -> End {
     match queue {
         "mailrun.results" if decode::<ResultsMessage>(None, body).is_ok() => End::BuriedOnce,
@@ -71,15 +69,15 @@ fn end_of(queue: &str, body: &[u8]) -> End {
     }
 }
 
-/// Results that are buried once: run, item, attempt and state.
-type Strange = BTreeSet<(Option<Uuid>, i64, i32, ItemState)>;
+/// Results buried once: run, item, attempt and state.
+type OnceBuried = BTreeSet<(Option<Uuid>, i64, i32, ItemState)>;
 
-fn strange(body: &[u8]) -> Strange {
-    let Ok(message) = decode::<ResultsMessage>(None, body) else { return Strange::new() };
+fn once_buried(body: &[u8]) -> OnceBuried {
+    let Ok(message) = decode::<ResultsMessage>(None, body) else { return OnceBuried::new() };
     message.results.iter().map(|result| (message.run_id, result.item_id, result.attempt, result.state)).collect()
 }
 
-/// Bodies that are wrong on any queue.
+/// Bodies that are invalid on any queue.
 fn wrong(queue: &str) -> Vec<Vec<u8>> {
     let body = right(queue).to_string();
     let mut bodies: Vec<Vec<u8>> =
@@ -90,7 +88,7 @@ fn wrong(queue: &str) -> Vec<Vec<u8>> {
     bodies.push(body.as_bytes()[..body.len() / 2].to_vec());
     bodies.push(format!("{body}{body}").into_bytes());
     bodies.push(body.replacen('{', "{\"address\":\"ann@example.org\",", 1).into_bytes());
-    // Its reason would quote what is wrong.
+    // The reason would quote the invalid part.
     bodies.push(format!("{{\"{}\":1}}", "x".repeat(HUGE)).into_bytes());
     bodies.push(format!("{{\"run_id\":\"{}\"}}", "é".repeat(HUGE / 2)).into_bytes());
     bodies.push("x".repeat(HUGE).into_bytes());
@@ -99,7 +97,7 @@ fn wrong(queue: &str) -> Vec<Vec<u8>> {
     bodies
 }
 
-/// A field of a right message, and what must not stand in it.
+/// Invalid values of the fields of a valid message.
 fn wrong_fields(queue: &str) -> Vec<Vec<u8>> {
     let fields: &[(&str, &[&str])] = match queue {
         "mailrun.runs" | "mailrun.runs.wait" | "mailrun.runs.paused" => &[
@@ -138,7 +136,7 @@ fn text(text: impl Into<Vec<u8>>) -> AMQPValue {
     AMQPValue::LongString(LongString::from(text.into()))
 }
 
-/// Tables of headers that a message may come with.
+/// Tables of headers.
 fn headers(queue: &str) -> Vec<FieldTable> {
     let table = |entries: Vec<(&str, AMQPValue)>| {
         let mut table = FieldTable::default();
@@ -153,12 +151,12 @@ fn headers(queue: &str) -> Vec<FieldTable> {
     for _ in 0..50 {
         nested = AMQPValue::FieldTable(table(vec![("deeper", nested)]));
     }
-    // The broker itself adds headers to what it moves on.
+    // The broker itself adds headers to messages that it moves.
     let moved_on = ["wait", "paused", "retry"].iter().any(|room| queue.contains(room));
     let huge = if moved_on { 120_000 } else { 130_900 };
     let many: Vec<String> = (0..4_000).map(|number| format!("header-{number}")).collect();
     vec![
-        // Its copies, made again with each burial, would fill the queue.
+        // Copies to the queue, repeated at each burial, would fill it.
         table(vec![("CC", list(vec![text(queue)]))]),
         table(vec![
             ("x-death", list(vec![AMQPValue::FieldTable(death)])),
@@ -174,7 +172,7 @@ fn headers(queue: &str) -> Vec<FieldTable> {
             ("x-mailrun-error", AMQPValue::Boolean(true)),
             ("x-mailrun-died-at", text("")),
         ]),
-        // With ours on top, they would not fit into a frame.
+        // With our headers added, they would exceed a frame.
         table(vec![("x-huge", text(vec![b'x'; huge]))]),
         table(many.iter().map(|key| (key.as_str(), text("0123456789"))).collect()),
         table(vec![("x-not-utf-8", text(vec![0xFF, 0xFE, 0])), ("", text("")), ("nested", nested)]),
@@ -197,13 +195,13 @@ fn headers(queue: &str) -> Vec<FieldTable> {
     ]
 }
 
-/// Properties that say something wrong, or nothing.
+/// Invalid or meaningless properties.
 fn properties() -> Vec<BasicProperties> {
     let none = BasicProperties::default;
     vec![
         none().with_content_type("text/html".into()).with_content_encoding("gzip".into()),
         none().with_priority(255).with_delivery_mode(1),
-        // Long enough to be taken before.
+        // Long enough not to expire before consumption.
         none().with_expiration("600000".into()),
         none()
             .with_reply_to("mailrun.items".into())
@@ -219,18 +217,18 @@ struct Publisher {
     published: usize,
 }
 
-/// What is to be found among the dead letters.
+/// The expected dead letters.
 #[derive(Default)]
 struct Buried {
-    /// How often each body.
+    /// The count of each body.
     bodies: BTreeMap<Vec<u8>, usize>,
     /// Each of these once.
-    strange: Strange,
+    once: OnceBuried,
 }
 
 impl Buried {
     fn total(&self) -> usize {
-        self.bodies.values().sum::<usize>() + self.strange.len()
+        self.bodies.values().sum::<usize>() + self.once.len()
     }
 }
 
@@ -243,21 +241,21 @@ impl Publisher {
         self.published += 1;
         match end {
             End::Buried => *self.buried.bodies.entry(body).or_default() += 1,
-            End::BuriedOnce => self.buried.strange.extend(strange(&body)),
+            End::BuriedOnce => self.buried.once.extend(once_buried(&body)),
             End::Dropped => {}
         }
     }
 }
 
-/// All that lies on `mailrun.dead`, which stays there.
-async fn letters(world: &World) -> Vec<(BasicProperties, Vec<u8>)> {
+/// All messages on `mailrun.dead`, which stay there.
+async fn dead_letters(world: &World) -> Vec<(BasicProperties, Vec<u8>)> {
     let channel = world.channel().await;
-    let mut letters = Vec::new();
-    while let Some(letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
-        letters.push((letter.properties.clone(), letter.data.clone()));
+    let mut dead_letters = Vec::new();
+    while let Some(dead_letter) = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap() {
+        dead_letters.push((dead_letter.properties.clone(), dead_letter.data.clone()));
     }
-    channel.close(200, "looked".into()).await.unwrap();
-    letters
+    channel.close(200, "done".into()).await.unwrap();
+    dead_letters
 }
 
 fn header(properties: &BasicProperties, key: &str) -> String {
@@ -267,30 +265,30 @@ fn header(properties: &BasicProperties, key: &str) -> String {
     }
 }
 
-/// Waits until nothing is under way, then compares the dead letters with what they should be.
+/// Waits until no work is in progress, then compares the dead letters with the expected ones.
 async fn settled(world: &World, expected: &Buried, failed: usize) {
     let channel = world.channel().await;
     for queue in QUEUES.into_iter().chain(["mailrun.retry.200ms"]) {
-        // A run that is paused waits.
+        // A paused run's message stays.
         let few = u32::from(queue.starts_with("mailrun.runs"));
         until(&format!("{queue} is empty"), async || depth(&channel, queue).await.unwrap() <= few).await;
     }
     let total = expected.total() + failed;
-    until(&format!("{total} letters are there, and no other"), async || {
+    until(&format!("there are exactly {total} dead letters"), async || {
         depth(&channel, "mailrun.dead").await.unwrap() as usize == total
     })
     .await;
     let mut poison: BTreeMap<Vec<u8>, usize> = BTreeMap::new();
-    let mut strange_ones = Strange::new();
+    let mut found_once = OnceBuried::new();
     let mut others = 0;
-    for (properties, body) in letters(world).await {
+    for (properties, body) in dead_letters(world).await {
         let error = header(&properties, "x-mailrun-error");
         match header(&properties, "x-mailrun-reason").as_str() {
             "poison" => {
                 assert!(!error.is_empty() && error.chars().count() <= 1_000, "{error}");
-                let of_results = strange(&body);
+                let of_results = once_buried(&body);
                 if !of_results.is_empty() && !expected.bodies.contains_key(&body) {
-                    strange_ones.extend(of_results);
+                    found_once.extend(of_results);
                     continue;
                 }
                 *poison.entry(body).or_default() += 1;
@@ -304,23 +302,23 @@ async fn settled(world: &World, expected: &Buried, failed: usize) {
     }
     let shown = |body: &Vec<u8>| String::from_utf8_lossy(&body[..body.len().min(100)]).into_owned();
     for (body, count) in &expected.bodies {
-        assert_eq!(poison.get(body), Some(count), "how often {} is buried", shown(body));
+        assert_eq!(poison.get(body), Some(count), "the number of {}", shown(body));
     }
     for body in poison.keys() {
-        assert!(expected.bodies.contains_key(body), "{} should not be here", shown(body));
+        assert!(expected.bodies.contains_key(body), "{} is unexpected", shown(body));
     }
-    assert_eq!((others, &strange_ones), (failed, &expected.strange));
+    assert_eq!((others, &found_once), (failed, &expected.once));
 }
 
 #[tokio::test]
-async fn malformed_messages_are_buried_once_each_and_the_run_goes_on() {
+async fn malformed_messages_are_buried_once_and_the_run_continues() {
     let mut world = World::new(&[
         ("MAILRUN_AMQP__ITEM_QUEUES", "2"),
         ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"),
         ("MAILRUN_SEND__PERMITS", "5"),
     ])
     .await;
-    // An invitation that nothing may happen to until the end.
+    // An invitation that must stay untouched until the end.
     let held = world.invite("held@example.org").await;
     world.client.post(format!("{held}/pause")).send().await.unwrap();
     let held_id = held.rsplit('/').next().unwrap().to_owned();
@@ -364,7 +362,7 @@ async fn malformed_messages_are_buried_once_each_and_the_run_goes_on() {
             publisher.publish(queue, body, BasicProperties::default(), end).await;
         }
     }
-    // Of somebody who exists, and yet they can't be applied.
+    // Of an existing item, but not applicable.
     let result =
         json!({ "item_id": item, "attempt": 1, "tries": 1, "replays": 0, "state": "retrying", "due_in_ms": i64::MAX });
     let refused = json!({ "results": [result] }).to_string();
@@ -383,46 +381,46 @@ async fn malformed_messages_are_buried_once_each_and_the_run_goes_on() {
         .unwrap();
     assert_eq!(untouched, (1, "pending".to_owned()));
 
-    // What an operator sees and does.
+    // The operator's view and actions.
     assert_eq!(world.output(&["dead-letters"], &[]).1.trim(), "10  failed    Internet Down");
     assert!(world.run_to_end(&["dead-letters", "replay", "--all"]));
     world.until_progress(&run, "all sent", |progress| progress["sent"] == 1000).await;
     settled(&world, &publisher.buried, 0).await;
     assert_eq!(world.output(&["dead-letters"], &[]).1.trim(), "There are no dead letters.");
-    // "Move messages" in the console: they are no better for it, and come back once.
+    // "Move messages" in the console: they are still invalid, and are buried again once.
     let channel = world.channel().await;
     let total = publisher.buried.total();
     until("all are back", async || depth(&channel, "mailrun.dead").await.unwrap() as usize == total).await;
     for _ in 0..total {
-        let letter = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap().unwrap();
+        let dead_letter = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap().unwrap();
         channel
             .basic_publish(
                 "".into(),
                 "mailrun.items".into(),
                 Default::default(),
-                &letter.data,
-                letter.properties.clone(),
+                &dead_letter.data,
+                dead_letter.properties.clone(),
             )
             .await
             .unwrap();
-        letter.ack(Default::default()).await.unwrap();
+        dead_letter.ack(Default::default()).await.unwrap();
     }
     settled(&world, &publisher.buried, 0).await;
 
     world.client.post(format!("{held}/resume")).send().await.unwrap();
     assert_eq!(world.until_over(&held).await["sent"], 1);
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     for worker in workers {
         assert!(world.is_running(worker), "a worker has ended");
     }
-    // Nobody has had to connect again over any of it.
+    // No process had to reconnect because of this.
     assert!(!world.log().contains("interrupted"), "a connection was lost");
     assert!(publisher.published > 600, "{}", publisher.published);
 }
 
 #[tokio::test]
-async fn messages_of_a_newer_version_wait_for_a_worker_that_understands_them() {
+async fn messages_of_a_newer_version_wait_for_a_newer_worker() {
     let mut world = World::new(&[]).await;
     world.workers();
     let channel = world.channel().await;
@@ -440,7 +438,7 @@ async fn messages_of_a_newer_version_wait_for_a_worker_that_understands_them() {
     for (_, kind, waiting_room) in waiting_rooms {
         until(kind, async || depth(&channel, waiting_room).await.unwrap() == 1).await;
     }
-    // Nothing else waits for them, and they go round as they are.
+    // They block nothing else, and circulate unchanged.
     let run = world.invite(&people(100)).await;
     world.until_over(&run).await;
     world.terminate_all();

@@ -1,4 +1,4 @@
-//! What the processes export: every metric is documented, and every documented one is exported by the processes that are named.
+//! Exported metrics: each is documented, and each documented one is exported by the listed processes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,7 +11,7 @@ use rustix::process::Signal;
 const DOCS: &str = include_str!("../../../../docs/metrics.md");
 const PROCESSES: [&str; 4] = ["web", "fan-out", "send", "progress"];
 
-/// A metric, with the names of its labels.
+/// A metric with the names of its labels.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Metric {
     name: String,
@@ -20,7 +20,7 @@ struct Metric {
     meaning: String,
 }
 
-/// The documented table: each metric, and the processes that export it.
+/// The documented table: each metric and the processes that export it.
 fn documented() -> BTreeMap<Metric, BTreeSet<String>> {
     let rows = DOCS.lines().filter(|line| line.starts_with("| `mailrun_"));
     let words = |cell: &str| {
@@ -42,7 +42,7 @@ fn documented() -> BTreeMap<Metric, BTreeSet<String>> {
     .collect()
 }
 
-/// What a process exports, in Prometheus' text format.
+/// The metrics in Prometheus' text format.
 fn exported(text: &str) -> BTreeSet<Metric> {
     let mut metrics: BTreeMap<&str, Metric> = BTreeMap::new();
     let metric = |name: &str| Metric {
@@ -67,13 +67,13 @@ fn exported(text: &str) -> BTreeSet<Metric> {
     metrics.into_values().collect()
 }
 
-/// The value of a sample, by its name and labels as they are exported.
+/// The value of a sample, by its exported name and labels.
 fn sample(text: &str, name: &str) -> f64 {
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
 }
 
-/// Starts a process, and returns its place and where it answers.
+/// Starts a process; returns its index and its metrics address.
 async fn start(world: &mut World, args: &[&str]) -> (usize, String) {
     let addresses = |world: &World| {
         let log = world.log();
@@ -82,7 +82,7 @@ async fn start(world: &mut World, args: &[&str]) -> (usize, String) {
     };
     let before = addresses(world).len();
     let child = world.start(args);
-    until("it says where it answers", async || addresses(world).len() > before).await;
+    until("it logs its address", async || addresses(world).len() > before).await;
     (child, addresses(world)[before].trim_end_matches("/metrics").to_owned())
 }
 
@@ -98,7 +98,7 @@ async fn scrape(world: &World, address: &str) -> String {
 }
 
 #[tokio::test]
-async fn what_is_exported_is_documented_and_tells_what_happened() {
+async fn exported_metrics_are_documented_and_correct() {
     let mut world = World::new(&[("MAILRUN_METRICS__LISTEN", "127.0.0.1:0")]).await;
     let mut addresses = BTreeMap::new();
     let web = world.log().lines().find_map(|line| Some(line.split_once("metrics at ")?.1.to_owned())).unwrap();
@@ -124,14 +124,14 @@ async fn what_is_exported_is_documented_and_tells_what_happened() {
     let sent = scrape(&world, &addresses["send"]).await;
     let attempts = |outcome: &str| sample(&sent, &format!("mailrun_attempts_total{{outcome=\"{outcome}\"}}"));
     assert_eq!((attempts("sent"), attempts("unknown")), (297.0, 0.0));
-    // Three that never pass, and one that passes at its second try, each tried anew at once.
+    // Three that never pass, and one that passes at its second try, each retried immediately at first.
     assert!(attempts("retry") >= 9.0);
     assert_eq!(sample(&sent, "mailrun_send_seconds_count"), attempts("sent") + attempts("retry"));
     assert_eq!(sample(&sent, "mailrun_messages_published_total{queue=\"mailrun.dead\"}"), 3.0);
     assert_eq!(sample(&sent, "mailrun_messages_rejected_total{reason=\"no_queue\"}"), 0.0);
     assert_eq!(sample(&sent, "mailrun_relay_state{state=\"open\"}"), 1.0);
     assert!(sample(&sent, "mailrun_claim_seconds_count") > 0.0 && sample(&sent, "mailrun_confirm_seconds_count") > 0.0);
-    until("the ledger and the queues were looked at", async || {
+    until("the ledger and the queues were measured", async || {
         let text = scrape(&world, &addresses["fan-out"]).await;
         text.contains("mailrun_ledger_items{state=\"sent\"} 297")
             && text.contains("mailrun_queue_messages{queue=\"mailrun.dead\"} 3")
@@ -148,7 +148,7 @@ async fn what_is_exported_is_documented_and_tells_what_happened() {
         let of_process = documented.iter().filter(|(_, processes)| processes.contains(*process));
         let expected: BTreeSet<Metric> = of_process.map(|(metric, _)| metric.clone()).collect();
         let found = exported(&scrape(&world, address).await);
-        // A histogram is exported from its first event on, and not every process has one of each.
+        // A histogram is exported after its first observation, and not every process has observations of each.
         let missing: Vec<_> = expected.difference(&found).filter(|metric| metric.kind != "histogram").collect();
         let undocumented: Vec<_> = found.difference(&expected).collect();
         assert!(
@@ -156,7 +156,7 @@ async fn what_is_exported_is_documented_and_tells_what_happened() {
             "{process}: {missing:#?}\nnot documented: {undocumented:#?}"
         );
         somewhere.extend(found);
-        // Neither an address nor an id.
+        // No address and no id.
         assert!(!scrape(&world, address).await.contains('@'));
     }
     let nowhere: Vec<_> = documented.keys().filter(|metric| !somewhere.contains(metric)).collect();
@@ -164,32 +164,32 @@ async fn what_is_exported_is_documented_and_tells_what_happened() {
 }
 
 #[tokio::test]
-async fn a_process_says_why_it_is_not_ready_and_when_it_has_to_be_started_again() {
+async fn reports_why_a_process_is_not_ready_and_whether_it_is_alive() {
     let mut world = World::new(&[("MAILRUN_METRICS__LISTEN", "127.0.0.1:0")]).await;
     let (sender, address) = start(&mut world, &["worker", "--roles", "send"]).await;
     let ready = async |world: &World| get(world, format!("{address}/readyz")).await;
     until("it is ready", async || ready(&world).await.0 == 200).await;
     assert!(world.run_to_end(&["health", &format!("{address}/readyz")]));
 
-    // Its queue is gone: it can't consume.
+    // Its queue is missing: it cannot consume.
     let channel = world.channel().await;
     channel.queue_delete("mailrun.items".into(), lapin::options::QueueDeleteOptions::default()).await.unwrap();
-    until("it says that it does not read", async || {
+    until("it reports the missing queue", async || {
         let (status, reasons) = ready(&world).await;
         status == 503 && reasons.contains("mailrun.items")
     })
     .await;
     assert!(scrape(&world, &address).await.contains("mailrun_ready 0"));
-    assert_eq!(get(&world, format!("{address}/livez")).await.0, 200, "a new start would not help");
-    // It is declared again with the next connection.
+    assert_eq!(get(&world, format!("{address}/livez")).await.0, 200, "a restart would not help");
+    // The next connection declares it again.
     until("it is ready again", async || ready(&world).await.0 == 200).await;
 
-    // While it drains, it is alive and not ready. Stopped before that, it can't answer.
+    // While it drains, it is alive and not ready. After it has stopped, it cannot answer.
     world.signal(sender, Signal::TERM);
     assert!(world.until_ended(sender).await);
     assert!(!world.run_to_end(&["health", &format!("{address}/readyz")]));
 
-    // PostgreSQL has never been there.
+    // PostgreSQL was never available.
     let nowhere = ["DATABASE_URL", "postgres://mailrun@127.0.0.1:1/none"];
     world.set(nowhere[0], nowhere[1].into());
     let (_, address) = start(&mut world, &["worker", "--roles", "send"]).await;
@@ -202,7 +202,7 @@ async fn a_process_says_why_it_is_not_ready_and_when_it_has_to_be_started_again(
 }
 
 #[tokio::test]
-async fn an_address_that_is_taken_is_named() {
+async fn reports_an_address_in_use() {
     let mut world = World::new(&[]).await;
     let taken = world.web.trim_start_matches("http://").to_owned();
     world.set("MAILRUN_METRICS__LISTEN", taken.clone());

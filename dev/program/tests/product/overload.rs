@@ -1,4 +1,4 @@
-//! Clients that are slow, silent or many, and pages that wait: nobody else has to wait for them.
+//! Slow, silent and numerous clients, and pages that wait: other clients are not delayed.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// However slow the machine is, this is not slowness any more.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than any slow machine needs.
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 fn address(world: &World) -> String {
     world.web.trim_start_matches("http://").to_owned()
@@ -22,15 +22,15 @@ async fn send(world: &World, text: &str) -> TcpStream {
     connection
 }
 
-/// What comes until the server closes the connection.
+/// Reads until the server closes the connection.
 async fn rest(mut connection: TcpStream) -> String {
     let mut answer = Vec::new();
-    let _ = timeout(PATIENCE, connection.read_to_end(&mut answer)).await.expect("it is never closed");
+    let _ = timeout(TIMEOUT, connection.read_to_end(&mut answer)).await.expect("it is never closed");
     String::from_utf8(answer).unwrap()
 }
 
 #[tokio::test]
-async fn silent_idle_and_old_connections_are_closed() {
+async fn closes_silent_idle_and_old_connections() {
     let mut world = World::new(&[("MAILRUN_WEB__HEADER_TIMEOUT_MS", "300")]).await;
     for begun in ["", "GET / HT", "GET / HTTP/1.1\r\nHost: localhost\r\n"] {
         assert!(!rest(send(&world, begun).await).await.contains("200 OK"), "{begun:?}");
@@ -48,9 +48,9 @@ async fn silent_idle_and_old_connections_are_closed() {
 }
 
 #[tokio::test]
-async fn more_connections_than_are_served_get_their_turn() {
+async fn connections_over_the_limit_are_served_later() {
     let world = World::new(&[("MAILRUN_WEB__MAX_CONNECTIONS", "2"), ("MAILRUN_WEB__HEADER_TIMEOUT_MS", "200")]).await;
-    // All places are taken by clients that say nothing.
+    // Silent clients occupy all connections.
     let mut silent = Vec::new();
     for _ in 0..20 {
         silent.push(send(&world, "GET / HTTP/1.1\r\n").await);
@@ -66,7 +66,7 @@ async fn slow_uploads_do_not_block_other_forms() {
     let mut slow = Vec::new();
     for _ in 0..4 {
         let mut upload = send(&world, &format!("{head}Content-Length: 10000000\r\n\r\nemails=")).await;
-        // A byte now and then, so that it is not taken for gone.
+        // A byte from time to time, so that it does not time out.
         slow.push(tokio::spawn(async move {
             while upload.write_all(b"x").await.is_ok() {
                 sleep(Duration::from_secs(5)).await;
@@ -79,14 +79,14 @@ async fn slow_uploads_do_not_block_other_forms() {
     slow.into_iter().for_each(|upload| upload.abort());
 }
 
-/// Whether nothing waits in the outbox.
+/// Whether the outbox is empty.
 async fn is_published(world: &World) -> bool {
     let waiting = "SELECT count(*) FROM outbox WHERE published_at IS NULL";
     sqlx::query_scalar::<_, i64>(waiting).fetch_one(&world.pool).await.unwrap() == 0
 }
 
 #[tokio::test]
-async fn pages_that_wait_for_the_database_do_not_hold_up_the_outbox() {
+async fn pages_waiting_for_the_database_do_not_delay_the_outbox() {
     let mut world = World::new(&[]).await;
     let run = world.invite("ann@example.org").await;
     until("the run is published", async || is_published(&world).await).await;
@@ -96,7 +96,7 @@ async fn pages_that_wait_for_the_database_do_not_hold_up_the_outbox() {
     world.start(&["web"]);
     until("the pages answer", async || world.client.get(&world.web).send().await.is_ok()).await;
 
-    // A page holds the only connection of the pages, for as long as this transaction lasts.
+    // A page holds the pages' only connection as long as this transaction lasts.
     let mut lock = world.pool.begin().await.unwrap();
     sqlx::query("LOCK TABLE runs IN ACCESS EXCLUSIVE MODE").execute(&mut *lock).await.unwrap();
     let (client, url) = (world.client.clone(), run.clone());
@@ -108,7 +108,7 @@ async fn pages_that_wait_for_the_database_do_not_hold_up_the_outbox() {
     })
     .await;
     sqlx::query("UPDATE outbox SET published_at = NULL").execute(&world.pool).await.unwrap();
-    until("the outbox is handed over meanwhile", async || is_published(&world).await).await;
+    until("the outbox is published meanwhile", async || is_published(&world).await).await;
     assert_eq!(world.client.get(format!("{}/healthz", world.web)).send().await.unwrap().status(), 200);
     lock.rollback().await.unwrap();
     assert_eq!(page.await.unwrap().unwrap().status(), 200);

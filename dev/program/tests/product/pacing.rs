@@ -1,5 +1,4 @@
-//! Rate limits and pauses, against the real servers: whichever way a message takes, it keeps the limit, and a paused run sends
-//! nothing.
+//! Rate limits and pauses with the real servers: messages keep the limit on every path, and a paused run sends nothing.
 
 use std::{
     collections::HashMap,
@@ -12,7 +11,7 @@ use lapin::options::BasicGetOptions;
 use mailrun_broker::depth;
 use mailrun_sink::{Action, Options, RateMeter, Rule, Session, Sink, Stage};
 
-/// What `fan_out.rate_burst_ms` allows on top of a limit, and the tenth by which a hiccup is made up for.
+/// The limit plus what `fan_out.rate_burst_ms` allows, and a tenth more to catch up after a delay.
 fn allowed(per_second: usize) -> usize {
     per_second + per_second / 10 + per_second / 5 + 2
 }
@@ -21,7 +20,7 @@ fn rule(rule: impl Fn(Stage<'_>) -> Action + Send + Sync + 'static) -> Rule {
     Arc::new(move |stage: Stage<'_>, _: &Session| rule(stage))
 }
 
-/// A mail server that notes each `MAIL`, and answers the number of times a recipient was named with what `reply` says.
+/// A mail server that records each `MAIL`, and answers with `reply` according to how often a recipient was named.
 async fn server(
     reply: impl Fn(&str, u32) -> Option<(u16, &'static str)> + Send + Sync + 'static,
 ) -> (Sink, Arc<RateMeter>) {
@@ -62,7 +61,7 @@ const GREYLISTED: Option<(u16, &str)> = Some((451, "4.7.1 Greylisted, please try
 const FULL: Option<(u16, &str)> = Some((552, "5.2.2 mailbox full"));
 
 #[tokio::test]
-async fn a_deferred_recipient_does_not_stop_a_limited_run() {
+async fn a_deferred_recipient_does_not_stall_a_limited_run() {
     let (sink, meter) =
         server(|recipient, times| GREYLISTED.filter(|_| recipient.starts_with("guest-000007") && times < 3)).await;
     let mut world = world(&sink, &[("MAILRUN_FAN_OUT__SENDS_PER_SECOND", "10")]).await;
@@ -75,8 +74,8 @@ async fn a_deferred_recipient_does_not_stop_a_limited_run() {
 }
 
 #[tokio::test]
-async fn retries_and_dead_letters_that_are_moved_keep_the_limit() {
-    // Everybody is deferred once, and a quarter is refused at the second try.
+async fn retries_and_moved_dead_letters_keep_the_limit() {
+    // Everyone is deferred once, and a quarter is refused at the second try.
     let (sink, meter) = server(|recipient, times| match times {
         1 => GREYLISTED,
         2 if recipient.split('@').next().unwrap().ends_with(['1', '5']) => FULL,
@@ -91,16 +90,16 @@ async fn retries_and_dead_letters_that_are_moved_keep_the_limit() {
     let kept = meter.check(allowed(60));
     assert!(kept.over == 0 && kept.windows > 0, "{kept:?}");
 
-    // As the console's "Move messages" does it.
+    // Like the console's "Move messages".
     let channel = world.channel().await;
     until("the dead letters are there", async || depth(&channel, "mailrun.dead").await.unwrap() == 40).await;
     meter.clear();
     let moved_at = Instant::now();
     for _ in 0..40 {
-        let letter = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap().unwrap();
-        let (body, properties) = (letter.data.clone(), letter.properties.clone());
+        let dead_letter = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap().unwrap();
+        let (body, properties) = (dead_letter.data.clone(), dead_letter.properties.clone());
         channel.basic_publish("".into(), "mailrun.items".into(), Default::default(), &body, properties).await.unwrap();
-        letter.ack(Default::default()).await.unwrap();
+        dead_letter.ack(Default::default()).await.unwrap();
     }
     world.until_progress(&run, "all sent", |progress| progress["sent"] == 200).await;
     assert!(moved_at.elapsed() > Duration::from_millis(500), "40 at 60 a second");
@@ -108,9 +107,9 @@ async fn retries_and_dead_letters_that_are_moved_keep_the_limit() {
     assert!(kept.over == 0 && meter.offered().len() == 40, "{kept:?}");
 }
 
-// The test waits for processes to end, and the mail server has to answer them meanwhile.
+// The test blocks while processes end, and the mail server must answer them meanwhile.
 #[tokio::test(flavor = "multi_thread")]
-async fn senders_that_were_away_send_no_burst() {
+async fn restarted_senders_send_no_burst() {
     let (sink, meter) = server(|_, _| None).await;
     let mut world = world(&sink, &[("MAILRUN_FAN_OUT__SENDS_PER_SECOND", "40")]).await;
     let senders = [world.worker("send"), world.worker("send")];
@@ -122,7 +121,7 @@ async fn senders_that_were_away_send_no_burst() {
         world.terminate(sender);
     }
     let stopped = meter.offered().len();
-    // They stay away until what fan-out may release is released.
+    // They stay stopped until everything that fan-out may release is released.
     let channel = world.channel().await;
     until("items wait", async || depth(&channel, "mailrun.items").await.unwrap() >= 10).await;
     world.worker("send");
@@ -134,7 +133,7 @@ async fn senders_that_were_away_send_no_burst() {
 }
 
 #[tokio::test]
-async fn senders_that_were_killed_and_come_back_later_send_no_burst() {
+async fn senders_restarted_after_a_kill_send_no_burst() {
     let (sink, meter) = server(|_, _| None).await;
     let mut world = world(&sink, &[("MAILRUN_FAN_OUT__SENDS_PER_SECOND", "20")]).await;
     let senders = [world.worker("send"), world.worker("send")];
@@ -145,7 +144,7 @@ async fn senders_that_were_killed_and_come_back_later_send_no_burst() {
     for sender in senders {
         world.kill(sender);
     }
-    // Longer than what is made up for. What they had in hand is on the queue again.
+    // Longer than a delay is caught up for. Their unacknowledged messages are back on the queue.
     let channel = world.channel().await;
     until("items wait", async || depth(&channel, "mailrun.items").await.unwrap() >= 5).await;
     let still = "SELECT extract(epoch FROM clock_timestamp() - updated_at)::float8 FROM run_progress";
@@ -155,21 +154,21 @@ async fn senders_that_were_killed_and_come_back_later_send_no_burst() {
     world.worker("send");
     world.worker("send");
     let end = world.until_over(&run).await;
-    // What the killed ones were about to send is unknown, and may have arrived.
+    // Attempts of the killed senders are unknown, and may have arrived.
     let (sent, unknown) = (end["sent"].as_i64().unwrap(), end["unknown"].as_i64().unwrap());
     assert_eq!((sent + unknown, sink.received_twice()), (200, 0));
     let kept = meter.check(allowed(20));
     assert!(kept.over == 0 && kept.windows > 0, "{kept:?}");
 }
 
-/// How many are offered after `since`, when a pause has had a second to act.
+/// How many are offered after `since`, when a pause has had a second to take effect.
 fn offered_after(meter: &RateMeter, since: Instant) -> usize {
     meter.offered().iter().filter(|at| **at > since + Duration::from_secs(1)).count()
 }
 
 #[tokio::test]
 async fn a_paused_run_sends_nothing_from_any_queue() {
-    // A hundred wait on a retry queue when the run is paused, and ten are refused for good.
+    // A hundred wait on a retry queue when the run is paused, and ten are refused permanently.
     let (sink, meter) = server(|recipient, times| match times {
         1 if recipient.starts_with("guest-00000") => FULL,
         1 => GREYLISTED,
@@ -186,15 +185,15 @@ async fn a_paused_run_sends_nothing_from_any_queue() {
         .await;
     world.client.post(format!("{run}/pause")).send().await.unwrap();
     let paused_at = Instant::now();
-    // Among them are dead letters that somebody moves by hand.
+    // Including dead letters moved manually.
     let channel = world.channel().await;
     for _ in 0..4 {
-        let letter = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap().unwrap();
-        let (body, properties) = (letter.data.clone(), letter.properties.clone());
+        let dead_letter = channel.basic_get("mailrun.dead".into(), BasicGetOptions::default()).await.unwrap().unwrap();
+        let (body, properties) = (dead_letter.data.clone(), dead_letter.properties.clone());
         channel.basic_publish("".into(), "mailrun.items".into(), Default::default(), &body, properties).await.unwrap();
-        letter.ack(Default::default()).await.unwrap();
+        dead_letter.ack(Default::default()).await.unwrap();
     }
-    // What waited has come back, and was dropped; what was moved counts as waiting.
+    // The waiting messages have come back and were dropped; moved ones count as pending.
     for queue in ["mailrun.retry.3s", "mailrun.items"] {
         until(&format!("{queue} is empty"), async || depth(&channel, queue).await.unwrap() == 0).await;
     }
@@ -209,8 +208,8 @@ async fn a_paused_run_sends_nothing_from_any_queue() {
 }
 
 #[tokio::test]
-async fn an_attempt_that_is_claimed_when_its_run_is_paused_is_given_back() {
-    // One connection, on which the first mail takes its time: the others are claimed and wait for it.
+async fn an_attempt_claimed_when_its_run_is_paused_is_withdrawn() {
+    // One connection with a slow first mail: the others are claimed and wait for it.
     let (sink, meter) = server(|_, _| None).await;
     let mut world = world(&sink, &[("MAILRUN_MAILER__SMTP__CONNECTIONS", "1"), ("MAILRUN_SEND__PERMITS", "20")]).await;
     let noted = Arc::clone(&meter);
@@ -224,7 +223,7 @@ async fn an_attempt_that_is_claimed_when_its_run_is_paused_is_given_back() {
     }));
     world.workers();
     let run = world.invite(&people(5)).await;
-    until("the first is under way", async || !meter.offered().is_empty()).await;
+    until("the first is in progress", async || !meter.offered().is_empty()).await;
     world.client.post(format!("{run}/pause")).send().await.unwrap();
     let paused_at = Instant::now();
     world
@@ -247,7 +246,7 @@ async fn an_attempt_that_is_claimed_when_its_run_is_paused_is_given_back() {
 }
 
 #[tokio::test]
-async fn cancel_settles_queued_retries_at_once() {
+async fn cancelling_settles_queued_retries_immediately() {
     let (sink, _) = server(|_, _| GREYLISTED).await;
     let mut world = world(&sink, &[("MAILRUN_RETRY__RUNGS_MS", "3600000")]).await;
     world.workers();

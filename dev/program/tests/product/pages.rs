@@ -1,4 +1,4 @@
-//! The pages in a real browser: what a person does and sees.
+//! The pages in a real browser, as a person uses them.
 
 use std::{
     net::TcpListener,
@@ -12,7 +12,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use mailrun_stack::{CHROMIUM, ensure_packages};
 use serde_json::json;
 
-/// The browser's driver, which ends with the test.
+/// The browser's driver, which is killed after the test.
 struct Driver(Child);
 
 impl Drop for Driver {
@@ -65,12 +65,12 @@ async fn text(page: &Client, css: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_person_pastes_sends_watches_the_bar_and_retries() {
+async fn pasting_sending_watching_and_retrying() {
     let mut world = World::new(&[]).await;
     world.workers();
     let (_driver, page) = browser(&world.folder.path().join("profile")).await;
     page.goto(&world.web).await.unwrap();
-    // Pasting, as far as the page can tell: typing a thousand lines would take the driver minutes.
+    // Pasting, as far as the page can tell: typing a thousand lines would take minutes.
     let list = json!(people(1000));
     page.execute("document.querySelector('#emails').value = arguments[0]", vec![list]).await.unwrap();
     page.find(Locator::XPath("//button[normalize-space()='Send Invites']")).await.unwrap().click().await.unwrap();
@@ -92,7 +92,7 @@ async fn a_person_pastes_sends_watches_the_bar_and_retries() {
 }
 
 #[tokio::test]
-async fn a_slip_of_the_finger_invites_nobody_and_a_test_leaves_the_form_as_it_is() {
+async fn pressing_enter_invites_nobody_and_a_test_keeps_the_form() {
     let mut world = World::new(&[]).await;
     world.workers();
     let (_driver, page) = browser(&world.folder.path().join("profile")).await;
@@ -104,7 +104,7 @@ async fn a_slip_of_the_finger_invites_nobody_and_a_test_leaves_the_form_as_it_is
     until("the test has a tab of its own", async || page.windows().await.unwrap().len() == 2).await;
     let windows = page.windows().await.unwrap();
     page.switch_to_window(windows[1].clone()).await.unwrap();
-    until("it says that the test is sent", async || text(&page, "h1").await == "Test sent").await;
+    until("the page shows the result", async || text(&page, "h1").await == "Test sent").await;
 
     page.switch_to_window(windows[0].clone()).await.unwrap();
     assert_eq!(field("emails").await.prop("value").await.unwrap().unwrap(), "ann@example.org");
@@ -115,7 +115,7 @@ async fn a_slip_of_the_finger_invites_nobody_and_a_test_leaves_the_form_as_it_is
 }
 
 #[tokio::test]
-async fn the_count_is_a_guess_until_the_server_has_read_the_list() {
+async fn the_count_is_an_estimate_until_the_server_has_counted() {
     let world = World::new(&[]).await;
     let (_driver, page) = browser(&world.folder.path().join("profile")).await;
     page.goto(&world.web).await.unwrap();
@@ -132,7 +132,7 @@ async fn the_count_is_a_guess_until_the_server_has_read_the_list() {
     .await;
     assert_eq!(page.execute("return window.seen[0]", vec![]).await.unwrap(), json!("about 3 addresses"));
 
-    // A file in the code page of Windows, and one in UTF-16.
+    // A file in Windows-1252, and one in UTF-16.
     let utf16: Vec<u8> = "\u{feff}Groß <g@x.org>".encode_utf16().flat_map(u16::to_le_bytes).collect();
     for (bytes, last) in [(b"Ren\xe9e <r@x.org>".to_vec(), "Renée <r@x.org>"), (utf16, "Groß <g@x.org>")] {
         let file = world.folder.path().join("list.txt");
@@ -149,7 +149,7 @@ async fn the_count_is_a_guess_until_the_server_has_read_the_list() {
 }
 
 #[tokio::test]
-async fn a_page_whose_login_is_refused_stops_asking_and_says_why() {
+async fn a_page_with_a_refused_login_stops_polling_and_says_why() {
     let mut world = World::new(&[]).await;
     let run = world.invite("ann@example.org").await;
     let (_driver, page) = browser(&world.folder.path().join("profile")).await;
@@ -157,12 +157,12 @@ async fn a_page_whose_login_is_refused_stops_asking_and_says_why() {
     until("the page is up to date", async || !text(&page, "#progress-text").await.is_empty()).await;
     let count = "window.asked = 0; const ask = window.fetch; window.fetch = (...what) => { window.asked += 1; return ask(...what); };";
     page.execute(count, Vec::new()).await.unwrap();
-    // The pages get a password: what the open page asks is answered by 401 from now on.
+    // The web server restarts with a password: the open page's polls are refused with 401.
     world.kill(0);
     world.set("MAILRUN_WEB__PASSWORD", "correct horse".to_owned());
     world.start(&["web"]);
-    until("it explains itself", async || text(&page, "#connection").await.contains("Reload it to log in")).await;
-    // It asks no more, even when the browser has reason to.
+    until("it shows the reason", async || text(&page, "#connection").await.contains("Reload it to log in")).await;
+    // It does not poll again, even when the browser triggers it.
     let asked = "return window.asked";
     let before = page.execute(asked, Vec::new()).await.unwrap();
     page.execute("window.dispatchEvent(new Event('online'))", Vec::new()).await.unwrap();

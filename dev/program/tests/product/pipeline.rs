@@ -1,4 +1,4 @@
-//! The pipeline on the real servers, by the real binaries: what people and operators count on.
+//! The pipeline with the real servers and binaries: what people and operators rely on.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ fn count(progress: &Value, state: &str) -> i64 {
 }
 
 #[tokio::test]
-async fn a_thousand_are_invited_ten_fail_and_retry_sends_them() {
+async fn of_a_thousand_ten_fail_and_a_retry_sends_them() {
     let mut world = World::new(&[]).await;
     world.workers();
     let run = world.invite(&people(1000)).await;
@@ -26,7 +26,7 @@ async fn a_thousand_are_invited_ten_fail_and_retry_sends_them() {
     let last = world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 1000).await;
     assert_eq!((count(&last, "failed"), count(&last, "unknown")), (0, 0));
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     assert_eq!(world.handed_over().len(), 1000);
     let emailed: i64 = sqlx::query_scalar("SELECT count(*) FROM users WHERE emailed_at IS NOT NULL")
         .fetch_one(&world.pool)
@@ -36,7 +36,7 @@ async fn a_thousand_are_invited_ten_fail_and_retry_sends_them() {
 }
 
 #[tokio::test]
-async fn every_message_doubled_changes_nothing_for_many_workers() {
+async fn duplicated_messages_change_nothing() {
     let mut world = World::new(&[]).await;
     let queues = [queue::RUNS, queue::ITEMS, queue::RESULTS].map(str::to_owned);
     let _doubler = Doubler::start(&world.stack.amqp_url(&world.name), &queues).await.unwrap();
@@ -48,11 +48,11 @@ async fn every_message_doubled_changes_nothing_for_many_workers() {
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "4,950 successful, 50 failed of 5,000");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn a_killed_worker_loses_nobody_and_doubles_nobody() {
+async fn a_killed_worker_loses_nothing_and_sends_nothing_twice() {
     let mut world =
         World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"), ("MAILRUN_SEND__PERMITS", "20")]).await;
     world.workers();
@@ -64,19 +64,19 @@ async fn a_killed_worker_loses_nobody_and_doubles_nobody() {
     assert_eq!(count(&end, "sent") + count(&end, "failed") + count(&end, "unknown"), 2000);
     assert!(count(&end, "unknown") <= 20, "more unknown than permits: {end}");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
-    // Whoever is neither shown as sent nor as unknown has certainly got nothing.
+    world.assert_no_duplicates();
+    // Items neither sent nor unknown were certainly not sent.
     let handed_over = i64::try_from(world.handed_over().len()).unwrap();
     assert!(handed_over >= count(&end, "sent") && handed_over <= count(&end, "sent") + count(&end, "unknown"));
 }
 
 #[tokio::test]
-async fn what_a_worker_had_sent_before_its_last_claim_stays_known_even_if_its_results_are_purged() {
+async fn sends_before_a_workers_last_claim_are_known_although_the_results_are_purged() {
     let mut world =
         World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"), ("MAILRUN_SEND__PERMITS", "20")]).await;
     world.worker("fan-out");
     let victim = world.worker("send");
-    // Nobody counts, so the first window is all that is sent.
+    // Without a progress worker, only the first window is sent.
     let run = world.invite(&people(300)).await;
     let receipts = "SELECT coalesce(sum(cardinality(item_ids)), 0)::bigint FROM receipts";
     until("most have a receipt", async || {
@@ -88,30 +88,30 @@ async fn what_a_worker_had_sent_before_its_last_claim_stays_known_even_if_its_re
     world.workers();
     let end = world.until_over(&run).await;
     assert!(count(&end, "unknown") <= 20, "more unknown than permits: {end}");
-    assert!(world.repairs(&run).await.told_again > 0, "what the dead worker had sent was told by its receipts");
+    assert!(world.repairs(&run).await.told_again > 0, "the dead worker's receipts prove what it sent");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn a_terminated_worker_finishes_what_it_has_begun() {
+async fn a_terminated_worker_finishes_its_sends() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
     world.worker("fan-out");
     world.worker("progress");
     let first = world.worker("send");
     let run = world.invite(&people(3000)).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 300).await;
-    assert!(world.terminate(first), "the exit code of a good end is 0");
-    assert!(world.progress(&run).await["over"] == false, "it was to be stopped in the middle");
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 300).await;
+    assert!(world.terminate(first), "the exit code of a clean stop is 0");
+    assert!(world.progress(&run).await["over"] == false, "the run must still be in progress");
     world.worker("send");
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (2970, 30, 0));
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn a_run_submitted_while_the_broker_is_down_starts_when_it_is_back() {
-    // A stack of its own: others need theirs.
+async fn a_run_submitted_without_the_broker_starts_when_it_is_back() {
+    // Its own stack: other tests need theirs.
     let home = tempfile::tempdir().unwrap();
     let mut world = World::on(home.path(), &[]).await;
     world.workers();
@@ -121,14 +121,14 @@ async fn a_run_submitted_while_the_broker_is_down_starts_when_it_is_back() {
     world.stack.start_rabbitmq().await.unwrap();
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed")), (297, 3));
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn forms_with_the_same_people_at_the_same_moment_invite_them_once() {
+async fn concurrent_forms_with_the_same_people_invite_them_once() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "0")]).await;
     world.workers();
-    // Each list shares a third with the one before, and a third with the one after it.
+    // Each list shares a third with the previous one and a third with the next one.
     let list =
         |first: usize| -> String { (first..first + 1500).map(|number| format!("guest-{number}@x.org\n")).collect() };
     let mut forms = Vec::new();
@@ -140,7 +140,7 @@ async fn forms_with_the_same_people_at_the_same_moment_invite_them_once() {
         world.until_over(run.as_ref().unwrap()).await;
     }
     assert_eq!(world.handed_over().len(), 4500);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     world.counters_equal_counts().await;
     let left_out = "SELECT total, already_invited FROM runs";
     let told: Vec<(i32, i32)> = sqlx::query_as(left_out).fetch_all(&world.pool).await.unwrap();
@@ -149,7 +149,7 @@ async fn forms_with_the_same_people_at_the_same_moment_invite_them_once() {
 }
 
 #[tokio::test]
-async fn who_is_left_out_is_counted_by_the_reason() {
+async fn excluded_people_are_counted_by_reason() {
     let mut world = World::new(&[]).await;
     world.workers();
     // 1 to 99 are sent, 100 fails.
@@ -169,9 +169,8 @@ async fn who_is_left_out_is_counted_by_the_reason() {
     assert_eq!(count(&world.until_over(&run).await, "sent"), 2);
 }
 
-/// Rows of the large tables that were read by going over the whole table. Sessions tell of it with some delay, but at the
-/// latest when they end.
-async fn rows_read_in_passing(world: &World) -> i64 {
+/// Rows of the large tables read by sequential scans. Sessions report them with some delay, at the latest when they end.
+async fn rows_scanned(world: &World) -> i64 {
     let read =
         "SELECT sum(seq_tup_read)::bigint FROM pg_stat_user_tables WHERE relname IN ('users', 'run_items', 'attempts')";
     sqlx::query_scalar(read).fetch_one(&world.pool).await.unwrap()
@@ -185,7 +184,7 @@ async fn is_alone(world: &World) -> bool {
 }
 
 #[tokio::test]
-async fn nothing_reads_everybody_ever_invited() {
+async fn nothing_scans_all_people_ever_invited() {
     const BEFORE: i64 = 50_000;
     let mut world = World::new(&[]).await;
     let old_run = "
@@ -198,7 +197,7 @@ async fn nothing_reads_everybody_ever_invited() {
         ANALYZE;
         SELECT pg_stat_force_next_flush()";
     sqlx::raw_sql(AssertSqlSafe(old_run.replace("$1", &BEFORE.to_string()))).execute(&world.pool).await.unwrap();
-    let before = rows_read_in_passing(&world).await;
+    let before = rows_scanned(&world).await;
     world.workers();
     let known: String = (1..=100).map(|number| format!("known-{number}@example.org\n")).collect();
     let run = world.invite(&(people(1000) + &known)).await;
@@ -210,12 +209,12 @@ async fn nothing_reads_everybody_ever_invited() {
     }
     world.terminate_all();
     until("the other sessions end", async || is_alone(&world).await).await;
-    let read = rows_read_in_passing(&world).await - before;
-    assert!(read < BEFORE, "{read} rows were read in passing");
+    let read = rows_scanned(&world).await - before;
+    assert!(read < BEFORE, "{read} rows were scanned");
 }
 
 #[tokio::test]
-async fn the_same_form_twice_is_one_run_and_bad_input_is_explained() {
+async fn a_repeated_form_is_one_run_and_invalid_input_is_explained() {
     let mut world = World::new(&[]).await;
     let token = world.token().await;
     let emails = "Ann <ANN@example.org>, bob@example.org;\n\nann@example.org\nnobody\n";
@@ -231,31 +230,37 @@ async fn the_same_form_twice_is_one_run_and_bad_input_is_explained() {
     assert!(page.contains("role=\"alert\""));
     let (status, page) = world.submit(&world.token().await, "bob@example.org").await.unwrap_err();
     assert_eq!(status, 422);
-    assert!(page.contains("bob@example.org"), "what was typed is kept");
+    assert!(page.contains("bob@example.org"), "the input is kept");
 
     world.workers();
     assert_eq!(count(&world.until_over(&run).await, "sent"), 2);
 }
 
 #[tokio::test]
-async fn a_dead_letter_moved_by_hand_and_a_run_message_written_by_hand_do_what_they_say() {
+async fn manually_moved_dead_letters_and_manual_run_messages_work() {
     let mut world = World::new(&[]).await;
     world.workers();
     let run = world.invite(&people(200)).await;
     assert_eq!(count(&world.until_over(&run).await, "failed"), 2);
-    // What the console's "Move messages" does: take one off and publish it through the default exchange, headers kept.
+    // Like the console's "Move messages": takes one and publishes it through the default exchange, keeping its headers.
     let channel = world.channel().await;
-    let letter = channel.basic_get("mailrun.dead".into(), Default::default()).await.unwrap().unwrap();
+    let dead_letter = channel.basic_get("mailrun.dead".into(), Default::default()).await.unwrap().unwrap();
     channel
-        .basic_publish("".into(), "mailrun.items".into(), Default::default(), &letter.data, letter.properties.clone())
+        .basic_publish(
+            "".into(),
+            "mailrun.items".into(),
+            Default::default(),
+            &dead_letter.data,
+            dead_letter.properties.clone(),
+        )
         .await
         .unwrap();
-    letter.ack(Default::default()).await.unwrap();
+    dead_letter.ack(Default::default()).await.unwrap();
     let moved = world.until_progress(&run, "sent by hand", |progress| count(progress, "sent") == 199).await;
     assert_eq!(count(&moved, "failed"), 1);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 
-    // Purge what drives a run, and drive it by hand.
+    // Purge a run's message, and publish it manually.
     let id = run.rsplit('/').next().unwrap().to_owned();
     world.publish("mailrun.runs", format!(r#"{{"run_id":"{id}"}}"#).as_bytes()).await;
     let next: String = (0..20).map(|number| format!("later-{number}@example.org\n")).collect();
@@ -264,13 +269,13 @@ async fn a_dead_letter_moved_by_hand_and_a_run_message_written_by_hand_do_what_t
 }
 
 #[tokio::test]
-async fn a_small_run_overtakes_a_big_one_and_a_pause_stops_what_is_not_under_way_until_it_is_resumed() {
-    // 50 sends a second, as a slow mail server allows them.
+async fn a_small_run_overtakes_a_large_one_and_a_pause_stops_a_run_until_it_is_resumed() {
+    // 50 sends per second, as with a slow relay.
     let mut world =
         World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "200"), ("MAILRUN_SEND__PERMITS", "10")]).await;
     world.workers();
     let big = world.invite(&people(3000)).await;
-    world.until_progress(&big, "under way", |progress| count(progress, "sent") > 20).await;
+    world.until_progress(&big, "in progress", |progress| count(progress, "sent") > 20).await;
     let few: String = (0..20).map(|number| format!("later-{number}@example.org\n")).collect();
     let small = world.invite(&few).await;
     assert_eq!(count(&world.until_over(&small).await, "sent"), 20);
@@ -280,7 +285,7 @@ async fn a_small_run_overtakes_a_big_one_and_a_pause_stops_what_is_not_under_way
     world.client.post(format!("{big}/pause")).send().await.unwrap();
     let paused = world.progress(&big).await;
     let channel = world.channel().await;
-    until("nothing is on the conveyor", async || {
+    until("no messages are in progress", async || {
         mailrun_broker::depth(&channel, "mailrun.items").await.unwrap() == 0
             && sqlx::query_scalar::<_, i64>("SELECT sum(in_flight) FROM workers").fetch_one(&world.pool).await.unwrap()
                 == 0
@@ -289,7 +294,7 @@ async fn a_small_run_overtakes_a_big_one_and_a_pause_stops_what_is_not_under_way
     let rest = world.progress(&big).await;
     assert!(count(&rest, "pending") > count(&paused, "pending") - 500, "{paused}, and then {rest}");
     assert_eq!(rest["over"], false);
-    until("it waits where paused runs do", async || {
+    until("it waits on the queue of paused runs", async || {
         mailrun_broker::depth(&channel, "mailrun.runs.paused").await.unwrap() == 1
     })
     .await;
@@ -301,11 +306,11 @@ async fn a_small_run_overtakes_a_big_one_and_a_pause_stops_what_is_not_under_way
     world.client.post(format!("{big}/cancel")).send().await.unwrap();
     world.until_over(&big).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn a_pruned_run_is_gone_and_who_was_emailed_is_still_known() {
+async fn pruning_deletes_a_run_and_keeps_who_was_emailed() {
     let mut world = World::new(&[]).await;
     world.workers();
     let old = world.invite(&people(2500)).await;
@@ -320,7 +325,7 @@ async fn a_pruned_run_is_gone_and_who_was_emailed_is_still_known() {
 
     assert_eq!(world.client.get(&old).send().await.unwrap().status(), 404);
     assert_eq!(world.client.get(&young).send().await.unwrap().status(), 200);
-    assert_eq!(world.client.get(&unclear).send().await.unwrap().status(), 200, "a person has to decide first");
+    assert_eq!(world.client.get(&unclear).send().await.unwrap().status(), 200, "a person must decide first");
     for (table, left) in [("run_items", 2), ("attempts", 2), ("run_passes", 2), ("pruned_runs", 0), ("users", 2502)] {
         let count: i64 = sqlx::query_scalar(AssertSqlSafe(format!("SELECT count(*) FROM {table}")))
             .fetch_one(&world.pool)
@@ -328,13 +333,13 @@ async fn a_pruned_run_is_gone_and_who_was_emailed_is_still_known() {
             .unwrap();
         assert_eq!(count, left, "{table}");
     }
-    // Those 25 who failed may be invited anew; the others were emailed.
+    // The 25 that failed may be invited again; the others were emailed.
     let again = world.invite(&people(2500)).await;
     assert_eq!(count(&world.progress(&again).await, "total"), 25);
 }
 
 #[tokio::test]
-async fn items_over_several_queues_are_spread_evenly_and_none_is_lost() {
+async fn items_are_spread_evenly_over_several_queues() {
     let mut world = World::new(&[("MAILRUN_AMQP__ITEM_QUEUES", "3")]).await;
     world.worker("fan-out");
     let run = world.invite(&people(1500)).await;
@@ -354,7 +359,7 @@ async fn items_over_several_queues_are_spread_evenly_and_none_is_lost() {
     world.retry(&run, "failed").await;
     world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 1500).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -362,33 +367,33 @@ async fn purged_queues_only_delay_a_run_and_cancelling_settles_it() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
     world.workers();
     let run = world.invite(&people(1500)).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 100).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 100).await;
     let channel = world.channel().await;
     for queue in ["mailrun.items", "mailrun.results", "mailrun.retry.100ms"] {
         channel.queue_purge(queue.into(), Default::default()).await.unwrap();
     }
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (1485, 15, 0));
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 
     let next: String = (0..3000).map(|number| format!("later-{number}@example.org\n")).collect();
     let run = world.invite(&next).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 50).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 50).await;
     world.client.post(format!("{run}/cancel")).send().await.unwrap();
     let end = tokio::time::timeout(Duration::from_secs(100), world.until_over(&run)).await.unwrap();
     assert!(count(&end, "cancelled") > 0, "{end}");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn exactly_what_was_purged_is_put_back_and_nothing_of_a_sound_run() {
+async fn republishes_exactly_what_was_purged() {
     let mut world = World::new(&[
-        // Little in hand and much on the queue, as with a slow mail server.
+        // Few unacknowledged and many on the queue, as with a slow relay.
         ("MAILRUN_SEND__PREFETCH", "10"),
         ("MAILRUN_SEND__PERMITS", "5"),
         ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"),
-        // However busy this machine is, a sound run does not stand still for so long.
+        // Even on a busy machine, a healthy run does not stall this long.
         ("MAILRUN_SWEEP__STALLED_AFTER_MS", "8000"),
     ])
     .await;
@@ -399,7 +404,7 @@ async fn exactly_what_was_purged_is_put_back_and_nothing_of_a_sound_run() {
 
     let next: String = (0..1000).map(|number| format!("later-{number}@example.org\n")).collect();
     let run = world.invite(&next).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 200).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 200).await;
     let channel = world.channel().await;
     let purged = channel.queue_purge("mailrun.items".into(), Default::default()).await.unwrap();
     assert!(purged > 0, "nothing was on the queue");
@@ -408,11 +413,11 @@ async fn exactly_what_was_purged_is_put_back_and_nothing_of_a_sound_run() {
     assert_eq!(world.repairs(&run).await, Repairs { put_back: purged.into(), ..Repairs::default() });
     let page = world.client.get(&run).send().await.unwrap().text().await.unwrap();
     assert!(page.contains("The sweeper republished"), "{page}");
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn every_queue_may_be_deleted_and_the_dead_letters_are_not_needed_for_a_retry() {
+async fn survives_deleted_queues_and_replays_without_dead_letters() {
     let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20")]).await;
     world.workers();
     let run = world.invite(&people(2000)).await;
@@ -437,5 +442,5 @@ async fn every_queue_may_be_deleted_and_the_dead_letters_are_not_needed_for_a_re
     world.retry(&run, "failed").await;
     world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 2000).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

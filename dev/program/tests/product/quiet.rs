@@ -1,12 +1,12 @@
-//! A healthy installation logs nothing at ERROR, and nothing panics on the way down.
+//! A healthy installation logs nothing at ERROR, and nothing panics during shutdown.
 
 use crate::support::{World, people, until};
 
-/// Also while a run stands still, so that the sweeper looks at the queues again and again.
+/// Also while a run is idle, so that the sweeper checks the queues repeatedly.
 #[tokio::test]
-async fn a_healthy_installation_logs_no_error_and_nothing_panics_when_it_ends() {
+async fn a_healthy_installation_logs_no_errors_and_panics_nowhere() {
     let mut world = World::new(&[
-        // Longer than a run may stand still.
+        // Longer than the stall limit.
         ("MAILRUN_RETRY__RUNGS_MS", "100,6000"),
         ("MAILRUN_SWEEP__INTERVAL_MS", "50"),
         ("MAILRUN_WATCHDOG__IDLE_AFTER_MS", "400"),
@@ -23,7 +23,7 @@ async fn a_healthy_installation_logs_no_error_and_nothing_panics_when_it_ends() 
         still > 3.0 || world.progress(&run).await["over"] == true
     })
     .await;
-    // One that has only just begun, and is still connecting.
+    // One that has just started, and is still connecting.
     let young = world.worker("fan-out,send,progress");
     until("it has begun", async || world.log().matches("worker started").count() == 5).await;
     assert!(world.terminate(young), "{}", world.log());

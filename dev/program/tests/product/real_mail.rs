@@ -1,4 +1,4 @@
-//! Real mail: the pipeline and a mail server that accepts, refuses, hangs, drops and dies.
+//! Real mail: the pipeline with a mail server that accepts, refuses, hangs, drops connections and dies.
 
 use std::{
     collections::HashSet,
@@ -18,7 +18,7 @@ fn count(progress: &Value, state: &str) -> i64 {
     progress[state].as_i64().unwrap()
 }
 
-/// A Mailrun that sends to the sink, and its workers.
+/// A world that sends to the sink, with its workers.
 async fn world(sink: &Sink, settings: &[(&str, &str)]) -> World {
     let relay = format!("smtp://{}?tls=none", sink.address());
     let mut all = vec![
@@ -48,7 +48,7 @@ async fn largest(world: &World, column: &str) -> i32 {
 }
 
 #[tokio::test]
-async fn two_thousand_get_one_mail_each_and_it_is_as_it_should_be() {
+async fn two_thousand_people_get_one_correct_mail_each() {
     let sink = Sink::start(Options::default()).await.unwrap();
     let subject = ("MAILRUN_WEB__SUBJECT", "Überraschung für {{ name or 'dich' }} 🎉");
     let body = ("MAILRUN_WEB__BODY", "Hello {{ name or 'there' }},\n\nthere is **cake**.\n.\nA line with a dot alone.");
@@ -85,20 +85,20 @@ async fn two_thousand_get_one_mail_each_and_it_is_as_it_should_be() {
 }
 
 #[tokio::test]
-async fn a_mail_server_that_dies_and_returns_costs_nobody_an_invitation() {
+async fn a_relay_outage_loses_no_invitation() {
     let latency = Duration::from_millis(20);
     let sink = Sink::start(Options { latency, ..Options::default() }).await.unwrap();
     let world = world(&sink, &[]).await;
     let run = world.invite(&people(1500)).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 300).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 300).await;
     sink.set_down(true).await.unwrap();
     let is_told = |progress: &Value| progress["note"].as_str().unwrap().contains("the relay is not accepting mail");
-    let held_up = world.until_progress(&run, "told why it stands still", is_told).await;
+    let held_up = world.until_progress(&run, "the reason is shown", is_told).await;
     assert!(held_up["over"] == false, "{held_up}");
     sink.set_down(false).await.unwrap();
     let end = world.until_over(&run).await;
     world.counters_equal_counts().await;
-    // What was handed over when the server died may have arrived or not: nobody knows, and it is not sent again.
+    // Mails handed over when the server died may have arrived: they are unknown, and not sent again.
     let (sent, unknown) = (count(&end, "sent"), count(&end, "unknown"));
     assert_eq!((sent + unknown, count(&end, "failed")), (1500, 0), "{end}");
     assert!(unknown <= 20, "more unknown than connections: {end}");
@@ -107,7 +107,7 @@ async fn a_mail_server_that_dies_and_returns_costs_nobody_an_invitation() {
 }
 
 #[tokio::test]
-async fn a_server_that_asks_to_come_back_later_uses_up_nobodys_tries() {
+async fn temporary_refusals_of_all_mail_charge_no_tries() {
     let sink = Sink::start(Options::default()).await.unwrap();
     let busy = Arc::new(AtomicBool::new(true));
     sink.set_rule(rule({
@@ -120,7 +120,7 @@ async fn a_server_that_asks_to_come_back_later_uses_up_nobodys_tries() {
     let world = world(&sink, &[]).await;
     let run = world.invite(&people(500)).await;
     let is_told = |progress: &Value| progress["note"].as_str().unwrap().contains("Busy, try again later");
-    world.until_progress(&run, "told in the server's words", is_told).await;
+    world.until_progress(&run, "the server's reply is shown", is_told).await;
     busy.store(false, Ordering::Relaxed);
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "500 successful of 500");
@@ -130,11 +130,11 @@ async fn a_server_that_asks_to_come_back_later_uses_up_nobodys_tries() {
 }
 
 #[tokio::test]
-async fn every_answer_has_the_end_that_it_means() {
+async fn each_reply_has_its_outcome() {
     let sink = Sink::start(Options::default()).await.unwrap();
     let first = Arc::new(std::sync::Mutex::new(HashSet::new()));
     sink.set_rule(rule(move |stage, session| match stage {
-        // No such mailbox; a policy; not now, once; and an answer that is lost.
+        // No such mailbox; a policy; temporary, once; and a lost reply.
         Stage::Rcpt(to) if number(to) % 10 == 1 => Action::Reply(550, "5.1.1 No such user here".into()),
         Stage::Rcpt(to) if number(to) % 10 == 2 => Action::Reply(550, "5.7.1 We do not like you".into()),
         Stage::Rcpt(to) if number(to) % 10 == 3 && first.lock().unwrap().insert(to.to_owned()) => {
@@ -143,7 +143,7 @@ async fn every_answer_has_the_end_that_it_means() {
         Stage::Message if number(&session.recipients[0]) % 10 == 4 => Action::AcceptThenDrop,
         _ => Action::GoOn,
     }));
-    // Connections that break one after the other look like a relay in trouble: one at a time is enough here.
+    // Consecutive broken connections look like a failing relay, so few are used here.
     let world = world(&sink, &[("MAILRUN_MAILER__SMTP__CONNECTIONS", "4")]).await;
     let run = world.invite(&people(100)).await;
     let end = world.until_over(&run).await;
@@ -157,7 +157,7 @@ async fn every_answer_has_the_end_that_it_means() {
             .unwrap();
     let error = |place: usize, text: &str| errors[place].0.contains(text) && errors[place].1 == 10;
     assert!(error(0, "5.1.1 No such user here") && error(1, "5.7.1 We do not like you"), "{errors:?}");
-    // An address that does not exist is not written to again, whoever asks.
+    // A nonexistent address is not mailed again by any run.
     let suppressed: Vec<String> =
         sqlx::query_scalar("SELECT email FROM suppressions ORDER BY email").fetch_all(&world.pool).await.unwrap();
     assert_eq!(suppressed.len(), 10);
@@ -168,11 +168,11 @@ async fn every_answer_has_the_end_that_it_means() {
     world.counters_equal_counts().await;
 }
 
-/// So many seconds in which the machine kept time are enough to judge a rate by.
+/// How many seconds without a stall are needed to check a rate.
 const ENOUGH_SECONDS: usize = 10;
 
 #[tokio::test]
-async fn the_rate_that_was_set_is_the_rate_that_the_server_sees() {
+async fn the_server_observes_the_configured_rate() {
     let sink = Sink::start(Options::default()).await.unwrap();
     let meter = RateMeter::start();
     let noted = Arc::clone(&meter);
@@ -183,12 +183,12 @@ async fn the_rate_that_was_set_is_the_rate_that_the_server_sees() {
         Action::GoOn
     }));
     let mut world = world(&sink, &[("MAILRUN_FAN_OUT__SENDS_PER_SECOND", "150")]).await;
-    // However many pumps and senders there are, and whichever run the mails belong to.
+    // With several fan-out workers and senders, and across runs.
     world.worker("fan-out");
     world.worker("send");
     let mut seconds = Vec::new();
     for round in 1.. {
-        // Not those of the moments between two rounds.
+        // Not those between two rounds.
         meter.clear();
         let list = |domain: &str| people(1100).replace("example.org", &format!("{domain}-{round}.example"));
         let runs = [world.invite(&list("first")).await, world.invite(&list("second")).await];
@@ -196,7 +196,7 @@ async fn the_rate_that_was_set_is_the_rate_that_the_server_sees() {
             world.until_over(run).await;
         }
         assert_eq!((sink.received(), sink.received_twice()), (2200 * round, 0));
-        // A tenth more while a hiccup is made up for, and what may come late at once.
+        // A tenth more to catch up after a delay, and what may be late at once.
         let kept = meter.check(150 + 15 + 30 + 2);
         assert_eq!(kept.over, 0, "{kept:?}");
         seconds.extend(meter.seconds());
@@ -209,7 +209,7 @@ async fn the_rate_that_was_set_is_the_rate_that_the_server_sees() {
 }
 
 #[tokio::test]
-async fn a_server_that_never_answers_is_given_up_and_another_one_takes_over() {
+async fn an_unresponsive_relay_is_replaced_by_another_one() {
     let (hanging, sink) =
         (Sink::start(Options::default()).await.unwrap(), Sink::start(Options::default()).await.unwrap());
     hanging.set_rule(rule(|_, _| Action::Hang));

@@ -1,5 +1,4 @@
-//! What real mail needs of the pages and the command line: text, tests, unsubscribing, bounces, and the list of those who are
-//! not written to.
+//! The pages and commands for real mail: texts, tests, unsubscribing, bounces, and the suppression list.
 
 use std::{mem, process::Command};
 
@@ -23,7 +22,7 @@ fn logged_in() -> Client {
     client.default_headers([(AUTHORIZATION, login)].into_iter().collect()).build().unwrap()
 }
 
-/// The link that an address got in its invitation, under the address where the pages really are.
+/// The unsubscribe link of an address, with the actual address of the web server.
 async fn link(world: &World, email: &str) -> String {
     let (item_id, run_id) =
         sqlx::query_as("SELECT i.id, i.run_id FROM run_items i JOIN users u ON u.id = i.user_id WHERE u.email = $1")
@@ -54,7 +53,7 @@ async fn post(world: &World, path: &str, form: &[(&str, &str)]) -> Response {
     world.client.post(format!("{}{path}", world.web)).form(form).send().await.unwrap()
 }
 
-/// As a mail provider calls: from another site, under the public name, without a login.
+/// Like a mail provider: from another site, with the public host, without a login.
 async fn one_click(world: &World, link: &str) -> (u16, String) {
     let answer = world
         .client
@@ -70,20 +69,20 @@ async fn one_click(world: &World, link: &str) -> (u16, String) {
 }
 
 #[tokio::test]
-async fn one_click_unsubscribes_and_later_runs_leave_the_person_out() {
+async fn one_click_unsubscribes_and_later_runs_skip_the_person() {
     let mut world = World::new(&[PUBLIC, PASSWORD]).await;
-    let stranger = mem::replace(&mut world.client, logged_in());
+    let anonymous = mem::replace(&mut world.client, logged_in());
     world.workers();
     let run = world.invite("ann@example.org\nbob@example.org").await;
     world.until_over(&run).await;
-    let logged_in = mem::replace(&mut world.client, stranger);
+    let logged_in = mem::replace(&mut world.client, anonymous);
     let link = link(&world, "ann@example.org").await;
 
     let asked = world.client.get(&link).header("host", "invites.example.org").send().await.unwrap();
     assert_eq!(asked.status(), 200);
     let asked = asked.text().await.unwrap();
     assert!(asked.contains("a…@example.org") && !asked.contains("ann@example.org"), "{asked}");
-    assert_eq!(suppressed(&world).await, [], "a look at the page unsubscribes nobody");
+    assert_eq!(suppressed(&world).await, [], "opening the page unsubscribes nobody");
 
     for _ in 0..2 {
         let (status, page) = one_click(&world, &link).await;
@@ -116,11 +115,11 @@ async fn one_click_unsubscribes_and_later_runs_leave_the_person_out() {
 }
 
 #[tokio::test]
-async fn a_link_works_however_a_mail_program_cut_it() {
+async fn a_link_works_with_characters_added_by_mail_programs() {
     let mut world = World::new(&[PUBLIC, PASSWORD]).await;
-    let stranger = mem::replace(&mut world.client, logged_in());
+    let anonymous = mem::replace(&mut world.client, logged_in());
     world.invite("ann@example.org\nbob@example.org\ncarol@example.org").await;
-    world.client = stranger;
+    world.client = anonymous;
     let ann = link(&world, "ann@example.org").await;
     let (start, token) = ann.rsplit_once('/').unwrap();
     assert!(token.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()), "{ann}");
@@ -137,7 +136,7 @@ async fn a_link_works_however_a_mail_program_cut_it() {
     assert_eq!(one_click(&world, &format!("{start}{upper}")).await.0, 200);
     let expected = [("bob@example.org", "unsubscribed"), ("carol@example.org", "unsubscribed")];
     assert_eq!(pairs(&suppressed(&world).await), expected);
-    // Whatever else stands there is answered without a login.
+    // Any other path below it is answered without a login.
     for path in ["/u", "/u/", "/u/x/y", "/u/%2F", "/u/-_.,)%3E"] {
         assert_eq!(get(format!("{}{path}", world.web)).await.status(), 404, "{path}");
     }
@@ -168,7 +167,7 @@ async fn a_link_of_an_earlier_version_still_works() {
 }
 
 #[tokio::test]
-async fn a_list_tells_who_is_not_written_to() {
+async fn suppressed_addresses_are_listed_and_skipped() {
     let mut world = World::new(&[]).await;
     world.workers();
     assert_eq!(post(&world, "/suppressions", &[("email", "Ann <Ann@Example.org>")]).await.status(), 303);
@@ -194,7 +193,7 @@ async fn a_list_tells_who_is_not_written_to() {
 }
 
 #[tokio::test]
-async fn who_is_suppressed_while_a_run_is_under_way_is_skipped() {
+async fn a_person_suppressed_during_a_run_is_skipped() {
     let mut world = World::new(&[PUBLIC, PASSWORD]).await;
     world.client = logged_in();
     let run = world.invite(&people(40)).await;
@@ -213,14 +212,14 @@ async fn who_is_suppressed_while_a_run_is_under_way_is_skipped() {
     assert!(results.contains("2 people were skipped"), "{results}");
 }
 
-/// One of Amazon SNS, with its signature.
+/// A signed message of Amazon SNS.
 fn sns_bounce() -> String {
     let signature = include_str!("../../../../web/src/sns/test_sha1.txt").trim();
     include_str!("../../../../web/src/report/fixtures/sns_bounce.json").replace("EXAMPLE", signature)
 }
 
 #[tokio::test]
-async fn bounces_need_the_key_and_suppress() {
+async fn bounces_require_the_key_and_suppress() {
     let world = World::new(&[("MAILRUN_WEB__HOOK_KEY", KEY)]).await;
     let url = format!("{}/hooks/bounces", world.web);
     let report = |body: &str| {
@@ -232,7 +231,7 @@ async fn bounces_need_the_key_and_suppress() {
     assert_eq!(without.status(), 401);
     assert!(without.headers()["www-authenticate"].to_str().unwrap().starts_with("Basic"));
     assert_eq!(report(postmark).bearer_auth("another-key-for-the-hook").send().await.unwrap().status(), 401);
-    // Of a topic that is not named, whoever has the key.
+    // A topic that is not configured is refused, even with the key.
     let refused = report(&sns_bounce()).bearer_auth(KEY).send().await.unwrap();
     assert_eq!(refused.status(), 403);
     assert!(refused.text().await.unwrap().contains("web.sns_topics"));
@@ -246,22 +245,22 @@ async fn bounces_need_the_key_and_suppress() {
     let complaint = include_str!("../../../../web/src/report/fixtures/ses_complaint.json");
     let taken = report(complaint).bearer_auth(KEY).send().await.unwrap();
     assert_eq!(taken.text().await.unwrap(), "Accepted. Suppressed addresses: 1, new: 1.\n");
-    // A first reason stays.
+    // The first reason stays.
     let again = report(&complaint.replace("abuse", "fraud")).bearer_auth(KEY).send().await.unwrap();
     assert_eq!(again.text().await.unwrap(), "Accepted. Suppressed addresses: 1, new: 0.\n");
     let expected = [("john@example.com", "bounced"), ("richard@example.com", "complained")];
     assert_eq!(pairs(&suppressed(&world).await), expected);
 
-    let strange = report("hello").bearer_auth(KEY).send().await.unwrap();
-    assert_eq!(strange.status(), 400);
-    assert!(strange.text().await.unwrap().contains("RFC 3464"));
+    let unsupported = report("hello").bearer_auth(KEY).send().await.unwrap();
+    assert_eq!(unsupported.status(), 400);
+    assert!(unsupported.text().await.unwrap().contains("RFC 3464"));
     for (email, _) in expected {
         assert!(!world.log().contains(email), "an address is in the log");
     }
 }
 
 #[tokio::test]
-async fn messages_of_amazon_sns_need_a_signature_and_no_key() {
+async fn amazon_sns_messages_require_a_signature_and_no_key() {
     let certificate = concat!(env!("CARGO_MANIFEST_DIR"), "/../../web/src/sns/test_certificate.pem");
     let topic = "arn:aws:sns:eu-west-1:123456789012:bounces";
     let world = World::new(&[("MAILRUN_WEB__SNS_TOPICS", topic), ("MAILRUN_WEB__SNS_CERTIFICATES", certificate)]).await;
@@ -271,7 +270,7 @@ async fn messages_of_amazon_sns_need_a_signature_and_no_key() {
         let answer = request.send().await.unwrap();
         (answer.status().as_u16(), answer.text().await.unwrap())
     };
-    // Not signed, changed, of another topic, with the certificate of another host, and not of SNS at all.
+    // Unsigned, changed, of another topic, with another host's certificate, and not of SNS at all.
     for wrong in [
         include_str!("../../../../web/src/report/fixtures/sns_bounce.json").to_owned(),
         sns_bounce().replace("Jane@example.com", "Mary@example.com"),
@@ -295,14 +294,14 @@ async fn messages_of_amazon_sns_need_a_signature_and_no_key() {
 }
 
 #[tokio::test]
-async fn without_a_key_there_is_no_hook() {
+async fn the_hook_is_disabled_without_a_key() {
     let world = World::new(&[]).await;
     let answer = world.client.post(format!("{}/hooks/bounces", world.web)).bearer_auth("").body("{}");
     assert_eq!(answer.send().await.unwrap().status(), 404);
 }
 
 #[tokio::test]
-async fn a_text_is_checked_beside_its_field_and_kept() {
+async fn text_errors_are_shown_beside_the_field_and_the_text_is_kept() {
     let world = World::new(&[]).await;
     let token = world.token().await;
     let form = async |subject: &str, body: &str| {
@@ -329,7 +328,7 @@ async fn a_text_is_checked_beside_its_field_and_kept() {
     let again = form("Hello {{ name }}", "Come!\r\nBring cake.").await;
     assert_eq!(again.headers()[LOCATION], accepted.headers()[LOCATION], "a second click is the same run");
     let other = form("Hello {{ name }}", "Stay at home.").await;
-    assert_eq!(other.status(), 422, "another text is not taken for the same run");
+    assert_eq!(other.status(), 422, "another text is not the same run");
     let runs: Vec<(String, String)> =
         sqlx::query_as("SELECT subject, body FROM runs").fetch_all(&world.pool).await.unwrap();
     assert_eq!(pairs(&runs), [("Hello {{ name }}", "Come!\nBring cake.")]);
@@ -351,10 +350,10 @@ async fn a_test_is_sent_once_and_invites_nobody() {
     assert!(script.contains("use strict"), "{script}");
     let id = test.strip_prefix("/tests/").unwrap();
     assert_eq!(world.handed_over(), [format!("<test.{id}@mailrun>")]);
-    // A repetition is recognised; the worker has taken it when the next test, behind it in the queue, is sent.
+    // A repetition is recognised; the worker has received it when the next test, behind it on the queue, is sent.
     world.publish("mailrun.tests", format!(r#"{{"test_id":"{id}"}}"#).as_bytes()).await;
     let second = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
-    assert_ne!(second, test, "one that is over may be asked for again");
+    assert_ne!(second, test, "a finished one can be repeated");
     until("the second test is sent", async || page(&world, &second).await.contains("Test sent")).await;
     assert_eq!(world.handed_over().len(), 2);
     let known: i64 = sqlx::query_scalar("SELECT count(*) FROM users").fetch_one(&world.pool).await.unwrap();
@@ -368,11 +367,12 @@ async fn a_test_is_sent_once_and_invites_nobody() {
     assert!(refused.contains("This has no @ sign.") && refused.contains("ann@example.org"), "{refused}");
     assert!(!field(&refused, "token").is_empty());
     world.publish("mailrun.tests", b"hello").await;
-    until("what is no test is a dead letter", async || world.log().contains("message moved to the dead letters")).await;
+    until("an invalid message is a dead letter", async || world.log().contains("message moved to the dead letters"))
+        .await;
 }
 
 #[tokio::test]
-async fn a_test_waits_for_a_sender_and_a_second_click_is_the_same() {
+async fn a_test_waits_for_a_sender_and_a_second_click_is_the_same_test() {
     let mut world = World::new(&[]).await;
     let form = [("subject", "Hello"), ("body", "Come!"), ("test_email", "me@example.org")];
     let first = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
@@ -384,7 +384,7 @@ async fn a_test_waits_for_a_sender_and_a_second_click_is_the_same() {
 }
 
 #[tokio::test]
-async fn an_operator_lists_adds_and_removes() {
+async fn an_operator_lists_adds_and_removes_suppressions() {
     let world = World::new(&[]).await;
     let run = |args: &[&str]| {
         let output = Command::new(crate::support::MAILRUN)
@@ -411,7 +411,7 @@ async fn an_operator_lists_adds_and_removes() {
 }
 
 #[tokio::test]
-async fn an_operator_sends_one_mail_and_learns_what_became_of_it() {
+async fn an_operator_sends_one_mail_and_gets_its_result() {
     let world = World::new(&[]).await;
     assert!(world.run_to_end(&["test-send", "me@example.org"]));
     assert!(world.handed_over()[0].starts_with("<test."));

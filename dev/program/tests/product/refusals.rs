@@ -1,4 +1,4 @@
-//! Replies of mail servers: whom they fail, whom they suppress, and what they pause.
+//! Replies of mail servers: which items they fail, which addresses they suppress, and what they pause.
 
 use std::sync::{
     Arc,
@@ -8,7 +8,7 @@ use std::sync::{
 use crate::support::{World, people, until};
 use mailrun_sink::{Action, Options, Rule, Session, Sink, Stage};
 
-/// A Mailrun that sends to a sink with this rule, and its workers.
+/// A world that sends to a sink with this rule, with its workers.
 async fn world(rule: impl Fn(&str) -> Action + Send + Sync + 'static, settings: &[(&str, &str)]) -> (World, Sink) {
     let rule: Rule = Arc::new(move |stage: Stage<'_>, _: &Session| match stage {
         Stage::Rcpt(recipient) => rule(recipient),
@@ -36,13 +36,13 @@ async fn suppressed(world: &World) -> i64 {
     number(world, "SELECT count(*) FROM suppressions").await
 }
 
-/// Two domains, in turn.
+/// Alternating between two domains.
 fn guests(count: usize) -> String {
     (1..=count).map(|number| format!("guest-{number:06}@{}.example\n", ["one", "two"][number % 2])).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_relay_that_refuses_us_fails_and_suppresses_nobody() {
+async fn a_relay_that_refuses_the_sender_fails_and_suppresses_nobody() {
     for (code, words) in
         [(550, "relay not permitted"), (550, "5.1.1 too many recipients this hour"), (454, "4.7.1 Relay access denied")]
     {
@@ -65,7 +65,7 @@ async fn a_relay_that_refuses_us_fails_and_suppresses_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_recipient_that_is_always_deferred_fails_alone() {
+async fn only_a_recipient_that_is_always_deferred_fails() {
     for (code, words) in [(454, "4.7.0 not for this one"), (452, "too many messages for this recipient")] {
         let rule = move |recipient: &str| {
             if recipient.starts_with("guest-000007@") { refuse(code, words) } else { Action::GoOn }
@@ -80,7 +80,7 @@ async fn a_recipient_that_is_always_deferred_fails_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_that_nobody_can_explain_stop_run_and_relay_until_an_operator_answers() {
+async fn unexplained_refusals_stop_the_run_and_relay_until_an_operator_answers() {
     for fault in ["it-was-us", "it-was-them"] {
         let refusing = Arc::new(AtomicBool::new(true));
         let offers = Arc::new(AtomicUsize::new(0));
@@ -138,7 +138,7 @@ async fn an_unusual_share_of_suppressions_is_held_for_review() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn suppressions_are_undone_by_reason_and_time() {
+async fn suppressions_are_removed_by_reason_and_time() {
     let rule = |recipient: &str| {
         if recipient < "guest-000011" { refuse(550, "no such user") } else { Action::GoOn }
     };

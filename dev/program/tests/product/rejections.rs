@@ -1,4 +1,4 @@
-//! Messages that RabbitMQ returns or rejects: they hold up nobody but their own recipients, and are reported.
+//! Messages returned or rejected by RabbitMQ: they delay only their own recipients, and are reported.
 
 use std::sync::{
     Arc,
@@ -34,7 +34,7 @@ async fn readiness(world: &World) -> (u16, String) {
 }
 
 #[tokio::test]
-async fn without_a_retry_queue_everybody_is_sent_to_and_it_is_reported() {
+async fn a_missing_retry_queue_is_reported_and_everyone_is_sent() {
     let settings =
         [NOT_DECLARED, ("MAILRUN_MAILER__SIMULATED__FLAKY_EVERY", "3"), ("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "0")];
     let mut world = World::new(&settings).await;
@@ -47,13 +47,13 @@ async fn without_a_retry_queue_everybody_is_sent_to_and_it_is_reported() {
         report.contains("mailrun.retry.100ms is missing") && report.contains("RabbitMQ rejects messages of worker")
     })
     .await;
-    // Another run is not held up.
+    // Another run is not delayed.
     let second = world.invite("a@later.example\nb@later.example").await;
     world.until_progress(&second, "sent", |progress| count(progress, "sent") == 2).await;
     let end = world.until_over(&run).await;
     assert_eq!(count(&end, "sent"), 300, "{end}");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     let log = world.log();
     let reported = log.lines().filter(|line| line.contains("RabbitMQ rejects messages")).count();
     assert!((1..=4).contains(&reported), "once a minute at most: {reported}\n{log}");
@@ -61,7 +61,7 @@ async fn without_a_retry_queue_everybody_is_sent_to_and_it_is_reported() {
 }
 
 #[tokio::test]
-async fn an_outage_of_the_mail_server_passes_without_retry_queues() {
+async fn survives_a_relay_outage_without_retry_queues() {
     let down = Arc::new(AtomicBool::new(true));
     let sink = Sink::start(Options::default()).await.unwrap();
     let is_down = Arc::clone(&down);
@@ -72,7 +72,7 @@ async fn an_outage_of_the_mail_server_passes_without_retry_queues() {
     sink.set_rule(rule);
     let relay = format!("smtp://{}?tls=none", sink.address());
     let mut world = World::new(&[NOT_DECLARED]).await;
-    // Only the senders know of the mail server, as where its settings were forgotten everywhere else.
+    // Only the senders know the mail server, as if the other processes had incomplete settings.
     world.set("MAILRUN_MAILER__KIND", "smtp".into());
     world.set("MAILRUN_MAILER__SMTP__RELAYS", relay);
     world.workers();
@@ -86,7 +86,7 @@ async fn an_outage_of_the_mail_server_passes_without_retry_queues() {
 }
 
 #[tokio::test]
-async fn the_retry_queues_of_every_mailer_are_declared() {
+async fn declares_the_retry_queues_of_all_mailers() {
     let world = World::new(&[NOT_DECLARED]).await;
     let channel = world.channel().await;
     for queue in ["250ms", "1s", "5s", "30s", "300s", "1800s", "7200s", "28800s", "100ms", "200ms"] {
@@ -95,7 +95,7 @@ async fn the_retry_queues_of_every_mailer_are_declared() {
 }
 
 #[tokio::test]
-async fn whichever_queues_are_missing_the_runs_end() {
+async fn runs_end_with_any_queues_missing() {
     let settings = [
         NOT_DECLARED,
         ("MAILRUN_AMQP__ITEM_QUEUES", "3"),
@@ -114,7 +114,7 @@ async fn whichever_queues_are_missing_the_runs_end() {
         "mailrun.retry.200ms",
     ];
     delete(&world, &missing).await;
-    // What nobody takes from the outbox holds up nothing behind it.
+    // A rejected outbox message does not block those behind it.
     let page = world.client.get(&world.web).send().await.unwrap().text().await.unwrap();
     let test = [("token", field(&page, "token")), ("test_email", "me@example.org".into())];
     world.client.post(format!("{}/tests", world.web)).form(&test).send().await.unwrap();
@@ -127,25 +127,25 @@ async fn whichever_queues_are_missing_the_runs_end() {
     assert_eq!((count(&end, "sent"), count(&end, "failed")), (196, 4), "{end}");
     until("the pages are not ready", async || readiness(&world).await.0 == 503).await;
     assert!(readiness(&world).await.1.contains("mailrun.tests"));
-    // When they are back, so is everything else.
+    // When the queues are back, everything else is, too.
     assert!(world.run_to_end(&["setup"]));
     until("the pages are ready", async || readiness(&world).await.0 == 200).await;
     world.retry(&runs[0], "failed").await;
     world.until_progress(&runs[0], "all sent", |progress| count(progress, "sent") == 200).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
-async fn a_queue_that_is_missing_is_declared_by_whoever_misses_it() {
+async fn a_process_declares_a_queue_that_it_misses() {
     let mut world =
         World::new(&[("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "20"), ("MAILRUN_SEND__PERMITS", "10")]).await;
     world.workers();
     let run = world.invite(&people(600)).await;
-    world.until_progress(&run, "under way", |progress| count(progress, "sent") > 50).await;
+    world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 50).await;
     delete(&world, &["mailrun.results", "mailrun.retry.100ms", "mailrun.dead", "mailrun.runs.wait"]).await;
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (594, 6, 0), "{end}");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

@@ -1,4 +1,4 @@
-//! Other ledgers: one that was restored from a backup, and another installation's on the same virtual host.
+//! Other ledgers: one restored from a backup, and another installation's on the same virtual host.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use crate::support::{World, field, people, until};
 use mailrun_ledger::installation;
 use sqlx::PgPool;
 
-/// Slow enough to be backed up while it runs.
+/// Slow enough to be backed up during the run.
 const SLOW: [(&str, &str); 1] = [("MAILRUN_FAN_OUT__SENDS_PER_SECOND", "60")];
 
 fn postgres_program(name: &str) -> String {
@@ -20,7 +20,7 @@ fn postgres_program(name: &str) -> String {
     found.pop().map_or_else(|| name.to_owned(), |program| program.display().to_string())
 }
 
-/// Puts a backup in the place of the ledger. All processes have ended.
+/// Replaces the ledger by a backup. All processes have ended.
 async fn restore(world: &mut World, backup: &str) {
     let name = format!("{}-restored", world.name);
     world.stack.create_database(&name).await.unwrap();
@@ -46,7 +46,7 @@ async fn post(world: &World, address: &str, fields: &[(&str, &str)]) -> String {
     answer.headers()["location"].to_str().unwrap().to_owned()
 }
 
-/// Sends 300 invitations and takes a backup when a third of them is out; returns the run's path and what is sent in the backup.
+/// Sends 300 invitations and takes a backup when a third is sent; returns the run's path and the number sent in the backup.
 async fn back_up_at_a_third(world: &mut World, backup: &str) -> (String, i64) {
     world.workers();
     let run = world.invite(&people(300)).await;
@@ -80,10 +80,10 @@ async fn a_restored_backup_mails_nobody_twice() {
     assert_eq!(now["unknown"].as_i64(), Some(300 - sent - failed));
     world.counters_equal_counts().await;
 
-    // A new list is sent as ever, under ids that were not given out before the restore.
+    // A new list is sent normally, with ids that were not used before the restore.
     let new = world.invite("late@example.org").await;
     assert_eq!(world.until_over(&new).await["sent"], 1);
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     assert_eq!(world.handed_over().len(), 298);
 
     if failed > 0 {
@@ -108,7 +108,7 @@ async fn a_restored_backup_mails_nobody_twice() {
 }
 
 #[tokio::test]
-async fn a_ledger_that_is_older_than_the_messages_sends_nothing_until_the_restore_is_declared() {
+async fn a_ledger_older_than_the_messages_sends_nothing_until_the_restore_is_declared() {
     let mut world = World::new(&SLOW).await;
     let backup = world.folder.path().join("backup").display().to_string();
     let (run, _) = back_up_at_a_third(&mut world, &backup).await;
@@ -129,7 +129,7 @@ async fn a_ledger_that_is_older_than_the_messages_sends_nothing_until_the_restor
     world.worker("fan-out,send,progress");
     post(&world, &format!("{run}/resume"), &[]).await;
     world.until_over(&run).await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
 #[tokio::test]
@@ -146,7 +146,7 @@ async fn a_virtual_host_belongs_to_one_installation() {
     assert!(!good, "it sends nothing");
     let (good, said) = world.output(&["doctor"], &settings);
     assert!(!good && said.contains("another Mailrun installation"), "{said}");
-    // The first one is not disturbed.
+    // The first one is not affected.
     world.workers();
     let run = world.invite(&people(20)).await;
     assert_eq!(world.until_over(&run).await["sent"], 20);

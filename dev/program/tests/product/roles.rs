@@ -1,4 +1,4 @@
-//! Each process under its own role in PostgreSQL: it can do its work, and nothing else.
+//! Each process with its own PostgreSQL role: it can do its work, and nothing else.
 
 use crate::support::{World, people, until};
 use mailrun_core::{signed_id::Named, unsubscribe::Signer};
@@ -6,10 +6,10 @@ use mailrun_ledger::{grants, signing};
 use url::Url;
 
 const WRITERS: [&str; 6] = ["web", "fan_out", "send", "progress", "worker", "operator"];
-/// PostgreSQL's code for a right that is missing.
+/// PostgreSQL's error code for a missing privilege.
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
-/// A world whose processes have roles of their own.
+/// A world with a role for each process.
 struct Roles {
     world: World,
     prefix: String,
@@ -39,21 +39,21 @@ impl Roles {
         url.into()
     }
 
-    /// Starts a process under a role.
+    /// Starts a process with a role.
     fn start(&mut self, writer: &str, args: &[&str]) -> usize {
         let url = self.url(writer);
         self.world.set("DATABASE_URL", url);
         self.world.start(args)
     }
 
-    /// Runs a command of the operator.
+    /// Runs an operator's command.
     fn operate(&mut self, args: &[&str]) {
         let url = self.url("operator");
         self.world.set("DATABASE_URL", url);
         assert!(self.world.run_to_end(args), "{args:?}: {}", self.world.log());
     }
 
-    /// Roles outlive a database; these are taken away again.
+    /// Roles outlive a database, so they are dropped.
     async fn drop_roles(&self) {
         for writer in WRITERS {
             let role = format!("\"{}_{writer}\"", self.prefix);
@@ -97,10 +97,10 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     let killed = roles.start("send", &["worker", "--roles", "send"]);
     roles.start("progress", &["worker", "--roles", "progress"]);
 
-    // With retries on the way, a pause, a person who unsubscribes, a limit, and a sender that dies.
+    // With retries, a pause, an unsubscribe, a rate limit, and a sender that dies.
     let world = &roles.world;
     let run = world.invite(&people(300)).await;
-    world.until_progress(&run, "under way", |progress| progress["sent"].as_i64() > Some(20)).await;
+    world.until_progress(&run, "in progress", |progress| progress["sent"].as_i64() > Some(20)).await;
     world.client.post(format!("{run}/pause")).send().await.unwrap().error_for_status().unwrap();
     let key = signing::key(&mut world.pool.acquire().await.unwrap()).await.unwrap();
     let last = "SELECT id, run_id FROM run_items WHERE state = 'pending' ORDER BY id DESC LIMIT 1";
@@ -111,7 +111,7 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     let sent = world.progress(&run).await["sent"].as_i64();
     world.until_progress(&run, "resumed", |progress| progress["sent"].as_i64() > sent).await;
     roles.world.kill(killed);
-    // A worker with all roles has the rights of each.
+    // A worker with all roles has the privileges of each.
     roles.start("worker", &["worker"]);
     let over = roles.world.until_over(&run).await;
     assert_eq!(over["skipped"], 1, "{over}");
@@ -121,13 +121,13 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     roles.world.retry(&run, "failed,unknown").await;
     roles.world.until_progress(&run, "replayed", |progress| progress["sent"] == 299).await;
 
-    // A cancelled run, a test, and what only the operator does.
+    // A cancelled run, a test, and operator commands.
     let world = &roles.world;
     let form = [("token", world.token().await), ("emails", people(600)), ("sends_per_second", "5".to_owned())];
     let answer = world.client.post(format!("{}/invites", world.web)).form(&form).send().await.unwrap();
     let location = answer.headers()["location"].to_str().unwrap().to_owned();
     let limited = format!("{}{location}", world.web);
-    world.until_progress(&limited, "under way", |progress| progress["sent"].as_i64() > Some(2)).await;
+    world.until_progress(&limited, "in progress", |progress| progress["sent"].as_i64() > Some(2)).await;
     world.client.post(format!("{limited}/cancel")).send().await.unwrap().error_for_status().unwrap();
     world.until_over(&limited).await;
     let test = [("test_email", "me@example.org"), ("subject", "Hello"), ("body", "Come!")];
@@ -143,7 +143,7 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     let (_, report) = roles.world.output(&["doctor", "--fix"], &[("DATABASE_URL", &roles.url("operator"))]);
     assert!(!report.contains("permission denied"), "{report}");
 
-    // The first run was over for long: retention takes it. Fan-out workers do that on schedule, by the same function.
+    // The first run finished long ago, so retention deletes it. Fan-out workers do that on schedule, with the same function.
     roles.world.counters_equal_counts().await;
     let run_id: uuid::Uuid = run.rsplit('/').next().unwrap().parse().unwrap();
     let statement = "UPDATE run_progress SET finished_at = now() - interval '2 days' WHERE run_id = $1";
@@ -155,7 +155,7 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     let left = "SELECT (SELECT count(*) FROM runs WHERE id = $1) + (SELECT count(*) FROM run_items WHERE run_id = $1)";
     let left: i64 = sqlx::query_scalar(left).bind(run_id).fetch_one(&roles.world.pool).await.unwrap();
     assert_eq!(left, 0, "rows of a deleted run");
-    roles.world.nobody_got_two();
+    roles.world.assert_no_duplicates();
     let log = roles.world.log();
     assert!(!log.contains("permission denied"), "{log}");
     roles.world.terminate_rest();
@@ -163,7 +163,7 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
 }
 
 #[tokio::test]
-async fn a_process_can_write_no_column_but_its_own() {
+async fn a_process_can_only_write_its_own_columns() {
     let roles = Roles::new(&[]).await;
     for (writer, statement) in [
         ("web", "UPDATE run_items SET state = 'sent'"),

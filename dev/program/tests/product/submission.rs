@@ -1,4 +1,4 @@
-//! What the form says of a list when the database goes away while it is taken in, and when it is sent again.
+//! What the form reports when the database fails during a submission, and when the list is submitted again.
 
 use std::{
     collections::HashMap,
@@ -18,13 +18,13 @@ use url::Url;
 
 /// What the proxy in front of PostgreSQL does.
 const PASS: u8 = 0;
-/// It cuts a submission off when its commit is on its way, and everyone from then on.
+/// Cuts off a submission when its commit is sent, and all connections from then on.
 const CUT_AT_COMMIT: u8 = 1;
 /// The same before the commit.
 const CUT_BEFORE: u8 = 2;
 const DEAD: u8 = 3;
 
-/// Starts the proxy, and has the pages use it.
+/// Starts the proxy, and a web server that uses it.
 async fn behind_proxy(world: &mut World) -> Arc<AtomicU8> {
     let mut url = Url::parse(&world.stack.database_url(&world.name)).unwrap();
     let server = format!("127.0.0.1:{}", url.port().unwrap());
@@ -68,7 +68,7 @@ async fn pass_on(client: TcpStream, server: String, mode: Arc<AtomicU8>) {
         if cut {
             mode.store(DEAD, Ordering::SeqCst);
             answers.abort();
-            // The answer stays out, and the commit arrives.
+            // The answer is dropped, and the commit arrives.
             if holds(b"COMMIT\0") {
                 let _ = to_server.write_all(sent).await;
                 let _ = to_server.shutdown().await;
@@ -88,7 +88,7 @@ async fn page(world: &World, path: &str) -> String {
 }
 
 #[tokio::test]
-async fn nothing_was_kept_is_said_only_when_it_is_certain() {
+async fn says_that_nothing_was_saved_only_when_certain() {
     let mut world = World::new(&[]).await;
     let mode = behind_proxy(&mut world).await;
     let token = world.token().await;
@@ -100,7 +100,7 @@ async fn nothing_was_kept_is_said_only_when_it_is_certain() {
 
     let unknown = "It is not known whether the list was accepted. Send it again: nobody will be mailed twice.";
     mode.store(CUT_AT_COMMIT, Ordering::SeqCst);
-    for attempt in ["the commit's answer is lost", "the database is away, and the first click may have been accepted"] {
+    for attempt in ["the commit's answer is lost", "the database is down, and the first click may have been accepted"] {
         let (status, said) = world.submit(&token, "ann@example.org").await.unwrap_err();
         assert_eq!(status, 503, "{attempt}");
         assert!(said.contains(unknown) && !said.contains("Nothing was saved"), "{attempt}: {said}");
@@ -116,7 +116,7 @@ async fn nothing_was_kept_is_said_only_when_it_is_certain() {
 }
 
 #[tokio::test]
-async fn a_list_that_is_sent_again_after_its_run_was_cancelled_is_not_lost_on_that_run() {
+async fn a_list_submitted_again_after_cancelling_its_run_gets_a_new_run() {
     let mut world = World::new(&[]).await;
     let token = world.token().await;
     let cancelled = world.submit(&token, "ann@example.org").await.unwrap();

@@ -1,5 +1,5 @@
-//! Consumers whose connections live and are of no use: a proxy passes everything on, heartbeats and acknowledgements included,
-//! but swallows what the broker delivers, or its word that a consumer is set up.
+//! Consumers whose connections are open and useless: a proxy forwards everything, including heartbeats and acks, except the broker's
+//! deliveries or its replies to new consumers.
 
 use std::{
     collections::HashSet,
@@ -20,14 +20,14 @@ const FRAME_HEADER: usize = 7;
 const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
 const BASIC_CONSUME_OK: [u8; 4] = [0, 60, 0, 21];
 
-/// A way to the broker.
-struct Way {
+/// A proxy in front of the broker.
+struct BrokerProxy {
     proxy: Proxy,
     deaf: Arc<Mutex<Vec<Arc<AtomicBool>>>>,
     mute: Arc<AtomicBool>,
 }
 
-impl Way {
+impl BrokerProxy {
     async fn to(broker: u16) -> Self {
         let deaf: Arc<Mutex<Vec<Arc<AtomicBool>>>> = Arc::default();
         let mute: Arc<AtomicBool> = Arc::default();
@@ -41,20 +41,20 @@ impl Way {
         Self { proxy, deaf, mute }
     }
 
-    /// Whether those who ask for messages are kept waiting for the answer, though the broker gives it.
-    fn keep_waiting(&self, mute: bool) {
+    /// Whether the broker's replies to new consumers are dropped.
+    fn drop_consume_replies(&self, mute: bool) {
         self.mute.store(mute, Ordering::Relaxed);
     }
 
-    /// From now on nothing is delivered over the connections that there are. Later ones are sound.
-    fn deafen(&self) {
+    /// Drops all deliveries on the present connections from now on. Later connections work.
+    fn drop_deliveries(&self) {
         for deaf in &*self.deaf.lock().unwrap() {
             deaf.store(true, Ordering::Relaxed);
         }
     }
 }
 
-/// Passes the broker's frames on; while it is deaf, all but deliveries, and while it is mute, all but consumers' beginnings.
+/// Forwards the broker's frames, except deliveries while `deaf`, and replies to new consumers while `mute`.
 fn filter(deaf: Arc<AtomicBool>, mute: Arc<AtomicBool>) -> Filter {
     let (mut received, mut swallowing) = (Vec::new(), HashSet::new());
     Box::new(move |bytes| {
@@ -88,23 +88,23 @@ fn filter(deaf: Arc<AtomicBool>, mute: Arc<AtomicBool>) -> Filter {
 }
 
 /// Workers that reach the broker through a proxy.
-async fn world(settings: &[(&str, &str)]) -> (World, Way) {
+async fn world(settings: &[(&str, &str)]) -> (World, BrokerProxy) {
     let (mut world, proxy) = world_without_workers(settings).await;
     world.workers();
     until_consumed(&world).await;
     (world, proxy)
 }
 
-async fn world_without_workers(settings: &[(&str, &str)]) -> (World, Way) {
+async fn world_without_workers(settings: &[(&str, &str)]) -> (World, BrokerProxy) {
     let mut world = World::new(settings).await;
     let mut url: Url = world.stack.amqp_url(&world.name).parse().unwrap();
-    let way = Way::to(url.port().unwrap()).await;
+    let way = BrokerProxy::to(url.port().unwrap()).await;
     url.set_port(Some(way.proxy.address().port())).unwrap();
     world.set("AMQP_URL", url.to_string());
     (world, way)
 }
 
-/// Until each queue that is worked on has the one consumer that it should have.
+/// Waits until each consumed queue has its one consumer.
 async fn until_consumed(world: &World) {
     for queue in ["mailrun.runs", "mailrun.items", "mailrun.results"] {
         let channel = world.channel().await;
@@ -121,55 +121,55 @@ async fn rebuilds(world: &World) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_is_connected_and_gets_nothing_connects_anew() {
+async fn rebuilds_a_starved_consumer() {
     let (mut world, proxy) = world(&[("MAILRUN_WATCHDOG__IDLE_AFTER_MS", "1000")]).await;
-    proxy.deafen();
+    proxy.drop_deliveries();
     let run = world.invite(&people(200)).await;
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "198 successful, 2 failed of 200");
     until("it is counted for each of the three stages", async || rebuilds(&world).await >= 3).await;
     assert!(world.log().contains("a run stands still, and nothing is delivered"), "{}", world.log());
     world.counters_equal_counts().await;
-    world.nobody_got_two();
-    assert!(world.terminate(0) && world.terminate(1), "the pages and a worker end in good order");
+    world.assert_no_duplicates();
+    assert!(world.terminate(0) && world.terminate(1), "the web server and a worker stop cleanly");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_is_cut_off_from_a_full_queue_connects_anew() {
+async fn rebuilds_a_consumer_cut_off_from_a_full_queue() {
     let settings = [
         ("MAILRUN_WATCHDOG__IDLE_AFTER_MS", "1000"),
-        // Little in hand and much on the queue, as with a slow mail server.
+        // Few unacknowledged and many on the queue, as with a slow relay.
         ("MAILRUN_SEND__PREFETCH", "10"),
         ("MAILRUN_SEND__PERMITS", "5"),
         ("MAILRUN_MAILER__SIMULATED__LATENCY_MS", "30"),
     ];
     let (world, proxy) = world(&settings).await;
     let run = world.invite(&people(1000)).await;
-    world.until_progress(&run, "under way", |progress| progress["sent"].as_i64().unwrap() > 50).await;
-    proxy.deafen();
+    world.until_progress(&run, "in progress", |progress| progress["sent"].as_i64().unwrap() > 50).await;
+    proxy.drop_deliveries();
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "990 successful, 10 failed of 1,000");
     assert!(world.log().contains("messages wait on the queue, and none is delivered"), "{}", world.log());
     until("it is counted", async || rebuilds(&world).await >= 1).await;
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }
 
-/// As when a queue has no leader for a while: the broker sets the consumer up after its patience has ended.
+/// Like a queue without a leader for a while: the broker registers the consumer after the client's timeout.
 #[tokio::test(flavor = "multi_thread")]
-async fn who_was_kept_waiting_too_long_takes_no_messages_from_the_others() {
+async fn a_consumer_registered_too_late_takes_no_messages() {
     let (mut world, proxy) = world_without_workers(&[("MAILRUN_AMQP__ANSWER_TIMEOUT_MS", "1000")]).await;
-    proxy.keep_waiting(true);
+    proxy.drop_consume_replies(true);
     world.workers();
     for queue in ["mailrun.runs", "mailrun.items", "mailrun.results"] {
         let gave_up = format!("queue={queue} error=RabbitMQ did not answer in time");
-        until("its patience ends", async || world.log().contains(&gave_up)).await;
+        until("it times out", async || world.log().contains(&gave_up)).await;
     }
-    proxy.keep_waiting(false);
+    proxy.drop_consume_replies(false);
     until_consumed(&world).await;
     let run = world.invite(&people(200)).await;
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "198 successful, 2 failed of 200");
     world.counters_equal_counts().await;
-    world.nobody_got_two();
+    world.assert_no_duplicates();
 }

@@ -1,4 +1,4 @@
-//! The benchmark, on a list too short to say anything: that it ends, and reports what it promises.
+//! The benchmark with a list too short to be meaningful: it ends, and prints its results.
 
 use std::process::{Command, Stdio};
 

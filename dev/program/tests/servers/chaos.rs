@@ -1,5 +1,4 @@
-//! The fault bench, on short lists and with the faults that cost most thought: that nobody is lost and nobody gets two, and
-//! that it reports what it promises.
+//! The fault bench with short lists and the most complex faults: nobody is lost, nobody gets two mails, and it prints its results.
 
 use std::{
     process::{Command, Stdio},
@@ -8,11 +7,11 @@ use std::{
 
 use serde_json::Value;
 
-/// Two private stacks that start at the same moment look for the same free ports.
+/// Two private stacks that start simultaneously look for the same free ports.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 #[test]
-fn nobody_is_lost_and_nobody_gets_two() {
+fn nobody_is_lost_and_nobody_gets_two_mails() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let faults = ["kill-send", "mail-drops", "terminate-backends", "cut-database", "hole-database"];
     let mut chaos = Command::new(env!("CARGO_BIN_EXE_mailrun-dev"));
@@ -38,13 +37,13 @@ fn nobody_is_lost_and_nobody_gets_two() {
     }
 }
 
-/// A judgement that finds nothing is worth nothing.
+/// A check that never fails proves nothing.
 #[test]
-fn two_mails_to_one_person_are_found() {
+fn detects_two_mails_to_one_person() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let mut chaos = Command::new(env!("CARGO_BIN_EXE_mailrun-dev"));
     chaos.args(["chaos", "--recipients", "500", "--fault", "mail-drops", "--seed", "2", "--resend", "--json"]);
-    // Its logs stay, since a promise was broken.
+    // Its logs are kept, because a guarantee was broken.
     let folder = tempfile::tempdir().unwrap();
     let output = chaos.env("TMPDIR", folder.path()).stderr(Stdio::inherit()).output().unwrap();
     assert!(!output.status.success());
@@ -54,20 +53,20 @@ fn two_mails_to_one_person_are_found() {
 }
 
 #[test]
-fn an_upgrade_takes_a_revision_and_nothing_else_does() {
+fn only_an_upgrade_takes_a_revision() {
     let why = |args: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_mailrun-dev")).arg("chaos").args(args).output().unwrap();
         assert!(!output.status.success(), "{args:?}");
         String::from_utf8(output.stderr).unwrap()
     };
-    assert!(why(&["--fault", "upgrade"]).contains("takes --from"));
+    assert!(why(&["--fault", "upgrade"]).contains("requires --from"));
     assert!(why(&["--fault", "kill-send", "--from", "HEAD"]).contains("add --fault upgrade"));
 }
 
 #[test]
-fn a_fault_that_does_not_exist_is_refused() {
+fn refuses_an_unknown_fault() {
     let mut chaos = Command::new(env!("CARGO_BIN_EXE_mailrun-dev"));
     let output = chaos.args(["chaos", "--fault", "earthquake"]).output().unwrap();
     assert!(!output.status.success());
-    assert!(String::from_utf8(output.stderr).unwrap().contains("kill-send"), "it names those that there are");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("kill-send"), "it lists the faults");
 }

@@ -1,5 +1,4 @@
-//! Three nodes of RabbitMQ for real: that they form a cluster which keeps each queue three times, and that a run survives
-//! the death of one after the other.
+//! A real RabbitMQ cluster of three nodes: it replicates each queue three times, and a run survives the deaths of single nodes.
 
 use std::{
     collections::BTreeSet,
@@ -19,7 +18,7 @@ async fn start(home: &Path) -> Stack {
     Stack::start_nodes(home, Path::new(MAILRUN), Duration::ZERO, Nodes::Three, tell).await.unwrap()
 }
 
-/// The queues, when each of them is known to have a member on every node.
+/// The queues, once each has a member on every node.
 async fn replicated(stack: &Stack) -> Vec<Queue> {
     let nodes: BTreeSet<String> = stack.nodes().into_iter().collect();
     let end = Instant::now() + Duration::from_secs(60);
@@ -37,7 +36,7 @@ async fn replicated(stack: &Stack) -> Vec<Queue> {
 }
 
 #[tokio::test]
-async fn each_queue_has_a_member_on_each_node_and_is_there_after_a_restart() {
+async fn queues_have_a_member_on_each_node_and_survive_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let stack = start(dir.path()).await;
     assert_eq!(stack.members().await.unwrap().iter().filter(|member| member.running).count(), 3);
@@ -51,7 +50,7 @@ async fn each_queue_has_a_member_on_each_node_and_is_there_after_a_restart() {
     let queues = replicated(&stack).await;
     assert!(queues.iter().any(|queue| queue.name == "mailrun.items"), "{queues:?}");
     let leaders: BTreeSet<&str> = queues.iter().map(|queue| queue.leader.as_str()).collect();
-    assert_eq!(leaders.len(), 3, "one connection declared all of them, and their leaders are spread: {queues:?}");
+    assert_eq!(leaders.len(), 3, "one connection declared all, but their leaders are spread: {queues:?}");
     assert!(stack.can_lose_a_node().await);
 
     virtual_hosts_are_created_while_a_node_starts(&stack).await;
@@ -62,8 +61,8 @@ async fn each_queue_has_a_member_on_each_node_and_is_there_after_a_restart() {
     assert_eq!(stack.stop().await.unwrap(), Stopped::Ended);
 }
 
-/// One after the other, so that some fall between the moment from which on a node counts as running and that at which it is
-/// ready: RabbitMQ forgets to start those there.
+/// Creates them one after another, so that some fall between the moment when a node counts as running and when it is ready: RabbitMQ
+/// does not start those on that node.
 async fn virtual_hosts_are_created_while_a_node_starts(stack: &Stack) {
     let killed = stack.pids().unwrap().peers[1].unwrap();
     rustix::process::kill_process(Pid::from_raw(killed.cast_signed()).unwrap(), Signal::KILL).unwrap();
@@ -100,7 +99,7 @@ fn a_run_survives_the_nodes_deaths() {
         for broken in ["lost", "doubled", "untold", "drift", "left", "stuck"] {
             assert_eq!(one[broken], 0, "{fault}: {figures}");
         }
-        // A fault counts when its node was killed, had been back, and every queue had three members again.
+        // A fault counts when its node was killed, was back, and all queues had three members again.
         assert!(one["faults"].as_u64().is_some_and(|faults| faults >= 1), "{fault}: {figures}");
         let told: u64 = ["sent", "failed", "unknown"].iter().filter_map(|state| one[state].as_u64()).sum();
         assert_eq!(told, 400, "{fault}: {figures}");

@@ -1,4 +1,4 @@
-//! The mail sink over real sockets: conversations written out by hand, and the page over HTTP.
+//! The mail sink over real sockets: SMTP sessions written out, and the page over HTTP.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,14 +22,14 @@ const MESSAGE: &str = "From: =?utf-8?q?Zo=C3=AB?= <zoe@a.example>\r\nTo: Ann <an
     --x\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n.hidden </pre> text\r\n\
     --x\r\nContent-Type: text/html; charset=utf-8\r\n\r\n<p onclick=\"steal()\">Come & see</p>\r\n--x--\r\n";
 
-/// However slow the machine is, this is not slowness any more.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than any slow machine needs.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A client that says what it is told to.
+/// A scripted client.
 struct Client<S>(BufReader<S>);
 
 impl Client<TcpStream> {
-    /// Connected, and not greeted yet.
+    /// Connected, before the greeting.
     async fn connect(sink: &Sink) -> Self {
         Self(BufReader::new(TcpStream::connect(sink.address()).await.unwrap()))
     }
@@ -40,7 +40,7 @@ impl Client<TcpStream> {
         client
     }
 
-    /// Has said hello.
+    /// After EHLO.
     async fn ready(sink: &Sink) -> Self {
         let mut client = Self::greeted(sink).await;
         assert!(client.say("EHLO client.example").await.starts_with("250"));
@@ -49,13 +49,13 @@ impl Client<TcpStream> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
-    /// The next reply, all of its lines; empty when the sink has closed the connection.
+    /// The next reply with all its lines; empty when the sink has closed the connection.
     async fn hear(&mut self) -> String {
         let mut reply = String::new();
         let whole = async {
             loop {
                 let start = reply.len();
-                // A connection that is cut counts as closed.
+                // A connection reset counts as closed.
                 if self.0.read_line(&mut reply).await.unwrap_or_default() == 0
                     || reply.as_bytes()[start..].get(3) == Some(&b' ')
                 {
@@ -63,12 +63,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                 }
             }
         };
-        timeout(PATIENCE, whole).await.expect("the sink says nothing");
+        timeout(TIMEOUT, whole).await.expect("the sink does not reply");
         reply
     }
 
     async fn write(&mut self, bytes: &str) {
-        // The sink may have gone; what is heard next tells.
+        // The sink may be gone; the next read shows it.
         let _ = self.0.get_mut().write_all(bytes.as_bytes()).await;
     }
 
@@ -82,7 +82,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         assert!(reply.starts_with(code), "{line:?}: expected {code}, heard {reply:?}");
     }
 
-    /// Up to the data, and what is said to it.
+    /// Sends a message, and returns the final reply.
     async fn send(&mut self, message: &str) -> String {
         self.expect("MAIL FROM:<zoe@a.example>", "250").await;
         self.expect("RCPT TO:<ann@b.example>", "250").await;
@@ -92,7 +92,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     }
 }
 
-/// A message as it goes over the wire.
+/// A message with dot-stuffing.
 fn stuffed(message: &str) -> String {
     format!("{}.\r\n", message.replace("\r\n.", "\r\n.."))
 }
@@ -101,7 +101,7 @@ async fn sink() -> Sink {
     Sink::start(Options::default()).await.unwrap()
 }
 
-/// A rule for one stage; at others, everything goes on.
+/// A rule for one stage only.
 fn at(wanted: &'static str, action: Action) -> Rule {
     Arc::new(move |stage: Stage<'_>, _: &Session| {
         let name = format!("{stage:?}");
@@ -109,7 +109,7 @@ fn at(wanted: &'static str, action: Action) -> Rule {
     })
 }
 
-/// Brings a conversation to a stage; the answer there is not heard yet.
+/// Brings a session to a stage, without reading its reply.
 async fn reach(sink: &Sink, stage: &str) -> Client<TcpStream> {
     let mut client = Client::connect(sink).await;
     let steps = [
@@ -135,7 +135,7 @@ async fn reach(sink: &Sink, stage: &str) -> Client<TcpStream> {
 const STAGES: [&str; 7] = ["Connect", "Hello", "Auth", "Mail", "Rcpt", "Data", "Message"];
 
 #[tokio::test]
-async fn accepted_mail_is_recorded_and_kept_as_it_was() {
+async fn accepted_mail_is_recorded_unchanged() {
     let sink = sink().await;
     let mut client = Client::ready(&sink).await;
     assert!(client.send(MESSAGE).await.starts_with("250"));
@@ -144,7 +144,7 @@ async fn accepted_mail_is_recorded_and_kept_as_it_was() {
     assert_eq!((sink.received(), sink.received_twice(), sink.most_connections()), (1, 0, 1));
     assert_eq!(sink.mailbox().times("ann@b.example", "1.1@a.example"), 1);
     let messages = sink.mailbox().newest(None, 10);
-    assert_eq!(String::from_utf8_lossy(&messages[0].raw), MESSAGE, "the dots of the transport are gone");
+    assert_eq!(String::from_utf8_lossy(&messages[0].raw), MESSAGE, "dot-stuffing is removed");
     assert_eq!(
         (messages[0].from.as_str(), messages[0].to.as_slice()),
         ("zoe@a.example", &["ann@b.example".into()][..])
@@ -152,7 +152,7 @@ async fn accepted_mail_is_recorded_and_kept_as_it_was() {
 }
 
 #[tokio::test]
-async fn one_message_to_two_is_two_deliveries_and_the_same_again_is_one_twice() {
+async fn counts_deliveries_per_recipient_and_duplicates() {
     let sink = sink().await;
     let mut client = Client::ready(&sink).await;
     client.expect("MAIL FROM:<zoe@a.example>", "250").await;
@@ -168,7 +168,7 @@ async fn one_message_to_two_is_two_deliveries_and_the_same_again_is_one_twice() 
 }
 
 #[tokio::test]
-async fn requests_in_one_packet_are_answered_in_order() {
+async fn answers_pipelined_requests_in_order() {
     let sink = sink().await;
     let mut client = Client::greeted(&sink).await;
     client.write("EHLO c.example\r\nMAIL FROM:<>\r\nRCPT TO:<ann@b.example>\r\nDATA\r\n").await;
@@ -177,7 +177,7 @@ async fn requests_in_one_packet_are_answered_in_order() {
         heard.push(client.hear().await[..3].to_owned());
     }
     assert_eq!(heard, ["250", "250", "250", "354"]);
-    // An empty message, and the next requests behind it.
+    // An empty message, followed by more requests.
     client.write(".\r\nRSET\r\nNOOP\r\n").await;
     for _ in 0..3 {
         assert!(client.hear().await.starts_with("250"));
@@ -186,7 +186,7 @@ async fn requests_in_one_packet_are_answered_in_order() {
 }
 
 #[tokio::test]
-async fn a_dot_is_found_wherever_the_packets_are_cut() {
+async fn finds_the_final_dot_in_any_packet_split() {
     let sink = sink().await;
     let mut client = Client::ready(&sink).await;
     let message = "Subject: dots\r\n\r\n.\r\n..\r\n. x\r\n.\n.\r\n";
@@ -203,7 +203,7 @@ async fn a_dot_is_found_wherever_the_packets_are_cut() {
 }
 
 #[tokio::test]
-async fn what_it_can_do_is_announced() {
+async fn announces_its_extensions() {
     let sink = sink().await;
     let mut client = Client::greeted(&sink).await;
     let reply = client.say("EHLO c.example").await;
@@ -217,7 +217,7 @@ async fn what_it_can_do_is_announced() {
 }
 
 #[tokio::test]
-async fn mistakes_are_told() {
+async fn refuses_invalid_requests() {
     let sink = Sink::start(Options { largest: 1000, ..Options::default() }).await.unwrap();
     let mut client = Client::greeted(&sink).await;
     for (line, code) in [
@@ -248,12 +248,12 @@ async fn mistakes_are_told() {
     client.expect(&format!("NOOP {}", "x".repeat(20_000)), "500").await;
     let large = format!("Subject: large\r\n\r\n{}\r\n", "x".repeat(100_000));
     assert!(client.send(&large).await.starts_with("552"));
-    assert!(client.send(MESSAGE).await.starts_with("250"), "the conversation goes on");
+    assert!(client.send(MESSAGE).await.starts_with("250"), "the session continues");
     assert_eq!(sink.received(), 1);
 }
 
 #[tokio::test]
-async fn any_login_will_do_unless_one_is_wanted() {
+async fn accepts_any_login_unless_one_is_configured() {
     let open = sink().await;
     let login = Login { user: "ann".into(), secret: "let me in".into() };
     let strict = Sink::start(Options { login: Some(login), ..Options::default() }).await.unwrap();
@@ -278,7 +278,7 @@ async fn any_login_will_do_unless_one_is_wanted() {
 }
 
 #[tokio::test]
-async fn a_rule_may_refuse_at_each_stage() {
+async fn a_rule_can_refuse_at_each_stage() {
     for stage in STAGES {
         let sink = sink().await;
         sink.set_rule(at(stage, Action::Reply(450, "4.2.1 not now\n4.2.1 maybe later".into())));
@@ -289,7 +289,7 @@ async fn a_rule_may_refuse_at_each_stage() {
             assert_eq!(client.hear().await, "");
         } else {
             client.expect("NOOP", "250").await;
-            // And without the rule, the same client is served.
+            // Without the rule, the same client is served.
             sink.set_rule(None);
             client.expect("EHLO client.example", "250").await;
             assert!(client.send(MESSAGE).await.starts_with("250"), "{stage}");
@@ -298,7 +298,7 @@ async fn a_rule_may_refuse_at_each_stage() {
 }
 
 #[tokio::test]
-async fn a_rule_may_cut_the_connection_at_each_stage() {
+async fn a_rule_can_close_the_connection_at_each_stage() {
     for stage in STAGES {
         let sink = sink().await;
         sink.set_rule(at(stage, Action::Drop));
@@ -313,7 +313,7 @@ async fn a_rule_may_cut_the_connection_at_each_stage() {
 }
 
 #[tokio::test]
-async fn a_rule_may_hang_at_each_stage_until_the_sink_stops() {
+async fn a_rule_can_hang_at_each_stage_until_the_sink_stops() {
     for stage in STAGES {
         let sink = sink().await;
         let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
@@ -326,17 +326,17 @@ async fn a_rule_may_hang_at_each_stage_until_the_sink_stops() {
             action
         }) as Rule));
         let mut client = reach(&sink, stage).await;
-        timeout(PATIENCE, told.recv()).await.unwrap().unwrap();
+        timeout(TIMEOUT, told.recv()).await.unwrap().unwrap();
         client.write("NOOP\r\n").await;
         assert_eq!(sink.connections(), 1);
         sink.stop().await;
-        assert_eq!(client.hear().await, "", "{stage}: nothing was said");
+        assert_eq!(client.hear().await, "", "{stage}: no reply");
         assert_eq!((sink.connections(), sink.received()), (0, 0));
     }
 }
 
 #[tokio::test]
-async fn a_rule_may_accept_and_say_nothing() {
+async fn a_rule_can_accept_without_a_reply() {
     let sink = sink().await;
     sink.set_rule(at("Message", Action::AcceptThenDrop));
     let mut client = reach(&sink, "Message").await;
@@ -349,7 +349,7 @@ async fn a_rule_may_accept_and_say_nothing() {
 }
 
 #[tokio::test]
-async fn a_rule_knows_the_session() {
+async fn a_rule_gets_the_session() {
     let sink = sink().await;
     sink.set_rule(Some(Arc::new(|stage: Stage<'_>, session: &Session| match stage {
         Stage::Rcpt(address) if address.starts_with("bob") => Action::Reply(550, "5.1.1 nobody".into()),
@@ -369,7 +369,7 @@ async fn a_rule_knows_the_session() {
 }
 
 #[tokio::test]
-async fn down_cuts_and_refuses_and_up_accepts_on_the_same_port() {
+async fn down_refuses_and_up_accepts_on_the_same_port() {
     let sink = sink().await;
     let mut client = Client::ready(&sink).await;
     assert!(client.send(MESSAGE).await.starts_with("250"));
@@ -387,11 +387,11 @@ async fn down_cuts_and_refuses_and_up_accepts_on_the_same_port() {
     assert_eq!(sink.received_twice(), 1);
     sink.stop().await;
     assert!(TcpStream::connect(sink.address()).await.is_err());
-    assert_eq!(sink.received(), 1, "what has arrived stays");
+    assert_eq!(sink.received(), 1, "received mail stays");
 }
 
 #[tokio::test]
-async fn slow_answers_are_waited_for_side_by_side() {
+async fn slow_replies_are_concurrent() {
     let latency = Duration::from_millis(300);
     let sink = Arc::new(Sink::start(Options { latency, ..Options::default() }).await.unwrap());
     let begun = std::time::Instant::now();
@@ -406,7 +406,7 @@ async fn slow_answers_are_waited_for_side_by_side() {
         client.await.unwrap();
     }
     assert!(begun.elapsed() >= latency);
-    assert!(begun.elapsed() < 25 * latency, "one after the other takes 50 times as long");
+    assert!(begun.elapsed() < 25 * latency, "consecutive replies take 50 times as long");
     assert_eq!((sink.received(), sink.mailbox().counts().deliveries), (1, 50));
 }
 
@@ -426,12 +426,12 @@ fn encryption() -> (Tls, TlsConnector) {
 }
 
 #[tokio::test]
-async fn a_client_may_encrypt_half_way() {
+async fn supports_starttls() {
     let (tls, connector) = encryption();
     let sink = Sink::start(Options { tls: Some(tls), ..Options::default() }).await.unwrap();
     let mut client = Client::greeted(&sink).await;
     assert!(client.say("EHLO c.example").await.contains("STARTTLS"));
-    // What is sent along unencrypted must not be taken for a part of what follows.
+    // Unencrypted input after STARTTLS must be discarded.
     let reply = client.say("STARTTLS\r\nMAIL FROM:<evil@a.example>").await;
     assert!(reply.starts_with("220"), "{reply:?}");
     let stream = connector.connect("localhost".try_into().unwrap(), client.0.into_inner()).await.unwrap();
@@ -445,7 +445,7 @@ async fn a_client_may_encrypt_half_way() {
 }
 
 #[tokio::test]
-async fn a_client_may_encrypt_from_the_first_byte() {
+async fn supports_implicit_tls() {
     let (tls, connector) = encryption();
     let sink = Sink::start(Options { tls: Some(tls.implicit()), ..Options::default() }).await.unwrap();
     let stream = TcpStream::connect(sink.address()).await.unwrap();
@@ -455,11 +455,11 @@ async fn a_client_may_encrypt_from_the_first_byte() {
     assert!(client.send(MESSAGE).await.starts_with("250"));
     client.expect("QUIT", "221").await;
     let mut rest = Vec::new();
-    client.0.read_to_end(&mut rest).await.expect("the end of the encryption is told");
+    client.0.read_to_end(&mut rest).await.expect("TLS is closed properly");
 }
 
 #[tokio::test]
-async fn only_this_machine_is_listened_to() {
+async fn listens_on_loopback_only() {
     let refused = Sink::start(Options { listen: "0.0.0.0:0".parse().unwrap(), ..Options::default() }).await;
     assert!(matches!(refused, Err(SinkError::NotLoopback(_))));
     let one = sink().await;
@@ -476,7 +476,7 @@ async fn page(sink: &Sink) -> (String, reqwest::Client) {
 }
 
 #[tokio::test]
-async fn the_page_shows_what_arrived() {
+async fn the_page_shows_received_mail() {
     let sink = sink().await;
     let (url, client) = page(&sink).await;
     let get = async |path: &str| {
@@ -525,7 +525,7 @@ async fn the_page_shows_what_arrived() {
 }
 
 #[tokio::test]
-async fn other_sites_can_not_use_the_page() {
+async fn other_sites_cannot_use_the_page() {
     let sink = sink().await;
     assert!(Client::ready(&sink).await.send(MESSAGE).await.starts_with("250"));
     let (url, client) = page(&sink).await;
@@ -539,7 +539,7 @@ async fn other_sites_can_not_use_the_page() {
 }
 
 #[tokio::test]
-async fn long_lists_have_pages() {
+async fn long_lists_are_paged() {
     let sink = sink().await;
     let mut smtp = Client::ready(&sink).await;
     for number in 1..=120 {

@@ -1,4 +1,4 @@
-//! The local stack for real: servers in a folder of its own, clients that share them, and a keeper that is killed.
+//! The real local stack: servers in their own folder, clients that share them, and a killed keeper.
 
 use std::{
     path::Path,
@@ -26,7 +26,7 @@ fn all(pids: Pids) -> Vec<u32> {
     [Some(pids.keeper), pids.postgres, pids.rabbitmq, pids.epmd].into_iter().flatten().collect()
 }
 
-/// Whether a process runs; one that ended but wasn't waited for doesn't.
+/// Whether a process runs; zombies do not.
 fn runs(pid: u32) -> bool {
     std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
 }
@@ -44,7 +44,7 @@ async fn setting(stack: &Stack, name: &str) -> String {
     sqlx::query_scalar("SELECT current_setting($1)").bind(name).fetch_one(&mut connection).await.unwrap()
 }
 
-/// The first bytes a broker answers to the AMQP 0-9-1 greeting: a method frame on channel 0.
+/// Whether a broker answers the AMQP 0-9-1 greeting with a method frame on channel 0.
 async fn greets(stack: &Stack) -> bool {
     let url = Url::parse(&stack.amqp_url("mailrun")).unwrap();
     let address = (url.host_str().unwrap(), url.port().unwrap());
@@ -71,7 +71,7 @@ async fn version(stack: &Stack) -> String {
 }
 
 #[tokio::test]
-async fn clients_share_the_servers_and_the_last_one_ends_them() {
+async fn clients_share_the_servers_and_the_last_one_stops_them() {
     let dir = tempfile::tempdir().unwrap();
     let home = dir.path().join("a home with spaces");
     let first = start(&home).await;
@@ -81,7 +81,7 @@ async fn clients_share_the_servers_and_the_last_one_ends_them() {
     assert!(greets(&first).await);
     let password = &first.console().password;
     let version = version(&first).await;
-    assert!(Release::chosen().has(Some(&version)), "{:?} was asked for, and {version} runs", Release::chosen());
+    assert!(Release::chosen().has(Some(&version)), "{:?} was requested, but {version} is running", Release::chosen());
     assert_eq!(console(&first, "overview", "another").await, 401);
 
     for _ in 0..2 {
@@ -112,7 +112,7 @@ async fn clients_share_the_servers_and_the_last_one_ends_them() {
 }
 
 #[tokio::test]
-async fn servers_stop_and_start_on_request_and_come_back_after_a_crash() {
+async fn servers_stop_and_start_on_request_and_restart_after_a_crash() {
     let dir = tempfile::tempdir().unwrap();
     let stack = start(dir.path()).await;
     let before = stack.pids().unwrap();
@@ -143,7 +143,7 @@ async fn servers_stop_and_start_on_request_and_come_back_after_a_crash() {
 }
 
 #[tokio::test]
-async fn a_killed_keeper_is_replaced_and_its_servers_are_not_left_behind() {
+async fn a_killed_keeper_is_replaced_and_its_servers_are_stopped() {
     let dir = tempfile::tempdir().unwrap();
     let first = start(dir.path()).await;
     first.create_database("kept").await.unwrap();
@@ -158,7 +158,7 @@ async fn a_killed_keeper_is_replaced_and_its_servers_are_not_left_behind() {
     }
     PgConnection::connect(&second.database_url("kept")).await.unwrap();
 
-    // Without a keeper the client itself ends what it left.
+    // Without a keeper, the client itself stops the servers.
     drop(first);
     kill_keeper(dir.path(), after).await;
     assert_eq!(second.stop().await.unwrap(), Stopped::Ended);
@@ -168,7 +168,7 @@ async fn a_killed_keeper_is_replaced_and_its_servers_are_not_left_behind() {
 }
 
 #[tokio::test]
-async fn a_dropped_stack_ends_after_its_linger() {
+async fn a_dropped_stack_ends_after_its_linger_time() {
     let dir = tempfile::tempdir().unwrap();
     let stack = start(dir.path()).await;
     let pids = stack.pids().unwrap();
@@ -180,7 +180,7 @@ fn kill(pid: u32) {
     rustix::process::kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
 }
 
-/// Kills the keeper and waits until it's dead: one that is still dying holds its lock, and could be joined.
+/// Kills the keeper and waits until it is dead: a dying one holds its lock and could be joined.
 async fn kill_keeper(home: &Path, pids: Pids) {
     kill(pids.keeper);
     let lock = std::fs::File::open(home.join("keeper.lock")).unwrap();

@@ -1,4 +1,4 @@
-//! A Mailrun of its own for each test: a database and a virtual host on the shared private stack, and the real binaries.
+//! An installation for each test: a database and a virtual host on the shared private stack, and the real binaries.
 
 use std::{
     collections::HashMap,
@@ -19,17 +19,17 @@ use sqlx::{Connection as _, PgConnection, PgPool};
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
-/// The servers stay for the next test program.
+/// The servers stay up for the next test program.
 const LINGER: Duration = Duration::from_secs(20);
-/// So many databases and virtual hosts of earlier tests may stay: dropping them takes time.
+/// How many databases and virtual hosts of earlier tests may remain: dropping them takes time.
 const LEFTOVERS: usize = 200;
-/// However slow the machine is, this is not slowness any more.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than any slow machine needs.
+const TIMEOUT: Duration = Duration::from_secs(120);
 pub const MAILRUN: &str = env!("CARGO_BIN_EXE_mailrun-dev");
 
-/// Says it at once. What `eprintln!` says, the test harness keeps to itself; an installation takes minutes.
+/// Prints a step immediately: the test harness captures `eprintln!`, and an installation takes minutes.
 pub fn say(step: &str) {
-    let _ = writeln!(std::io::stderr(), "{step} …");
+    let _ = writeln!(std::io::stderr(), "{step}…");
 }
 
 pub struct World {
@@ -53,7 +53,7 @@ impl World {
         Self::prepared(home, settings, async |_| {}).await
     }
 
-    /// On the shared stack, with a ledger that is there already and brought up to date.
+    /// On the shared stack, with an existing ledger that is migrated.
     pub async fn on_ledger(settings: &[(&str, &str)], prepare: impl AsyncFnOnce(&PgPool)) -> Self {
         Self::prepared(&mailrun_stack::home(), settings, prepare).await
     }
@@ -92,7 +92,7 @@ impl World {
         world
     }
 
-    /// Sets something for the processes that are started from now on.
+    /// Sets an environment variable of processes started from now on.
     pub fn set(&mut self, key: &str, value: String) {
         self.environment.push((key.to_owned(), value));
     }
@@ -113,18 +113,17 @@ impl World {
         self.folder.path().join("log")
     }
 
-    /// What the processes have said.
+    /// The output of the processes.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
-    /// Runs a command to its end; returns whether the exit code was 0.
+    /// Runs a command; returns whether its exit code was 0.
     pub fn run_to_end(&self, args: &[&str]) -> bool {
         self.spawn(args).wait().unwrap().success()
     }
 
-    /// Runs a command to its end, with settings that win over the others; returns whether the exit code was 0, and what it
-    /// printed.
+    /// Runs a command with additional settings; returns whether its exit code was 0, and its output.
     pub fn output(&self, args: &[&str], settings: &[(&str, &str)]) -> (bool, String) {
         let environment = self.environment.iter().map(|(key, value)| (key.as_str(), value.as_str()));
         let mut command = Command::new(MAILRUN);
@@ -133,7 +132,7 @@ impl World {
         (output.status.success(), String::from_utf8(output.stdout).unwrap())
     }
 
-    /// Starts a process, which is killed at the end of the test, and returns its place among them.
+    /// Starts a process, which is killed after the test, and returns its index.
     pub fn start(&mut self, args: &[&str]) -> usize {
         let child = self.spawn(args);
         self.children.push(child);
@@ -144,32 +143,32 @@ impl World {
         self.start(&["worker", "--roles", roles])
     }
 
-    /// One of each.
+    /// A worker of each role.
     pub fn workers(&mut self) {
         self.worker("fan-out");
         self.worker("send");
         self.worker("progress");
     }
 
-    /// Whether it has not ended by itself.
+    /// Whether it is still running.
     pub fn is_running(&mut self, child: usize) -> bool {
         self.children[child].try_wait().unwrap().is_none()
     }
 
-    /// Sends a signal, and waits for nothing.
+    /// Sends a signal without waiting.
     pub fn signal(&self, child: usize, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.children[child]);
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
-    /// Waits until it has ended by itself; returns whether the exit code was 0.
+    /// Waits until it has ended by itself; returns whether its exit code was 0.
     pub async fn until_ended(&mut self, child: usize) -> bool {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         loop {
             if let Some(status) = self.children[child].try_wait().unwrap() {
                 return status.success();
             }
-            assert!(Instant::now() < end, "it never ends\n{}", self.log());
+            assert!(Instant::now() < end, "it does not end\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(30)).await;
         }
     }
@@ -179,14 +178,14 @@ impl World {
         self.children[child].wait().unwrap();
     }
 
-    /// SIGTERM to all that run, one after the other.
+    /// SIGTERM to all running processes, one after another.
     pub fn terminate_all(&mut self) {
         for child in 0..self.children.len() {
             assert!(!self.is_running(child) || self.terminate(child), "{}", self.log());
         }
     }
 
-    /// SIGTERM to those that still run.
+    /// SIGTERM to those still running.
     pub fn terminate_rest(&mut self) {
         for child in 0..self.children.len() {
             if self.is_running(child) {
@@ -210,7 +209,7 @@ impl World {
         field(&page, "token")
     }
 
-    /// Submits the form; the run's address, or the status and page of a refusal.
+    /// Submits the form; returns the run's URL, or the status and page of a refusal.
     pub async fn submit(&self, token: &str, emails: &str) -> Result<String, (u16, String)> {
         let form = HashMap::from([("token", token), ("emails", emails)]);
         let answer = self.client.post(format!("{}/invites", self.web)).form(&form).send().await.unwrap();
@@ -229,7 +228,7 @@ impl World {
     }
 
     pub async fn until_progress(&self, run: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         loop {
             let progress = self.progress(run).await;
             if holds(&progress) {
@@ -250,19 +249,19 @@ impl World {
         self.client.post(format!("{run}/retry")).form(&form).send().await.unwrap().error_for_status().unwrap();
     }
 
-    /// The Message-IDs that were handed over, once for each time.
+    /// The Message-IDs handed over, once per hand-over.
     pub fn handed_over(&self) -> Vec<String> {
         let journal = std::fs::read_to_string(self.folder.path().join("journal")).unwrap_or_default();
         journal.lines().map(str::to_owned).collect()
     }
 
-    pub fn nobody_got_two(&self) {
+    pub fn assert_no_duplicates(&self) {
         let all = self.handed_over();
         let distinct: std::collections::HashSet<_> = all.iter().collect();
-        assert_eq!(distinct.len(), all.len(), "somebody got two");
+        assert_eq!(distinct.len(), all.len(), "a mail was handed over twice");
     }
 
-    /// Promise 2, in SQL: every counter equals a count of the items.
+    /// Guarantee 2, in SQL: each counter equals a count of the items.
     pub async fn counters_equal_counts(&self) {
         let drifted: i64 = sqlx::query_scalar(
             "SELECT count(*) FROM run_progress p
@@ -283,12 +282,12 @@ impl World {
         assert_eq!(drifted, 0, "counters have drifted");
     }
 
-    /// What the sweeper has repaired in a run.
+    /// The sweeper's repairs of a run.
     pub async fn repairs(&self, run: &str) -> Repairs {
         sweep::repairs(&self.pool, run.rsplit('/').next().unwrap().parse().unwrap()).await.unwrap()
     }
 
-    /// A channel on the test's own virtual host, as the management console would use it.
+    /// A channel on the test's virtual host, like the management console's.
     pub async fn channel(&self) -> lapin::Channel {
         let connection =
             lapin::Connection::connect(&self.stack.amqp_url(&self.name), Default::default()).await.unwrap();
@@ -298,7 +297,7 @@ impl World {
         channel
     }
 
-    /// Publishes a body by hand, with nothing but a routing key.
+    /// Publishes a body with only a routing key.
     pub async fn publish(&self, queue: &str, body: &[u8]) {
         let channel = self.channel().await;
         channel
@@ -309,8 +308,8 @@ impl World {
     }
 }
 
-/// Drops what test programs that have ended left on the stack, once in each that follows. One run of all tests leaves little; without
-/// this, a few in the same checkout would fill the memory that RabbitMQ may use, and it would take no more messages.
+/// Drops what earlier test programs left on the stack, once per test program. One run of all tests leaves little; without this, several
+/// runs in the same checkout would fill RabbitMQ's memory, and it would accept no more messages.
 async fn tidy(stack: &Stack) {
     static TIDIED: OnceCell<()> = OnceCell::const_new();
     let tidy = async || {
@@ -323,9 +322,9 @@ async fn tidy(stack: &Stack) {
         };
         let left: Vec<&String> = worlds.iter().filter(is_left).collect();
         if left.len() > LEFTOVERS {
-            say(&format!("Dropping what {} earlier tests have left", left.len()));
+            say(&format!("Dropping the leftovers of {} earlier tests", left.len()));
             let drops = left.into_iter().map(|name| async move {
-                // Another test program may do so at the same time.
+                // Another test program may do so simultaneously.
                 let _ = (stack.drop_vhost(name).await, stack.drop_database(name).await);
             });
             stream::iter(drops).buffer_unordered(8).collect::<()>().await;
@@ -357,7 +356,7 @@ pub fn people(count: usize) -> String {
 }
 
 pub async fn until(what: &str, holds: impl AsyncFn() -> bool) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     while !holds().await {
         assert!(Instant::now() < end, "never: {what}");
         tokio::time::sleep(Duration::from_millis(30)).await;
