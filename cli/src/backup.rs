@@ -1,4 +1,4 @@
-//! `mailrun backup`: writes the ledger to a file with PostgreSQL's own pg_dump.
+//! `mailrun backup`: writes the ledger to a file with pg_dump.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use url::Url;
 
 use crate::{ledger::Ledger, postgres_program};
 
-/// The connection parameters that PostgreSQL's own programs understand as well.
+/// The connection parameters that pg_dump also supports.
 const PARAMETERS: [&str; 7] = ["sslmode", "sslrootcert", "sslcert", "sslkey", "host", "port", "connect_timeout"];
 
 /// Options of `backup`.
@@ -26,22 +26,19 @@ pub struct Options {
     file: PathBuf,
 }
 
-/// Writes the backup while everything runs, then begins a new epoch: so a restored ledger is found to be older than whatever
-/// was published after the backup.
-///
-/// # Errors
-/// When the file exists, or pg_dump is missing or fails.
+/// Writes the backup while all processes run, then starts a new epoch, so that a restored ledger is recognised as older than
+/// anything published after the backup. The file must not exist.
 pub async fn run(config: &Config, ledger: &Ledger, options: &Options) -> Result<()> {
     let file = &options.file;
     if file.exists() {
-        bail!("{} exists: choose another name, or remove it", file.display());
+        bail!("{} exists: choose another name or remove it", file.display());
     }
     let Some(pg_dump) = postgres_program("pg_dump") else {
-        bail!("pg_dump is not installed: it comes with PostgreSQL's client programs (postgresql-client)");
+        bail!("pg_dump is not installed: install PostgreSQL's client programs (postgresql-client)");
     };
     let (url, password) = without_password(config.database.url.expose_secret())?;
-    eprintln!("Writing the ledger to {} …", file.display());
-    // A file of this name is a complete backup.
+    eprintln!("Writing the ledger to {}…", file.display());
+    // A file with the final name is a complete backup.
     let part = part_of(file);
     let mut command = Command::new(pg_dump);
     command
@@ -54,12 +51,12 @@ pub async fn run(config: &Config, ledger: &Ledger, options: &Options) -> Result<
     if let Some(password) = password {
         command.env("PGPASSWORD", password);
     }
-    let done = command.status().await.context("pg_dump can't be run")?;
+    let done = command.status().await.context("cannot run pg_dump")?;
     if !done.success() {
         let _ = fs::remove_file(&part);
-        bail!("pg_dump failed; what it said stands above");
+        bail!("pg_dump failed; its output is above");
     }
-    fs::rename(&part, file).with_context(|| format!("{} can't be written", file.display()))?;
+    fs::rename(&part, file).with_context(|| format!("cannot write {}", file.display()))?;
     let mut conn = ledger.pool.acquire().await?;
     let (id, epoch) = (installation::read(&mut conn).await?.id, installation::begin_epoch(&mut conn).await?);
     let broker = config.broker("mailrun backup");
@@ -71,12 +68,12 @@ pub async fn run(config: &Config, ledger: &Ledger, options: &Options) -> Result<
     };
     if let Err(error) = mark.await {
         eprintln!(
-            "The backup is complete, but RabbitMQ could not be told of it ({error}): workers do it within a minute."
+            "The backup is complete, but recording its epoch in RabbitMQ failed ({error}). Workers record it within a minute."
         );
     }
     println!(
-        "The ledger is in {}. To restore it: stop everything, pg_restore it into an empty database, run `mailrun setup`, then \
-         `mailrun restored`.",
+        "The ledger was written to {}. To restore it: stop all processes, restore the file into an empty database with pg_restore, \
+        run `mailrun setup`, then `mailrun restored`.",
         file.display()
     );
     Ok(())
@@ -88,10 +85,10 @@ fn part_of(file: &Path) -> PathBuf {
     name.into()
 }
 
-/// The address without its password, which every user of the machine could read in the list of processes, and without
-/// parameters that are sqlx's own.
+/// Removes the password from the URL, because all users of the machine can read it in the process list, and the parameters that
+/// only sqlx supports.
 fn without_password(url: &str) -> Result<(String, Option<String>)> {
-    let mut url: Url = url.parse().context("database.url is not a PostgreSQL address")?;
+    let mut url: Url = url.parse().context("database.url is not a PostgreSQL URL")?;
     let password =
         url.password().map(|password| percent_encoding::percent_decode_str(password).decode_utf8_lossy().into_owned());
     let parameters: Vec<(String, String)> = url
@@ -112,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_password_is_not_among_the_arguments() {
+    fn the_password_is_removed_from_the_arguments() {
         let (url, password) =
             without_password("postgres://me:p%40ss@db:5432/mail?sslmode=require&statement-cache-capacity=9").unwrap();
         assert_eq!(url, "postgres://me@db:5432/mail?sslmode=require");

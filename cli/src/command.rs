@@ -1,4 +1,4 @@
-//! The commands of the installed program. None of them installs, starts or kills a server.
+//! The commands of the installed program. None of them installs, starts or stops a server.
 
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
@@ -20,203 +20,210 @@ use crate::{
 /// The commands of the installed program.
 #[derive(Subcommand)]
 pub enum Command {
-    /// Serves the pages.
+    /// Run the web server
     Web,
-    /// Works.
+    /// Run a worker
     Worker {
-        /// What this process does: any of fan-out, send and progress.
+        /// Roles of this process: fan-out, send, progress
         #[arg(long, value_delimiter = ',', default_value = "fan-out,send,progress")]
         roles: Vec<Role>,
     },
-    /// Brings the database up to date, declares the queues and marks the virtual host, with users who may do all of that.
+    /// Migrate the database, create roles, declare the queues and mark the virtual host
+    ///
+    /// Requires users with the right to do all of that.
     Setup {
-        /// Mark the virtual host as this installation's even if another one has marked it, which no longer exists.
+        /// Take over a virtual host that was marked by another installation, which must no longer exist
         #[arg(long)]
         take_over: bool,
     },
-    /// Compares ledger, counters, claims, workers and queues, says what is wrong, and repairs it with --fix.
+    /// Compare ledger, counters, claims, workers and queues, report faults, and repair them with --fix
     Doctor(doctor::Options),
-    /// Shows what could not be sent, or sends it again.
+    /// Show or replay failed and unknown invitations
     DeadLetters {
-        /// Shows, without a command.
+        /// Show them if omitted
         #[command(subcommand)]
         command: Option<DeadLetters>,
     },
-    /// The addresses that nobody writes to any more.
+    /// Show or change the suppression list
     Suppressions {
-        /// Lists them, without a command.
+        /// List the addresses if omitted
         #[command(subcommand)]
         command: Option<Suppressions>,
     },
-    /// Shows the relays that are stopped because of refusals that nobody could explain, or says whose fault those were.
+    /// Show stopped relays, or answer whether the refusals were our fault
     Relay {
-        /// Shows, without a command.
+        /// Show them if omitted
         #[command(subcommand)]
         command: Option<Relay>,
     },
-    /// The people in the ledger.
+    /// Manage the people in the ledger
     People {
-        /// What to do.
+        /// Choose an action
         #[command(subcommand)]
         command: People,
     },
-    /// Invitations whose outcome is unknown.
+    /// Manage invitations whose outcome is unknown
     Unknown {
-        /// What to do.
+        /// Choose an action
         #[command(subcommand)]
         command: Unknown,
     },
-    /// Hands a bounce on standard input to the pages, for the mail server that receives them. Ends with 75 while they are down.
+    /// Pass a bounce from standard input to the web server
+    ///
+    /// For the mail server that receives bounces. Exits with 75 while the web server is unavailable.
     Bounce(bounce::Options),
-    /// Sends one mail through the configured mailer, with the configured text, and says what became of it.
+    /// Send one mail with the configured mailer and text, and print the result
     TestSend {
-        /// Where to.
+        /// The recipient
         address: String,
     },
-    /// Deletes runs that were over for long, with their invitations. Who was emailed stays known.
+    /// Delete old finished runs and their invitations
+    ///
+    /// Who was emailed stays recorded.
     Prune {
-        /// So long; without it, as long as retention.keep_days says.
+        /// Delete runs that finished more than this many days ago [default: retention.keep_days]
         #[arg(long)]
         older_than_days: Option<u32>,
     },
-    /// Writes the ledger to a file while everything runs.
+    /// Write the ledger to a file while all processes run
     Backup(backup::Options),
-    /// Declares that the ledger was restored from a backup: settles what may have been sent since, and pauses all runs.
+    /// Declare that the ledger was restored from a backup
+    ///
+    /// Settles the invitations that may have been sent since then as unknown, and pauses all runs.
     Restored(restored::Options),
-    /// Asks a process for its /readyz, /livez or /healthz; the exit code says whether all is well, and the error what is not.
+    /// Query /readyz, /livez or /healthz of a process
+    ///
+    /// The exit code is 0 if it is healthy; otherwise the error lists the reasons.
     Health {
-        /// Its address, for instance http://127.0.0.1:8080/readyz.
+        /// For example http://127.0.0.1:8080/readyz
         url: String,
     },
 }
 
-/// What `dead-letters` does.
 #[derive(Subcommand)]
 pub enum DeadLetters {
-    /// Sends them again, as another pass over their runs.
+    /// Send them again, as another pass over their runs
     Replay(Replay),
 }
 
-/// What `suppressions` does.
 #[derive(Subcommand)]
 pub enum Suppressions {
-    /// Lists them, newest first.
+    /// List the addresses, newest first
     List,
-    /// Keeps addresses from being written to.
+    /// Add addresses
     Add {
-        /// The addresses.
+        /// The addresses
         #[arg(required = true)]
         addresses: Vec<String>,
     },
-    /// Lets addresses be written to again.
+    /// Remove addresses
     Remove {
-        /// The addresses.
+        /// The addresses
         #[arg(required_unless_present = "reason", conflicts_with = "reason")]
         addresses: Vec<String>,
-        /// All that were suppressed for this reason: unsubscribed, complained, bounced or asked.
+        /// Remove all addresses suppressed for this reason: unsubscribed, complained, bounced or asked
         #[arg(long, requires = "since")]
         reason: Option<Reason>,
-        /// Of these, those since then: 2026-11-28, 2026-11-28T14:30 (UTC), or 90m, 2h or 3d ago.
+        /// Only those suppressed since: 2026-11-28, 2026-11-28T14:30 (UTC), or 90m, 2h or 3d ago
         #[arg(long, requires = "reason")]
         since: Option<String>,
     },
-    /// Shows the runs whose suppressions are held for review.
+    /// Show the runs whose suppressions are held for review
     Held,
-    /// Decides what becomes of the suppressions of a run that are held.
+    /// Accept or reject the held suppressions of a run
     Review {
-        /// The run.
+        /// The run
         run: Uuid,
-        /// The addresses do not exist: suppress them.
+        /// Suppress the addresses: they do not exist
         #[arg(long, required_unless_present = "reject", conflicts_with = "reject")]
         accept: bool,
-        /// They do: drop the suppressions.
+        /// Drop the suppressions: the addresses exist
         #[arg(long)]
         reject: bool,
     },
 }
 
-/// What `relay` does.
 #[derive(Subcommand)]
 pub enum Relay {
-    /// Shows the relays that are stopped.
+    /// Show the stopped relays
     Show,
-    /// The relay refused the sender: goes on, and tries the refused recipients again.
+    /// Resume, and retry the refused recipients: the relay refused the sender
     ItWasUs {
-        /// Only this stop; without it, all.
+        /// Only this stop [default: all]
         #[arg(long)]
         number: Option<i64>,
     },
-    /// Each recipient was refused for a reason of its own: goes on, and lets those fail.
+    /// Resume, and fail the refused recipients: each was refused for a separate reason
     ItWasThem {
-        /// Only this stop; without it, all.
+        /// Only this stop [default: all]
         #[arg(long)]
         number: Option<i64>,
     },
 }
 
-/// What `people` does.
 #[derive(Subcommand)]
 pub enum People {
-    /// Erases somebody: name, address, and every reply and entry in which it stands. A keyed hash stays, so that nothing is sent
-    /// there twice, and a suppression holds.
+    /// Erase a person: name, address, and every text that contains them
+    ///
+    /// A keyed hash of the address is kept, so that the person is not invited twice and a suppression stays in effect.
     Erase {
-        /// The address.
+        /// The address
         address: String,
     },
 }
 
-/// What `unknown` does.
 #[derive(Subcommand)]
 pub enum Unknown {
-    /// Settles them, once somebody has found out what became of them.
+    /// Settle unknown invitations whose outcome has been established
     Settle(Settle),
 }
 
-/// Which unknown invitations are settled, and how.
+/// Which unknown invitations to settle, and how.
 #[derive(Args)]
-#[group(id = "found", required = true)]
+#[group(skip)]
+#[command(group = clap::ArgGroup::new("found").required(true))]
 pub struct Settle {
-    /// They arrived: they count as sent.
+    /// They arrived: settle them as sent
     #[arg(long, group = "found")]
     arrived: bool,
-    /// They were not sent: they count as failed, and can be retried.
+    /// They were not sent: settle them as failed, so that they can be retried
     #[arg(long, group = "found")]
     not_sent: bool,
-    /// Only this run's.
+    /// Only those of this run
     #[arg(long, required_unless_present_any = ["all", "addresses"])]
     run: Option<Uuid>,
-    /// Those of every run.
+    /// Those of all runs
     #[arg(long, conflicts_with_all = ["run", "addresses"])]
     all: bool,
-    /// Who found out; the current user by default.
+    /// Who established the outcome [default: the current user]
     #[arg(long)]
     by: Option<String>,
-    /// Only those to these addresses.
+    /// Only those to these addresses
     addresses: Vec<String>,
 }
 
-/// Which dead letters are replayed.
+/// Which dead letters to replay.
 #[derive(Args)]
 pub struct Replay {
-    /// Only this run's.
+    /// Only those of this run
     #[arg(long, required_unless_present = "all")]
     run: Option<Uuid>,
-    /// Those of every run.
+    /// Those of all runs
     #[arg(long, conflicts_with = "run")]
     all: bool,
-    /// Only those that ended with this error.
+    /// Only those with this error
     #[arg(long)]
     error: Option<String>,
-    /// Those of which nobody knows whether they went out; their recipients may get a second one.
+    /// Replay unknown instead of failed invitations; their recipients may receive a second mail
     #[arg(long)]
     unknown: bool,
-    /// Also those of runs that were restored from a backup; their recipients may get a second one.
+    /// Include runs that were restored from a backup; their recipients may receive a second mail
     #[arg(long)]
     restored: bool,
 }
 
 impl Command {
-    /// Whether it works on the ledger of an installation, so that the servers have to be configured.
+    /// Whether the command works on the ledger, which requires configured servers.
     #[must_use]
     pub fn is_for_operators(&self) -> bool {
         !matches!(
@@ -230,21 +237,15 @@ impl Command {
         )
     }
 
-    /// Carries it out, with the settings of `file`.
-    ///
-    /// # Errors
-    /// In words for an operator.
+    /// Runs the command with the settings of `file`.
     pub async fn run(self, file: Option<&Path>) -> Result<()> {
         self.run_with(Config::load(file)).await
     }
 
-    /// The same with settings that were read before, or could not be: not every command needs them.
-    ///
-    /// # Errors
-    /// In words for an operator.
+    /// Runs the command with loaded settings or the error of loading them: not every command needs settings.
     pub async fn run_with(self, config: Result<Config, ConfigError>) -> Result<()> {
         match self {
-            // Its exit codes are those that mail servers understand.
+            // Its exit codes are those of mail server pipes.
             Self::Bounce(options) => std::process::exit(bounce::run(config, &options).await),
             Self::Health { url } => health(&url).await,
             command => command.run_as_configured(config?).await,
@@ -254,28 +255,27 @@ impl Command {
     async fn run_as_configured(self, config: Config) -> Result<()> {
         match self {
             Command::Web => {
-                telemetry::init(&config.log);
-                Ok(mailrun_web::run(config, shutdown::on_signal_or_orphaned().context("the signals can't be caught")?)
-                    .await?)
+                telemetry::init(&config);
+                Ok(mailrun_web::run(config, shutdown::on_signal_or_orphaned().context("cannot catch signals")?).await?)
             }
             Command::Worker { roles } => {
-                telemetry::init(&config.log);
+                telemetry::init(&config);
                 let roles: BTreeSet<Role> = roles.into_iter().collect();
                 abort_on_panic();
                 Ok(mailrun_worker::run(
                     config,
                     roles,
-                    shutdown::on_signal_or_orphaned().context("the signals can't be caught")?,
+                    shutdown::on_signal_or_orphaned().context("cannot catch signals")?,
                 )
                 .await?)
             }
             Command::Setup { take_over } => {
-                telemetry::init(&config.log);
+                telemetry::init(&config);
                 setup::run(&config, take_over).await
             }
             Command::Doctor(options) => Box::pin(doctor::run(&config, &options)).await,
             Command::DeadLetters { command } => {
-                let ledger = Ledger::reach(&config)?;
+                let ledger = Ledger::open(&config)?;
                 match command {
                     None => dead_letters::show(&ledger).await,
                     Some(DeadLetters::Replay(replay)) => {
@@ -285,7 +285,7 @@ impl Command {
                 }
             }
             Command::Suppressions { command } => {
-                let ledger = Ledger::reach(&config)?;
+                let ledger = Ledger::open(&config)?;
                 match command.unwrap_or(Suppressions::List) {
                     Suppressions::List => suppressions::list(&ledger).await,
                     Suppressions::Add { addresses } => suppressions::add(&ledger, &addresses).await,
@@ -298,7 +298,7 @@ impl Command {
                 }
             }
             Command::Relay { command } => {
-                let ledger = Ledger::reach(&config)?;
+                let ledger = Ledger::open(&config)?;
                 match command.unwrap_or(Relay::Show) {
                     Relay::Show => relay::show(&ledger).await,
                     Relay::ItWasUs { number } => relay::answer(&ledger, number, Fault::Us).await,
@@ -306,20 +306,20 @@ impl Command {
                 }
             }
             Command::People { command: People::Erase { address } } => {
-                erase::run(&config, &Ledger::reach(&config)?, &address).await
+                erase::run(&config, &Ledger::open(&config)?, &address).await
             }
             Command::Unknown { command: Unknown::Settle(settle) } => {
                 let found = if settle.arrived { Found::Arrived } else { Found::NotSent };
-                let ledger = Ledger::reach(&config)?;
+                let ledger = Ledger::open(&config)?;
                 unknown::settle(&ledger, settle.run, &settle.addresses, found, settle.by).await
             }
             Command::TestSend { address } => {
-                telemetry::init(&config.log);
+                telemetry::init(&config);
                 test_send::run(&config, &address).await
             }
-            Command::Prune { older_than_days } => prune::run(&config, &Ledger::reach(&config)?, older_than_days).await,
-            Command::Backup(options) => backup::run(&config, &Ledger::reach(&config)?, &options).await,
-            Command::Restored(options) => restored::run(&Ledger::reach(&config)?, &options).await,
+            Command::Prune { older_than_days } => prune::run(&config, &Ledger::open(&config)?, older_than_days).await,
+            Command::Backup(options) => backup::run(&config, &Ledger::open(&config)?, &options).await,
+            Command::Restored(options) => restored::run(&Ledger::open(&config)?, &options).await,
             Command::Bounce(_) | Command::Health { .. } => Ok(()),
         }
     }
@@ -330,12 +330,11 @@ async fn health(url: &str) -> Result<()> {
     let answer = client.get(url).send().await?;
     let status = answer.status();
     let reasons = answer.text().await.unwrap_or_default();
-    anyhow::ensure!(status.is_success(), "{url} answers {status}: {}", reasons.trim());
+    anyhow::ensure!(status.is_success(), "{url} returned {status}: {}", reasons.trim());
     Ok(())
 }
 
-/// A worker that has lost one of its tasks would hold claims that nobody ever reports: it ends instead, and the others see
-/// that it is dead.
+/// A worker whose task panicked would hold claims forever. It aborts instead, so that other workers detect that it is dead.
 fn abort_on_panic() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {

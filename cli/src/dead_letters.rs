@@ -1,4 +1,4 @@
-//! `mailrun dead-letters`: what could not be sent, and sending it again.
+//! `mailrun dead-letters`: shows and replays failed and unknown invitations.
 
 use anyhow::Result;
 use mailrun_core::item::ItemState;
@@ -10,10 +10,7 @@ use uuid::Uuid;
 
 use crate::ledger::Ledger;
 
-/// Prints the dead letters by error.
-///
-/// # Errors
-/// The database's.
+/// Prints the dead letters, grouped by error.
 pub async fn show(ledger: &Ledger) -> Result<()> {
     let errors = runs::dead_by_error(&ledger.pool).await?;
     if errors.is_empty() {
@@ -30,10 +27,7 @@ pub async fn show(ledger: &Ledger) -> Result<()> {
     Ok(())
 }
 
-/// Asks for a replay. It is carried out by the workers, and seen on the runs' pages.
-///
-/// # Errors
-/// The database's.
+/// Requests a replay. Workers carry it out; the runs' pages show it.
 pub async fn replay(
     ledger: &Ledger,
     run_id: Option<Uuid>,
@@ -42,18 +36,18 @@ pub async fn replay(
     restored: bool,
 ) -> Result<()> {
     let states = vec![if unknown { ItemState::Unknown } else { ItemState::Failed }];
-    let wish = ReplayWish { run_id, states, error, token: Uuid::new_v4(), restored: restored || unknown };
-    let Replayed { runs, unconfirmed } = runs::replay(&ledger.pool, &wish).await?;
+    let request = ReplayWish { run_id, states, error, token: Uuid::new_v4(), restored: restored || unknown };
+    let Replayed { runs, unconfirmed } = runs::replay(&ledger.pool, &request).await?;
     if unconfirmed > 0 {
         println!(
-            "{unconfirmed} of the runs were restored from a backup: what failed in them may have been sent since. --restored \
-             sends it again all the same."
+            "{unconfirmed} of the runs were restored from a backup: their failed invitations may have been sent since. Use \
+            --restored to send them again."
         );
     }
     match runs {
-        0 => println!("Nothing matches: nothing is sent again."),
-        1 => println!("One run is started again."),
-        count => println!("{count} runs are started again."),
+        0 => println!("No invitations match; nothing was replayed."),
+        1 => println!("Replaying 1 run."),
+        count => println!("Replaying {count} runs."),
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `mailrun people erase`.
+//! `mailrun people erase`: erases a person.
 
 use std::time::{Duration, Instant};
 
@@ -12,41 +12,34 @@ use tokio::time::{sleep, timeout};
 
 use crate::ledger::Ledger;
 
-/// What is being sent to the person at this moment ends within this time, or a worker finishes the rest.
-const DELIVERED: Duration = Duration::from_secs(30);
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Sends in progress to the person end within this time; otherwise a worker finishes the rest.
+const SENDS_END: Duration = Duration::from_secs(30);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Erases a person.
-///
-/// # Errors
-/// When that is no address, or the database's; nothing is erased then.
+/// Erases a person. Nothing is erased if it fails.
 pub async fn run(config: &Config, ledger: &Ledger, address: &str) -> Result<()> {
     let Address { email, .. } = address.parse().map_err(|_| anyhow!("{address} is not an email address"))?;
     let erased = people::erase(&mut *ledger.pool.acquire().await?, &email).await?;
     match (erased.known, erased.suppressed) {
         (true, _) => {
-            println!("The person is erased. A keyed hash of the address is kept, so that nothing is sent there twice.");
+            println!("Person erased. A keyed hash of the address is kept, so that the person is not invited twice.");
         }
-        (false, true) => println!("The address was only on the suppression list. It is kept there as a keyed hash."),
-        (false, false) => println!("Nobody with this address was in the ledger."),
+        (false, true) => println!("The address was only on the suppression list. It stays there as a keyed hash."),
+        (false, false) => println!("The address was not in the ledger."),
     }
     let (tests, texts) = (erased.tests, erased.texts);
-    println!(
-        "Deleted: {tests} test mails. Scrubbed: {texts} replies, invalid entries and other texts with the address."
-    );
+    println!("Deleted {tests} test sends. Scrubbed {texts} replies, invalid entries and other texts with the address.");
     if erased.known {
-        match timeout(2 * DELIVERED, finish(config, ledger)).await {
-            Ok(Ok(0)) => println!("Nothing of the person is left on the dead-letter queue."),
-            Ok(Err(error)) => println!("The dead letters are left to the workers, who go over them: {error:#}."),
-            _ => println!(
-                "Something is being sent at this moment. The workers go over the dead letters when that is over."
-            ),
+        match timeout(2 * SENDS_END, finish(config, ledger)).await {
+            Ok(Ok(0)) => println!("The dead-letter queue is scrubbed."),
+            Ok(Err(error)) => println!("Scrubbing the dead-letter queue failed, workers will do it: {error:#}."),
+            _ => println!("A mail to this person is being sent. Workers scrub the dead-letter queue afterwards."),
         }
     }
     Ok(())
 }
 
-/// Goes over the dead letters. Returns how many people something is still being sent to.
+/// Scrubs the dead-letter queue. Returns for how many people sends are still in progress.
 async fn finish(config: &Config, ledger: &Ledger) -> Result<usize> {
     let broker = config.broker("mailrun operator");
     let installation = installation::read(&mut *ledger.pool.acquire().await?).await?;
@@ -57,11 +50,11 @@ async fn finish(config: &Config, ledger: &Ledger) -> Result<usize> {
     let publisher = broker.publisher(1);
     let begun = Instant::now();
     loop {
-        let scrubbed = scrub(&ledger.pool, &broker, &publisher, config.database.answer_timeout());
-        let left = scrubbed.await.context("the dead-letter queue")?;
-        if left == 0 || begun.elapsed() > DELIVERED {
+        let scrubbed = scrub(&ledger.pool, &broker, &publisher, config.database.answer_timeout);
+        let left = scrubbed.await.context("scrubbing the dead-letter queue")?;
+        if left == 0 || begun.elapsed() > SENDS_END {
             return Ok(left);
         }
-        sleep(LOOK_EVERY).await;
+        sleep(POLL_INTERVAL).await;
     }
 }

@@ -1,4 +1,4 @@
-//! The ledger that an operator's command works on.
+//! The ledger that an operator's command uses.
 
 use anyhow::{Result, bail};
 use mailrun_app::config::Config;
@@ -10,11 +10,8 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Reaches it.
-    ///
-    /// # Errors
-    /// When the servers are not configured.
-    pub fn reach(config: &Config) -> Result<Self> {
+    /// Opens the ledger. Fails if the servers are not configured.
+    pub fn open(config: &Config) -> Result<Self> {
         let missing = match (config.named.database, config.named.broker) {
             (true, true) => return Ok(Self { pool: mailrun_ledger::open(&config.database, "mailrun operator")? }),
             (false, true) => "PostgreSQL: set DATABASE_URL, or database.url in mailrun.toml",
@@ -23,6 +20,6 @@ impl Ledger {
                 "the servers: set DATABASE_URL and AMQP_URL, or database.url and amqp.urls in mailrun.toml"
             }
         };
-        bail!("this command needs to know {missing}")
+        bail!("this command requires {missing}")
     }
 }

@@ -1,4 +1,4 @@
-//! The program `mailrun` as a library, so that another program can offer the same commands beside its own.
+//! The program `mailrun` as a library, so that another program can add commands to its own.
 
 pub mod backup;
 pub mod bounce;

@@ -1,18 +1,17 @@
-//! The program `mailrun` as installed: the pages, the workers and the operator's commands, against the servers that are configured.
+//! The installed program `mailrun`: the web server, the workers and the operator's commands, using the configured servers.
 
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use mailrun::{Command, program};
 
-/// Durable bulk invitations on RabbitMQ and PostgreSQL.
+/// Durable bulk invitations on RabbitMQ and PostgreSQL
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// The settings file; without it, mailrun.toml in the working directory, if there is one.
+    /// The settings file [default: mailrun.toml in the working directory, if it exists]
     #[arg(long, global = true, env = "MAILRUN_CONFIG")]
     config: Option<PathBuf>,
-    /// What to do.
     #[command(subcommand)]
     command: Command,
 }
@@ -29,7 +28,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_arguments_fit_together() {
+    fn the_arguments_are_consistent() {
         Arguments::command().debug_assert();
     }
 }

@@ -1,14 +1,14 @@
-//! PostgreSQL's own programs, such as pg_dump.
+//! PostgreSQL's client programs, such as pg_dump.
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
 };
 
-/// Where Debian keeps one folder for each version.
+/// Debian's folder with one subfolder per version.
 const VERSIONS: &str = "/usr/lib/postgresql";
 
-/// One of PostgreSQL's programs: the newest version's, since an older pg_dump refuses a newer server, or the one on the path.
+/// Finds a program of PostgreSQL: in the newest version, because an older pg_dump refuses a newer server, or else on the path.
 #[must_use]
 pub fn postgres_program(name: &str) -> Option<PathBuf> {
     let on_path =
@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_version_that_has_the_program_is_taken() {
+    fn finds_the_newest_version_that_has_the_program() {
         let dir = tempfile::tempdir().unwrap();
         for version in ["9", "15", "common"] {
             let bin = dir.path().join(version).join("bin");

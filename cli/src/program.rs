@@ -1,4 +1,4 @@
-//! A program's frame: arguments in, a runtime around its work, an exit code out.
+//! Common to all programs: argument parsing, the runtime, and the exit code.
 
 use std::process::ExitCode;
 
@@ -7,11 +7,11 @@ use clap::Parser;
 
 use crate::bounce;
 
-/// Parses the arguments, or ends the process with the error.
+/// Parses the arguments, or exits with the error.
 #[must_use]
 pub fn parse<Arguments: Parser>() -> Arguments {
     Arguments::try_parse().unwrap_or_else(|error| {
-        // A mail server would return the bounce for any other exit code.
+        // With any other exit code, a mail server would return the bounce.
         if error.use_stderr() && std::env::args().any(|argument| argument == "bounce") {
             let _ = error.print();
             std::process::exit(bounce::TEMPFAIL);
@@ -20,7 +20,7 @@ pub fn parse<Arguments: Parser>() -> Arguments {
     })
 }
 
-/// Does the work, and prints its error.
+/// Runs `work` and prints its error.
 pub fn run(work: impl Future<Output = Result<()>>) -> ExitCode {
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
@@ -30,8 +30,8 @@ pub fn run(work: impl Future<Output = Result<()>>) -> ExitCode {
         }
     };
     let ended = runtime.block_on(work);
-    // It ends with the process. Shut down before that, it would take from the AMQP library's threads what they may still be waiting
-    // for, such as a connection that is just being made, and they panic over that.
+    // The runtime ends with the process. Shutting it down earlier would remove what threads of the AMQP library may still wait for,
+    // such as a connection being opened, and they would panic.
     std::mem::forget(runtime);
     match ended {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,14 +1,11 @@
-//! `mailrun relay`: relays that are stopped because of refusals that nobody could explain, and whose fault those were.
+//! `mailrun relay`: shows stopped relays and answers whether the refusals were our fault.
 
 use anyhow::Result;
 use mailrun_ledger::relay_stops::{self, Fault};
 
 use crate::ledger::Ledger;
 
-/// Prints the relays that are stopped.
-///
-/// # Errors
-/// The database's.
+/// Prints the stopped relays.
 pub async fn show(ledger: &Ledger) -> Result<()> {
     let stops = relay_stops::recent(&mut *ledger.pool.acquire().await?).await?;
     let mut open = stops.iter().filter(|stop| stop.fault.is_none()).peekable();
@@ -21,25 +18,22 @@ pub async fn show(ledger: &Ledger) -> Result<()> {
         println!("{}  {}  stopped {since}, {} paused", stop.number, stop.relay, runs(stop.runs.len()));
         println!("    {}", stop.reason);
     }
-    println!("Answer with `mailrun relay it-was-us` to try the refused recipients again, or with");
-    println!("`mailrun relay it-was-them` to let them fail.");
+    println!("Use `mailrun relay it-was-us` to retry the refused recipients, or");
+    println!("`mailrun relay it-was-them` to fail them.");
     Ok(())
 }
 
-/// Says whose fault the refusals were. Workers act on it within a second.
-///
-/// # Errors
-/// The database's.
+/// Answers relay stops. Workers act on it within a second.
 pub async fn answer(ledger: &Ledger, number: Option<i64>, fault: Fault) -> Result<()> {
     let answered = relay_stops::answer(&mut *ledger.pool.acquire().await?, number, fault).await?;
     let then = match fault {
-        Fault::Us => "the refused recipients are tried again",
+        Fault::Us => "the refused recipients are retried",
         Fault::Them => "the refused recipients fail",
     };
     match answered {
         0 => println!("No relay is stopped."),
-        1 => println!("The relay and its runs go on; {then}."),
-        count => println!("{count} relays and their runs go on; {then}."),
+        1 => println!("The relay and its runs resume; {then}."),
+        count => println!("{count} relays and their runs resume; {then}."),
     }
     Ok(())
 }

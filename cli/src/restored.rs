@@ -14,24 +14,19 @@ use uuid::Uuid;
 
 use crate::ledger::Ledger;
 
-/// Options of `restored`.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// A log of the relay, or any text with the Message-IDs that it accepted since the backup: those invitations count as
-    /// sent.
+    /// A relay's log, or any text with the Message-IDs that it accepted since the backup; these invitations are settled as sent
     #[arg(long, value_name = "FILE")]
     sent_log: Option<PathBuf>,
 }
 
-/// Pauses all runs, settles what may have been sent since the backup, and begins a new epoch. It can be repeated after an
-/// interruption.
-///
-/// # Errors
-/// When workers are connected, the log can't be read, or the schema is not up to date.
+/// Pauses all runs, settles what may have been sent since the backup, and starts a new epoch. It can be repeated after an
+/// interruption. No workers may be connected, and the schema must be up to date.
 pub async fn run(ledger: &Ledger, options: &Options) -> Result<()> {
-    let mut conn = ledger.pool.acquire().await.context("PostgreSQL can't be reached")?;
+    let mut conn = ledger.pool.acquire().await.context("cannot connect to PostgreSQL")?;
     if schema::difference(&mut conn).await? != schema::Difference::default() {
-        bail!("the backup holds the schema of another version of Mailrun: run `mailrun setup` first");
+        bail!("the backup has the schema of another version of Mailrun: run `mailrun setup` first");
     }
     let workers = restore::connected_workers(&mut conn).await?;
     if !workers.is_empty() {
@@ -39,27 +34,27 @@ pub async fn run(ledger: &Ledger, options: &Options) -> Result<()> {
     }
     let sent = match &options.sent_log {
         Some(file) => read_sent_log(file, &MessageIds::new(&signing::key(&mut conn).await?))
-            .with_context(|| format!("{} can't be read", file.display()))?,
+            .with_context(|| format!("cannot read {}", file.display()))?,
         None => Vec::new(),
     };
     let backup = installation::read(&mut conn).await?;
     let stopped = restore::stop_all(&mut conn).await?;
     let settled = restore::settle_sent(&mut conn, &sent).await?;
-    let unknown = restore::settle_open(&mut conn, |settled| eprintln!("{settled} invitations settled …")).await?;
+    let unknown = restore::settle_open(&mut conn, |settled| eprintln!("{settled} invitations settled…")).await?;
     installation::declare_restored(&mut conn).await?;
 
     let since = backup.epoch_at.format("%F %T UTC");
-    println!("The ledger counts as restored. The backup was taken about {since}, or up to a minute later.");
-    println!("{}", counted(stopped.runs, "run is in it", "runs are in it"));
+    println!("The ledger is marked as restored. The backup was taken about {since}, or up to a minute later.");
+    println!("{}", counted(stopped.runs, "run is in the backup", "runs are in the backup"));
     if options.sent_log.is_some() {
         println!(
             "{} in the log; {}",
-            counted(sent.len(), "Message-ID of ours is", "Message-IDs of ours are"),
-            counted(settled, "invitation counts as sent because of it", "invitations count as sent because of it")
+            counted(sent.len(), "known Message-ID is", "known Message-IDs are"),
+            counted(settled, "invitation was settled as sent", "invitations were settled as sent")
         );
     }
     println!(
-        "{}: it is not known whether they were sent after the backup. They are sent again only if you ask for it",
+        "{}: they may have been sent after the backup. They are only sent again on request",
         counted(unknown, "invitation is unknown", "invitations are unknown")
     );
     println!("{}", counted(stopped.paused, "run is paused", "runs are paused"));
@@ -73,19 +68,19 @@ pub async fn run(ledger: &Ledger, options: &Options) -> Result<()> {
         println!("{}", counted(stopped.tests, "test mail is unknown", "test mails are unknown"));
     }
     println!(
-        "\nNot in the backup, and lost unless you have them elsewhere, is what came in since {since}:\n\
-         - unsubscribes, complaints and bounces: people who asked not to be written to may be written to again\n\
-         - addresses that were added to or removed from the suppression list by hand\n\
-         - lists that were accepted, and what was sent from them\n\
-         - retries, pauses and cancellations of runs, answers for stopped relays and reviewed suppressions\n\
-         - erased people: erase them once more (mailrun people erase)\n\n\
-         Start the web server and the workers, look at the runs, and resume the paused ones. Messages from before the restore \
-         go to the dead letters; results that say *sent* are still counted."
+        "\nNot in the backup, and lost unless recorded elsewhere, is everything since {since}:\n\
+        - unsubscribes, complaints and bounces: people who unsubscribed may receive mail again\n\
+        - addresses added to or removed from the suppression list manually\n\
+        - accepted lists, and what was sent from them\n\
+        - retries, pauses and cancellations of runs, answers to relay stops, and reviewed suppressions\n\
+        - erasures: erase these people again (mailrun people erase)\n\n\
+        Start the web server and the workers, check the runs, and resume the paused ones. Messages from before the restore \
+        become dead letters; results that say *sent* are still counted."
     );
     Ok(())
 }
 
-/// The invitations whose Message-IDs stand in a file, each once.
+/// The invitations whose Message-IDs are in a file, without duplicates.
 fn read_sent_log(file: &Path, ids: &MessageIds) -> Result<Vec<(Uuid, i64)>> {
     let mut reader = BufReader::new(File::open(file)?);
     let (mut sent, mut line) = (Vec::new(), Vec::new());

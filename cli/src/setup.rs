@@ -1,4 +1,4 @@
-//! `mailrun setup`: the schema, a role for each process, and the topology, by users who may create them.
+//! `mailrun setup`: creates the schema, a role for each process, and the topology, by users with the right to create them.
 
 use std::time::Duration;
 
@@ -18,40 +18,35 @@ use tokio::time::{Instant, sleep};
 use tracing::info;
 use uuid::Uuid;
 
-/// The servers may be starting too.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long to retry: the servers may be starting too.
+const RETRY_FOR: Duration = Duration::from_secs(60);
 
-/// Migrates the database, grants each process what it writes, declares the topology, and marks the virtual host as this
-/// installation's. Repeating it changes nothing. `take_over`: also if it was marked by another installation, which no longer
-/// exists.
-///
-/// # Errors
-/// When a server can't be reached within a minute, its user has no right to, or the virtual host belongs to another
-/// installation.
+/// Migrates the database, grants each process its rights, declares the topology, and marks the virtual host as this
+/// installation's. Repeating it changes nothing. `take_over`: even if another installation marked it, which must no longer exist.
 pub async fn run(config: &Config, take_over: bool) -> Result<()> {
-    let pool = mailrun_ledger::open(&config.database, "mailrun setup").context("database.url is not usable")?;
-    patiently(async || pool.acquire().await.map(drop), mailrun_ledger::may_pass)
+    let pool = mailrun_ledger::open(&config.database, "mailrun setup").context("invalid database.url")?;
+    retry(async || pool.acquire().await.map(drop), mailrun_ledger::may_pass)
         .await
-        .context("PostgreSQL can't be reached")?;
-    mailrun_ledger::migrate(&pool).await.context("the schema can't be brought up to date")?;
-    info!("the schema is up to date");
-    match grants::grant(&pool, &config.database.roles).await.context("the roles can't be made")? {
-        Granted::Yes => info!("the roles have their rights"),
+        .context("cannot connect to PostgreSQL")?;
+    mailrun_ledger::migrate(&pool).await.context("migrating the schema failed")?;
+    info!("schema up to date");
+    match grants::grant(&pool, &config.database.roles).await.context("creating the roles failed")? {
+        Granted::Yes => info!("rights granted to the roles"),
         Granted::MayNotCreateRoles if config.database.roles.is_used() => {
-            bail!("the roles can't be made: database.url names a user without the right to create roles (CREATEROLE)");
+            bail!("cannot create the roles: the user of database.url lacks CREATEROLE");
         }
         Granted::MayNotCreateRoles => {
-            info!("the roles were not made: this user may not create roles; all processes use one user");
+            info!("roles not created, this user lacks CREATEROLE: all processes use one user");
         }
     }
     let broker = config.broker("mailrun setup");
-    patiently(async || broker.declare_topology().await, |_| true).await.context("the queues can't be declared")?;
-    info!("the queues are declared");
+    retry(async || broker.declare_topology().await, |_| true).await.context("declaring the queues failed")?;
+    info!("queues declared");
     let id = installation::read(&mut *pool.acquire().await?).await?.id;
     let claim = if take_over { Claim::TakeOver } else { Claim::Adopt };
-    match patiently(async || mark(&broker, id, claim).await, |error| !is_foreign(error)).await {
+    match retry(async || mark(&broker, id, claim).await, |error| !is_foreign(error)).await {
         Err(BrokerError::Foreign { owner }) => return Err(Foreign { id, owner }.into()),
-        claimed => claimed.context("the virtual host can't be marked")?,
+        claimed => claimed.context("marking the virtual host failed")?,
     }
     Ok(())
 }
@@ -67,13 +62,13 @@ fn is_foreign(error: &BrokerError) -> bool {
     matches!(error, BrokerError::Foreign { .. })
 }
 
-/// Tries again while the reason may pass and there is patience left.
-async fn patiently<T, E>(attempt: impl AsyncFn() -> Result<T, E>, may_pass: impl Fn(&E) -> bool) -> Result<T, E> {
-    let deadline = Instant::now() + PATIENCE;
-    let mut trouble = Reconnect::default();
+/// Retries temporary errors for [`RETRY_FOR`].
+async fn retry<T, E>(attempt: impl AsyncFn() -> Result<T, E>, may_pass: impl Fn(&E) -> bool) -> Result<T, E> {
+    let deadline = Instant::now() + RETRY_FOR;
+    let mut reconnect = Reconnect::default();
     loop {
         match attempt().await {
-            Err(error) if may_pass(&error) && Instant::now() < deadline => sleep(trouble.next_wait()).await,
+            Err(error) if may_pass(&error) && Instant::now() < deadline => sleep(reconnect.next_wait()).await,
             result => return result,
         }
     }
@@ -81,9 +76,9 @@ async fn patiently<T, E>(attempt: impl AsyncFn() -> Result<T, E>, may_pass: impl
 
 #[cfg(test)]
 mod tests {
-    /// Who declares the queues has to know the mailer, and so have the pages.
+    /// Setup must know the mailer to declare the queues, and so must the web server.
     #[test]
-    fn every_container_of_ours_reads_the_same_settings() {
+    fn all_our_containers_read_the_same_settings() {
         let compose = include_str!("../../docker-compose.yml");
         let (_, common) = compose.split_once("x-mailrun: &mailrun\n").unwrap();
         let (common, _) = common.split_once("\nx-").unwrap();

@@ -1,4 +1,4 @@
-//! `mailrun suppressions`: the addresses that nobody writes to any more.
+//! `mailrun suppressions`: shows and changes the suppression list.
 
 use std::io::{self, Write as _};
 
@@ -16,13 +16,10 @@ use uuid::Uuid;
 
 use crate::ledger::Ledger;
 
-/// Addresses read at once.
+/// Addresses per query.
 const PAGE: i64 = 1_000;
 
-/// Prints all of them, newest first, one a line: since when, why, which.
-///
-/// # Errors
-/// The database's, or when nobody reads what is printed.
+/// Prints all addresses, newest first, one per line: date, reason, address.
 pub async fn list(ledger: &Ledger) -> Result<()> {
     let mut out = io::stdout().lock();
     let mut before = None;
@@ -43,17 +40,14 @@ pub async fn list(ledger: &Ledger) -> Result<()> {
         }
     }
     match count {
-        0 => writeln!(out, "Nobody is on the list.")?,
-        1 => writeln!(out, "One address is not written to.")?,
-        count => writeln!(out, "{count} addresses are not written to.")?,
+        0 => writeln!(out, "The suppression list is empty.")?,
+        1 => writeln!(out, "1 address is suppressed.")?,
+        count => writeln!(out, "{count} addresses are suppressed.")?,
     }
     Ok(())
 }
 
-/// Keeps addresses from being written to.
-///
-/// # Errors
-/// When one of them is no address, and then none is added; or the database's.
+/// Suppresses addresses. If one of them is invalid, none is added.
 pub async fn add(ledger: &Ledger, addresses: &[String]) -> Result<()> {
     let emails = read(addresses)?;
     let mut tx = ledger.pool.begin().await?;
@@ -62,14 +56,11 @@ pub async fn add(ledger: &Ledger, addresses: &[String]) -> Result<()> {
         new += usize::from(suppressions::suppress(&mut tx, email, Reason::Asked, None).await?);
     }
     tx.commit().await?;
-    println!("{} not written to any more{}.", are(new), rest(emails.len() - new, "on the list before"));
+    println!("{} suppressed{}.", are(new), rest(emails.len() - new, "suppressed before"));
     Ok(())
 }
 
-/// Lets addresses be written to again.
-///
-/// # Errors
-/// When one of them is no address, and then none is removed; or the database's.
+/// Removes addresses from the list. If one of them is invalid, none is removed.
 pub async fn remove(ledger: &Ledger, addresses: &[String]) -> Result<()> {
     let emails = read(addresses)?;
     let mut tx = ledger.pool.begin().await?;
@@ -78,29 +69,25 @@ pub async fn remove(ledger: &Ledger, addresses: &[String]) -> Result<()> {
         removed += usize::from(suppressions::remove(&mut tx, email).await?);
     }
     tx.commit().await?;
-    println!("{} off the list, and can be invited again{}.", are(removed), rest(emails.len() - removed, "not on it"));
+    println!(
+        "{} removed from the list and can be invited again{}.",
+        are(removed),
+        rest(emails.len() - removed, "not on the list")
+    );
     Ok(())
 }
 
-/// Lets all addresses be written to again that were suppressed for `reason` since then.
-///
-/// # Errors
-/// When `since` is no moment, or the database's.
+/// Removes all addresses suppressed for `reason` since a time.
 pub async fn remove_since(ledger: &Ledger, reason: Reason, since: &str) -> Result<()> {
     let moment = since::parse(since, Utc::now()).with_context(|| {
-        format!(
-            "{since:?} is no moment: write 2026-11-28, 2026-11-28T14:30 (UTC), or 90m, 2h or 3d; nothing is changed"
-        )
+        format!("{since:?} is not a time: use 2026-11-28, 2026-11-28T14:30 (UTC), 90m, 2h or 3d; nothing was changed")
     })?;
     let removed = suppressions::remove_since(&mut *ledger.pool.acquire().await?, reason, moment).await?;
-    println!("{} off the list, and can be invited again.", are(usize::try_from(removed)?));
+    println!("{} removed from the list and can be invited again.", are(usize::try_from(removed)?));
     Ok(())
 }
 
-/// Prints the runs whose suppressions are held.
-///
-/// # Errors
-/// The database's.
+/// Prints the runs whose suppressions are held for review.
 pub async fn held(ledger: &Ledger) -> Result<()> {
     let reviews = held_suppressions::open_reviews(&mut *ledger.pool.acquire().await?).await?;
     if reviews.is_empty() {
@@ -109,29 +96,26 @@ pub async fn held(ledger: &Ledger) -> Result<()> {
     for review in reviews {
         let since = review.held_at.format("%Y-%m-%d %H:%M UTC");
         println!("{}  {} addresses, held since {since}", review.run_id, review.addresses);
-        println!("    most often: {}", review.detail.unwrap_or_default());
+        println!("    most frequent reply: {}", review.detail.unwrap_or_default());
     }
     Ok(())
 }
 
-/// Decides what becomes of the suppressions of a run.
-///
-/// # Errors
-/// When nothing of it is held, or the database's.
+/// Accepts or rejects the held suppressions of a run.
 pub async fn review(ledger: &Ledger, run_id: Uuid, accept: bool) -> Result<()> {
     let decided = held_suppressions::decide(&mut *ledger.pool.acquire().await?, run_id, accept).await?;
     let Some(count) = decided else { bail!("no suppressions of run {run_id} are held for review") };
-    println!("{} {}.", are(count), if accept { "suppressed" } else { "not suppressed, and receive mail" });
+    println!("{} {}.", are(count), if accept { "suppressed" } else { "not suppressed" });
     Ok(())
 }
 
-/// Each once, in the order in which everybody locks them.
+/// Parses the addresses, without duplicates, in the order in which everything locks them.
 fn read(addresses: &[String]) -> Result<Vec<String>> {
     let mut emails = Vec::with_capacity(addresses.len());
     for text in addresses {
         match text.parse() {
             Ok(Address { email, .. }) => emails.push(email),
-            Err(Invalid { text, reason }) => bail!("{text} {reason}; nothing is changed"),
+            Err(Invalid { text, reason }) => bail!("{text} {reason}; nothing was changed"),
         }
     }
     emails.sort_unstable();
@@ -156,15 +140,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_read_once_or_not_at_all() {
+    fn parses_all_addresses_or_none() {
         let read = |list: &[&str]| read(&list.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
         assert_eq!(read(&["B@x.org", "Ann <a@x.org>", "b@X.org"]).unwrap(), ["a@x.org", "b@x.org"]);
-        assert_eq!(read(&["a@x.org", "nobody"]).unwrap_err().to_string(), "nobody has no @ sign; nothing is changed");
+        assert_eq!(read(&["a@x.org", "nobody"]).unwrap_err().to_string(), "nobody has no @ sign; nothing was changed");
     }
 
     #[test]
-    fn what_was_done_is_told_in_words() {
-        assert_eq!(format!("{}{}", are(1), rest(2, "not on it")), "1 address is; 2 were not on it");
-        assert_eq!(format!("{}{}", are(0), rest(0, "not on it")), "0 addresses are");
+    fn formats_the_result() {
+        assert_eq!(format!("{}{}", are(1), rest(2, "not on the list")), "1 address is; 2 were not on the list");
+        assert_eq!(format!("{}{}", are(0), rest(0, "not on the list")), "0 addresses are");
     }
 }

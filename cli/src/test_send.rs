@@ -1,4 +1,4 @@
-//! `mailrun test-send`: one mail through the configured mailer, without a queue, to see whether it sends.
+//! `mailrun test-send`: sends one mail through the configured mailer, without a queue.
 
 use std::sync::Arc;
 
@@ -15,10 +15,7 @@ use mailrun_worker::{
 };
 use uuid::Uuid;
 
-/// Sends the configured invitation to one address, and says what became of it. Nobody counts as invited by it.
-///
-/// # Errors
-/// When it was not sent, or nobody knows; in the mail server's words.
+/// Sends the configured invitation to one address and prints the result. It does not count as an invitation.
 pub async fn run(config: &Config, address: &str) -> Result<()> {
     let email = match address.parse() {
         Ok(Address { email, .. }) => email,
@@ -29,21 +26,21 @@ pub async fn run(config: &Config, address: &str) -> Result<()> {
     let mail = test_mail(Uuid::new_v4(), &config.message_id_domain(), email, template, None);
     match mailer.send(&mail, &Attempt::unchecked()).await {
         Outcome::Sent if config.mailer.kind == MailerKind::Simulated => {
-            println!("The simulated mailer took it: no mail left this machine. Set mailer.kind to send real mail.");
+            println!("The simulated mailer accepted it: no mail left this machine. Set mailer.kind to send real mail.");
             Ok(())
         }
         Outcome::Sent => {
-            println!("Sent: the mail server accepted it for {}. Its Message-ID is {}.", mail.email, mail.message_id);
+            println!("Sent: the relay accepted it for {}. Message-ID: {}.", mail.email, mail.message_id);
             Ok(())
         }
         Outcome::Retry(reason) | Outcome::Later(reason) => {
-            bail!("not sent, for a reason that may pass: {reason}")
+            bail!("not sent, temporary failure: {reason}")
         }
-        Outcome::Failed { reason, bad_address: true } => bail!("not sent, the address is refused for good: {reason}"),
-        Outcome::Failed { reason, bad_address: false } => bail!("not sent, and it would not be later: {reason}"),
+        Outcome::Failed { reason, bad_address: true } => bail!("not sent, the relay refused the address: {reason}"),
+        Outcome::Failed { reason, bad_address: false } => bail!("not sent, permanent failure: {reason}"),
         Outcome::Withdrawn(why) => bail!("not sent: {why:?}"),
         Outcome::Unknown(reason) => {
-            bail!("nobody knows whether it went out, the mail server never answered: {reason}. Look into the inbox")
+            bail!("unknown whether it was sent, the relay did not reply: {reason}. Check the inbox")
         }
     }
 }

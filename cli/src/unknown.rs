@@ -1,4 +1,4 @@
-//! `mailrun unknown`: invitations of which nobody could know whether they arrived, and what somebody has found out since.
+//! `mailrun unknown`: settles unknown invitations whose outcome has been established.
 
 use anyhow::{Result, anyhow};
 use mailrun_core::address::Address;
@@ -7,10 +7,8 @@ use uuid::Uuid;
 
 use crate::ledger::Ledger;
 
-/// Settles unknown invitations: those of the addresses, of the run, or of both; without either, all of them.
-///
-/// # Errors
-/// When one of them is no address, and then nothing is settled; or the database's.
+/// Settles unknown invitations: those to the addresses, those of the run, or both; without either, all. If an address is invalid,
+/// nothing is settled.
 pub async fn settle(
     ledger: &Ledger,
     run_id: Option<Uuid>,
@@ -22,7 +20,7 @@ pub async fn settle(
         .iter()
         .map(|text| match text.parse() {
             Ok(Address { email, .. }) => Ok(email),
-            Err(_) => Err(anyhow!("{text} is not an email address; nothing is changed")),
+            Err(_) => Err(anyhow!("{text} is not an email address; nothing was changed")),
         })
         .collect::<Result<Vec<String>>>()?;
     let by = by.or_else(|| std::env::var("USER").ok()).unwrap_or_else(|| "an operator".to_owned());
@@ -33,9 +31,9 @@ pub async fn settle(
         Found::NotSent => "failed",
     };
     match settled {
-        0 => println!("Nothing matches: no invitation is changed."),
-        1 => println!("1 unknown invitation is settled as {state}."),
-        count => println!("{count} unknown invitations are settled as {state}."),
+        0 => println!("No invitations match; nothing was changed."),
+        1 => println!("1 unknown invitation was settled as {state}."),
+        count => println!("{count} unknown invitations were settled as {state}."),
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What a person may do with a run: send again what failed, pause, resume, cancel. Each is written to the ledger, and answered with the run's page.
+//! The actions on a run: replay, pause, resume, cancel. Each is written to the ledger and answered with the run's page.
 
 use axum::{
     extract::{Path, State},
@@ -20,7 +20,7 @@ fn to_run(run_id: Uuid) -> Redirect {
     Redirect::to(&format!("/runs/{run_id}"))
 }
 
-/// A wish that means nothing any more is no error: the page shows why.
+/// A request that no longer applies is not an error: the page shows the current state.
 fn answer(run_id: Uuid, granted: Granted) -> Result<Redirect, ErrorPage> {
     match granted {
         Granted::Yes | Granted::NotNow => Ok(to_run(run_id)),
@@ -28,7 +28,7 @@ fn answer(run_id: Uuid, granted: Granted) -> Result<Redirect, ErrorPage> {
     }
 }
 
-/// `GET` on any of these addresses: somebody loads it again after a login or from the history.
+/// `GET` on any of these addresses, after a login or from the browser's history.
 pub(crate) async fn back_to_run(Path(id): Path<String>) -> Result<Redirect, ErrorPage> {
     Ok(to_run(run_id(&id)?))
 }
@@ -37,7 +37,7 @@ pub(crate) async fn back_to_run(Path(id): Path<String>) -> Result<Redirect, Erro
 pub(crate) async fn pause(State(app): Shared, Path(id): Path<String>) -> Result<Redirect, ErrorPage> {
     let run_id = run_id(&id)?;
     let granted = runs::set_paused(&app.pool, run_id, true).await?;
-    info!(%run_id, ?granted, "a pause is asked for");
+    info!(%run_id, ?granted, "pause requested");
     answer(run_id, granted)
 }
 
@@ -46,7 +46,7 @@ pub(crate) async fn resume(State(app): Shared, Path(id): Path<String>) -> Result
     let run_id = run_id(&id)?;
     let granted = runs::set_paused(&app.pool, run_id, false).await?;
     app.outbox.notify_one();
-    info!(%run_id, ?granted, "resuming is asked for");
+    info!(%run_id, ?granted, "resume requested");
     answer(run_id, granted)
 }
 
@@ -55,40 +55,40 @@ pub(crate) async fn cancel(State(app): Shared, Path(id): Path<String>) -> Result
     let run_id = run_id(&id)?;
     let granted = runs::cancel(&app.pool, run_id).await?;
     app.outbox.notify_one();
-    info!(%run_id, ?granted, "a cancellation is asked for");
+    info!(%run_id, ?granted, "cancellation requested");
     answer(run_id, granted)
 }
 
-/// `POST /runs/{id}/retry`, with the `states` to send again and the `token` that makes a second click the same wish.
+/// `POST /runs/{id}/retry`, with the `states` to replay and the `token` that makes a second click the same request.
 pub(crate) async fn retry(
     State(app): Shared,
     Path(id): Path<String>,
-    Form(fields, _room): Form,
+    Form(fields, _memory): Form,
 ) -> Result<Redirect, ErrorPage> {
     let (Some(states), Some(token)) =
         (fields.get("states").and_then(parse_states), fields.get("token").and_then(|token| token.parse::<Uuid>().ok()))
     else {
         return Err(ErrorPage::new(
             StatusCode::UNPROCESSABLE_ENTITY,
-            "The form is incomplete",
-            "It names what to send again (states: failed, unknown or both) and a token. Press the button on the run's page.",
+            "Incomplete form",
+            "The fields \u{201c}states\u{201d} (failed, unknown or both) and \u{201c}token\u{201d} are required. Use the button on the run's page.",
         ));
     };
     let progress = load(&app, &id).await?;
     let run_id = progress.run_id;
-    // What failed before the backup was taken may have been sent since. What is unknown says so on its button.
+    // Items that failed before the backup may have been sent since. For unknown items, the button itself says so.
     let restored = fields.get("restored").is_some_and(|restored| restored == "yes") || states == [ItemState::Unknown];
     if progress.restored && !restored {
         return Ok(Redirect::to(&format!("/runs/{run_id}?confirm=retry#confirm")));
     }
-    // Who asks for a retry wants it to be sent, even if the run was paused while it ended.
+    // A retry also resumes a run that was paused when it finished.
     if progress.wanted == Wanted::Paused && progress.phase().is_over() {
         runs::set_paused(&app.pool, run_id, false).await?;
     }
-    let wish = ReplayWish { run_id: Some(run_id), states, error: None, token, restored };
-    let replayed = runs::replay(&app.pool, &wish).await?;
+    let request = ReplayWish { run_id: Some(run_id), states, error: None, token, restored };
+    let replayed = runs::replay(&app.pool, &request).await?;
     app.outbox.notify_one();
-    info!(%run_id, begins = replayed.runs > 0, "a replay is asked for");
+    info!(%run_id, begins = replayed.runs > 0, "replay requested");
     Ok(Redirect::to(&format!("/runs/{run_id}?asked={token}")))
 }
 
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_failed_and_unknown_can_be_sent_again() {
+    fn only_failed_and_unknown_items_can_be_replayed() {
         assert_eq!(parse_states("failed"), Some(vec![ItemState::Failed]));
         assert_eq!(parse_states("failed, unknown"), Some(vec![ItemState::Failed, ItemState::Unknown]));
         assert_eq!(parse_states("sent"), None);

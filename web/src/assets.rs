@@ -1,4 +1,4 @@
-//! Static files, built into the program: their address carries a hash of their content, so they are cached for good.
+//! Static files, compiled in. Their address contains a hash of the content, so browsers cache them permanently.
 
 use std::sync::LazyLock;
 
@@ -11,12 +11,11 @@ use uuid::Uuid;
 
 use crate::error::{ErrorPage, not_found};
 
-/// A file.
 pub(crate) struct Asset {
     name: &'static str,
     kind: &'static str,
     content: &'static str,
-    /// A hash of the content.
+    /// A hash of `content`.
     version: LazyLock<String>,
 }
 
@@ -31,19 +30,14 @@ macro_rules! asset {
     };
 }
 
-/// The style of all pages.
 pub(crate) static STYLE: Asset = asset!("style.css", "text/css; charset=utf-8");
-/// The script of all pages.
 pub(crate) static PAGE: Asset = asset!("page.js", "text/javascript; charset=utf-8");
-/// The script of the results page.
 pub(crate) static RESULTS: Asset = asset!("results.js", "text/javascript; charset=utf-8");
-/// The script of a test's page.
 pub(crate) static TEST: Asset = asset!("test.js", "text/javascript; charset=utf-8");
-/// The icon.
 pub(crate) static ICON: Asset = asset!("icon.svg", "image/svg+xml");
 
 impl Asset {
-    /// Where the pages find it.
+    /// The versioned address used in the pages.
     pub(crate) fn url(&self) -> String {
         format!("/static/{}?v={}", self.name, *self.version)
     }

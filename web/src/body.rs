@@ -1,6 +1,7 @@
-//! Reads a submitted form, large or small, within a bounded amount of memory, and decodes it strictly.
+//! Reads a submitted form within a bounded amount of memory, and decodes it strictly.
 
 use std::{
+    borrow::Cow,
     mem,
     sync::Arc,
     time::{Duration, Instant},
@@ -12,6 +13,7 @@ use axum::{
     http::{HeaderMap, Request, StatusCode, header},
 };
 use http_body_util::BodyExt as _;
+use percent_encoding::percent_decode;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
@@ -19,63 +21,62 @@ use tokio::{
 
 use crate::error::ErrorPage;
 
-/// So many of the largest forms fit at once beside one another.
+/// How many forms of the largest size fit into the memory at once.
 const LARGEST_AT_ONCE: usize = 2;
-/// So much of each form is not counted, so that a usual form never waits. The number of connections bounds what that takes.
+/// This much of each form is not counted, so that a typical form never waits. The connection limit bounds the total.
 const UNCOUNTED_BYTES: usize = 64 * 1024;
-/// Memory is taken in steps of at least this size as a form arrives, and not by what it announces: a slow sender holds
+/// Memory is reserved in steps of at least this size as a form arrives, not by its announced length, so a slow sender holds
 /// only what it has sent.
 const STEP_BYTES: usize = 64 * 1024;
 /// How long a form may wait for memory.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// A sender that is silent for so long has gone.
-const SILENCE: Duration = Duration::from_secs(30);
-/// A form must arrive at this speed on average, after the time of one silence.
-const SLOWEST_BYTES_PER_S: u64 = 4 * 1024;
-/// Of a form that is too large, so much is read and thrown away: a browser shows the answer only when it was let finish.
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a sender may send nothing.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Minimum average speed of a form, after the first [`IDLE_TIMEOUT`].
+const MIN_BYTES_PER_S: u64 = 4 * 1024;
+/// A form that is too large is read and discarded up to this multiple of the limit, because a browser shows the response only
+/// after it has sent its request.
 const DISCARDED_PER_LIMIT: usize = 8;
-/// The largest form where the router allows no larger one: a few short fields.
+/// The limit for routes that allow no larger forms: a few short fields.
 const SHORT_FORM_BYTES: usize = 16 * 1024;
 /// Memory is counted in units of this size.
 const UNIT_BYTES: usize = 1024;
 
-/// The memory that forms may take together.
-pub(crate) struct Room {
-    /// For whoever comes.
+/// The memory that all forms share.
+pub(crate) struct FormMemory {
+    /// For all forms.
     shared: Arc<Semaphore>,
-    /// For one form, whatever its size. So there is always one that can be read to its end, and forms that hold all of the
-    /// rest can't wait for each other for ever.
+    /// For one form of any size. At least one form can therefore always be read to its end, and forms that hold all shared memory
+    /// cannot deadlock.
     reserve: Arc<Semaphore>,
     limit: usize,
 }
 
-/// What a form has taken of it, until it is dropped.
-pub(crate) struct Taken {
+/// The memory that a form has reserved, until it is dropped.
+pub(crate) struct Reserved {
     bytes: usize,
     shared: Option<OwnedSemaphorePermit>,
     reserve: Option<OwnedSemaphorePermit>,
 }
 
-impl Room {
-    /// For forms of at most `limit` bytes.
+impl FormMemory {
     pub(crate) fn new(limit: usize) -> Self {
         let shared = Arc::new(Semaphore::new(LARGEST_AT_ONCE * units(limit) as usize));
         Self { shared, reserve: Arc::new(Semaphore::new(1)), limit }
     }
 
-    /// Nothing is taken yet.
-    fn enter(&self) -> Taken {
-        Taken { bytes: UNCOUNTED_BYTES, shared: None, reserve: None }
+    fn reservation(&self) -> Reserved {
+        Reserved { bytes: UNCOUNTED_BYTES, shared: None, reserve: None }
     }
 
-    /// Takes what a form of so many bytes needs beyond what it has.
-    async fn grow(&self, taken: &mut Taken, bytes: usize) -> Result<(), ErrorPage> {
-        if bytes <= taken.bytes || taken.reserve.is_some() {
+    /// Reserves what a form of this size needs beyond its present reservation.
+    async fn grow(&self, reserved: &mut Reserved, bytes: usize) -> Result<(), ErrorPage> {
+        if bytes <= reserved.bytes || reserved.reserve.is_some() {
             return Ok(());
         }
-        let step = (bytes - taken.bytes).max(STEP_BYTES);
+        let step = (bytes - reserved.bytes).max(STEP_BYTES);
         let (shared, reserve) = (Arc::clone(&self.shared), Arc::clone(&self.reserve));
-        let more = timeout(PATIENCE, async {
+        let more = timeout(MEMORY_TIMEOUT, async {
             tokio::select! {
                 biased;
                 Ok(permit) = shared.acquire_many_owned(units(step)) => Some((Some(permit), None)),
@@ -85,38 +86,34 @@ impl Room {
         });
         match more.await {
             Ok(Some((Some(permit), _))) => {
-                taken.bytes += step;
-                match &mut taken.shared {
+                reserved.bytes += step;
+                match &mut reserved.shared {
                     Some(shared) => shared.merge(permit),
                     none => *none = Some(permit),
                 }
                 Ok(())
             }
             Ok(Some((None, reserve))) => {
-                taken.reserve = reserve;
+                reserved.reserve = reserve;
                 Ok(())
             }
             Ok(None) | Err(_) => Err(ErrorPage::new(
                 StatusCode::SERVICE_UNAVAILABLE,
-                "Too many lists at once",
-                "Other large lists are being taken in at the moment. Your list was not taken: \
-                 go back and send it again in a minute.",
+                "Too many uploads",
+                "Other large lists are being uploaded. Your list was not accepted: go back and send it again in a minute.",
             )),
         }
     }
 
-    /// Reads the whole form. What it has taken is to be kept for as long as the form is.
-    ///
-    /// # Errors
-    /// A page that says what is wrong with the request.
-    pub(crate) async fn read(&self, request: Request<Body>) -> Result<(Fields, Taken), ErrorPage> {
+    /// Reads the whole form. The caller keeps the reservation as long as the form. The error describes the invalid request.
+    pub(crate) async fn read(&self, request: Request<Body>) -> Result<(Fields, Reserved), ErrorPage> {
         let (parts, mut body) = request.into_parts();
         check_content_type(&parts.headers)?;
         if content_length(&parts.headers).is_some_and(|length| length > self.limit) {
             discard(&mut body, self.limit * DISCARDED_PER_LIMIT).await;
             return Err(self.too_large());
         }
-        let (begun, mut taken, mut bytes) = (Instant::now(), self.enter(), Vec::new());
+        let (begun, mut reserved, mut bytes) = (Instant::now(), self.reservation(), Vec::new());
         while let Some(piece) = next_piece(&mut body).await? {
             let length = bytes.len() + piece.len();
             if length > self.limit {
@@ -125,34 +122,34 @@ impl Room {
                 return Err(self.too_large());
             }
             if is_too_slow(length, begun.elapsed()) {
-                return Err(did_not_arrive("It arrived too slowly, so nothing was taken. Go back and send it again."));
+                return Err(did_not_arrive("The upload was too slow and was not accepted. Go back and send it again."));
             }
-            self.grow(&mut taken, length).await?;
+            self.grow(&mut reserved, length).await?;
             bytes.extend_from_slice(&piece);
         }
-        Ok((Fields::decode(&bytes)?, taken))
+        Ok((Fields::decode(&bytes)?, reserved))
     }
 
     fn too_large(&self) -> ErrorPage {
         let limit = megabytes(self.limit);
         ErrorPage::new(
             StatusCode::PAYLOAD_TOO_LARGE,
-            "The list is too large",
+            "List too large",
             format!(
-                "At most {limit} can be sent at once, and nothing was taken. Go back, split the list into parts, \
-                 and send them one after another: nobody is invited twice."
+                "At most {limit} can be sent at once, and nothing was accepted. Go back, split the list, and send the parts \
+                separately: nobody is invited twice."
             ),
         )
     }
 }
 
-/// Whether a form of which so much has come in this time would take for ever.
+/// Whether a form is slower than [`MIN_BYTES_PER_S`].
 fn is_too_slow(bytes: usize, elapsed: Duration) -> bool {
-    (bytes as u64) < elapsed.saturating_sub(SILENCE).as_secs() * SLOWEST_BYTES_PER_S
+    (bytes as u64) < elapsed.saturating_sub(IDLE_TIMEOUT).as_secs() * MIN_BYTES_PER_S
 }
 
 fn did_not_arrive(message: &'static str) -> ErrorPage {
-    ErrorPage::new(StatusCode::REQUEST_TIMEOUT, "The form did not arrive", message)
+    ErrorPage::new(StatusCode::REQUEST_TIMEOUT, "Upload timed out", message)
 }
 
 fn units(bytes: usize) -> u32 {
@@ -166,7 +163,7 @@ fn megabytes(bytes: usize) -> String {
 
 async fn next_piece(body: &mut Body) -> Result<Option<axum::body::Bytes>, ErrorPage> {
     loop {
-        match timeout(SILENCE, body.frame()).await {
+        match timeout(IDLE_TIMEOUT, body.frame()).await {
             Ok(None) => return Ok(None),
             Ok(Some(Ok(frame))) => {
                 if let Ok(data) = frame.into_data() {
@@ -174,11 +171,11 @@ async fn next_piece(body: &mut Body) -> Result<Option<axum::body::Bytes>, ErrorP
                 }
             }
             Ok(Some(Err(_))) => {
-                return Err(bad_request("The form did not arrive completely. Go back and send it again."));
+                return Err(bad_request("The upload was incomplete. Go back and send it again."));
             }
             Err(_) => {
                 return Err(did_not_arrive(
-                    "Nothing came for half a minute, so nothing was taken. Go back and send it again.",
+                    "The upload stalled for 30 seconds and was not accepted. Go back and send it again.",
                 ));
             }
         }
@@ -207,26 +204,26 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ErrorPage> {
     Err(ErrorPage::new(
         StatusCode::UNSUPPORTED_MEDIA_TYPE,
         "Not a form",
-        "This address takes forms only, as application/x-www-form-urlencoded.",
+        "This address accepts only forms (application/x-www-form-urlencoded).",
     ))
 }
 
 fn bad_request(message: &'static str) -> ErrorPage {
-    ErrorPage::new(StatusCode::BAD_REQUEST, "The form can't be read", message)
+    ErrorPage::new(StatusCode::BAD_REQUEST, "Malformed form", message)
 }
 
-/// A submitted form, and the memory that it holds until it is dropped. How large it may be is a matter of the router: at most
-/// what the [`Room`] in the request's extensions takes; without one, [`SHORT_FORM_BYTES`].
-pub(crate) struct Form(pub(crate) Fields, pub(crate) Taken);
+/// A submitted form, and the memory that it holds until it is dropped. The router sets the maximum size: the limit of the
+/// [`FormMemory`] in the request's extensions, or without one [`SHORT_FORM_BYTES`].
+pub(crate) struct Form(pub(crate) Fields, pub(crate) Reserved);
 
 impl<S: Sync> FromRequest<S> for Form {
     type Rejection = ErrorPage;
 
     async fn from_request(request: Request<Body>, _: &S) -> Result<Self, ErrorPage> {
-        let room = request.extensions().get::<Arc<Room>>().cloned();
-        let room = room.unwrap_or_else(|| Arc::new(Room::new(SHORT_FORM_BYTES)));
-        let (fields, taken) = room.read(request).await?;
-        Ok(Self(fields, taken))
+        let memory = request.extensions().get::<Arc<FormMemory>>().cloned();
+        let memory = memory.unwrap_or_else(|| Arc::new(FormMemory::new(SHORT_FORM_BYTES)));
+        let (fields, reserved) = memory.read(request).await?;
+        Ok(Self(fields, reserved))
     }
 }
 
@@ -235,11 +232,11 @@ impl<S: Sync> FromRequest<S> for Form {
 pub(crate) struct Fields(Vec<(String, String)>);
 
 impl Fields {
-    /// Decodes strictly: what is not UTF-8 is refused rather than turned into somebody else's address.
+    /// Decodes strictly: invalid UTF-8 is refused, because a replacement could turn it into another person's address.
     fn decode(body: &[u8]) -> Result<Self, ErrorPage> {
         let decode = |text: &[u8]| {
             unescape(text)
-                .ok_or_else(|| bad_request("Its text is not UTF-8. Save the list as UTF-8 and send it again."))
+                .ok_or_else(|| bad_request("The text is not UTF-8. Save the list as UTF-8 and send it again."))
         };
         let fields = body.split(|byte| *byte == b'&').filter(|field| !field.is_empty()).map(|field| {
             let (name, value) = match field.iter().position(|byte| *byte == b'=') {
@@ -251,37 +248,22 @@ impl Fields {
         fields.collect::<Result<_, _>>().map(Self)
     }
 
-    /// The first field of that name.
+    /// The first field of this name.
     pub(crate) fn get(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|field| field.0 == name).map(|field| field.1.as_str())
     }
 
-    /// The same, leaving an empty field behind.
+    /// The same, leaving an empty field.
     pub(crate) fn take(&mut self, name: &str) -> Option<String> {
         self.0.iter_mut().find(|field| field.0 == name).map(|field| mem::take(&mut field.1))
     }
 }
 
-/// Decodes `+` and `%XX`. A stray percent sign stands for itself. None: the result is not UTF-8.
+/// Decodes `+` and `%XX`. A stray percent sign stands for itself. None: the result is not UTF-8, which `form_urlencoded` would
+/// replace instead.
 fn unescape(text: &[u8]) -> Option<String> {
-    let hex = |byte: Option<&u8>| byte.and_then(|byte| (*byte as char).to_digit(16));
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut index = 0;
-    while let Some(byte) = text.get(index) {
-        index += 1;
-        bytes.push(match byte {
-            b'+' => b' ',
-            b'%' => match (hex(text.get(index)), hex(text.get(index + 1))) {
-                (Some(high), Some(low)) => {
-                    index += 2;
-                    (high * 16 + low) as u8
-                }
-                _ => b'%',
-            },
-            byte => *byte,
-        });
-    }
-    String::from_utf8(bytes).ok()
+    let text: Vec<u8> = text.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+    percent_decode(&text).decode_utf8().map(Cow::into_owned).ok()
 }
 
 #[cfg(test)]
@@ -295,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_form_is_decoded() {
+    fn decodes_a_form() {
         let mut fields = decode("emails=a%40x.org%0D%0Ab%2Bc@x.org&&empty&name=J%C3%BCrgen+%3CX%3E&odd=50%&odd=2");
         assert_eq!(fields.get("emails"), Some("a@x.org\r\nb+c@x.org"));
         assert_eq!(fields.get("empty"), Some(""));
@@ -305,12 +287,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_utf8_is_refused() {
+    fn refuses_invalid_utf8() {
         assert_eq!(Fields::decode(b"emails=%FF").unwrap_err().status(), StatusCode::BAD_REQUEST);
         assert_eq!(Fields::decode(b"emails=\xE4@x.org").unwrap_err().status(), StatusCode::BAD_REQUEST);
     }
 
-    /// A form of so many bytes of which all but the last have come. The rest comes, or not, as `rest` says.
+    /// A form of `bytes` bytes. Its last byte arrives when `rest` completes.
     fn form(bytes: usize, rest: impl Future<Output = ()> + Send + 'static) -> Request<Body> {
         let most = vec![b'x'; bytes - 1];
         let pieces = most.chunks(100_000).map(|piece| Ok(piece.to_vec())).collect::<Vec<_>>();
@@ -326,48 +308,48 @@ mod tests {
     #[tokio::test]
     async fn slow_uploads_do_not_block_other_forms() {
         const LIMIT: usize = 1_000_000;
-        let room = Arc::new(Room::new(LIMIT));
+        let memory = Arc::new(FormMemory::new(LIMIT));
         let stalled: Vec<_> = (0..2)
             .map(|_| {
-                let room = Arc::clone(&room);
-                tokio::spawn(async move { room.read(form(LIMIT, std::future::pending())).await.map(drop) })
+                let memory = Arc::clone(&memory);
+                tokio::spawn(async move { memory.read(form(LIMIT, std::future::pending())).await.map(drop) })
             })
             .collect();
-        while room.shared.available_permits() > 2 * UNCOUNTED_BYTES / UNIT_BYTES {
+        while memory.shared.available_permits() > 2 * UNCOUNTED_BYTES / UNIT_BYTES {
             tokio::task::yield_now().await;
         }
-        // The largest ones one after another, small ones at any time.
+        // Largest forms one after another, small forms at any time.
         for bytes in [LIMIT, 100, LIMIT, 50_000] {
-            let read = timeout(PATIENCE, room.read(form(bytes, async {}))).await;
+            let read = timeout(MEMORY_TIMEOUT, memory.read(form(bytes, async {}))).await;
             assert!(read.is_ok_and(|read| read.is_ok()), "{bytes}");
         }
         stalled.into_iter().for_each(|stalled| stalled.abort());
     }
 
     #[tokio::test]
-    async fn forms_that_hold_all_memory_do_not_wait_for_each_other_for_ever() {
+    async fn forms_that_hold_all_memory_do_not_deadlock() {
         const LIMIT: usize = 1_000_000;
-        let room = Arc::new(Room::new(LIMIT));
+        let memory = Arc::new(FormMemory::new(LIMIT));
         let read = |_| {
-            let room = Arc::clone(&room);
-            async move { room.read(form(LIMIT, tokio::task::yield_now())).await.map(drop) }
+            let memory = Arc::clone(&memory);
+            async move { memory.read(form(LIMIT, tokio::task::yield_now())).await.map(drop) }
         };
-        let all = timeout(PATIENCE, futures::future::join_all((0..12).map(read))).await;
+        let all = timeout(MEMORY_TIMEOUT, futures::future::join_all((0..12).map(read))).await;
         assert!(all.is_ok_and(|all| all.iter().all(Result::is_ok)));
-        assert_eq!(room.shared.available_permits(), LARGEST_AT_ONCE * units(LIMIT) as usize);
+        assert_eq!(memory.shared.available_permits(), LARGEST_AT_ONCE * units(LIMIT) as usize);
     }
 
     #[test]
-    fn a_sender_must_keep_a_pace() {
-        assert!(!is_too_slow(0, SILENCE));
-        assert!(!is_too_slow(50_000, SILENCE + Duration::from_secs(12)));
-        assert!(is_too_slow(49_000, SILENCE + Duration::from_secs(12)));
+    fn a_sender_must_keep_the_minimum_speed() {
+        assert!(!is_too_slow(0, IDLE_TIMEOUT));
+        assert!(!is_too_slow(50_000, IDLE_TIMEOUT + Duration::from_secs(12)));
+        assert!(is_too_slow(49_000, IDLE_TIMEOUT + Duration::from_secs(12)));
         assert!(!is_too_slow(64 * 1024 * 1024, Duration::from_secs(4 * 3_600)));
     }
 
     #[tokio::test]
-    async fn a_form_over_the_limit_is_refused_however_it_comes() {
-        let room = Room::new(16);
+    async fn refuses_a_form_over_the_limit_with_and_without_content_length() {
+        let memory = FormMemory::new(16);
         let form = |length: Option<&str>| {
             let mut request = Request::post("/").header("content-type", "application/x-www-form-urlencoded");
             if let Some(length) = length {
@@ -376,24 +358,19 @@ mod tests {
             request.body(Body::from("emails=ann@example.org")).unwrap()
         };
         for request in [form(None), form(Some("22"))] {
-            let refused = room.read(request).await.err().map(|page| page.status());
+            let refused = memory.read(request).await.err().map(|page| page.status());
             assert_eq!(refused, Some(StatusCode::PAYLOAD_TOO_LARGE));
         }
     }
 
-    /// As browsers write it.
+    /// Encodes like a browser.
     fn escape(text: &str) -> String {
-        let escape = |byte: u8| match byte {
-            b' ' => "+".to_owned(),
-            byte if byte.is_ascii_alphanumeric() => char::from(byte).to_string(),
-            byte => format!("%{byte:02X}"),
-        };
-        text.bytes().map(escape).collect()
+        url::form_urlencoded::byte_serialize(text.as_bytes()).collect()
     }
 
     proptest! {
         #[test]
-        fn any_bytes_are_fields_or_refused(
+        fn any_bytes_are_decoded_or_refused(
             body in prop_oneof![prop::collection::vec(any::<u8>(), 0..200), "([a-z&=+%]|%[0-9A-F]{2}|é){0,60}".prop_map(String::into_bytes)]
         ) {
             match Fields::decode(&body) {
@@ -403,13 +380,13 @@ mod tests {
         }
 
         #[test]
-        fn a_form_arrives_as_it_was_filled_in(fields in prop::collection::vec(("[\\s\\S]{1,9}", "[\\s\\S]{0,40}"), 0..5)) {
+        fn decoding_reverses_encoding(fields in prop::collection::vec(("[\\s\\S]{1,9}", "[\\s\\S]{0,40}"), 0..5)) {
             let pairs: Vec<_> = fields.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value))).collect();
             prop_assert_eq!(decode(&pairs.join("&")).0, fields);
         }
 
         #[test]
-        fn any_request_is_read_or_answered(
+        fn any_request_is_read_or_refused(
             kind in prop::option::of(prop_oneof![
                 Just("application/x-www-form-urlencoded".to_owned()), Just("Application/X-WWW-Form-Urlencoded; charset=x".to_owned()),
                 Just("multipart/form-data; boundary=x".to_owned()), "[ -~]{0,30}",
@@ -429,7 +406,7 @@ mod tests {
             let complete = pieces.iter().all(Result::is_ok);
             let body = Body::from_stream(futures::stream::iter(pieces.into_iter().map(|piece| piece.map_err(std::io::Error::from))));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-            match runtime.block_on(Room::new(64).read(request.body(body).unwrap())) {
+            match runtime.block_on(FormMemory::new(64).read(request.body(body).unwrap())) {
                 Ok(_) => prop_assert!(complete && sent <= 64),
                 Err(page) => prop_assert!(page.status().is_client_error(), "{page:?}"),
             }

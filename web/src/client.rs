@@ -1,4 +1,4 @@
-//! Who sent a request, and to which host: from the connection, or from the headers of a proxy that is trusted.
+//! Who sent a request, and to which host: from the connection, or from the headers of a trusted proxy.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -8,7 +8,7 @@ use axum::{
 };
 use mailrun_app::config::Proxy;
 
-/// Headers that only proxies send. What begins with `x-forwarded-` or `x-original-` belongs to them.
+/// Headers that only proxies send, in addition to those that begin with `x-forwarded-` or `x-original-`.
 const FORWARDING: [&str; 11] = [
     "forwarded",
     "via",
@@ -23,7 +23,7 @@ const FORWARDING: [&str; 11] = [
     "fastly-client-ip",
 ];
 
-/// The first header that says that a request came through a proxy.
+/// The first header that shows that a request came through a proxy.
 pub(crate) fn forwarding_header(headers: &HeaderMap) -> Option<&str> {
     headers
         .keys()
@@ -31,29 +31,29 @@ pub(crate) fn forwarding_header(headers: &HeaderMap) -> Option<&str> {
         .find(|name| name.starts_with("x-forwarded-") || name.starts_with("x-original-") || FORWARDING.contains(name))
 }
 
-/// What a request says of its client and of the address it was sent to.
+/// The client of a request and the address it was sent to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Asked {
-    /// The client's address, or that of the nearest proxy that is not trusted.
+pub(crate) struct ConnectionInfo {
+    /// The client's address, or that of the nearest untrusted proxy.
     pub(crate) client: IpAddr,
-    /// The host, with its port if one was named.
+    /// The host, with the port if one was given.
     pub(crate) host: Option<String>,
-    /// `http` or `https`, if a trusted proxy has said so.
+    /// `http` or `https`, if a trusted proxy reported it.
     pub(crate) scheme: Option<String>,
 }
 
-/// A header's value. One that can't be read must not pass for an absent one.
+/// A header's value. An unreadable value must not pass for a missing one.
 pub(crate) fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name).map(|value| value.to_str().unwrap_or("unreadable"))
 }
 
-/// The host that a request itself names, with its port if there is one.
+/// The host in the request itself, with the port if one was given.
 pub(crate) fn host_of<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
     uri.authority().map(Authority::as_str).or_else(|| text(headers, "host"))
 }
 
-impl Asked {
-    /// What `request` says, where the `trusted` proxies are believed.
+impl ConnectionInfo {
+    /// Reads `request`, using the headers of `trusted` proxies.
     pub(crate) fn by(request: &Request, trusted: &[Proxy]) -> Self {
         let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0.ip());
         // The server always sets it. Without it, no proxy is trusted.
@@ -61,7 +61,7 @@ impl Asked {
         Self::of(peer, host_of(request.uri(), request.headers()), request.headers(), trusted)
     }
 
-    /// `host` is what the request itself names; `peer` is who sent it.
+    /// `host` is the host in the request itself; `peer` is the address of the connection.
     pub(crate) fn of(peer: IpAddr, host: Option<&str>, headers: &HeaderMap, trusted: &[Proxy]) -> Self {
         let is_trusted = |address: IpAddr| trusted.iter().any(|proxy| proxy.contains(address));
         let direct = Self { client: peer.to_canonical(), host: host.map(str::to_owned), scheme: None };
@@ -69,8 +69,7 @@ impl Asked {
             return direct;
         }
         let forwarded = Forwarded::read(headers);
-        // Each proxy adds the address that it was asked from. What stands left of the first one that is not trusted, that one
-        // may have made up.
+        // Each proxy appends the address of its peer. The first untrusted one from the right may have forged everything left of it.
         let chain = forwarded.clients.iter().rev().map_while(|client| *client);
         let mut client = direct.client;
         for address in chain {
@@ -87,10 +86,10 @@ impl Asked {
     }
 }
 
-/// What forwarding headers say.
+/// The contents of the forwarding headers.
 #[derive(Debug, Default)]
 struct Forwarded {
-    /// From the first client to the nearest proxy's; none for one that can't be read.
+    /// From the original client to the nearest proxy's peer; none for an entry that cannot be parsed.
     clients: Vec<Option<IpAddr>>,
     host: Option<String>,
     port: Option<u16>,
@@ -98,13 +97,13 @@ struct Forwarded {
 }
 
 impl Forwarded {
-    /// The headers `X-Forwarded-…`; without any of them, `Forwarded` (RFC 7239).
+    /// From the `X-Forwarded-…` headers, or without any of them from `Forwarded` (RFC 7239).
     fn read(headers: &HeaderMap) -> Self {
         let all = |name: &str| {
             let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
             values.flat_map(|value| value.split(',')).map(|part| part.trim().to_owned()).collect::<Vec<_>>()
         };
-        // Where proxies stand in a row, the first one's word comes first: it is the one that the client spoke to.
+        // With several proxies, the first value is that of the proxy the client connected to.
         let first = |name: &str| all(name).into_iter().find(|part| !part.is_empty());
         let (clients, host) = (all("x-forwarded-for"), first("x-forwarded-host"));
         let (port, scheme) = (first("x-forwarded-port"), first("x-forwarded-proto"));
@@ -139,7 +138,7 @@ impl Forwarded {
     }
 }
 
-/// An address, with a port or without, in brackets or without.
+/// Parses an address with or without a port, with or without brackets.
 fn address(text: &str) -> Option<IpAddr> {
     let bare = match text.strip_prefix('[') {
         Some(rest) => rest.split_once(']').map(|(address, _)| address)?,
@@ -159,11 +158,11 @@ fn split_unquoted(text: &str, at: char) -> impl Iterator<Item = &str> {
 
 fn port_of(host: &str) -> Option<u16> {
     let (name, port) = host.rsplit_once(':')?;
-    // The colons of an IPv6 address stand in brackets.
+    // An IPv6 address is in brackets.
     if name.contains(':') && !name.ends_with(']') { None } else { port.parse().ok() }
 }
 
-/// Whether a browser's `Origin` names this host. `scheme` is what the host was asked by, if that is known.
+/// Whether a browser's `Origin` names this host. `scheme` is the scheme of the request, if known.
 pub(crate) fn is_origin_of(origin: &str, host: &str, scheme: Option<&str>) -> bool {
     let Some((from_scheme, from)) = origin.split_once("://") else {
         return false;
@@ -172,7 +171,7 @@ pub(crate) fn is_origin_of(origin: &str, host: &str, scheme: Option<&str>) -> bo
         return false;
     };
     let scheme = scheme.unwrap_or(from_scheme);
-    // Our own port, where none was named, is the usual one of the scheme we were asked by.
+    // Without an explicit port, ours is the default port of the request's scheme.
     let (Some(from_port), Some(port)) = (Some(port_of(from).unwrap_or(usual)), port_of(host).or(usual_port(scheme)))
     else {
         return false;
@@ -213,20 +212,20 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn asked(peer: &str, pairs: &[(&str, &str)]) -> (String, Option<String>, Option<String>) {
+    fn info(peer: &str, pairs: &[(&str, &str)]) -> (String, Option<String>, Option<String>) {
         let trusted = ["10.0.0.0/8".to_owned(), "::1".to_owned()].map(|text| Proxy::try_from(text).unwrap());
-        let asked = Asked::of(ip(peer), Some("internal:8080"), &headers(pairs), &trusted);
-        (asked.client.to_string(), asked.host, asked.scheme)
+        let info = ConnectionInfo::of(ip(peer), Some("internal:8080"), &headers(pairs), &trusted);
+        (info.client.to_string(), info.host, info.scheme)
     }
 
     #[test]
-    fn a_stranger_s_forwarding_headers_are_ignored() {
+    fn ignores_forwarding_headers_of_an_untrusted_peer() {
         let pairs = [("x-forwarded-for", "1.1.1.1"), ("x-forwarded-host", "a.example"), ("x-forwarded-proto", "https")];
-        assert_eq!(asked("192.0.2.7", &pairs), ("192.0.2.7".into(), Some("internal:8080".into()), None));
+        assert_eq!(info("192.0.2.7", &pairs), ("192.0.2.7".into(), Some("internal:8080".into()), None));
     }
 
     #[test]
-    fn a_trusted_proxy_says_host_port_scheme_and_client() {
+    fn a_trusted_proxy_sets_host_port_scheme_and_client() {
         let pairs = [
             ("x-forwarded-for", "192.0.2.7"),
             ("x-forwarded-host", "a.example"),
@@ -234,15 +233,15 @@ mod tests {
             ("x-forwarded-proto", "HTTPS"),
         ];
         let expected = ("192.0.2.7".to_owned(), Some("a.example:8443".to_owned()), Some("https".to_owned()));
-        assert_eq!(asked("10.0.0.1", &pairs), expected);
+        assert_eq!(info("10.0.0.1", &pairs), expected);
         let standard = [("forwarded", r#"for="192.0.2.7:4711";host="a.example:8443";proto=https, for=10.0.0.9"#)];
-        assert_eq!(asked("10.0.0.1", &standard), expected);
-        assert_eq!(asked("10.0.0.1", &[]), ("10.0.0.1".into(), Some("internal:8080".into()), None));
+        assert_eq!(info("10.0.0.1", &standard), expected);
+        assert_eq!(info("10.0.0.1", &[]), ("10.0.0.1".into(), Some("internal:8080".into()), None));
     }
 
     #[test]
-    fn the_client_is_the_nearest_one_that_is_not_trusted() {
-        let client = |chain: &str| asked("10.0.0.1", &[("x-forwarded-for", chain)]).0;
+    fn the_client_is_the_nearest_untrusted_address() {
+        let client = |chain: &str| info("10.0.0.1", &[("x-forwarded-for", chain)]).0;
         assert_eq!(client("6.6.6.6, 192.0.2.7, 10.0.0.2"), "192.0.2.7");
         assert_eq!(client("10.0.0.3, 10.0.0.2"), "10.0.0.3");
         assert_eq!(client("6.6.6.6, unknown, 10.0.0.2"), "10.0.0.2");
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn every_usual_forwarding_header_is_recognised() {
+    fn recognises_common_forwarding_headers() {
         for name in ["Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Whatever", "X-Real-IP", "CF-Connecting-IP"] {
             assert!(forwarding_header(&headers(&[(name, "")])).is_some(), "{name}");
         }
@@ -263,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn an_origin_is_compared_with_its_port_and_scheme() {
+    fn compares_the_origin_with_port_and_scheme() {
         for (origin, host, scheme) in [
             ("https://a.example", "a.example", Some("https")),
             ("https://a.example", "a.example:443", None),
@@ -290,7 +289,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_headers_are_read(
+        fn any_headers_are_parsed(
             values in prop::collection::vec((prop::sample::select(&[
                 "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto",
             ][..]), "[ -~]{0,40}"), 0..5),
@@ -298,8 +297,8 @@ mod tests {
         ) {
             let pairs: Vec<_> = values.iter().map(|(name, value)| (*name, value.as_str())).collect();
             let trusted = [Proxy::try_from("127.0.0.1".to_owned()).unwrap()];
-            let asked = Asked::of(ip("127.0.0.1"), host.as_deref(), &headers(&pairs), &trusted);
-            let _ = is_origin_of("https://a.example", asked.host.as_deref().unwrap_or_default(), asked.scheme.as_deref());
+            let info = ConnectionInfo::of(ip("127.0.0.1"), host.as_deref(), &headers(&pairs), &trusted);
+            let _ = is_origin_of("https://a.example", info.host.as_deref().unwrap_or_default(), info.scheme.as_deref());
         }
     }
 }

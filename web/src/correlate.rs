@@ -1,5 +1,5 @@
-//! Compares what a returned mail claims with the messages that it names: a claim counts only for the recipient of a message that
-//! was sent from here. Anybody can write to the bounce address, but only those who have a message know its id.
+//! Compares a returned mail with the messages that it names. A claim counts only for the recipient of a message that was sent
+//! from here: anyone can write to the bounce address, but only those who have a message know its id.
 
 use std::collections::BTreeMap;
 
@@ -9,24 +9,21 @@ use mailrun_ledger::suppressions;
 use crate::{
     App,
     ids::ids,
-    report::{Returned, Verdict},
+    report::{ReportedAddress, Returned},
 };
 
-/// Messages that one mail may be about, and so the people that it can suppress. A message has one recipient, and a mail server reports
-/// each message by itself.
+/// Maximum number of messages that one mail may be about, which also bounds how many people it can suppress. A message has one
+/// recipient, and a mail server reports each message separately.
 const MAX_MESSAGES: usize = 10;
 
-/// The claims that are about the recipient of a message of ours, by the address in the ledger.
-///
-/// # Errors
-/// The database's.
-pub(crate) async fn confirmed(app: &App, returned: &Returned) -> sqlx::Result<Vec<Verdict>> {
+/// The claims about the recipient of one of our messages, with the address from the ledger.
+pub(crate) async fn confirmed(app: &App, returned: &Returned) -> sqlx::Result<Vec<ReportedAddress>> {
     if returned.claims.is_empty() {
         return Ok(Vec::new());
     }
     let ids = ids(app).await?;
     let mut named = ids.messages.find(&returned.quoted);
-    // Some relays replace the Message-ID; the link to unsubscribe stays.
+    // Some relays replace the Message-ID; the unsubscribe link remains.
     named.extend(ids.links.find(&returned.quoted));
     named.sort_unstable();
     named.dedup();
@@ -36,13 +33,13 @@ pub(crate) async fn confirmed(app: &App, returned: &Returned) -> sqlx::Result<Ve
     for Named { run_id, item_id } in named {
         let Some(invited) = suppressions::invited(&mut conn, Some(run_id), item_id).await? else { continue };
         if let Some(claim) = returned.claims.iter().find(|claim| claim.is_about(&invited.email)) {
-            let verdict = Verdict {
+            let reported = ReportedAddress {
                 email: invited.email.clone(),
                 reason: claim.reason,
                 detail: claim.detail.clone(),
                 run_id: Some(run_id),
             };
-            confirmed.insert(invited.email, verdict);
+            confirmed.insert(invited.email, reported);
         }
     }
     Ok(confirmed.into_values().collect())

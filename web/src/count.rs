@@ -1,4 +1,4 @@
-//! `POST /invites/count`: how many people a list names, by the reader that takes it in. The form asks when typing pauses.
+//! `POST /invites/count`: counts the people in a list, with the parser that submission uses. The form calls it when typing pauses.
 
 use std::{
     collections::HashSet,
@@ -16,23 +16,23 @@ use tokio::task::spawn_blocking;
 
 use crate::{body::Form, error::ErrorPage, view::counted};
 
-/// What a list comes to before the ledger is asked: who was invited before is known only when it is sent.
+/// The result of parsing a list. Whether a person was invited before is only known on submission.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Count {
-    /// Different mailboxes.
+    /// Distinct mailboxes.
     people: i32,
-    /// Entries that name a mailbox once more.
+    /// Entries that repeat a mailbox.
     repeated: i32,
     /// Entries that are not addresses.
     invalid: i32,
-    /// The same in words.
+    /// For the form.
     text: String,
 }
 
 impl Count {
     fn of(list: &str) -> Self {
         let mut count = Self::default();
-        // Two of a million mailboxes have the same hash once in some ten million lists.
+        // Among a million mailboxes, two have the same hash about once in ten million lists.
         let (hasher, mut known) = (RandomState::new(), HashSet::new());
         for entry in address::parse(list) {
             match entry.parsed {
@@ -58,15 +58,15 @@ impl Count {
 }
 
 /// `POST /invites/count`, with the form's `emails`.
-pub(crate) async fn count(Form(mut fields, room): Form) -> Result<Response, ErrorPage> {
+pub(crate) async fn count(Form(mut fields, memory): Form) -> Result<Response, ErrorPage> {
     let list = fields.take("emails").unwrap_or_default();
-    // A long list takes a second, which the runtime has not. The room is held until it is read.
-    let counted = spawn_blocking(move || (Count::of(&list), room)).await;
-    let (count, _room) = counted.map_err(|_| {
+    // Parsing a long list takes up to a second, so it must not block the runtime. The memory stays reserved until then.
+    let counted = spawn_blocking(move || (Count::of(&list), memory)).await;
+    let (count, _memory) = counted.map_err(|_| {
         ErrorPage::new(
             StatusCode::INTERNAL_SERVER_ERROR,
-            "Not counted",
-            "The list could not be counted. Send it as it is.",
+            "Counting failed",
+            "The list could not be counted. You can send it anyway.",
         )
     })?;
     Ok(Json(count).into_response())
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_is_counted_as_it_will_be_read() {
+    fn counts_a_list_like_the_submission() {
         let count = Count::of(
             "ann@bücher.example, ANN@xn--bcher-kva.example\nAnn <a@x.org> Bob <b@x.org>\nnobody\nBob (b@y.org)",
         );

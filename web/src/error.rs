@@ -1,4 +1,4 @@
-//! Error pages: what happened and what to do next, in plain words.
+//! Error pages: what happened, and what to do next.
 
 use std::borrow::Cow;
 
@@ -10,11 +10,11 @@ use axum::{
 use mailrun_ledger::{may_pass, submit::NotSubmitted};
 use tracing::{error, warn};
 
-/// PostgreSQL's code for a table that is not there.
+/// PostgreSQL's error code for a missing table.
 const UNDEFINED_TABLE: &str = "42P01";
 
-/// A page instead of the one that was asked for. Its response carries it as an extension, so that a router of JSON routes can
-/// write it in another form.
+/// An error instead of the requested page. Its response carries it as an extension, so that JSON routes can write it as a
+/// problem.
 #[derive(Clone, Debug)]
 pub(crate) struct ErrorPage {
     status: StatusCode,
@@ -39,21 +39,21 @@ impl ErrorPage {
         Self::new(
             StatusCode::NOT_FOUND,
             "No such run",
-            "There is no run at this address. It may be mistyped; all runs are in the list.",
+            "There is no run at this address. Check it for typing errors, or choose a run from the list of runs.",
         )
     }
 
-    /// For a submission: the person must know whether the list is safe, and what is not certain is not said.
-    pub(crate) fn not_taken(failed: &NotSubmitted) -> Self {
+    /// For a failed submission. It says that the list was not accepted only when that is certain.
+    pub(crate) fn not_submitted(failed: &NotSubmitted) -> Self {
         let page = Self::from_database(&failed.error);
         let (title, rest) = match (failed.nothing_kept, page.status) {
             (true, StatusCode::SERVICE_UNAVAILABLE) => (
-                "Your list was not taken",
-                "Nothing was kept: go back and send it again in a moment. Sending it twice invites nobody twice.",
+                "Your list was not accepted",
+                "Nothing was saved: go back and send it again in a moment. Sending it twice invites nobody twice.",
             ),
-            (true, _) => ("Your list was not taken", "Nothing was kept."),
+            (true, _) => ("Your list was not accepted", "Nothing was saved."),
             (false, _) => (
-                "Not known whether your list was taken",
+                "Unknown whether your list was accepted",
                 "It is not known whether the list was accepted. Send it again: nobody will be mailed twice.",
             ),
         };
@@ -63,30 +63,29 @@ impl ErrorPage {
 
     pub(crate) fn from_database(error: &sqlx::Error) -> Self {
         if error.as_database_error().and_then(sqlx::error::DatabaseError::code).as_deref() == Some(UNDEFINED_TABLE) {
-            error!(%error, "the database has no schema; run `mailrun setup`");
+            error!(%error, "the database has no schema, run `mailrun setup`");
             return Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
-                "Not set up yet",
-                "The database has no tables yet: run `mailrun setup` once.",
+                "Database not set up",
+                "The database has no tables. Run `mailrun setup`.",
             );
         }
         if may_pass(error) {
-            warn!(%error, "the database does not answer");
+            warn!(%error, "database unavailable");
             return Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
-                "The database does not answer",
-                "The database can't be reached at the moment. Runs that were accepted are safe in it.",
+                "Database unavailable",
+                "The database is not responding. Accepted runs are safe.",
             );
         }
-        error!(%error, "a query failed");
+        error!(%error, "query failed");
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
-            "Something went wrong",
-            "This is an error of ours. It is in the log; trying again may help.",
+            "Internal error",
+            "Mailrun failed to handle this request. Details are in the log; trying again may help.",
         )
     }
 
-    /// What happened, in sentences.
     pub(crate) fn message(&self) -> &str {
         &self.message
     }
@@ -112,29 +111,33 @@ impl IntoResponse for ErrorPage {
     }
 }
 
-/// Renders a page. Pages show the moment, so they are asked for anew; the form may come back from the history, with its
-/// token, but a page is never shared.
+/// Renders a page. Pages show the current state, so browsers must revalidate them; the form may come back from the history
+/// with its token, but is never shared between users.
 pub(crate) fn html(page: &impl Template) -> Response {
     match page.render() {
         Ok(text) => {
             ([(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"))], Html(text)).into_response()
         }
         Err(error) => {
-            error!(%error, "a template failed");
-            (StatusCode::INTERNAL_SERVER_ERROR, "This is an error of ours. It is in the log.").into_response()
+            error!(%error, "rendering failed");
+            (StatusCode::INTERNAL_SERVER_ERROR, "Internal error. Details are in the log.").into_response()
         }
     }
 }
 
 pub(crate) async fn not_found() -> ErrorPage {
-    ErrorPage::new(StatusCode::NOT_FOUND, "Page not found", "There is no page at this address. It may be mistyped.")
+    ErrorPage::new(
+        StatusCode::NOT_FOUND,
+        "Page not found",
+        "There is no page at this address. Check it for typing errors.",
+    )
 }
 
 pub(crate) async fn method_not_allowed() -> ErrorPage {
     ErrorPage::new(
         StatusCode::METHOD_NOT_ALLOWED,
         "Method not allowed",
-        "This address does not support the request's method.",
+        "This address does not support the request's HTTP method.",
     )
 }
 
@@ -143,12 +146,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_was_kept_is_said_only_when_it_is_certain() {
+    fn says_that_nothing_was_saved_only_when_certain() {
         let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
-        let certain = ErrorPage::not_taken(&NotSubmitted::before_commit(lost()));
-        assert!(certain.message.contains("Nothing was kept"), "{certain:?}");
-        let unknown = ErrorPage::not_taken(&lost().into());
-        assert!(!unknown.message.contains("Nothing was kept"), "{unknown:?}");
+        let certain = ErrorPage::not_submitted(&NotSubmitted::before_commit(lost()));
+        assert!(certain.message.contains("Nothing was saved"), "{certain:?}");
+        let unknown = ErrorPage::not_submitted(&lost().into());
+        assert!(!unknown.message.contains("Nothing was saved"), "{unknown:?}");
         assert!(
             unknown
                 .message

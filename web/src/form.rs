@@ -1,4 +1,4 @@
-//! `GET /` and `POST /invites`: the form, and taking its list into the ledger.
+//! `GET /` and `POST /invites`: the form, and its submission to the ledger.
 
 use std::time::Duration;
 
@@ -30,9 +30,9 @@ use crate::{
     view::{counted, grouped},
 };
 
-/// The newest runs, below the form.
+/// Recent runs below the form.
 const RECENT: i64 = 5;
-/// The highest rate limit that makes a difference.
+/// The highest rate limit that has an effect.
 const MAX_PER_SECOND: i32 = 100_000;
 
 #[derive(Template)]
@@ -40,12 +40,12 @@ const MAX_PER_SECOND: i32 = 100_000;
 struct FormPage<'a> {
     typed: &'a Typed,
     problems: Problems,
-    /// Whether mails have links to unsubscribe with.
+    /// Whether mails have unsubscribe links.
     has_links: bool,
     recent: Vec<Row>,
 }
 
-/// What is in the form.
+/// The contents of the form.
 pub(crate) struct Typed {
     pub(crate) token: Uuid,
     pub(crate) emails: String,
@@ -56,8 +56,8 @@ pub(crate) struct Typed {
 }
 
 impl Typed {
-    /// An empty form, with the text that is configured.
-    fn nothing(app: &App) -> Self {
+    /// An empty form with the configured text.
+    fn empty(app: &App) -> Self {
         Self {
             token: Uuid::new_v4(),
             emails: String::new(),
@@ -68,21 +68,21 @@ impl Typed {
         }
     }
 
-    /// What was sent. A field that is missing is as in an empty form.
+    /// The submitted contents. A missing field has its value from the empty form.
     pub(crate) fn take(app: &App, fields: &mut Fields) -> Self {
-        let nothing = Self::nothing(app);
+        let empty = Self::empty(app);
         Self {
-            token: fields.get("token").and_then(|token| token.parse().ok()).unwrap_or(nothing.token),
+            token: fields.get("token").and_then(|token| token.parse().ok()).unwrap_or(empty.token),
             emails: fields.take("emails").unwrap_or_default(),
-            subject: fields.take("subject").unwrap_or(nothing.subject),
-            body: fields.take("body").map_or(nothing.body, |body| with_plain_line_ends(&body)),
+            subject: fields.take("subject").unwrap_or(empty.subject),
+            body: fields.take("body").map_or(empty.body, |body| with_plain_line_ends(&body)),
             test_email: fields.take("test_email").unwrap_or_default(),
             sends_per_second: fields.take("sends_per_second").unwrap_or_default(),
         }
     }
 }
 
-/// What is wrong with it, each beside its field.
+/// The errors beside each field.
 #[derive(Default)]
 pub(crate) struct Problems {
     pub(crate) list: Option<Problem>,
@@ -97,48 +97,47 @@ impl Problems {
     }
 }
 
-/// Why a list was not taken, beside the field.
+/// Why a list was not accepted.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Problem {
     title: String,
     reasons: Vec<String>,
-    /// Some of them can be retried in an earlier run.
+    /// Some items can be retried in an earlier run.
     failed_earlier: Option<String>,
-    /// The same list was sent before, as this run.
+    /// The run of the same list, submitted before.
     earlier_run: Option<Uuid>,
-    /// How many entries are no address.
+    /// How many entries are invalid.
     invalid_title: Option<String>,
     invalid: Vec<InvalidEntry>,
-    /// Invalid entries beyond those that are shown.
+    /// Invalid entries that are not shown.
     more_invalid: Option<String>,
 }
 
-/// What the address says.
+/// The query of `GET /`.
 #[derive(Debug, Default, Deserialize)]
-pub(crate) struct Wish {
-    /// The test whose text to go on with.
+pub(crate) struct FormQuery {
+    /// The test whose text to continue with.
     test: Option<String>,
 }
 
-/// Submissions of which a click may have been accepted without an answer. A page that was left, or a connection that was lost, ends
-/// the handler and not the commit.
-pub(crate) type InDoubt = Cache<Uuid, ()>;
+/// Submissions that may have been accepted without a response. Leaving the page or losing the connection ends the handler and not
+/// the commit.
+pub(crate) type Unconfirmed = Cache<Uuid, ()>;
 
-/// Submissions remembered at most.
-const IN_DOUBT: u64 = 10_000;
-/// And how long.
-const DOUBT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Capacity.
+const MAX_UNCONFIRMED: u64 = 10_000;
+/// Lifetime.
+const UNCONFIRMED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// None is.
-pub(crate) fn nothing_in_doubt() -> InDoubt {
-    Cache::builder().max_capacity(IN_DOUBT).time_to_live(DOUBT).build()
+pub(crate) fn new_unconfirmed() -> Unconfirmed {
+    Cache::builder().max_capacity(MAX_UNCONFIRMED).time_to_live(UNCONFIRMED_FOR).build()
 }
 
 /// `GET /`
-pub(crate) async fn show(State(app): Shared, Query(wish): Query<Wish>) -> Result<Response, ErrorPage> {
-    let mut typed = Typed::nothing(&app);
-    // An address that was tampered with shows the empty form.
-    if let Some(test_id) = wish.test.and_then(|test| test.parse().ok())
+pub(crate) async fn show(State(app): Shared, Query(query): Query<FormQuery>) -> Result<Response, ErrorPage> {
+    let mut typed = Typed::empty(&app);
+    // A malformed id shows the empty form.
+    if let Some(test_id) = query.test.and_then(|test| test.parse().ok())
         && let Some(test) = test_sends::read(&app.pool, test_id, app.dead_after).await?
     {
         (typed.subject, typed.body, typed.test_email) = (test.subject, test.body, test.email);
@@ -153,24 +152,23 @@ async fn recent(app: &App) -> sqlx::Result<Vec<Row>> {
     Ok(newest.iter().map(Row::of).collect())
 }
 
-/// `GET /invites`: a page with an error stands under this address, and may be loaded again.
+/// `GET /invites`: an error page has this address and may be reloaded.
 pub(crate) async fn back_to_form() -> Redirect {
     Redirect::to("/")
 }
 
 /// `POST /invites`
-pub(crate) async fn submit(State(app): Shared, Form(mut fields, _room): Form) -> Result<Response, ErrorPage> {
-    let incomplete =
-        |what: &'static str| ErrorPage::new(StatusCode::UNPROCESSABLE_ENTITY, "The form is incomplete", what);
+pub(crate) async fn submit(State(app): Shared, Form(mut fields, _memory): Form) -> Result<Response, ErrorPage> {
+    let incomplete = |what: &'static str| ErrorPage::new(StatusCode::UNPROCESSABLE_ENTITY, "Incomplete form", what);
     if fields.get("token").is_none_or(|token| token.parse::<Uuid>().is_err()) {
         return Err(incomplete(
-            "Its token is missing, so a second click could not be told from the first. \
-             Open the form anew, paste the list, and send it.",
+            "The field \u{201c}token\u{201d} is missing or malformed, so a second click could not be recognised. \
+            Open the form again, paste the list, and send it.",
         ));
     }
     if fields.get("emails").is_none() {
         return Err(incomplete(
-            "The list of addresses, the field \u{201c}emails\u{201d}, is missing. Open the form anew, and send it from there.",
+            "The field \u{201c}emails\u{201d} is missing. Open the form again and send it from there.",
         ));
     }
     let typed = Typed::take(&app, &mut fields);
@@ -187,15 +185,15 @@ pub(crate) async fn submit(State(app): Shared, Form(mut fields, _room): Form) ->
         sends_per_second,
         max_addresses: app.config.max_addresses,
     };
-    match take(&app, submission).await.map_err(|failed| ErrorPage::not_taken(&failed))? {
+    match submit_list(&app, submission).await.map_err(|failed| ErrorPage::not_submitted(&failed))? {
         Submitted::Accepted(run_id) => {
             app.outbox.notify_one();
-            info!(%run_id, "a run is accepted");
+            info!(%run_id, "run accepted");
             Ok(Redirect::to(&format!("/runs/{run_id}")).into_response())
         }
         Submitted::Before(Earlier { run_id, wanted: Wanted::Cancelled, .. }) => {
             let list = Some(Problem::cancelled(run_id));
-            // A submission of its own, if it is sent once more.
+            // A new submission, if it is sent again.
             let typed = Typed { token: Uuid::new_v4(), ..typed };
             Ok(refused(&app, &typed, Problems { list, ..Problems::default() }).await)
         }
@@ -207,27 +205,27 @@ pub(crate) async fn submit(State(app): Shared, Form(mut fields, _room): Form) ->
     }
 }
 
-/// Takes the list in. A submission of which an earlier click had no certain end is in doubt until it has one.
-async fn take(app: &App, submission: Submission<'_>) -> Result<Submitted, NotSubmitted> {
+/// Submits the list. A submission stays unconfirmed until the ledger has given a definite result.
+async fn submit_list(app: &App, submission: Submission<'_>) -> Result<Submitted, NotSubmitted> {
     let run_id = submission.run_id();
-    let in_doubt = app.in_doubt.contains_key(&run_id);
-    app.in_doubt.insert(run_id, ());
-    let taken = async {
-        // A submission that loses its connection is tried again for a while; a database that is down is told at once.
+    let unconfirmed = app.unconfirmed.contains_key(&run_id);
+    app.unconfirmed.insert(run_id, ());
+    let submitted = async {
+        // A submission that loses its connection is retried for a while; an unavailable database is reported at once.
         drop(app.pool.acquire().await.map_err(NotSubmitted::before_commit)?);
         in_time(SUBMISSION, take_in(&app.pool, submission)).await
     };
-    match taken.await {
-        Err(failed) if failed.nothing_kept && in_doubt => Err(NotSubmitted { nothing_kept: false, ..failed }),
+    match submitted.await {
+        Err(failed) if failed.nothing_kept && unconfirmed => Err(NotSubmitted { nothing_kept: false, ..failed }),
         Err(failed) if !failed.nothing_kept => Err(failed),
         certain => {
-            app.in_doubt.invalidate(&run_id);
+            app.unconfirmed.invalidate(&run_id);
             certain
         }
     }
 }
 
-/// The page of a run that was made before. It says so if another rate was wished for this time.
+/// The address of an earlier run of the same form. It says so if another rate limit was requested this time.
 fn earlier_run(earlier: &Earlier, sends_per_second: Option<i32>) -> String {
     let run_id = earlier.run_id;
     if earlier.sends_per_second == sends_per_second {
@@ -236,9 +234,9 @@ fn earlier_run(earlier: &Earlier, sends_per_second: Option<i32>) -> String {
     format!("/runs/{run_id}?rate={}", sends_per_second.map_or("none".to_owned(), |limit| limit.to_string()))
 }
 
-/// The form again, with what was typed, and what is wrong with it.
+/// The form again, with its contents and its errors.
 pub(crate) async fn refused(app: &App, typed: &Typed, problems: Problems) -> Response {
-    // What is wrong is more important than what else there is.
+    // The errors matter more than the list of recent runs.
     let recent = recent(app).await.unwrap_or_default();
     let page = FormPage { typed, problems, has_links: app.config.public_url.is_some(), recent };
     (StatusCode::UNPROCESSABLE_ENTITY, html(&page)).into_response()
@@ -255,12 +253,12 @@ fn parse_rate(field: &str) -> Result<Option<i32>, &'static str> {
 }
 
 impl Problem {
-    /// The same form made a run that was cancelled since. Whether it is to be sent after all, only the person knows.
+    /// The same form created a run that was cancelled since. Only the person knows whether to send it after all.
     fn cancelled(run_id: Uuid) -> Self {
         Self {
-            title: "This list was sent before, and its run was cancelled.".to_owned(),
+            title: "This list was submitted before, and its run was cancelled.".to_owned(),
             reasons: vec![
-                "Nothing was sent now. Send it again to start a new run with everyone who was not mailed.".to_owned(),
+                "Nothing was sent. Submit it again to start a new run with everyone who was not mailed.".to_owned(),
             ],
             earlier_run: Some(run_id),
             ..Self::default()
@@ -270,8 +268,8 @@ impl Problem {
     fn of(refusal: Refusal) -> Self {
         match refusal {
             Refusal::Empty => Self {
-                title: "There is no address in the list.".to_owned(),
-                reasons: vec!["Paste or type at least one.".to_owned()],
+                title: "The list is empty.".to_owned(),
+                reasons: vec!["Enter at least one address.".to_owned()],
                 ..Self::default()
             },
             Refusal::TooMany { limit } => Self {
@@ -279,7 +277,7 @@ impl Problem {
                     "The list has more than {} addresses.",
                     grouped(i64::try_from(limit).unwrap_or(i64::MAX))
                 ),
-                reasons: vec!["Split it and send the parts one after another: nobody is invited twice.".to_owned()],
+                reasons: vec!["Split the list and send the parts separately: nobody is invited twice.".to_owned()],
                 ..Self::default()
             },
             Refusal::NothingNew(tally) => Self::nothing_new(tally),
@@ -292,26 +290,26 @@ impl Problem {
             (0, _) if tally.suppressed > 0 => "Nobody in the list can be invited.",
             (0, _) => "There is no valid address in the list.",
             (_, 0) if tally.already_failed == 0 => "Everyone in the list has been invited already.",
-            _ => "Nobody in the list can be invited anew.",
+            _ => "Nobody in the list can be invited.",
         };
         let mut reasons = Vec::new();
         if tally.already_invited > 0 {
             let who = counted(tally.already_invited, "person was", "people were");
-            reasons.push(format!("{who} invited before, or waiting in another run."));
+            reasons.push(format!("{who} invited before, or queued in another run."));
         }
         if tally.suppressed > 0 {
             let who = counted(tally.suppressed, "address is", "addresses are");
-            reasons.push(format!("{who} not to be written to: unsubscribed, or without a mailbox."));
+            reasons.push(format!("{who} on the suppression list: unsubscribed, reported spam, or nonexistent."));
         }
         if tally.repeated > 0 {
-            let what = counted(tally.repeated, "address stands", "addresses stand");
+            let what = counted(tally.repeated, "address appears", "addresses appear");
             reasons.push(format!("{what} in the list more than once."));
         }
         let invalid_title = (tally.invalid > 0)
             .then(|| counted(tally.invalid, "entry is not an email address:", "entries are not email addresses:"));
         let failed_earlier = (tally.already_failed > 0).then(|| {
             counted(tally.already_failed, "invitation", "invitations")
-                + " failed, or had an unclear end, in an earlier run."
+                + " failed, or have an unknown result, in an earlier run."
         });
         let shown = i32::try_from(tally.invalid_entries.len()).unwrap_or(i32::MAX);
         let more_invalid = (tally.invalid > shown).then(|| grouped(tally.invalid - shown));
@@ -332,7 +330,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rate_limit_is_a_number_or_nothing() {
+    fn a_rate_limit_is_a_number_or_empty() {
         assert_eq!(parse_rate(""), Ok(None));
         assert_eq!(parse_rate(" 25 "), Ok(Some(25)));
         for wrong in ["0", "-1", "1.5", "many", "100001", "99999999999"] {
@@ -341,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_was_made_before_says_which_rate_applies() {
+    fn an_earlier_run_says_which_rate_applies() {
         let earlier = Earlier { run_id: Uuid::from_u128(7), wanted: Wanted::Running, sends_per_second: Some(10) };
         let run = format!("/runs/{}", earlier.run_id);
         assert_eq!(earlier_run(&earlier, Some(10)), run);
@@ -350,15 +348,15 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_says_why() {
+    fn a_refusal_gives_its_reasons() {
         let of = |tally| Problem::of(Refusal::NothingNew(tally));
         let all_known = of(Tally { already_invited: 2, repeated: 1, ..Tally::default() });
         assert_eq!(all_known.title, "Everyone in the list has been invited already.");
         assert_eq!(
             all_known.reasons,
             [
-                "2 people were invited before, or waiting in another run.",
-                "1 address stands in the list more than once."
+                "2 people were invited before, or queued in another run.",
+                "1 address appears in the list more than once."
             ]
         );
         let failed = of(Tally { already_failed: 1, ..Tally::default() });

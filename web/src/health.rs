@@ -1,4 +1,4 @@
-//! `GET /healthz`: whether the database answers, asked once a second however many want to know; `GET /livez` and `GET /readyz`.
+//! `GET /healthz`: whether the database responds, checked at most once a second; `GET /livez` and `GET /readyz`.
 
 use std::time::Duration;
 
@@ -14,52 +14,52 @@ use tokio::time::timeout;
 
 use crate::Shared;
 
-/// An answer is given again for so long.
+/// How long a result is reused.
 const FRESH_FOR: Duration = Duration::from_secs(1);
-/// How long the database may take for a connection, and again to answer on it.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Timeout for acquiring a database connection, and again for the ping.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the database has answered lately.
+/// The most recent result of the database check.
 #[derive(Debug)]
-pub(crate) struct Answers(Cache<(), bool>);
+pub(crate) struct CheckCache(Cache<(), bool>);
 
-impl Answers {
+impl CheckCache {
     pub(crate) fn new() -> Self {
         Self(Cache::builder().max_capacity(1).time_to_live(FRESH_FOR).build())
     }
 
-    /// What `check` says, or said a moment ago. Those who ask meanwhile wait for the same answer.
-    async fn ask(&self, check: impl Future<Output = bool>) -> bool {
+    /// Returns the cached result, or that of `check`. Concurrent callers share one check.
+    async fn get(&self, check: impl Future<Output = bool>) -> bool {
         self.0.get_with((), check).await
     }
 }
 
 /// `GET /healthz`
 pub(crate) async fn show(State(app): Shared) -> Response {
-    if app.answers.ask(answers(&app.background)).await {
+    if app.health_check.get(database_answers(&app.background)).await {
         "ok".into_response()
     } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer").into_response()
+        (StatusCode::SERVICE_UNAVAILABLE, "the database does not respond").into_response()
     }
 }
 
-/// `GET /livez`: whether the process is of any use.
+/// `GET /livez`: whether the process works.
 pub(crate) async fn live(State(app): Shared) -> Response {
     monitoring::live(&app.health)
 }
 
-/// `GET /readyz`: the same as `/healthz`, and whether RabbitMQ takes what is in the outbox.
+/// `GET /readyz`: the same as `/healthz`, and whether RabbitMQ accepts the outbox's messages.
 pub(crate) async fn ready(State(app): Shared) -> Response {
-    let answered = app.answers.ask(answers(&app.background)).await;
+    let answered = app.health_check.get(database_answers(&app.background)).await;
     app.health.database_answers(answered);
     monitoring::ready(&app.health)
 }
 
-async fn answers(pool: &PgPool) -> bool {
-    let Ok(Ok(mut connection)) = timeout(PATIENCE, pool.acquire()).await else {
+async fn database_answers(pool: &PgPool) -> bool {
+    let Ok(Ok(mut connection)) = timeout(CHECK_TIMEOUT, pool.acquire()).await else {
         return false;
     };
-    matches!(timeout(PATIENCE, connection.ping()).await, Ok(Ok(())))
+    matches!(timeout(CHECK_TIMEOUT, connection.ping()).await, Ok(Ok(())))
 }
 
 #[cfg(test)]
@@ -69,14 +69,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn many_who_ask_at_once_cost_one_check() {
-        let (health, checks) = (Answers::new(), AtomicU32::new(0));
+    async fn concurrent_requests_share_one_check() {
+        let (health, checks) = (CheckCache::new(), AtomicU32::new(0));
         let check = async || {
             checks.fetch_add(1, Ordering::Relaxed);
             tokio::task::yield_now().await;
             false
         };
-        let answers = futures::future::join_all((0..100).map(|_| health.ask(check()))).await;
+        let answers = futures::future::join_all((0..100).map(|_| health.get(check()))).await;
         assert!(answers.iter().all(|answer| !answer));
         assert_eq!(checks.load(Ordering::Relaxed), 1);
     }

@@ -1,17 +1,17 @@
-//! What ids of ours are verified with: in unsubscribe links, and in the mails that come back.
+//! The keys that verify our own ids, in unsubscribe links and in returned mails.
 
 use mailrun_core::{message_id::MessageIds, unsubscribe::Signer};
 use mailrun_ledger::signing;
 
 use crate::App;
 
-/// Made from the ledger's key.
+/// Derived from the ledger's key.
 pub(crate) struct Ids {
     pub(crate) links: Signer,
     pub(crate) messages: MessageIds,
 }
 
-/// The ledger's key is read when it is first needed: the pages are served before PostgreSQL answers.
+/// The ledger's key is read on first use, because the web process starts before PostgreSQL is available.
 pub(crate) async fn ids(app: &App) -> sqlx::Result<&Ids> {
     let read = async || {
         let key = signing::key(&mut *app.pool.acquire().await?).await?;

@@ -1,4 +1,4 @@
-//! The layers around routes: access, limits, how errors are written, what is logged of a path, headers, and metrics.
+//! The layers around routes: access, limits, error format, logged path, response headers, and metrics.
 
 use std::{sync::Arc, time::Instant};
 
@@ -20,11 +20,11 @@ use tracing::{Level, info_span};
 
 use crate::{App, Shared, error::ErrorPage, guard, problem};
 
-/// Only our own files, and no page in a frame.
+/// Only our own files, and no framing.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; \
      img-src 'self' data:; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 
-/// Who may ask.
+/// Who may call a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
     /// Anyone.
@@ -33,18 +33,18 @@ pub(crate) enum Access {
     Closed,
 }
 
-/// How long a route may take, and how large its form may be.
+/// How long a handler may take, and how large its form may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Limits {
-    /// Answered within `database.answer_timeout_ms`; a short form.
+    /// A time limit of `database.answer_timeout_ms`; a short form.
     Page,
     /// The handler limits its own time; a short form.
     Slow,
-    /// The handler limits its own time; a form of up to `web.max_body_bytes`, in the memory that all of these share.
+    /// The handler limits its own time; a form of up to `web.max_body_bytes`, in memory shared by all of these.
     Upload,
 }
 
-/// How errors are written.
+/// The format of errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Errors {
     /// As pages.
@@ -58,9 +58,9 @@ pub(crate) enum Errors {
 /// What is logged of a request's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LoggedPath {
-    /// The path of its route, with the names of its parameters: their values may be secret.
+    /// The route's pattern: the values of its parameters may be secret.
     Route,
-    /// All of it: its parameters are ids.
+    /// The whole path: its parameters are ids.
     Whole,
 }
 
@@ -83,30 +83,29 @@ pub(crate) struct Layers {
 }
 
 impl Layers {
-    /// What applies unless a router says otherwise: a login, short time and forms, and no part of a path in the log that may be
-    /// secret.
+    /// The default: login required, short time limit and forms, and no secret part of a path in the log.
     pub(crate) const CLOSED: Self =
         Self { access: Access::Closed, limits: Limits::Page, errors: Errors::Page, logged: LoggedPath::Route };
 
-    /// Puts them around the routes that `router` has by now, and around its fallback.
+    /// Adds the layers to the routes that `router` has so far, and to its fallback.
     pub(crate) fn around(self, router: Router<Arc<App>>, app: &Arc<App>) -> Router<Arc<App>> {
         let router = match self.limits {
             Limits::Page => router.layer(middleware::from_fn_with_state(Arc::clone(app), in_time)),
             Limits::Slow => router,
-            Limits::Upload => router.layer(Extension(Arc::clone(&app.room))),
+            Limits::Upload => router.layer(Extension(Arc::clone(&app.form_memory))),
         };
         let router = match self.access {
             Access::Public => router,
             Access::Closed => router.layer(middleware::from_fn_with_state(Arc::clone(app), guard::check)),
         };
-        // Around the access check and the time limit: their errors are written in the same form.
+        // Around the access check and the time limit, so that their errors have the same format.
         let router = match self.errors {
             Errors::Page => router,
             Errors::Problem => router.layer(middleware::from_fn(problem::always)),
             Errors::AsAccepted => router.layer(middleware::from_fn(problem::where_accepted)),
         };
         let logged = self.logged;
-        // An error is logged where it is known, so the trace adds only the request that it happened in.
+        // Errors are logged where they occur; the trace only adds their request.
         router.layer(
             TraceLayer::new_for_http()
                 .make_span_with(move |request: &Request<Body>| {
@@ -118,7 +117,7 @@ impl Layers {
     }
 }
 
-/// The layers of every response, whichever router it is from.
+/// Adds the layers of every response, regardless of its router.
 pub(crate) fn around_all(router: Router<Arc<App>>) -> Router<Arc<App>> {
     let header = |name: HeaderName, value| SetResponseHeaderLayer::overriding(name, HeaderValue::from_static(value));
     router
@@ -128,12 +127,12 @@ pub(crate) fn around_all(router: Router<Arc<App>>) -> Router<Arc<App>> {
         .layer(middleware::from_fn(measured))
 }
 
-/// The route's path with the names of its parameters; `none` for a request that no route is for.
+/// The route's pattern; `none` for a request without a route.
 fn route_of(request: &Request<Body>) -> &str {
     request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str)
 }
 
-/// Counts requests by route and status, with how long they took.
+/// Records the duration of requests by route and status.
 async fn measured(request: Request<Body>, next: Next) -> Response {
     let route = route_of(&request).to_owned();
     let begun = Instant::now();
@@ -143,7 +142,7 @@ async fn measured(request: Request<Body>, next: Next) -> Response {
     response
 }
 
-/// Answers in time even if the database does not: a connection to it that was cut off is silent.
+/// Limits the time of a handler. Without it, a database connection that was cut off silently would block it.
 async fn in_time(State(app): Shared, request: Request<Body>, next: Next) -> Response {
     let answer = mailrun_ledger::in_time(app.answer_timeout, async { Ok::<_, sqlx::Error>(next.run(request).await) });
     answer.await.unwrap_or_else(|error| ErrorPage::from_database(&error).into_response())

@@ -1,4 +1,4 @@
-//! The pages: takes lists in through the form, shows runs from the ledger, and hands what the outbox holds to RabbitMQ.
+//! The web server: accepts lists through the form, shows runs from the ledger, and publishes the outbox to RabbitMQ.
 
 mod actions;
 mod assets;
@@ -15,11 +15,11 @@ mod ids;
 mod layers;
 mod logins;
 mod origin;
+mod outbox;
 mod password;
 mod people;
 mod problem;
 mod progress;
-mod relay;
 mod relay_stops;
 mod report;
 mod results;
@@ -52,84 +52,86 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-// For other pages with the same look and the same checks.
+// Exported for other pages with the same style and the same checks.
 pub use origin::{is_local, is_same_origin};
 pub use sns::SnsError;
 pub use view::{grouped, rate};
 
-/// The style of the pages.
+/// The style sheet of the pages.
 pub const STYLE_SHEET: &str = include_str!("../static/style.css");
-/// Their icon.
+/// The icon of the pages.
 pub const ICON: &str = include_str!("../static/icon.svg");
 
-/// A person waits for the page, so the wait for a database connection ends sooner than a worker's.
-const ACQUIRE_TIMEOUT_MS: u64 = 5_000;
-/// At the end, connections to RabbitMQ are closed within this time or left.
+/// People wait for a page, so acquiring a database connection times out sooner than in a worker.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_millis(5_000);
+/// Time limit for closing the connections to RabbitMQ at shutdown.
 const CLOSE: Duration = Duration::from_secs(3);
-/// Connections for what must not wait for the pages: the outbox relay, the epoch, and the health check.
+/// Connections reserved for the outbox publisher, the epoch and the health check, which must not wait for the pages.
 const BACKGROUND_CONNECTIONS: u32 = 3;
-/// Another installation's virtual host is looked at again after this time: it may have been taken over.
+/// How often a virtual host of another installation is checked again: it may be reassigned.
 const FOREIGN_RETRY: Duration = Duration::from_secs(10);
 
-/// Why the pages can't be served.
+/// Why the web server cannot start or has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum WebError {
-    /// They would be open to others than they should.
+    /// The configuration would expose the pages.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The setting `database.url` is no address.
-    #[error("database.url is no address of a PostgreSQL database: {0}")]
+    /// The setting `database.url` is malformed.
+    #[error("database.url is not a valid PostgreSQL URL: {0}")]
     Database(#[from] sqlx::Error),
-    /// The address is taken, or not this machine's.
-    #[error("can't listen on {address}: {source}; stop what is using it, or set web.listen to another address")]
+    /// The address is in use, or does not belong to this machine.
+    #[error(
+        "cannot listen on {address}: {source}; stop the process that uses it, or set web.listen to another address"
+    )]
     Listen {
         /// The setting `web.listen`.
         address: SocketAddr,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// It can't be monitored as configured.
+    /// The monitoring endpoint cannot be started as configured.
     #[error(transparent)]
     Monitoring(#[from] MonitoringError),
-    /// Messages of Amazon SNS can't be verified as configured.
+    /// Amazon SNS messages cannot be verified as configured.
     #[error(transparent)]
     Sns(#[from] SnsError),
-    /// A bug.
-    #[error("the outbox relay ended unasked: {0}")]
-    Relay(#[from] tokio::task::JoinError),
+    /// A bug: the outbox publisher panicked.
+    #[error("the outbox publisher ended unexpectedly: {0}")]
+    Publisher(#[from] tokio::task::JoinError),
 }
 
-/// What every handler may use.
+/// The state shared by all handlers.
 struct App {
     pool: PgPool,
-    /// Connections that no page takes.
+    /// Connections reserved for background work.
     background: PgPool,
-    /// What health checks were answered lately.
-    answers: health::Answers,
-    /// What keeps this process from its work.
+    /// Cached results of health checks.
+    health_check: health::CheckCache,
+    /// Why this process is not ready.
     health: Health,
     config: WebConfig,
-    /// Wakes the relay when there is something new in the outbox.
+    /// Wakes the outbox publisher.
     outbox: Arc<Notify>,
-    /// Who has failed to log in lately.
+    /// Recent failed logins.
     logins: logins::Logins,
-    /// Submissions that are under way, or whose end is not known.
-    in_doubt: form::InDoubt,
+    /// Submissions in progress, or with an unknown result.
+    unconfirmed: form::Unconfirmed,
     /// The memory for uploads that are being read.
-    room: Arc<body::Room>,
-    /// What polls were answered lately.
+    form_memory: Arc<body::FormMemory>,
+    /// Cached progress of the watched runs.
     watched: progress::Watched,
-    /// What ids of ours are verified with, once the ledger was read.
+    /// Verifies our own ids; set on first use.
     ids: OnceCell<ids::Ids>,
     /// Verifies messages of Amazon SNS; none: no topic is configured.
     sns: Option<sns::Verifier>,
-    /// Whether no mail leaves this machine.
+    /// Whether the mailer is simulated.
     simulated: bool,
-    /// When a worker is taken for dead.
+    /// The heartbeat timeout of a worker.
     dead_after: Duration,
-    /// How many suppressions of a run are unusual.
+    /// When the suppressions of a run are held for review.
     suppressions: SuppressionsConfig,
-    /// How long the database may take to answer.
+    /// Time limit for the database.
     answer_timeout: Duration,
 }
 
@@ -147,36 +149,36 @@ impl App {
         Self {
             pool,
             background,
-            answers: health::Answers::new(),
+            health_check: health::CheckCache::new(),
             health,
             outbox,
             logins: logins::Logins::new(),
-            in_doubt: form::nothing_in_doubt(),
-            room: Arc::new(body::Room::new(config.web.max_body_bytes)),
+            unconfirmed: form::new_unconfirmed(),
+            form_memory: Arc::new(body::FormMemory::new(config.web.max_body_bytes)),
             watched: progress::watched(),
             ids: OnceCell::new(),
             sns,
             simulated: config.mailer.kind == MailerKind::Simulated,
-            dead_after: Duration::from_millis(config.heartbeat.dead_after_ms),
+            dead_after: config.heartbeat.dead_after,
             suppressions: config.suppressions,
-            answer_timeout: config.database.answer_timeout(),
+            answer_timeout: config.database.answer_timeout,
             config: config.web,
         }
     }
 }
 
-/// Serves the pages and runs the outbox relay until `stop` is cancelled.
+/// Serves the pages and publishes the outbox until `stop` is cancelled.
 ///
-/// The schema must be there already: `mailrun setup` makes it. Neither PostgreSQL nor RabbitMQ has to answer yet.
+/// The schema must exist: `mailrun setup` creates it. PostgreSQL and RabbitMQ need not be available yet.
 ///
 /// # Errors
-/// When the settings can't be used, or serving ended by itself.
+/// The settings are invalid, or a part ended unexpectedly.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError> {
     config.web.check_access()?;
     let health = Health::default();
     let monitoring = Monitoring::start(&config.metrics, "web", &health).await?;
     let mut database = config.database.clone();
-    database.acquire_timeout_ms = database.acquire_timeout_ms.min(ACQUIRE_TIMEOUT_MS);
+    database.acquire_timeout = ACQUIRE_TIMEOUT;
     let pool = mailrun_ledger::open(&database, "mailrun web")?;
     database.max_connections = BACKGROUND_CONNECTIONS;
     let background = mailrun_ledger::open(&database, "mailrun web outbox")?;
@@ -184,30 +186,30 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     let address = config.web.listen;
     let not_listening = |source| WebError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(not_listening)?;
-    // Port 0 is only known by now.
-    info!(address = %listener.local_addr().map_err(not_listening)?, login = config.web.password.is_some(), "serving the pages");
+    // The actual port, if the configured one is 0.
+    info!(address = %listener.local_addr().map_err(not_listening)?, login = config.web.password.is_some(), "web server started");
 
     let outbox = Arc::new(Notify::new());
     let broker = config.broker_with_health("mailrun web", health.clone());
     let publisher = broker.publisher(1);
-    // Whoever of the two ends first takes the other along.
+    // Whichever ends first stops the other.
     let ending = stop.child_token();
-    let limit = database.answer_timeout();
-    let relay = tokio::spawn({
+    let limit = database.answer_timeout;
+    let publishing = tokio::spawn({
         let (pool, outbox, ending) = (background.clone(), Arc::clone(&outbox), ending.clone());
         let broker = Arc::clone(&broker);
         async move {
             let _guard = ending.clone().drop_guard();
             tokio::join!(
-                relay::run(&pool, limit, &publisher, broker.epoch(), &outbox, &ending),
+                outbox::run(&pool, limit, &publisher, broker.epoch(), &outbox, &ending),
                 keep_lineage(&pool, &broker, limit, &ending),
             );
         }
     });
     let limits = Limits {
         connections: config.web.max_connections,
-        header: Duration::from_millis(config.web.header_timeout_ms),
-        age: Duration::from_millis(config.web.connection_age_ms),
+        header: config.web.header_timeout,
+        age: config.web.connection_age,
     };
     let app = Arc::new(App::new(config, pool.clone(), background.clone(), health.clone(), outbox, sns));
     let tell = async {
@@ -215,7 +217,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
         health.stopping();
     };
     tokio::join!(server::serve(listener, routes::router(app), limits, &ending), tell);
-    relay.await?;
+    publishing.await?;
     broker.closed(CLOSE).await;
     pool.close().await;
     background.close().await;
@@ -223,10 +225,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     Ok(())
 }
 
-/// Compares ledger and broker. On another installation's virtual host the pages stay, and what is accepted waits in the outbox.
+/// Checks that ledger and broker belong together. On a virtual host of another installation the pages stay available, and
+/// accepted runs wait in the outbox.
 async fn keep_lineage(pool: &PgPool, broker: &Arc<Broker>, limit: Duration, stop: &CancellationToken) {
     while let Err(foreign) = lineage::keep(pool, broker, limit, stop).await {
-        error!("{foreign}. Nothing is published until then");
+        error!("{foreign}. Nothing is published until this is resolved");
         if stop.run_until_cancelled(sleep(FOREIGN_RETRY)).await.is_none() {
             return;
         }

@@ -1,4 +1,4 @@
-//! Failed logins: each is answered later than the one before, and a client with too many of them is turned away for a while.
+//! Failed logins: each failure delays the answer longer, and a client with too many failures is refused for a while.
 
 use std::{
     net::IpAddr,
@@ -7,38 +7,38 @@ use std::{
 
 use moka::sync::Cache;
 
-/// Failures that a client may have at once.
+/// Failures that a client may have in a row.
 const BURST: u32 = 10;
-/// It may have another one after each such time.
+/// After each such time, one failure is forgotten.
 const REGAIN: Duration = Duration::from_secs(20);
-/// How long the answer to the first failure takes; to each further one, twice as long.
+/// Delay of the answer to the first failure. It doubles with each further one, …
 const FIRST_DELAY: Duration = Duration::from_millis(250);
-/// But no longer than this.
+/// … up to this.
 const LONGEST_DELAY: Duration = Duration::from_secs(4);
-/// Clients that are remembered at most.
+/// Maximum number of remembered clients.
 const CLIENTS: u64 = 10_000;
 
-/// What clients have failed lately.
+/// Recent failures by client.
 #[derive(Debug)]
 pub(crate) struct Logins(Cache<IpAddr, Failures>);
 
-/// A client's failures, of which one is forgotten after each [`REGAIN`]: so all that has to be kept is when the last one will be.
+/// A client's failures. One is forgotten after each [`REGAIN`], so only the time when the last one is forgotten is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Failures {
     forgotten_at: Instant,
 }
 
-/// What follows from a failure.
+/// The consequence of a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Failed {
-    /// The answer waits for so long.
+    /// How long to delay the answer.
     pub(crate) delay: Duration,
     /// How many failures of the client are remembered.
     pub(crate) failures: u32,
-    /// Whether further attempts are turned away for now.
+    /// Whether further attempts are refused for now.
     pub(crate) limited: bool,
-    /// Whether this one should have been: several attempts at the same moment are all let in.
-    pub(crate) beyond: bool,
+    /// Whether this attempt exceeds the limit: simultaneous attempts all pass the check before it.
+    pub(crate) over_limit: bool,
 }
 
 impl Failures {
@@ -47,7 +47,7 @@ impl Failures {
         u32::try_from(left.as_nanos().div_ceil(REGAIN.as_nanos())).unwrap_or(u32::MAX)
     }
 
-    /// How long the client has to wait for its next attempt; none: it need not.
+    /// How long the client must wait before its next attempt; none if it need not.
     fn wait(self, now: Instant) -> Option<Duration> {
         let wait = self.forgotten_at.saturating_duration_since(now).saturating_sub(REGAIN * (BURST - 1));
         (!wait.is_zero()).then_some(wait)
@@ -63,24 +63,24 @@ impl Logins {
         Self(Cache::builder().max_capacity(CLIENTS).time_to_idle(REGAIN * 2 * BURST).build())
     }
 
-    /// How long this client has to wait before its next attempt is looked at; none: it need not.
+    /// How long this client must wait before its next attempt is checked; none if it need not.
     pub(crate) fn wait(&self, client: IpAddr, now: Instant) -> Option<Duration> {
-        self.0.get(&site(client))?.wait(now)
+        self.0.get(&network(client))?.wait(now)
     }
 
-    /// Counts a failure, before its answer is delayed: so attempts at the same time count as well.
+    /// Counts a failure, before its answer is delayed, so that simultaneous attempts count.
     pub(crate) fn failed(&self, client: IpAddr, now: Instant) -> Failed {
-        let entry = self.0.entry(site(client));
+        let entry = self.0.entry(network(client));
         let failures = entry.and_upsert_with(|known| Failures::after_another(known.map(moka::Entry::into_value), now));
         let failures = failures.into_value();
         let count = failures.count(now);
         let delay = FIRST_DELAY.saturating_mul(1 << count.saturating_sub(1).min(16)).min(LONGEST_DELAY);
-        Failed { delay, failures: count, limited: failures.wait(now).is_some(), beyond: count > BURST }
+        Failed { delay, failures: count, limited: failures.wait(now).is_some(), over_limit: count > BURST }
     }
 }
 
-/// Whoever has an IPv6 address has all of its /64.
-fn site(client: IpAddr) -> IpAddr {
+/// An IPv6 client controls its whole /64.
+fn network(client: IpAddr) -> IpAddr {
     match client.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6((u128::from(address) >> 64 << 64).into()),
         address => address,
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_take_longer_with_each_failure_until_no_more_are_looked_at() {
+    fn each_failure_delays_the_answer_longer_until_attempts_are_refused() {
         let (logins, client, now) = (Logins::new(), ip("192.0.2.7"), Instant::now());
         let failed: Vec<_> = (0..BURST).map(|_| logins.failed(client, now)).collect();
         assert!(failed.windows(2).all(|pair| pair[0].delay <= pair[1].delay));
@@ -107,7 +107,7 @@ mod tests {
         let later = now + REGAIN;
         assert_eq!(logins.wait(client, later), None);
         assert!(logins.failed(client, later).limited, "one attempt at a time from then on");
-        assert_eq!(logins.failed(client, later + REGAIN * BURST).failures, 1, "all of them are forgotten");
+        assert_eq!(logins.failed(client, later + REGAIN * BURST).failures, 1, "all failures are forgotten");
     }
 
     #[test]
@@ -118,6 +118,6 @@ mod tests {
         }
         assert!(logins.wait(ip("2001:db8::ffff"), now).is_some());
         assert!(logins.wait(ip("2001:db8:0:1::1"), now).is_none());
-        assert_eq!(site(ip("::ffff:192.0.2.7")), ip("192.0.2.7"));
+        assert_eq!(network(ip("::ffff:192.0.2.7")), ip("192.0.2.7"));
     }
 }

@@ -1,16 +1,16 @@
-//! Where a request comes from: this machine or beyond, one of our own pages or another site's.
+//! Where a request comes from: this machine or another one, one of our own pages or another site.
 
 use axum::http::{HeaderMap, StatusCode, Version};
 use mailrun_core::public_url::{PublicUrl, is_this_machine};
 
 use crate::{
-    client::{Asked, forwarding_header, is_origin_of, name_of, text},
+    client::{ConnectionInfo, forwarding_header, is_origin_of, name_of, text},
     error::ErrorPage,
 };
 
-/// Whether a request that changes something was made by one of our own pages, under the name that the browser knows.
-pub(crate) fn is_ours(headers: &HeaderMap, asked: &Asked, public_url: Option<&PublicUrl>) -> bool {
-    let (host, scheme) = (asked.host.as_deref(), asked.scheme.as_deref());
+/// Whether one of our own pages sent a request that changes something, under the host that the browser knows.
+pub(crate) fn is_ours(headers: &HeaderMap, info: &ConnectionInfo, public_url: Option<&PublicUrl>) -> bool {
+    let (host, scheme) = (info.host.as_deref(), info.scheme.as_deref());
     match (text(headers, "sec-fetch-site"), text(headers, "origin")) {
         (None, Some(origin)) if public_url.is_some_and(|url| url.origin() == origin) => true,
         (None, Some(origin)) => host.is_some_and(|host| is_origin_of(origin, host, scheme)),
@@ -21,25 +21,25 @@ pub(crate) fn is_ours(headers: &HeaderMap, asked: &Asked, public_url: Option<&Pu
 pub(crate) fn from_another_site() -> ErrorPage {
     ErrorPage::new(
         StatusCode::FORBIDDEN,
-        "Sent from another site",
-        "This form was sent by a page of another site, so it was not taken. Open Mailrun and send it from there. \
-         Behind a proxy, set web.public_url, or web.trusted_proxies.",
+        "Request from another site",
+        "A page of another site sent this form, so it was not accepted. Open Mailrun and send it from there. \
+        Behind a proxy, set web.public_url or web.trusted_proxies.",
     )
 }
 
-/// Why a request may come from beyond this machine, where there is no password: it names another host, or it shows signs of a
-/// proxy. Another site can point a name of its own at this machine (DNS rebinding), and a proxy passes on anyone's requests.
+/// Without a password: why a request may come from another machine. It names another host, or came through a proxy. Another
+/// site can point its own name at this machine (DNS rebinding), and a proxy forwards anyone's requests.
 pub(crate) fn reached_by_others(version: Version, headers: &HeaderMap, host: Option<&str>) -> Option<ErrorPage> {
     let refused = |title, why: String| {
         let message = format!(
-            "Without a password, these pages answer only to this machine. {why} Set web.password to open them to others."
+            "Without a password, these pages are available only on this machine. {why} Set web.password to allow other clients."
         );
         Some(ErrorPage::new(StatusCode::FORBIDDEN, title, message))
     };
     if !host.is_some_and(is_local) {
-        return refused("Host not allowed", "This request names another host than localhost.".to_owned());
+        return refused("Host not allowed", "The request's host is not localhost.".to_owned());
     }
-    let proxied = |sign: &str| refused("Proxy not allowed", format!("This request came through a proxy ({sign})."));
+    let proxied = |sign: &str| refused("Proxy not allowed", format!("The request came through a proxy ({sign})."));
     if let Some(name) = forwarding_header(headers) {
         return proxied(name);
     }
@@ -47,24 +47,24 @@ pub(crate) fn reached_by_others(version: Version, headers: &HeaderMap, host: Opt
     if version < Version::HTTP_11 {
         return proxied("HTTP/1.0");
     }
-    // The browser knows this site under another name than the host that arrived here, so a proxy has replaced it.
+    // The browser's name for this site is not the host that arrived here, so a proxy has replaced it.
     let is_elsewhere = |url: &str| {
         url.split_once("://").is_some_and(|(_, rest)| !is_local(rest.split(['/', '?', '#']).next().unwrap_or_default()))
     };
     if text(headers, "sec-fetch-site") == Some("same-origin")
         && ["origin", "referer"].iter().any(|name| text(headers, name).is_some_and(is_elsewhere))
     {
-        return proxied("its page has another name");
+        return proxied("the page has another host");
     }
     None
 }
 
-/// Whether a request that changes something comes from our own pages, or from a client that is no browser, judged by its headers
+/// Whether a request that changes something comes from our own pages or from a client other than a browser, by its headers
 /// `Sec-Fetch-Site`, `Origin` and `Host`.
 #[must_use]
 pub fn is_same_origin(fetch_site: Option<&str>, origin: Option<&str>, host: Option<&str>) -> bool {
     match (fetch_site, origin) {
-        // `none`: the person did it, not a page.
+        // `none`: the user initiated it, not a page.
         (Some(site), _) => matches!(site, "same-origin" | "none"),
         (None, Some(origin)) => host.is_some_and(|host| is_origin_of(origin, host, None)),
         (None, None) => true,
@@ -74,7 +74,7 @@ pub fn is_same_origin(fetch_site: Option<&str>, origin: Option<&str>, host: Opti
 /// Whether a `Host` names this machine, with or without a port.
 #[must_use]
 pub fn is_local(host: &str) -> bool {
-    // An IPv6 address in a `Host` stands in brackets.
+    // An IPv6 address in a `Host` is in brackets.
     is_this_machine(name_of(host)) && !host.starts_with(':')
 }
 
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn our_own_pages_may_send_forms() {
+    fn accepts_forms_from_our_own_pages() {
         let host = Some("localhost:8080");
         assert!(is_same_origin(Some("same-origin"), Some("http://localhost:8080"), host));
         assert!(is_same_origin(Some("none"), None, host));
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn other_sites_may_not() {
+    fn refuses_forms_from_other_sites() {
         let host = Some("localhost:8080");
         for site in ["cross-site", "same-site", "unreadable", ""] {
             assert!(!is_same_origin(Some(site), Some("http://localhost:8080"), host), "{site}");
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_is_no_browser_may() {
+    fn accepts_requests_of_other_clients_than_browsers() {
         assert!(is_same_origin(None, None, Some("localhost:8080")));
     }
 
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_password_signs_of_a_proxy_are_refused() {
+    fn refuses_proxied_requests_without_a_password() {
         let refused = |version, pairs: &[(&'static str, &str)], host| {
             let pair = |(name, value): &(&'static str, &str)| {
                 (HeaderName::from_static(name), HeaderValue::from_str(value).unwrap())
@@ -148,7 +148,7 @@ mod tests {
         ] {
             assert!(refused(Version::HTTP_11, pairs, local), "{pairs:?}");
         }
-        assert!(refused(Version::HTTP_10, &[], local), "nginx, unless it is told otherwise");
+        assert!(refused(Version::HTTP_10, &[], local), "nginx by default");
         assert!(refused(Version::HTTP_11, &[], Some("a.example")) && refused(Version::HTTP_11, &[], None));
     }
 }

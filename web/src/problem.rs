@@ -12,13 +12,13 @@ use serde::Serialize;
 use crate::error::ErrorPage;
 
 const MEDIA_TYPE: &str = "application/problem+json";
-/// The problem says no more than its status; `detail` is for people.
+/// No type beyond the status; `detail` is for people.
 const NO_TYPE: &str = "about:blank";
 
 #[derive(Serialize)]
 struct Problem<'a> {
     r#type: &'static str,
-    /// The status in words, as RFC 9457 wants it with `about:blank`.
+    /// The reason phrase, as RFC 9457 requires with `about:blank`.
     title: &'a str,
     status: u16,
     detail: &'a str,
@@ -29,14 +29,14 @@ pub(crate) async fn always(request: Request, next: Next) -> Response {
     as_problem(next.run(request).await)
 }
 
-/// Writes errors as problem details for a caller that accepts JSON and no HTML; otherwise they stay pages.
+/// Writes errors as problem details for a client that accepts JSON and no HTML; other clients get pages.
 pub(crate) async fn where_accepted(request: Request, next: Next) -> Response {
     let as_json = accepts_json_only(request.headers());
     let response = next.run(request).await;
     if as_json { as_problem(response) } else { response }
 }
 
-/// Status and headers stay as they are: some say what to do next (`WWW-Authenticate`, `Retry-After`, `Allow`).
+/// Keeps status and headers: some say what to do next (`WWW-Authenticate`, `Retry-After`, `Allow`).
 fn as_problem(mut response: Response) -> Response {
     let status = response.status();
     if !status.is_client_error() && !status.is_server_error() {
@@ -53,12 +53,12 @@ fn as_problem(mut response: Response) -> Response {
     response
 }
 
-/// The detail of an error that is the framework's: a path or a query that its extractors refuse.
+/// The detail of an error from axum: its extractors refused a path or a query.
 fn without_page(status: StatusCode) -> &'static str {
     if status.is_client_error() {
-        "The request can't be read. Check its path and its query."
+        "The request is malformed. Check its path and its query."
     } else {
-        "This is an error of ours. It is in the log."
+        "Internal error. Details are in the log."
     }
 }
 
@@ -97,20 +97,20 @@ mod tests {
             "type": "about:blank",
             "title": "Not Found",
             "status": 404,
-            "detail": "There is no run at this address. It may be mistyped; all runs are in the list.",
+            "detail": "There is no run at this address. Check it for typing errors, or choose a run from the list of runs.",
         });
         assert_eq!(read(problem).await, expected);
     }
 
     #[tokio::test]
-    async fn an_error_of_the_framework_becomes_a_problem() {
+    async fn an_axum_error_becomes_a_problem() {
         let problem = as_problem((StatusCode::BAD_REQUEST, "Failed to deserialize query string").into_response());
         assert_eq!(problem.headers()[header::CONTENT_TYPE], MEDIA_TYPE);
         assert_eq!(read(problem).await["status"], 400);
     }
 
     #[tokio::test]
-    async fn what_is_no_error_stays() {
+    async fn leaves_successful_responses_unchanged() {
         let answer = as_problem("ok".into_response());
         assert_eq!(answer.into_body().collect().await.unwrap().to_bytes(), "ok");
     }

@@ -1,4 +1,4 @@
-//! `/relay`: relays that are stopped because of refusals that nobody could explain, and the operator's answer.
+//! `/relay`: relays that the breaker has stopped, and the operator's answer.
 
 use askama::Template;
 use axum::{
@@ -44,11 +44,11 @@ pub(crate) async fn show(State(app): Shared) -> Result<Response, ErrorPage> {
     Ok(html(&RelayPage { stops: stops.into_iter().filter(|stop| stop.fault.is_none()).map(row).collect() }))
 }
 
-/// `POST /relay/{number}`, with the `fault`: `us` or `them`. One that is answered already is what was wished for.
+/// `POST /relay/{number}`, with the `fault`: `us` or `them`. A stop that is already answered is left unchanged.
 pub(crate) async fn answer(
     State(app): Shared,
     Path(number): Path<String>,
-    Form(fields, _room): Form,
+    Form(fields, _memory): Form,
 ) -> Result<Redirect, ErrorPage> {
     let fault = match fields.get("fault") {
         Some("us") => Some(Fault::Us),
@@ -58,12 +58,12 @@ pub(crate) async fn answer(
     if let (Ok(number), Some(fault)) = (number.parse(), fault) {
         let answered = relay_stops::answer(&mut *app.pool.acquire().await?, Some(number), fault).await?;
         app.outbox.notify_one();
-        info!(number, ?fault, answered, "the refusals of a stopped relay are explained");
+        info!(number, ?fault, answered, "relay stop answered");
     }
     Ok(Redirect::to("/relay"))
 }
 
-/// `GET` on the same address: somebody loads it again after a login or from the history.
+/// `GET` on the same address, after a login or from the browser's history.
 pub(crate) async fn back() -> Redirect {
     Redirect::to("/relay")
 }

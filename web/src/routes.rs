@@ -1,5 +1,5 @@
-//! Which routes exist: one table for each router, with the layers that its routes share. A route is closed unless it stands in a
-//! public table.
+//! The routes: one table for each router, with the layers that its routes share. A route is closed unless it is in a public
+//! table.
 
 use std::sync::Arc;
 
@@ -21,12 +21,12 @@ struct Table {
     routes: Routes,
 }
 
-/// All of them. A request that none of them is for meets the layers of a closed route, then *Page not found*.
+/// All tables. A request without a route passes the layers of a closed route and gets *Page not found*.
 fn tables() -> [Table; 7] {
     [public(), public_hooks(), pages(), slow_pages(), uploads(), json(), json_uploads()]
 }
 
-/// Open to anyone: health checks, the files of the pages, and the links in mails, whose path is a secret.
+/// Open to anyone: health checks, static files, and the links in mails, whose path is a secret.
 fn public() -> Table {
     Table {
         layers: Layers { access: Access::Public, ..Layers::CLOSED },
@@ -35,20 +35,20 @@ fn public() -> Table {
             ("/livez", get(health::live)),
             ("/readyz", get(health::ready)),
             ("/static/{name}", get(assets::show)),
-            // With what a mail program took for a part of the link.
+            // Including characters that a mail program mistook for part of the link.
             ("/u/{*token}", get(unsubscribe::show).post(unsubscribe::unsubscribe)),
-            // A link that was cut off. Its recipient has no password.
+            // A truncated link. Its recipient has no password.
             ("/u", any(error::not_found)),
             ("/u/", any(error::not_found)),
         ],
     }
 }
 
-/// Open to anyone; the handler checks the key, and how long and how large a report may be.
+/// Open to anyone; the handler checks the key, and limits time and size.
 fn public_hooks() -> Table {
     Table {
         layers: Layers { access: Access::Public, limits: Limits::Slow, ..Layers::CLOSED },
-        // Every method: without a key there is no such page.
+        // All methods, because without a key every method is Not Found.
         routes: vec![("/hooks/bounces", any(hooks::bounces))],
     }
 }
@@ -61,7 +61,7 @@ fn pages() -> Table {
             ("/runs", get(runs::show)),
             ("/runs/{id}", get(results::show)),
             ("/runs/{id}/actions", get(results::actions)),
-            ("/runs/{id}/troubles", get(results::troubles)),
+            ("/runs/{id}/troubles", get(results::failures)),
             ("/runs/{id}/retry", post(actions::retry).get(actions::back_to_run)),
             ("/runs/{id}/pause", post(actions::pause).get(actions::back_to_run)),
             ("/runs/{id}/resume", post(actions::resume).get(actions::back_to_run)),
@@ -77,7 +77,7 @@ fn pages() -> Table {
     }
 }
 
-/// Pages whose work takes longer than a page may.
+/// Pages whose work takes longer than a page's time limit.
 fn slow_pages() -> Table {
     Table {
         layers: Layers { limits: Limits::Slow, ..Layers::CLOSED },
@@ -117,7 +117,7 @@ impl Table {
     }
 }
 
-/// Everything that is served. Only tables add routes: one that is added here would have no layers.
+/// The complete router. Only tables add routes: a route added here would have no layers.
 pub(crate) fn router(app: Arc<App>) -> Router {
     let unmatched = Layers { errors: Errors::AsAccepted, ..Layers::CLOSED };
     let unmatched = unmatched.around(Router::new().fallback(error::not_found), &app);
@@ -149,17 +149,16 @@ mod tests {
 
     const PASSWORD: &str = "correct horse";
     const SECRET: &str = "s3cr3ttoken";
-    /// An id that no run has.
+    /// An id without a run.
     const ID: &str = "00000000-0000-4000-8000-000000000007";
 
-    /// The pages, without a database that answers.
+    /// The routes, with an unreachable database.
     fn pages_with(password: Option<&str>) -> Router {
         let mut config = Config::default();
         config.web.password = password.map(Into::into);
         config.web.hook_key = Some("0123456789abcdef".into());
         config.web.max_body_bytes = 100;
         config.database.url = "postgres://mailrun@127.0.0.1:1/mailrun".into();
-        config.database.acquire_timeout_ms = 50;
         let pool = mailrun_ledger::open(&config.database, "test").unwrap();
         router(Arc::new(App::new(config, pool.clone(), pool, Health::default(), Arc::new(Notify::new()), None)))
     }
@@ -177,7 +176,7 @@ mod tests {
         pages.clone().oneshot(request).await.unwrap()
     }
 
-    /// A path that this route matches, with `value` for each of its parameters.
+    /// A path that matches this route, with `value` for each parameter.
     fn filled(route: &str, value: &str) -> String {
         let part = |part| if str::starts_with(part, '{') { value } else { part };
         route.split('/').map(part).collect::<Vec<_>>().join("/")
@@ -228,7 +227,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_answer_has_the_headers_that_protect_a_page() {
+    async fn every_response_has_the_security_headers() {
         let pages = pages_with(Some(PASSWORD));
         let paths = tables().into_iter().flat_map(|table| table.routes).map(|(route, _)| filled(route, ID));
         for path in paths.chain(["/nothing".to_owned()]) {
@@ -285,7 +284,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_address_without_a_route_answers_in_the_form_that_the_caller_accepts() {
+    async fn a_missing_route_answers_in_the_accepted_format() {
         let pages = pages_with(Some(PASSWORD));
         for path in ["/nothing", "/runs/x/progress/"] {
             let ask = |request: axum::http::request::Builder, accept| {
@@ -302,7 +301,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn short_forms_are_short_and_uploads_may_be_larger() {
+    async fn only_uploads_may_exceed_the_short_form_limit() {
         let pages = pages_with(Some(PASSWORD));
         for table in closed() {
             let larger = table.layers.limits == Limits::Upload;
@@ -324,7 +323,6 @@ mod tests {
         }
     }
 
-    /// What is logged.
     #[derive(Clone, Default)]
     struct Log(Arc<Mutex<Vec<u8>>>);
 
@@ -365,7 +363,7 @@ mod tests {
         for (path, method) in paths.chain(mistyped).flat_map(|path| methods().map(|method| (path.clone(), method))) {
             let path = format!("{path}{}key={SECRET}", if path.contains('?') { "&" } else { "?" });
             let mut request = request(&method, &path);
-            // Elsewhere, a wrong password is answered late.
+            // On other routes, a wrong password delays the answer.
             if path.starts_with("/hooks/") {
                 request = request.header(header::AUTHORIZATION, format!("Bearer {SECRET}"));
             }

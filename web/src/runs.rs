@@ -18,10 +18,10 @@ use crate::{
     view::{self, Moment},
 };
 
-/// Runs on one page.
+/// Runs per page.
 const PAGE: usize = 25;
 
-/// PostgreSQL's calendar is shorter than ours.
+/// PostgreSQL's range of years is smaller than chrono's.
 const KNOWN_YEARS: RangeInclusive<i32> = 1..=9999;
 
 /// A run in a list.
@@ -55,7 +55,6 @@ struct RunsPage {
     before: Option<String>,
 }
 
-/// The page that is asked for.
 #[derive(Deserialize)]
 pub(crate) struct Paging {
     before: Option<String>,
@@ -63,10 +62,10 @@ pub(crate) struct Paging {
 
 /// `GET /runs`
 pub(crate) async fn show(State(app): Shared, Query(paging): Query<Paging>) -> Result<Response, ErrorPage> {
-    // An address that was tampered with shows the newest.
+    // A malformed value shows the newest runs.
     let before: Option<DateTime<Utc>> = paging.before.and_then(|before| before.parse().ok());
     let before = before.filter(|before| KNOWN_YEARS.contains(&before.year()));
-    // One more than is shown tells whether there is another page.
+    // One more than is shown, to know whether there is another page.
     let mut list = runs::list(&app.pool, before, PAGE as i64 + 1).await?;
     let more = list.len() > PAGE;
     list.truncate(PAGE);

@@ -1,4 +1,4 @@
-//! `/suppressions`: the addresses that nobody writes to any more, and putting one on the list or taking it off.
+//! `/suppressions`: the suppression list, with adding and removing addresses.
 
 use std::borrow::Cow;
 
@@ -29,7 +29,7 @@ use crate::{
     view::{self, Moment},
 };
 
-/// Addresses on one page.
+/// Addresses per page.
 const PAGE: usize = 50;
 #[derive(Template)]
 #[template(path = "suppressions.html")]
@@ -40,12 +40,12 @@ struct SuppressionsPage {
     older: bool,
     /// Where the next page begins.
     before: Option<i64>,
-    /// What was just done.
+    /// The result of the last action.
     notice: Option<&'static str>,
-    /// What was typed, if it was refused.
+    /// The refused input.
     typed: String,
     problem: Option<String>,
-    /// Runs whose suppressions are held.
+    /// Runs whose suppressions are held for review.
     held: Vec<Held>,
 }
 
@@ -64,39 +64,41 @@ struct Row {
     since: Moment,
 }
 
-/// What the address says.
+/// The query of `GET /suppressions`.
 #[derive(Debug, Default, Deserialize)]
-pub(crate) struct Wish {
-    /// Those that are older than the one with this number.
+pub(crate) struct ListQuery {
+    /// Entries older than the one with this number.
     before: Option<String>,
-    /// What was just done.
+    /// The last action.
     done: Option<String>,
 }
 
-impl Wish {
+impl ListQuery {
     fn notice(&self) -> Option<&'static str> {
         Some(match self.done.as_deref()? {
-            "added" => "Added. Nobody writes to it any more, not even in runs that are under way.",
-            "known" => "It is on the list already, with the reason it has there.",
-            "erased" => "Erased. What workers are sending at this moment goes out, and nothing more is sent there.",
-            "removed" => "Taken off the list. It can be invited again.",
-            "since" => "Taken off the list. These addresses can be invited again.",
-            "no-moment" => "Enter since when: for instance 2026-11-28T14:30, or 2h.",
+            "added" => "Added. It receives no more mail, including from runs in progress.",
+            "known" => "Already on the list. Its reason was not changed.",
+            "erased" => {
+                "Erased. Mails being sent at this moment are still delivered; no more are sent to this address."
+            }
+            "removed" => "Removed from the list. The address can be invited again.",
+            "since" => "Removed from the list. These addresses can be invited again.",
+            "no-moment" => "Enter a time in Since, for example 2026-11-28T14:30 or 2h.",
             "accepted" => "Suppressed. These addresses receive no more mail.",
-            "rejected" => "Not suppressed. These addresses receive mail.",
+            "rejected" => "Not suppressed. These addresses can receive mail.",
             _ => return None,
         })
     }
 }
 
 /// `GET /suppressions`
-pub(crate) async fn show(State(app): Shared, Query(wish): Query<Wish>) -> Result<Response, ErrorPage> {
-    let before = wish.before.as_ref().and_then(|before| before.parse().ok());
-    Ok(html(&page(&app, before, wish.notice()).await?))
+pub(crate) async fn show(State(app): Shared, Query(query): Query<ListQuery>) -> Result<Response, ErrorPage> {
+    let before = query.before.as_ref().and_then(|before| before.parse().ok());
+    Ok(html(&page(&app, before, query.notice()).await?))
 }
 
 async fn page(app: &App, before: Option<i64>, notice: Option<&'static str>) -> sqlx::Result<SuppressionsPage> {
-    // One more than is shown tells whether there is another page.
+    // One more than is shown, to know whether there is another page.
     let mut list = suppressions::list(&app.pool, before, PAGE as i64 + 1).await?;
     let more = list.len() > PAGE;
     list.truncate(PAGE);
@@ -137,21 +139,21 @@ fn why(reason: Stored<Reason>) -> Cow<'static, str> {
     };
     match reason {
         Reason::Unsubscribed => "Unsubscribed",
-        Reason::Complained => "Called a mail spam",
+        Reason::Complained => "Reported spam",
         Reason::Bounced => "Does not exist",
-        Reason::Asked => "Added by hand",
+        Reason::Asked => "Added manually",
     }
     .into()
 }
 
 /// `POST /suppressions`, with the `email` to add.
-pub(crate) async fn add(State(app): Shared, Form(mut fields, _room): Form) -> Result<Response, ErrorPage> {
+pub(crate) async fn add(State(app): Shared, Form(mut fields, _memory): Form) -> Result<Response, ErrorPage> {
     let typed = fields.take("email").unwrap_or_default();
     let email = match typed.parse() {
         Ok(Address { email, .. }) => email,
         Err(Invalid { reason, .. }) => {
             let problem = match typed.trim() {
-                "" => "Enter the address that nobody shall write to.".to_owned(),
+                "" => "Enter an address.".to_owned(),
                 _ => format!("This {reason}."),
             };
             let page = SuppressionsPage { typed, problem: Some(problem), ..page(&app, None, None).await? };
@@ -159,26 +161,26 @@ pub(crate) async fn add(State(app): Shared, Form(mut fields, _room): Form) -> Re
         }
     };
     let new = suppressions::suppress(&mut *app.pool.acquire().await?, &email, Reason::Asked, None).await?;
-    info!(new, "an address is put on the list of suppressions");
+    info!(new, "address suppressed");
     Ok(Redirect::to(if new { "/suppressions?done=added" } else { "/suppressions?done=known" }).into_response())
 }
 
-/// `POST /suppressions/{number}/remove`. One that is gone already is what was wished for.
+/// `POST /suppressions/{number}/remove`. A missing entry is not an error.
 pub(crate) async fn remove(State(app): Shared, Path(number): Path<String>) -> Result<Redirect, ErrorPage> {
     if let Ok(number) = number.parse() {
         let removed = suppressions::remove_number(&mut *app.pool.acquire().await?, number).await?;
-        info!(number, removed, "an address is taken off the list of suppressions");
+        info!(number, removed, "suppression removed");
     }
     Ok(Redirect::to("/suppressions?done=removed"))
 }
 
-/// `POST /suppressions/remove`, with a `reason` and `since`: takes off what was suppressed for that reason since then.
-pub(crate) async fn remove_since(State(app): Shared, Form(fields, _room): Form) -> Result<Redirect, ErrorPage> {
+/// `POST /suppressions/remove`, with a `reason` and `since`: removes what was suppressed for that reason since then.
+pub(crate) async fn remove_since(State(app): Shared, Form(fields, _memory): Form) -> Result<Redirect, ErrorPage> {
     let reason = fields.get("reason").and_then(|reason| reason.parse::<Reason>().ok());
     let since = fields.get("since").and_then(|since| since::parse(since, Utc::now()));
     let (Some(reason), Some(since)) = (reason, since) else { return Ok(Redirect::to("/suppressions?done=no-moment")) };
     let removed = suppressions::remove_since(&mut *app.pool.acquire().await?, reason, since).await?;
-    info!(?reason, %since, removed, "addresses are taken off the list of suppressions");
+    info!(?reason, %since, removed, "suppressions removed");
     Ok(Redirect::to("/suppressions?done=since"))
 }
 
@@ -186,7 +188,7 @@ pub(crate) async fn remove_since(State(app): Shared, Form(fields, _room): Form) 
 pub(crate) async fn decide(
     State(app): Shared,
     Path(run_id): Path<String>,
-    Form(fields, _room): Form,
+    Form(fields, _memory): Form,
 ) -> Result<Redirect, ErrorPage> {
     let accepted = match fields.get("decision") {
         Some("accept") => true,
@@ -195,12 +197,12 @@ pub(crate) async fn decide(
     };
     if let Ok(run_id) = run_id.parse() {
         let decided = held_suppressions::decide(&mut *app.pool.acquire().await?, run_id, accepted).await?;
-        info!(%run_id, accepted, ?decided, "held suppressions are decided");
+        info!(%run_id, accepted, ?decided, "held suppressions decided");
     }
     Ok(Redirect::to(if accepted { "/suppressions?done=accepted" } else { "/suppressions?done=rejected" }))
 }
 
-/// `GET` on the same address: somebody loads it again after a login or from the history.
+/// `GET` on the same address, after a login or from the browser's history.
 pub(crate) async fn back_to_list() -> Redirect {
     Redirect::to("/suppressions")
 }

@@ -1,4 +1,4 @@
-//! `POST /tests` and `GET /tests/{id}`: one mail to look at, and what became of it.
+//! `POST /tests` and `GET /tests/{id}`: test sends and their results.
 
 use askama::Template;
 use axum::{
@@ -29,7 +29,7 @@ use crate::{
 struct TestPage {
     test_id: Uuid,
     test: TestSend,
-    /// Whether no mail leaves this machine.
+    /// Whether the mailer is simulated.
     simulated: bool,
 }
 
@@ -40,12 +40,12 @@ impl TestPage {
 }
 
 /// `POST /tests`: the form's second button.
-pub(crate) async fn ask(State(app): Shared, Form(mut fields, _room): Form) -> Result<Response, ErrorPage> {
+pub(crate) async fn ask(State(app): Shared, Form(mut fields, _memory): Form) -> Result<Response, ErrorPage> {
     let typed = Typed::take(&app, &mut fields);
     let text = text::check_aside(&typed.subject, &typed.body).await;
     let to = match typed.test_email.parse() {
         Ok(Address { email, .. }) => Ok(email),
-        Err(_) if typed.test_email.trim().is_empty() => Err("Enter the address that the test goes to.".to_owned()),
+        Err(_) if typed.test_email.trim().is_empty() => Err("Enter the address for the test.".to_owned()),
         Err(Invalid { reason, .. }) => Err(format!("This {reason}.")),
     };
     let to = match to {
@@ -56,7 +56,7 @@ pub(crate) async fn ask(State(app): Shared, Form(mut fields, _room): Form) -> Re
     match in_time(app.answer_timeout, test_sends::ask(&app.pool, test)).await? {
         Asked::Accepted(test_id) => {
             app.outbox.notify_one();
-            info!(%test_id, "a test is accepted");
+            info!(%test_id, "test accepted");
             Ok(Redirect::to(&format!("/tests/{test_id}")).into_response())
         }
         Asked::Suppressed(reason) => {
@@ -67,7 +67,7 @@ pub(crate) async fn ask(State(app): Shared, Form(mut fields, _room): Form) -> Re
 }
 
 fn suppressed(reason: &Stored<Reason>) -> String {
-    format!("Nobody writes to this address any more: it {}.", Reason::words_of(reason))
+    format!("This address is on the suppression list: it {}.", Reason::words_of(reason))
 }
 
 /// `GET /tests/{id}`
@@ -80,7 +80,7 @@ pub(crate) async fn show(State(app): Shared, Path(id): Path<String>) -> Result<R
         ErrorPage::new(
             StatusCode::NOT_FOUND,
             "No such test",
-            "There is no test at this address. It may be mistyped; and tests are deleted after a day.",
+            "There is no test at this address. Check it for typing errors. Tests are deleted after a day.",
         )
     })?;
     test.email = shown(&test.email).into_owned();

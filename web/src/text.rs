@@ -1,22 +1,22 @@
-//! What an invitation says, as it was typed: checked before anything is written.
+//! Checks the text of an invitation before anything is written.
 
 use std::{fmt::Display, panic::resume_unwind};
 
 use mailrun_core::template::Template;
 use tokio::task::spawn_blocking;
 
-/// Longer subjects are cut by every mail program.
+/// Mail programs truncate longer subjects.
 const MAX_SUBJECT_CHARS: usize = 200;
-/// Some mail programs cut a longer mail off.
+/// Some mail programs truncate longer mails.
 const MAX_BODY_BYTES: usize = 100_000;
 /// Checking a longer text takes milliseconds.
 const LONG_BODY_BYTES: usize = 16 * 1024;
 
-/// Said of a text that some program could not decode on its way here.
+/// The message for a text that was decoded wrongly before it arrived here.
 const UNDECODABLE: &str =
-    "It has characters that could not be decoded (\u{fffd}). Replace them with what they should be.";
+    "The text contains characters that could not be decoded (\u{fffd}). Replace them with the correct ones.";
 
-/// What is wrong, beside the field that it is wrong in.
+/// The errors beside each field.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct TextProblems {
     pub(crate) subject: Option<String>,
@@ -29,12 +29,12 @@ impl TextProblems {
     }
 }
 
-/// Forms carry two characters for each end of a line.
+/// Normalises line ends: forms submit CRLF.
 pub(crate) fn with_plain_line_ends(text: &str) -> String {
     text.replace("\r\n", "\n").replace('\r', "\n")
 }
 
-/// The same as [`check`], beside the runtime if the text is long: it is rendered several times.
+/// The same as [`check`], off the runtime if the text is long, because it is rendered several times.
 pub(crate) async fn check_aside(subject: &str, body: &str) -> TextProblems {
     if body.len() <= LONG_BODY_BYTES {
         return check(subject, body);
@@ -46,17 +46,17 @@ pub(crate) async fn check_aside(subject: &str, body: &str) -> TextProblems {
     }
 }
 
-/// Checks a subject and a text, with their placeholders.
+/// Checks a subject and a text with their placeholders.
 pub(crate) fn check(subject: &str, body: &str) -> TextProblems {
     TextProblems { subject: check_subject(subject), body: check_body(body) }
 }
 
 fn check_subject(subject: &str) -> Option<String> {
     if subject.trim().is_empty() {
-        return Some("Write a subject: without one, hardly anybody opens a mail.".to_owned());
+        return Some("Enter a subject.".to_owned());
     }
     if subject.chars().any(char::is_control) {
-        return Some("The subject is one line, without control characters.".to_owned());
+        return Some("The subject must be one line without control characters.".to_owned());
     }
     if subject.contains(char::REPLACEMENT_CHARACTER) {
         return Some(UNDECODABLE.to_owned());
@@ -64,17 +64,17 @@ fn check_subject(subject: &str) -> Option<String> {
     if subject.chars().count() > MAX_SUBJECT_CHARS {
         return Some(format!("The subject is too long: at most {MAX_SUBJECT_CHARS} characters."));
     }
-    // With a text that has nothing wrong, so that what is found is the subject's.
+    // The text is valid, so an error is the subject's.
     Template::new(subject, "-").err().map(sentence)
 }
 
 fn check_body(body: &str) -> Option<String> {
     if body.trim().is_empty() {
-        return Some("Write a message.".to_owned());
+        return Some("Enter a message.".to_owned());
     }
-    // PostgreSQL keeps no text with it.
+    // PostgreSQL cannot store it.
     if body.contains('\0') {
-        return Some("The message has a character in it that is no text (NUL).".to_owned());
+        return Some("The message contains a NUL character. Remove it.".to_owned());
     }
     if body.contains(char::REPLACEMENT_CHARACTER) {
         return Some(UNDECODABLE.to_owned());
@@ -85,7 +85,7 @@ fn check_body(body: &str) -> Option<String> {
     Template::new("-", body).err().map(sentence)
 }
 
-/// Errors are parts of sentences.
+/// Turns an error text into a sentence.
 fn sentence(error: impl Display) -> String {
     let text = error.to_string();
     let mut characters = text.chars();
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_field_has_its_own_problem() {
+    fn reports_errors_for_each_field() {
         assert!(check("Hello", "Come!").is_empty());
         let both = check(" ", "\n");
         assert!(both.subject.is_some() && both.body.is_some());
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn a_placeholder_is_wrong_in_its_own_field() {
+    fn reports_a_wrong_placeholder_in_its_field() {
         assert!(check("{{ name | default(\"friend\") }}", "{{ email }} {{ unsubscribe_url }}").is_empty());
         let wrong = check("Hello {{ nmae }}", "Come!");
         assert_eq!(wrong.body, None);
@@ -130,13 +130,13 @@ mod tests {
     }
 
     #[test]
-    fn lines_end_in_one_way() {
+    fn normalises_line_ends() {
         assert_eq!(with_plain_line_ends("a\r\nb\rc\n"), "a\nb\nc\n");
     }
 
     proptest::proptest! {
         #[test]
-        fn any_text_is_taken_or_explained(subject in "[\\s\\S]{0,30}", body in "([\\s\\S]|\\{\\{|\\}\\}|\\{% if |%\\}|name){0,30}") {
+        fn any_text_is_accepted_or_explained(subject in "[\\s\\S]{0,30}", body in "([\\s\\S]|\\{\\{|\\}\\}|\\{% if |%\\}|name){0,30}") {
             let TextProblems { subject: about_subject, body: about_body } = check(&subject, &with_plain_line_ends(&body));
             proptest::prop_assert!(about_subject.is_some() || !subject.contains(char::is_control));
             proptest::prop_assert!(about_body.is_some() || !body.contains('\0'));

@@ -1,7 +1,7 @@
-//! `/u/{token}`: the link in every mail with which its recipient says that this is enough (RFC 8058).
+//! `/u/{token}`: one-click unsubscribe URL (RFC 8058).
 //!
-//! Mail providers and link scanners come by as well. So `GET` only asks; `POST` is the answer, of the page's button or of a
-//! mail program's own, and whatever its body says.
+//! Mail providers and link scanners also open it. `GET` therefore only asks; `POST` unsubscribes, from the page's button or from
+//! a mail program, regardless of its body.
 
 use askama::Template;
 use axum::{
@@ -30,19 +30,19 @@ struct Page {
     answer: Answer,
 }
 
-/// What the link's holder is told. An address is masked: a link may be passed on.
+/// What the page shows. The address is masked, because a link may be passed on.
 enum Answer {
-    /// Press the button.
+    /// Show the button.
     Ask(String),
-    /// It is done.
+    /// Unsubscribed now.
     Done(String),
-    /// It was done before, or was not called for.
+    /// Suppressed before.
     Before(String),
-    /// The link came with a test.
+    /// The link belongs to a test send.
     Test,
-    /// The invitation is deleted, and with it the knowledge of whom it went to.
+    /// The invitation is deleted, so its recipient is not known.
     Gone,
-    /// The link is not one of ours.
+    /// The link is not valid.
     NoSuchLink,
 }
 
@@ -80,7 +80,7 @@ pub(crate) async fn unsubscribe(State(app): Shared, Path(token): Path<String>) -
             match suppressions::suppress_item(&mut conn, run_id, item_id, Reason::Unsubscribed).await? {
                 None => Answer::Gone,
                 Some(invited) => {
-                    info!(item_id, before = invited.suppressed.is_some(), "somebody has unsubscribed");
+                    info!(item_id, before = invited.suppressed.is_some(), "recipient unsubscribed");
                     Answer::Done(masked(&invited.email))
                 }
             }
@@ -89,20 +89,20 @@ pub(crate) async fn unsubscribe(State(app): Shared, Path(token): Path<String>) -
     Ok(answer.into_response())
 }
 
-/// The invitation that a link belongs to.
+/// The invitation that a link identifies.
 struct Target {
-    /// None: the link was made by an earlier version, and names the item only.
+    /// None: an earlier version created the link, which identifies only the item.
     run_id: Option<Uuid>,
     item_id: i64,
 }
 
-/// What a link is for, or what is to be answered at once.
+/// The link's target, or the final answer.
 async fn target(app: &App, conn: &mut PgConnection, token: &str) -> sqlx::Result<Result<Target, Answer>> {
     Ok(match ids(app).await?.links.read(token) {
         None => Err(Answer::NoSuchLink),
         Some(Token::Test) => Err(Answer::Test),
         Some(Token::Item(named)) => Ok(Target { run_id: Some(named.run_id), item_id: named.item_id }),
-        // The number may be another person's by now.
+        // After a restore, the number may belong to another person.
         Some(Token::Former(_)) if signing::was_restored(conn).await? => Err(Answer::Gone),
         Some(Token::Former(item_id)) => Ok(Target { run_id: None, item_id }),
     })
@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_masked_but_recognised_by_its_owner() {
+    fn masks_an_address_recognisably() {
         assert_eq!(masked("ann.lee@example.org"), "a…@example.org");
         assert_eq!(masked("ärgernis@пример.рф"), "ä…@пример.рф");
         assert_eq!(masked("ann@xn--bcher-kva.example"), "a…@bücher.example");

@@ -1,12 +1,15 @@
-//! How counts, times and progress are put into words and widths. Pure functions.
+//! Formats counts, times and progress. Pure functions.
 
 use std::borrow::Cow;
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
-use mailrun_core::run::{Counters, Phase};
+use mailrun_core::{
+    item::ItemState,
+    run::{Counters, Phase},
+};
 use mailrun_ledger::runs::Progress;
 
-/// A segment of the bar that is not empty is at least this wide, in percent: one failure among a million is seen.
+/// The minimum width of a segment that is not empty, in percent, so that one failure among a million is visible.
 const LEAST_PERCENT: f64 = 2.0;
 
 /// `1,000`
@@ -29,34 +32,59 @@ pub(crate) fn counted(number: i32, one: &str, many: &str) -> String {
     if number == 1 { format!("1 {one}") } else { format!("{} {many}", grouped(number)) }
 }
 
+/// The states in the order in which pages show them.
+pub(crate) const SHOWN: [ItemState; ItemState::ALL.len()] = [
+    ItemState::Sent,
+    ItemState::Retrying,
+    ItemState::Failed,
+    ItemState::Unknown,
+    ItemState::Cancelled,
+    ItemState::Skipped,
+    ItemState::Pending,
+];
+/// The segments of the bar, from the left. What is in none of them is still to be done.
+const SEGMENTS: [&[ItemState]; 5] = [
+    &[ItemState::Sent],
+    &[ItemState::Retrying],
+    &[ItemState::Failed],
+    &[ItemState::Unknown],
+    &[ItemState::Cancelled, ItemState::Skipped],
+];
+
+/// What pages call a state.
+pub(crate) fn word(state: ItemState) -> &'static str {
+    match state {
+        ItemState::Sent => "successful",
+        ItemState::Pending => "to go",
+        other => other.name(),
+    }
+}
+
 /// `990 successful, 10 failed of 1,000`
 pub(crate) fn progress_text(counters: &Counters) -> String {
-    let mut text = format!("{} successful", grouped(counters.sent));
-    for (number, what) in [
-        (counters.failed, "failed"),
-        (counters.retrying, "retrying"),
-        (counters.unknown, "unknown"),
-        (counters.cancelled, "cancelled"),
-        (counters.skipped, "skipped"),
-    ] {
+    let mut text = format!("{} {}", grouped(counters.of(ItemState::Sent)), word(ItemState::Sent));
+    for state in [ItemState::Failed, ItemState::Retrying, ItemState::Unknown, ItemState::Cancelled, ItemState::Skipped]
+    {
+        let number = counters.of(state);
         if number > 0 {
-            text.push_str(&format!(", {} {what}", grouped(number)));
+            text.push_str(&format!(", {} {}", grouped(number), word(state)));
         }
     }
     text.push_str(&format!(" of {}", grouped(counters.total)));
     text
 }
 
-/// How much is settled, in whole percent; 100 means everything.
+/// Settled items in whole percent, rounded down: 100 only if all are settled.
 pub(crate) fn percent(counters: &Counters) -> i64 {
     if counters.total == 0 { 100 } else { i64::from(counters.settled()) * 100 / i64::from(counters.total) }
 }
 
-/// The right edges of the bar's segments, in percent: sent, retrying, failed, unknown, and what will not be sent
-/// (cancelled or skipped). What is left over is still to be done.
+/// The right edges of the bar's segments, in percent: sent, retrying, failed, unknown, and not to be sent (cancelled or skipped).
+/// The rest is pending.
 pub(crate) fn edges(counters: &Counters) -> [f64; 5] {
-    let withheld = counters.cancelled + counters.skipped;
-    let counts = [counters.sent, counters.retrying, counters.failed, counters.unknown, withheld, counters.pending];
+    let segments = SEGMENTS.map(|states| states.iter().map(|state| counters.of(*state)).sum::<i32>());
+    let [sent, retrying, failed, unknown, withheld] = segments;
+    let counts = [sent, retrying, failed, unknown, withheld, counters.total - segments.iter().sum::<i32>()];
     let total = f64::from(counters.total.max(1));
     let mut shares = counts.map(|count| f64::from(count) * 100.0 / total);
     let mut borrowed = 0.0;
@@ -66,7 +94,7 @@ pub(crate) fn edges(counters: &Counters) -> [f64; 5] {
             *share = LEAST_PERCENT;
         }
     }
-    // Six shares make up 100, so the largest has more than the other five can borrow.
+    // Six shares sum to 100, so the largest has more than the other five can borrow.
     if let Some(largest) = shares.iter_mut().max_by(|a, b| a.total_cmp(b)) {
         *largest -= borrowed;
     }
@@ -103,7 +131,7 @@ pub fn rate(per_second: f64) -> String {
     }
 }
 
-/// How long `open` items take at this rate, roughly. None: nothing moves.
+/// A rough estimate for `open` items at this rate. None: no progress.
 pub(crate) fn time_left(open: i32, per_second: f64) -> Option<String> {
     if open <= 0 || per_second <= 0.0 {
         return None;
@@ -133,11 +161,9 @@ fn plural(number: i64, what: &str) -> String {
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }
 
-/// A moment, for people and for `<time datetime>`.
+/// A time, for people and for `<time datetime>`.
 pub(crate) struct Moment {
-    /// For machines.
     pub(crate) iso: String,
-    /// For people.
     pub(crate) text: String,
     /// Relative to now.
     pub(crate) ago: String,
@@ -153,7 +179,7 @@ impl Moment {
     }
 }
 
-/// What a run is doing: its phase's name, or the word of a later version, which wants something else of it.
+/// The phase's name, or a wanted state of a later version.
 pub(crate) fn state(progress: &Progress) -> Cow<'static, str> {
     progress.later.clone().map_or_else(|| phase(progress.phase()).into(), Cow::Owned)
 }
@@ -174,12 +200,18 @@ mod tests {
     use super::*;
 
     fn counters(sent: i32, retrying: i32, failed: i32, unknown: i32, cancelled: i32, pending: i32) -> Counters {
-        let total = sent + retrying + failed + unknown + cancelled + pending;
-        Counters { total, pending, retrying, cancelled, skipped: 0, unknown, failed, sent }
+        Counters::of_items(&[
+            (ItemState::Sent, sent),
+            (ItemState::Retrying, retrying),
+            (ItemState::Failed, failed),
+            (ItemState::Unknown, unknown),
+            (ItemState::Cancelled, cancelled),
+            (ItemState::Pending, pending),
+        ])
     }
 
     #[test]
-    fn numbers_are_grouped() {
+    fn groups_digits() {
         let texts = [0, 7, 999, 1_000, 12_345, 1_000_000, -1_234].map(|number: i64| grouped(number));
         assert_eq!(texts, ["0", "7", "999", "1,000", "12,345", "1,000,000", "-1,234"]);
         assert_eq!(
@@ -189,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_is_told_in_one_form() {
+    fn formats_progress() {
         assert_eq!(progress_text(&counters(990, 0, 10, 0, 0, 0)), "990 successful, 10 failed of 1,000");
         assert_eq!(progress_text(&counters(1_000, 0, 0, 0, 0, 0)), "1,000 successful of 1,000");
         assert_eq!(progress_text(&counters(0, 0, 0, 0, 0, 5)), "0 successful of 5");
@@ -197,12 +229,12 @@ mod tests {
             progress_text(&counters(80, 3, 10, 2, 5, 900)),
             "80 successful, 10 failed, 3 retrying, 2 unknown, 5 cancelled of 1,000"
         );
-        let skipped = Counters { skipped: 3, total: 993, ..counters(990, 0, 0, 0, 0, 0) };
+        let skipped = Counters::of_items(&[(ItemState::Sent, 990), (ItemState::Skipped, 3)]);
         assert_eq!(progress_text(&skipped), "990 successful, 3 skipped of 993");
     }
 
     #[test]
-    fn a_hundred_percent_means_everything() {
+    fn a_hundred_percent_means_all_settled() {
         assert_eq!(percent(&counters(999_999, 0, 0, 0, 0, 1)), 99);
         assert_eq!(percent(&counters(990, 0, 10, 0, 0, 0)), 100);
         assert_eq!(percent(&counters(0, 0, 0, 0, 0, 0)), 100);
@@ -216,16 +248,16 @@ mod tests {
     }
 
     #[test]
-    fn one_among_a_million_is_seen() {
+    fn one_among_a_million_is_visible() {
         assert_eq!(edges(&counters(999_999, 0, 1, 0, 0, 0)), [98.0, 98.0, 100.0, 100.0, 100.0]);
         let all = edges(&counters(1, 1, 1, 1, 1, 1_000_000));
         assert_eq!(all, [2.0, 4.0, 6.0, 8.0, 10.0]);
-        // The last one that is still to be done keeps the bar from looking full.
+        // One pending item keeps the bar from looking full.
         assert_eq!(edges(&counters(999_999, 0, 0, 0, 0, 1)), [98.0; 5]);
     }
 
     #[test]
-    fn durations_are_as_exact_as_they_are_short() {
+    fn short_durations_are_more_exact() {
         let texts = [0, 3_456, 9_999, 42_000, 185_000, 7_380_000, 100 * 3_600_000]
             .map(|ms| duration(TimeDelta::milliseconds(ms)));
         assert_eq!(texts, ["0.0 s", "3.4 s", "9.9 s", "42 s", "3 min 05 s", "2 h 03 min", "4 days 4 h"]);
@@ -252,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn the_past_is_told_from_now() {
+    fn formats_times_relative_to_now() {
         let now = Utc::now();
         let texts = [-3, 10, 50, 3_599, 7_200, 86_400].map(|s| ago(now - TimeDelta::seconds(s), now));
         assert_eq!(texts, ["just now", "just now", "1 minute ago", "59 minutes ago", "2 hours ago", "1 day ago"]);

@@ -1,23 +1,23 @@
-// What every page does beyond plain HTML: one click is one submission, times are local, and lists may come from a file.
+// Behaviour that every page adds to plain HTML: submit once, show local times, read a list from a file.
 "use strict";
 
-// The server tells a second click from a first one by the form's token; this only keeps it from being tempting.
+// The server detects a repeated submission by the form's token; this only prevents the second click.
 document.addEventListener("submit", (event) => {
   const form = event.target;
-  // What opens another page leaves this one as it is.
+  // A button that opens another page leaves this page usable.
   if (!form.matches("form[data-once]") || event.submitter?.formTarget) return;
   if (form.dataset.sent) {
     event.preventDefault();
     return;
   }
   form.dataset.sent = "yes";
-  // Not before the form is on its way: a disabled button would not be sent.
+  // Only after the form has been submitted: a disabled button is not part of the submission.
   setTimeout(() => {
     for (const button of form.querySelectorAll("button:not([hidden])")) button.disabled = true;
   });
 });
 
-// Coming back through the history shows the page as it was left.
+// Going back in the history restores the page with its buttons disabled.
 window.addEventListener("pageshow", () => {
   for (const form of document.querySelectorAll("form[data-sent]")) {
     delete form.dataset.sent;
@@ -25,7 +25,7 @@ window.addEventListener("pageshow", () => {
   }
 });
 
-// Enter in the address of a test sends the test; in the other fields it sends nothing.
+// Enter in the test address sends the test; in the other fields it submits nothing.
 document.getElementById("test_email")?.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.isComposing) return;
   event.preventDefault();
@@ -40,55 +40,55 @@ for (const time of document.querySelectorAll("time[datetime]")) {
 const emails = document.getElementById("emails");
 if (emails) {
   const count = document.getElementById("count");
-  // Beyond this, counting at every pause of typing would be felt.
+  // Counting a longer list at each pause in typing would be noticeable.
   const countable = 4_000_000;
-  let pause = 0;
-  let asking = null;
+  let timer = 0;
+  let request = null;
 
-  // A guess while the list is written.
-  const guess = () => {
+  // An estimate, shown while the list is being typed.
+  const estimate = () => {
     const text = emails.value;
     const found = text.length > countable ? null : text.match(/[^\s,;<>"]+@[^\s,;<>"]+/g);
     count.hidden = !found;
     if (found) count.textContent = `about ${found.length === 1 ? "1 address" : `${found.length.toLocaleString("en")} addresses`}`;
   };
-  // What the list is read as, by the server, once typing pauses.
-  const ask = async () => {
+  // The exact count, by the server's parser, once typing pauses.
+  const fetchCount = async () => {
     const list = emails.value;
     if (list.length > countable || list.trim() === "") return;
-    asking = new AbortController();
+    request = new AbortController();
     try {
       const body = new URLSearchParams({ emails: list });
-      const answer = await fetch("invites/count", { method: "POST", body, signal: asking.signal });
-      if (!answer.ok) return;
-      const { text } = await answer.json();
+      const response = await fetch("invites/count", { method: "POST", body, signal: request.signal });
+      if (!response.ok) return;
+      const { text } = await response.json();
       if (emails.value !== list) return;
       count.hidden = false;
       count.textContent = text;
     } catch {
-      // Given up, or the server is away: the guess stays.
+      // Aborted, or the server cannot be reached: the estimate stays.
     }
   };
-  const tell = () => {
-    clearTimeout(pause);
-    asking?.abort();
-    pause = setTimeout(() => {
-      guess();
-      pause = setTimeout(ask, 450);
+  const updateCount = () => {
+    clearTimeout(timer);
+    request?.abort();
+    timer = setTimeout(() => {
+      estimate();
+      timer = setTimeout(fetchCount, 450);
     }, 150);
   };
-  emails.addEventListener("input", tell);
-  tell();
-  // A form that was refused: begin at the top, where the list does, with the message in view.
+  emails.addEventListener("input", updateCount);
+  updateCount();
+  // After a refused submission, put the cursor at the start of the list, so that the error stays in view.
   if (emails.getAttribute("aria-invalid")) emails.setSelectionRange(0, 0);
 
   const label = document.getElementById("from-file");
   const input = label.querySelector("input");
   label.hidden = false;
-  // Spreadsheets write UTF-16 with a mark, UTF-8, or the code page of Windows, in which every byte is a letter.
+  // Spreadsheets write UTF-16 with a byte order mark, UTF-8, or Windows-1252, in which every byte is a character.
   const decode = (bytes) => {
-    const marked = bytes[0] === 0xff && bytes[1] === 0xfe ? "utf-16le" : bytes[0] === 0xfe && bytes[1] === 0xff ? "utf-16be" : null;
-    if (marked) return new TextDecoder(marked).decode(bytes);
+    const encoding = bytes[0] === 0xff && bytes[1] === 0xfe ? "utf-16le" : bytes[0] === 0xfe && bytes[1] === 0xff ? "utf-16be" : null;
+    if (encoding) return new TextDecoder(encoding).decode(bytes);
     try {
       return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
     } catch {
@@ -99,12 +99,12 @@ if (emails) {
     if (!file) return;
     const text = decode(new Uint8Array(await file.arrayBuffer()));
     emails.value = emails.value.trim() === "" ? text : `${emails.value.trimEnd()}\n${text}`;
-    tell();
+    updateCount();
     emails.focus();
   };
   input.addEventListener("change", async () => {
     await add(input.files[0]);
-    // The same file may be chosen again.
+    // Allows choosing the same file again.
     input.value = "";
   });
   emails.addEventListener("drop", (event) => {

@@ -1,4 +1,4 @@
-// Keeps a run's page up to date: asks for its progress, and draws what has changed. All words come from the server.
+// Keeps a run's page up to date: polls its progress and draws what has changed. All texts come from the server.
 "use strict";
 
 const run = document.getElementById("run");
@@ -7,11 +7,11 @@ const address = `/runs/${run.dataset.run}`;
 // Milliseconds between two polls.
 const LIVE = 300;
 const IDLE = 2000;
-// After so long without a change, a run is not worth asking after three times a second.
+// A run that has not changed for this long is polled at the slower interval.
 const QUIET_AFTER = 15_000;
 const LONGEST_BACKOFF = 15_000;
-// The table of failures is fetched at most this often while it grows.
-const TROUBLES_EVERY = 2000;
+// While the table of failures grows, it is fetched at most this often.
+const FAILURES_EVERY = 2000;
 
 const parameters = (names) => {
   const query = new URLSearchParams();
@@ -25,13 +25,13 @@ const get = async (path) => {
   return response;
 };
 
-// An element's text, touched only if it is another: a selection stays, and a screen reader stays silent.
-const say = (element, text) => {
+// Sets an element's text only if it differs: this keeps a selection, and a screen reader repeats nothing.
+const setText = (element, text) => {
   if (element.textContent !== text) element.textContent = text;
 };
 
 // The same, with each number kept on one line with its word.
-const sayCounts = (element, text) => {
+const setCounts = (element, text) => {
   if (element.textContent === text) return;
   const parts = text.split(/(?<=,) /).flatMap((part) => {
     const span = document.createElement("span");
@@ -46,9 +46,9 @@ const draw = (now) => {
   run.dataset.phase = state;
   run.dataset.over = now.over;
   run.dataset.complete = now.sent === now.total;
-  say(find("state"), now.state);
+  setText(find("state"), now.state);
   find("state").className = `chip ${state}`;
-  sayCounts(find("progress-text"), now.text);
+  setCounts(find("progress-text"), now.text);
   document.title = `${now.over ? now.state : `${now.percent}%`} · Mailrun`;
 
   const bar = find("bar");
@@ -60,32 +60,32 @@ const draw = (now) => {
   for (const line of find("legend").children) {
     const count = now[line.dataset.count];
     line.hidden = count === 0 && line.dataset.count !== "sent";
-    say(line.querySelector("dd"), count.toLocaleString("en"));
+    setText(line.querySelector("dd"), count.toLocaleString("en"));
   }
 
-  say(find("note").querySelector("span"), now.note);
+  setText(find("note").querySelector("span"), now.note);
   find("skipped-note").hidden = now.skipped_note === null;
-  say(find("skipped-note"), now.skipped_note ?? "");
-  say(find("elapsed-of"), now.elapsed_of);
-  say(find("elapsed"), now.elapsed);
+  setText(find("skipped-note"), now.skipped_note ?? "");
+  setText(find("elapsed-of"), now.elapsed_of);
+  setText(find("elapsed"), now.elapsed);
   find("speed-fact").hidden = now.speed === null;
-  say(find("speed-of"), now.over ? "On average" : "Rate");
-  say(find("speed"), now.speed ?? "");
+  setText(find("speed-of"), now.over ? "On average" : "Rate");
+  setText(find("speed"), now.speed ?? "");
   find("left-fact").hidden = now.left === null;
-  say(find("left"), now.left ?? "");
+  setText(find("left"), now.left ?? "");
 };
 
-// A screen reader hears of every new phase and of each quarter, not of every poll.
+// A screen reader announces each new phase and each quarter, not each poll.
 let announced = `${run.dataset.phase} ${document.title}`;
 const announce = (now) => {
   const moment = `${now.phase} ${now.asked} ${Math.floor(now.percent / 25)}`;
   if (announced === moment) return;
   announced = moment;
-  say(find("announcer"), `${now.state}: ${now.text}`);
+  setText(find("announcer"), `${now.state}: ${now.text}`);
 };
 
-// Parts of the page that are more than numbers are fetched as HTML when the numbers say that they have changed. Tells
-// whether the part is up to date: it may still be too soon after the last time.
+// Parts of the page that are more than numbers are fetched as HTML when their key changes. Resolves to whether the part
+// is up to date: it may be too soon to fetch it again.
 const part = (id, names, every) => {
   const place = find(id);
   let shown = null;
@@ -105,17 +105,17 @@ const part = (id, names, every) => {
   };
 };
 const actions = part("actions", ["asked", "confirm"], 0);
-const troubles = part("troubles", ["after"], TROUBLES_EVERY);
+const failures = part("troubles", ["after"], FAILURES_EVERY);
 
 let timer = 0;
 let polling = false;
-let failures = 0;
-// An answer after which asking again is of no use.
+let failedPolls = 0;
+// Set by a response after which polling is pointless.
 let ended = false;
 let changed = Date.now();
 let last = "";
 
-// Why asking ends, by the status of the answer; all others may be another next time.
+// Why polling stops, by response status. Any other status is retried.
 const FINAL = {
   401: "Your login is no longer accepted, so this page has stopped updating. Reload it to log in. Sending is not affected.",
   403: "Mailrun no longer answers this page, so it has stopped updating. Reload it to see why. Sending is not affected.",
@@ -134,8 +134,8 @@ const poll = async () => {
     if (counts !== last) changed = Date.now();
     last = counts;
     await actions(now.over ? `${counts} ${now.asked}` : now.phase);
-    const complete = await troubles(`${now.failed} ${now.unknown}`);
-    failures = 0;
+    const complete = await failures(`${now.failed} ${now.unknown}`);
+    failedPolls = 0;
     find("connection").hidden = true;
     if (!now.over || now.asked) {
       wait = now.phase === "paused" || Date.now() - changed > QUIET_AFTER ? IDLE : LIVE;
@@ -143,11 +143,11 @@ const poll = async () => {
       wait = IDLE;
     }
   } catch (error) {
-    failures += 1;
+    failedPolls += 1;
     find("connection").hidden = false;
     ended = error.status in FINAL;
-    say(find("connection"), FINAL[error.status] ?? "Connection lost, trying again…");
-    if (!ended) wait = Math.min(LONGEST_BACKOFF, 500 * 2 ** Math.min(failures, 6));
+    setText(find("connection"), FINAL[error.status] ?? "Connection lost, retrying…");
+    if (!ended) wait = Math.min(LONGEST_BACKOFF, 500 * 2 ** Math.min(failedPolls, 6));
   }
   polling = false;
   if (wait !== null && !document.hidden) timer = setTimeout(poll, wait);

@@ -1,10 +1,10 @@
-// Keeps the page of a test up to date until it is over. All words come from the server.
+// Keeps the page of a test up to date until it is over. All texts come from the server.
 "use strict";
 
 const place = document.getElementById("test");
 const EVERY = 500;
 const LONGEST_BACKOFF = 10_000;
-// Why asking ends, by the status of the answer.
+// Why polling stops, by response status.
 const FINAL = {
   401: "Your login is no longer accepted, so this page has stopped updating. Reload it to log in.",
   403: "Mailrun no longer answers this page, so it has stopped updating. Reload it to see why.",

@@ -140,7 +140,7 @@ impl FanOut {
         };
         let mut looks = 0;
         let step = loop {
-            let step = in_time(self.config.database.answer_timeout(), self.step(&message)).await;
+            let step = in_time(self.config.database.answer_timeout, self.step(&message)).await;
             if !matches!(step, Ok(Some(After::Soon))) || looks == LOOKS_SOON {
                 break step;
             }
@@ -227,7 +227,7 @@ impl FanOut {
     /// Puts back what senders have dropped while a run was paused: whatever is released, due and not claimed. What has its
     /// message already is claimed once all the same.
     async fn put_back(&self, run_id: Uuid) -> Result<(), StepError> {
-        let limit = self.config.database.answer_timeout();
+        let limit = self.config.database.answer_timeout;
         let waits = self.config.rungs();
         let (mut after, mut put_back, mut chunks) = (0, 0, 0);
         loop {
@@ -334,7 +334,7 @@ impl FanOut {
 
     /// How fast the run may be released. The installation's budget stays locked until the step is committed.
     async fn limits(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<Limits> {
-        let burst = Duration::from_millis(self.config.fan_out.window_ms);
+        let burst = self.config.fan_out.window;
         let budget = |per_second: i32, next_due_at| {
             let ahead = per_second.saturating_add(per_second / AHEAD_OF_LIMIT + 1);
             Budget::new(ahead, next_due_at, situation.now, burst)
@@ -357,14 +357,14 @@ impl FanOut {
     /// How many items there is room for.
     fn wish(&self, situation: &Situation, limits: &Limits, flow: Flow, outstanding: i32, is_young: bool) -> i32 {
         let config = &self.config.fan_out;
-        let time = Duration::from_millis(config.window_ms);
+        let time = config.window;
         // Twice what can be in flight: a sender that is done finds the next one waiting. At first some more, since even the
         // fastest senders have no more than this.
         let least = situation.permits.saturating_mul(if is_young { 3 } else { 2 }).max(LEAST_WINDOW);
         // Under a limit no more waits than it allows within the window, beside what is being sent.
         let most = limits.window.map(|window| window.saturating_add(situation.in_flight.min(situation.permits)));
         let window = flow.window(time, least, most.map_or(config.window_items, |most| most.min(config.window_items)));
-        if situation.counters.retrying >= config.deferred_items {
+        if situation.counters.of(ItemState::Retrying) >= config.deferred_items {
             0
         } else {
             room(window, outstanding).min(config.chunk_items)
@@ -374,7 +374,7 @@ impl FanOut {
     /// A replay's next chunk waits until the counters show the newest one as pending again, since the window is judged by
     /// them. But not for ever: if that got lost, it is lost for that chunk only.
     async fn is_unapplied(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<bool> {
-        let lost_after = TimeDelta::milliseconds(i64::try_from(self.config.sweep.stalled_after_ms).unwrap_or(i64::MAX));
+        let lost_after = TimeDelta::from_std(self.config.sweep.stalled_after).unwrap_or(TimeDelta::MAX);
         Ok(pass.kind == Some(PassKind::Replay)
             && (TimeDelta::zero()..lost_after).contains(&(situation.now - pass.chunk_at))
             && passes::is_unapplied(conn, pass).await?)

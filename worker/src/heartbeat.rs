@@ -8,8 +8,8 @@ use std::{
 
 use mailrun_app::config::HeartbeatConfig;
 use mailrun_broker::Broker;
-use mailrun_core::{health::Health, metric};
-use mailrun_ledger::workers;
+use mailrun_core::{agreement::Agreement, health::Health, metric};
+use mailrun_ledger::workers::{self, Disagreeing, Registration};
 use metrics::gauge;
 use rustix::time::{ClockId, clock_gettime};
 use sqlx::PgPool;
@@ -72,33 +72,37 @@ impl fmt::Debug for Heartbeat {
 }
 
 impl Heartbeat {
-    /// Registers the process under a new id.
-    ///
-    /// # Errors
-    /// The database's.
+    /// Registers the process under a new id; or says which live workers have other settings.
     pub async fn register(
         pool: &PgPool,
         roles: &str,
         permits: usize,
+        settings: &Agreement,
         config: &HeartbeatConfig,
         health: &Health,
-    ) -> sqlx::Result<Self> {
+    ) -> sqlx::Result<Result<Self, Vec<Disagreeing>>> {
         let last = since_boot();
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let pid = i32::try_from(std::process::id()).unwrap_or_default();
-        let permits = i32::try_from(permits).unwrap_or(i32::MAX);
-        let worker_id = workers::register(&mut *pool.acquire().await?, roles, host.trim(), pid, permits).await?;
-        Ok(Self {
+        let system = rustix::system::uname();
+        let host = system.nodename().to_string_lossy();
+        let registration = Registration {
+            roles,
+            host: &host,
+            pid: i32::try_from(std::process::id()).unwrap_or_default(),
+            permits: i32::try_from(permits).unwrap_or(i32::MAX),
+            settings,
+        };
+        let registered = workers::register(&mut *pool.acquire().await?, &registration).await?;
+        Ok(registered.map(|worker_id| Self {
             pool: pool.clone(),
             worker_id,
-            interval: Duration::from_millis(config.interval_ms),
-            dead_after: Duration::from_millis(config.dead_after_ms),
+            interval: config.interval,
+            dead_after: config.dead_after,
             last: Mutex::new(last),
             fenced: CancellationToken::new(),
             health: health.clone(),
             broker: OnceLock::new(),
             sender: OnceLock::new(),
-        })
+        }))
     }
 
     /// This worker's id.

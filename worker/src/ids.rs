@@ -27,7 +27,7 @@ pub struct Ids {
 impl Ids {
     /// Reads the key, however long PostgreSQL takes to answer. None: told to stop before that.
     pub async fn read(pool: &PgPool, config: &Config, stop: &CancellationToken) -> Option<Self> {
-        let read = || in_time(config.database.answer_timeout(), read_key(pool));
+        let read = || in_time(config.database.answer_timeout, read_key(pool));
         let key = until_answered("the ledger's signing key can't be read", stop, read).await?;
         Some(Self {
             messages: MessageIds::new(&key),

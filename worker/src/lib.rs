@@ -40,13 +40,16 @@ use mailrun_app::{
     monitoring::{Monitoring, MonitoringError},
 };
 use mailrun_broker::{Broker, Publisher};
-use mailrun_core::health::Health;
 use mailrun_core::queue;
-use mailrun_ledger::in_time;
+use mailrun_core::{agreement::Difference, health::Health, observer::Beat};
+use mailrun_ledger::{
+    in_time,
+    workers::{self, Disagreeing},
+};
 use sqlx::PgPool;
 use tokio::{
     task::{JoinHandle, JoinSet},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, info, warn};
@@ -128,6 +131,9 @@ pub enum WorkerError {
          Start it again"
     )]
     Fenced,
+    /// A live worker has other settings.
+    #[error("{0}. All workers need the same: stop the others, or change the settings here")]
+    Disagrees(String),
     /// The virtual host is not this installation's.
     #[error(transparent)]
     Foreign(#[from] Foreign),
@@ -160,7 +166,7 @@ async fn work(
 ) -> Result<(), WorkerError> {
     let pool = mailrun_ledger::open(&config.database, &format!("mailrun worker {names}"))?;
     let permits = if roles.contains(&Role::Send) { config.permits() } else { 0 };
-    let Some(heartbeat) = register(&pool, names, permits, &config, health, &stop).await else { return Ok(()) };
+    let Some(heartbeat) = register(&pool, names, permits, &config, health, &stop).await? else { return Ok(()) };
     info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
     let ids = match roles.contains(&Role::Send) {
         true => match Ids::read(&pool, &config, &stop).await {
@@ -180,21 +186,21 @@ async fn work(
 
     let lineage = tokio::spawn({
         let (pool, broker, stop) = (pool.clone(), Arc::clone(&broker), stop.clone());
-        let limit = config.database.answer_timeout();
+        let limit = config.database.answer_timeout;
         async move { lineage::keep(&pool, &broker, limit, &stop).await }
     });
     let consumers = TaskTracker::new();
     let watchdog = Watchdog::new(
         Arc::clone(&broker),
-        Duration::from_millis(config.watchdog.idle_after_ms),
-        Duration::from_millis(config.watchdog.stuck_after_ms),
-        standstill(pool.clone(), config.database.answer_timeout()),
+        config.watchdog.idle_after,
+        STUCK_AFTER,
+        standstill(pool.clone(), config.database.answer_timeout),
     );
     let parts =
         start(&config, &roles, &pool, &broker, &publisher, &heartbeat, ids.as_ref(), &watchdog, &consumers, &stop)?;
     health.started();
     drop(publisher);
-    let deadline = Duration::from_millis(config.send.shutdown_deadline_ms);
+    let deadline = config.send.shutdown_deadline;
     let ended = supervise(parts, lineage, &consumers, &heartbeat, health, &stop, deadline).await;
     watchdog.close().await;
     broker.closed(CLOSE).await;
@@ -206,6 +212,9 @@ async fn work(
     info!(worker_id = heartbeat.worker_id(), "worker stopped");
     ended
 }
+
+/// A consumer that has messages in hand and has finished none for so long gets a new connection: longer than any send can take.
+const STUCK_AFTER: Duration = Duration::from_secs(23 * 60);
 
 /// Whether a run has not moved for this time, for no reason that is known. False also where PostgreSQL does not answer.
 fn standstill(pool: PgPool, limit: Duration) -> Standstill {
@@ -225,6 +234,9 @@ fn standstill(pool: PgPool, limit: Duration) -> Standstill {
 }
 
 /// Registers, however long PostgreSQL takes to answer. None: told to stop before that.
+///
+/// A worker that was killed counts as alive until another one has declared it dead. Where there is no other, this one watches it for
+/// as long, so that it can start with other settings.
 async fn register(
     pool: &PgPool,
     roles: &str,
@@ -232,10 +244,55 @@ async fn register(
     config: &Config,
     health: &Health,
     stop: &CancellationToken,
-) -> Option<Arc<Heartbeat>> {
-    let limit = config.database.answer_timeout();
-    let register = || in_time(limit, Heartbeat::register(pool, roles, permits, &config.heartbeat, health));
-    until_answered("this worker can't register", stop, register).await.map(Arc::new)
+) -> Result<Option<Arc<Heartbeat>>, WorkerError> {
+    let limit = config.database.answer_timeout;
+    let settings = config.agreement();
+    let register = || in_time(limit, Heartbeat::register(pool, roles, permits, &settings, &config.heartbeat, health));
+    let mut seen: Vec<Beat> = Vec::new();
+    loop {
+        let Some(registered) = until_answered("this worker can't register", stop, register).await else {
+            return Ok(None);
+        };
+        let others = match registered {
+            Ok(heartbeat) => return Ok(Some(Arc::new(heartbeat))),
+            Err(others) => others,
+        };
+        if let Some(other) = others.iter().find(|other| is_alive(&seen, other.beat)) {
+            return Err(WorkerError::Disagrees(disagreement(other)));
+        }
+        if seen.is_empty() {
+            let silence = others.iter().map(|other| other.dead_after).max().unwrap_or_default();
+            warn!(seconds = silence.as_secs(), "live workers have other settings, checking whether they still run");
+            seen = others.iter().map(|other| other.beat).collect();
+            if stop.run_until_cancelled(sleep(silence)).await.is_none() {
+                return Ok(None);
+            }
+        } else {
+            let silent: Vec<Beat> = others.iter().map(|other| other.beat).collect();
+            let declare =
+                || in_time(limit, async { workers::declare_dead(&mut *pool.acquire().await?, &silent).await });
+            if until_answered("silent workers can't be declared dead", stop, declare).await.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+/// Whether a worker's heartbeat has changed since it was seen, or it has come since.
+fn is_alive(seen: &[Beat], beat: Beat) -> bool {
+    !seen.is_empty() && !seen.contains(&beat)
+}
+
+fn disagreement(other: &Disagreeing) -> String {
+    let differences = other
+        .differences
+        .iter()
+        .map(|Difference { key, ours, theirs }| format!("{key} is {ours} here and {theirs} there"));
+    let differences = differences.collect::<Vec<_>>().join(", ");
+    format!(
+        "worker {} (process {} on {}) has other settings: {differences}",
+        other.beat.worker_id, other.pid, other.host
+    )
 }
 
 #[expect(clippy::too_many_arguments, reason = "the one place where everything is put together")]
@@ -261,7 +318,7 @@ fn start(
                 parts.spawn(pump.run(consume(&[queue::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
                 let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
                 parts.spawn(sweeper.run(stop.clone()));
-                let limit = config.database.answer_timeout();
+                let limit = config.database.answer_timeout;
                 parts.spawn(replay::run(pool.clone(), Arc::clone(broker), publisher.clone(), limit, stop.clone()));
                 parts.spawn(prune::run(pool.clone(), config.clone(), stop.clone()));
                 if config.metrics.listen.is_some() {
@@ -278,7 +335,7 @@ fn start(
                 let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
                 let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, ids.clone());
                 parts.spawn(tests.run(consume(&[queue::TESTS.into()], test_send::PREFETCH), stop.clone()));
-                let limit = config.database.answer_timeout();
+                let limit = config.database.answer_timeout;
                 parts.spawn(relay_stops::watch(pool.clone(), Arc::clone(&mailer), limit, stop.clone()));
                 let beat = Arc::clone(heartbeat);
                 let (config, pool, broker, publisher) =

@@ -41,9 +41,9 @@ impl Pace {
     pub fn new(config: &Config, pool: PgPool) -> Arc<Self> {
         Arc::new(Self {
             pool,
-            answer_timeout: config.database.answer_timeout(),
+            answer_timeout: config.database.answer_timeout,
             installation: config.fan_out.sends_per_second.map(Rate::new),
-            burst: Duration::from_millis(config.fan_out.rate_burst_ms),
+            burst: config.fan_out.rate_burst,
             runs: Cache::builder().max_capacity(KEPT).time_to_live(READ_EVERY).build(),
             unused: Mutex::default(),
         })

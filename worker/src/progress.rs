@@ -176,7 +176,7 @@ impl Progress {
 
     /// Puts results on the dead-letter queue, each alone, and once: their senders repeat them. None: told to stop before that.
     async fn bury(&mut self, reports: &[(Report<'_>, &str)], stop: &CancellationToken) -> Option<()> {
-        let limit = self.config.database.answer_timeout();
+        let limit = self.config.database.answer_timeout;
         for (report, reason) in reports {
             let is_buried = self.session.run(limit, async |conn| progress::is_buried(conn, *report).await).await;
             if is_buried.unwrap_or(false) {
@@ -203,7 +203,7 @@ impl Progress {
     async fn apply(&mut self, reports: &[Report<'_>], stop: &CancellationToken) -> Option<sqlx::Result<Applied>> {
         let mut trouble = Reconnect::default();
         loop {
-            let limit = self.config.database.answer_timeout();
+            let limit = self.config.database.answer_timeout;
             match self
                 .session
                 .run(limit, async |conn| progress::apply(conn, &self.config.suppressions, reports).await)

@@ -12,6 +12,9 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+/// How often runs are looked for that can be deleted.
+const INTERVAL: Duration = Duration::from_secs(3_600);
+
 /// Runs deleted in one transaction.
 const RUNS: i64 = 20;
 /// Items deleted in one transaction: a few milliseconds' work.
@@ -86,8 +89,8 @@ async fn delete_runs(pool: &PgPool, after: Duration, limit: Duration) -> sqlx::R
 pub(crate) async fn run(pool: PgPool, config: Config, stop: CancellationToken) {
     let mut wait = FIRST_LOOK;
     while stop.run_until_cancelled(sleep(wait)).await.is_some() {
-        wait = Duration::from_secs(config.retention.interval_s);
-        let prune = prune(&pool, config.retention.keep(), config.database.answer_timeout(), |_| {});
+        wait = INTERVAL;
+        let prune = prune(&pool, config.retention.keep(), config.database.answer_timeout, |_| {});
         let Some(pruned) = stop.run_until_cancelled(prune).await else { return };
         match pruned {
             Ok(pruned) if pruned == Pruned::default() => {}

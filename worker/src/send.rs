@@ -61,6 +61,12 @@ use mailrun_core::outcome::{Next, Refused, Rules, after_cut_off, after_death, af
 /// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
 /// one of few. With a slow mail server the permits are used up, and nobody waits here.
 const GATHER: Duration = Duration::from_millis(20);
+/// Deliveries that are claimed by one statement at most.
+const CLAIM_BATCH: usize = 200;
+/// Tries within one attempt, where the far side allows an immediate retry, before the item waits for its retry delay.
+const REPETITIONS: u32 = 1;
+/// The time before the first of them; it doubles.
+const FIRST_REPETITION: Duration = Duration::from_millis(20);
 /// How long outcomes are gathered for a report. Hardly anybody waits for it: permits come back with the next claim.
 const GATHER_OUTCOMES: Duration = Duration::from_millis(5);
 /// Of limited runs, attempts are claimed whose send time lies within this: a connection that is free finds one waiting, and
@@ -164,7 +170,7 @@ impl Senders {
         permits: Arc<Permits>,
         ids: Ids,
     ) -> Arc<Self> {
-        let stopped = StoppedRuns::new(pool.clone(), config.database.answer_timeout());
+        let stopped = StoppedRuns::new(pool.clone(), config.database.answer_timeout);
         let pace = Pace::new(&config, pool.clone());
         let checks = Checks {
             heartbeat: Arc::clone(&heartbeat),
@@ -174,7 +180,7 @@ impl Senders {
         };
         Arc::new(Self {
             ids,
-            templates: Templates::new(pool.clone(), config.database.answer_timeout()),
+            templates: Templates::new(pool.clone(), config.database.answer_timeout),
             pool,
             broker,
             publisher,
@@ -252,7 +258,7 @@ impl Senders {
             }
         }
         let until = Instant::now() + GATHER;
-        let most = if self.mailer.gate() == Gate::Trying { 1 } else { self.config.send.claim_batch };
+        let most = if self.mailer.gate() == Gate::Trying { 1 } else { CLAIM_BATCH };
         while batch.len() < most.min(self.permits.room()) {
             if let Some(due) = held.take_due(Instant::now()) {
                 batch.held.push(due);
@@ -384,7 +390,7 @@ impl Senders {
         }
         let accepted = self.permits.receipt();
         let receipt = self.claims().receipt(&accepted);
-        let (limit, me) = (self.config.database.answer_timeout(), self.heartbeat.worker_id());
+        let (limit, me) = (self.config.database.answer_timeout, self.heartbeat.worker_id());
         let claim = async |conn: &mut PgConnection| match &limits {
             Some(limits) => attempts::claim_paced(conn, me, keys, &receipt, limits, AHEAD).await,
             None => Ok(Paced { claimed: attempts::claim(conn, me, keys, &receipt).await?, ..Paced::default() }),
@@ -439,8 +445,8 @@ impl Senders {
             replays: item.replays,
         };
         let repeats = self.mailer.bears_repetition() && !attempt.is_limited();
-        let repetitions = if repeats { self.config.retry.in_process_tries } else { 0 };
-        let mut waits = in_process(Duration::from_millis(self.config.retry.in_process_first_ms), repetitions);
+        let repetitions = if repeats { REPETITIONS } else { 0 };
+        let mut waits = in_process(FIRST_REPETITION, repetitions);
         loop {
             let begun = Instant::now();
             let outcome = self.mailer.send(&mail, attempt).await;
@@ -632,7 +638,7 @@ impl Senders {
             let mut conn = self.pool.acquire().await?;
             attempts::find(&mut conn, &keys).await
         };
-        let found = in_time(self.config.database.answer_timeout(), find).await?;
+        let found = in_time(self.config.database.answer_timeout, find).await?;
         Ok(found.into_iter().map(|found| (found.key, found)).collect())
     }
 
@@ -706,7 +712,7 @@ impl Senders {
         }
         let ids: Vec<i64> = keys.iter().map(|key| key.item_id).collect();
         let look = async { attempts::standings(&mut *self.pool.acquire().await?, &ids).await };
-        let standings = in_time(self.config.database.answer_timeout(), look).await?;
+        let standings = in_time(self.config.database.answer_timeout, look).await?;
         let standings: HashMap<_, _> = standings.into_iter().collect();
         let now = Instant::now();
         let repeats: Vec<(Uuid, ItemResult)> = {
@@ -733,7 +739,7 @@ impl Senders {
                 let mut conn = self.pool.acquire().await?;
                 receipts::delete(&mut conn, self.heartbeat.worker_id(), *first, until).await
             };
-            in_time(self.config.database.answer_timeout(), delete).await?;
+            in_time(self.config.database.answer_timeout, delete).await?;
             *first = until;
         }
         Ok(())
@@ -748,7 +754,7 @@ impl Senders {
         };
         let write =
             async { receipts::write(&mut *self.pool.acquire().await?, self.heartbeat.worker_id(), &receipt).await };
-        if let Err(error) = in_time(self.config.database.answer_timeout(), write).await {
+        if let Err(error) = in_time(self.config.database.answer_timeout, write).await {
             warn!(%error, sent = receipt.item_ids.len(), "the last receipt can't be written");
         }
     }

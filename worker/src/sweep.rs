@@ -35,6 +35,9 @@ use mailrun_core::outcome::{Repair, after_death, repair, withheld};
 /// A run is looked at again after at most this time, however often it was in vain.
 const LONGEST_REST: Duration = Duration::from_secs(600);
 
+/// Items that are put back in one go.
+pub const BATCH: i64 = 1_000;
+
 /// Why a sweep was broken off. The next one does it all again.
 #[derive(Debug, thiserror::Error)]
 enum SweepError {
@@ -74,7 +77,7 @@ impl Sweeper {
     pub async fn run(mut self, stop: CancellationToken) {
         metric::begin(metric::SWEEPS, "end", ["done", "broken_off"]);
         metric::begin(metric::REPAIRS, "repair", Repairs::default().by_name().map(|(name, _)| name));
-        let interval = Duration::from_millis(self.config.sweep.interval_ms);
+        let interval = self.config.sweep.interval;
         let mut broken = false;
         while stop.run_until_cancelled(sleep(interval)).await.is_some() {
             match stop.run_until_cancelled(self.sweep()).await {
@@ -96,14 +99,14 @@ impl Sweeper {
     }
 
     fn stalled_after(&self) -> Duration {
-        Duration::from_millis(self.config.sweep.stalled_after_ms)
+        self.config.sweep.stalled_after
     }
 
     async fn sweep(&mut self) -> Result<(), SweepError> {
         if !self.broker.epoch().is_current() {
             return Ok(());
         }
-        let limit = self.config.database.answer_timeout();
+        let limit = self.config.database.answer_timeout;
         let mut tx = in_time(limit, self.pool.begin()).await?;
         if !in_time(limit, sweep::try_lock(&mut tx)).await? {
             return Ok(());
@@ -146,7 +149,7 @@ impl Sweeper {
 
     /// Sweeps one run. What goes wrong with it in the ledger is undone, and does not spoil the sweep's transaction.
     async fn sweep_run(&self, conn: &mut PgConnection, run: &Stalled, taken: bool) -> Result<(), SweepError> {
-        let limit = self.config.database.answer_timeout();
+        let limit = self.config.database.answer_timeout;
         let mut point = in_time(limit, conn.begin()).await?;
         let mut repairs = Repairs { driven: self.drive(run).await?, ..Repairs::default() };
         if taken {
@@ -176,11 +179,11 @@ impl Sweeper {
 
     async fn repair_items(&self, conn: &mut PgConnection, run: &Stalled, all: &mut Repairs) -> Result<(), SweepError> {
         let run_id = run.run_id;
-        let batch = self.config.sweep.batch_items;
+        let batch = BATCH;
         let mut after = 0;
         loop {
             let items = sweep::open_items(conn, run_id, self.stalled_after(), after, batch);
-            let items = in_time(self.config.database.answer_timeout(), items).await?;
+            let items = in_time(self.config.database.answer_timeout, items).await?;
             let Some(last) = items.last() else { return Ok(()) };
             after = last.position;
             let mut mending = Mending::default();

@@ -53,7 +53,7 @@ impl TestSends {
         mailer: Arc<dyn Mailer>,
         ids: Ids,
     ) -> Self {
-        let answer_timeout = config.database.answer_timeout();
+        let answer_timeout = config.database.answer_timeout;
         Self { pool, publisher, worker_id, mailer, ids, answer_timeout }
     }
 

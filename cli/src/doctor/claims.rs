@@ -1,5 +1,5 @@
-//! What open invitations wait for: claims of dead workers, messages that are missing, runs that nothing drives. With `--fix`
-//! it does at once what the sweeper would do in its time.
+//! Open invitations: claims of dead workers, missing messages, stalled runs. `--fix` immediately does what the sweeper would do
+//! later.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -24,143 +24,140 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::{
-    Patient, are,
-    queues::Conveyor,
+    Target, are,
+    queues::RabbitMq,
     report::{Finding, Report},
     unfinished,
 };
 
 pub(super) const CHECK: &str = "claims";
 const RUNS_CHECK: &str = "runs";
-/// The sweeper is done with its turn by then.
-const TURNS: usize = 100;
-const BETWEEN_TURNS: Duration = Duration::from_millis(100);
+/// How often to try for the sweeper's lock.
+const LOCK_TRIES: usize = 100;
+const LOCK_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// Results applied in one transaction.
 const BATCH: usize = 1_000;
 
-/// What is known of the conveyor while a run's items are judged.
+/// The state of the queues while a run's items are checked.
 #[derive(Clone, Copy, Debug)]
-struct Conveyed {
-    /// Results that are not counted yet: a dead worker's may be among them.
+struct QueueState {
+    /// There are results that are not counted yet, perhaps of a dead worker.
     results: bool,
-    /// Items on their queues, or nobody who takes them off at present.
+    /// There are messages on the item queues, or no sender can take them at present.
     items: bool,
-    /// Whether the run's counters have not moved for long.
+    /// The run's counters have not changed for `sweep.stalled_after_ms`.
     stalled: bool,
 }
 
-/// Looks at them.
-///
-/// # Errors
-/// A server's.
-pub(super) async fn examine(patient: &Patient, conveyor: Option<&Conveyor>, report: &mut Report) -> Result<()> {
-    let runs = unfinished(patient).await?;
-    let Some(conveyor) = conveyor else {
+pub(super) async fn examine(target: &Target, rabbitmq: Option<&RabbitMq>, report: &mut Report) -> Result<()> {
+    let runs = unfinished(target).await?;
+    let Some(rabbitmq) = rabbitmq else {
         report.remark(
             CHECK,
-            format!("{} not over; what is missing can't be told without RabbitMQ", are(runs.len(), "run", "runs")),
+            format!(
+                "{} not finished; missing messages cannot be detected without RabbitMQ",
+                are(runs.len(), "run", "runs")
+            ),
         );
         return Ok(());
     };
-    let mut conn = patient.pool.acquire().await?;
-    let stalled = sweep::stalled_runs(&mut conn, patient.stalled_after()).await?;
+    let mut conn = target.pool.acquire().await?;
+    let stalled = sweep::stalled_runs(&mut conn, target.stalled_after()).await?;
     let held_up = sweep::all_lanes_closed(&mut conn).await?;
-    let driven = conveyor.messages([RUNS, RUNS_WAIT, RUNS_PAUSED]) > 0;
-    for run in stalled.iter().filter(|_| !driven) {
+    let has_command = rabbitmq.messages([RUNS, RUNS_WAIT, RUNS_PAUSED]) > 0;
+    for run in stalled.iter().filter(|_| !has_command) {
         if let Some(command) = missing_command(run) {
             let message = RunMessage { run_id: run.run_id, command };
-            let put_back = publish(conveyor.publisher.as_ref(), vec![Outgoing::new(&message)]);
-            report.add(patient.mend(not_driven(run), put_back).await);
+            let put_back = publish(rabbitmq.publisher.as_ref(), vec![Outgoing::new(&message)]);
+            report.add(target.repair(stalled_run(run), put_back).await);
         }
     }
     for run in &runs {
-        let conveyed = Conveyed {
-            results: conveyor.messages([RESULTS]) > 0,
-            items: conveyor.items() > 0 || held_up,
+        let queues = QueueState {
+            results: rabbitmq.messages([RESULTS]) > 0,
+            items: rabbitmq.items() > 0 || held_up,
             stalled: stalled.iter().any(|stalled| stalled.run_id == run.run_id),
         };
-        let mut found = gather(patient, &mut conn, run, conveyed).await?;
+        let mut found = gather(target, &mut conn, run, queues).await?;
         if found.is_empty() {
             continue;
         }
         let finding = open(run.run_id, found.repairs);
         let repaired = async {
-            // Together with the sweeper each would be buried twice, and have two dead letters.
-            let mut tx = patient.pool.begin().await?;
-            let mut turns = 0;
+            // The sweeper must not bury the same claims: each would get two dead letters.
+            let mut tx = target.pool.begin().await?;
+            let mut tries = 0;
             while !sweep::try_lock(&mut tx).await? {
-                turns += 1;
-                anyhow::ensure!(turns < TURNS, "the sweeper is at it all the time");
-                sleep(BETWEEN_TURNS).await;
+                tries += 1;
+                anyhow::ensure!(tries < LOCK_TRIES, "the sweeper holds its lock");
+                sleep(LOCK_RETRY_INTERVAL).await;
             }
-            found = gather(patient, &mut tx, run, conveyed).await?;
-            publish(conveyor.publisher.as_ref(), std::mem::take(&mut found.messages)).await?;
-            apply(patient, run.run_id, &found.results).await?;
+            found = gather(target, &mut tx, run, queues).await?;
+            publish(rabbitmq.publisher.as_ref(), std::mem::take(&mut found.messages)).await?;
+            apply(target, run.run_id, &found.results).await?;
             anyhow::Ok(tx.commit().await?)
         };
-        report.add(patient.mend(finding, repaired).await);
+        report.add(target.repair(finding, repaired).await);
     }
     if !report.has_found(CHECK) {
-        report.fine(CHECK, "no invitation waits for a worker that is dead");
+        report.fine(CHECK, "no claims of dead workers");
     }
     if !report.has_found(RUNS_CHECK) {
-        let text =
-            format!("{} not over; each is driven, and none of its messages is missing", are(runs.len(), "run", "runs"));
+        let text = format!("{} unfinished; none is stalled or lacks messages", are(runs.len(), "run", "runs"));
         report.fine(RUNS_CHECK, text);
     }
     Ok(())
 }
 
 async fn publish(publisher: Option<&Publisher>, messages: Vec<Outgoing>) -> Result<()> {
-    let publisher = publisher.context("RabbitMQ takes no messages")?;
+    let publisher = publisher.context("RabbitMQ accepts no messages")?;
     Ok(publisher.publish_soon(messages).await?)
 }
 
-/// As whoever counts would apply them, by the same join: so it does not matter who else does, or whether nobody does.
-async fn apply(patient: &Patient, run_id: Uuid, results: &[ItemResult]) -> sqlx::Result<()> {
-    let mut conn = patient.pool.acquire().await?;
+/// Applies results like a progress worker, by the same join, so concurrent application is harmless.
+async fn apply(target: &Target, run_id: Uuid, results: &[ItemResult]) -> sqlx::Result<()> {
+    let mut conn = target.pool.acquire().await?;
     let reports: Vec<Reported<'_>> = results.iter().map(|result| Reported { run_id: Some(run_id), result }).collect();
     for reports in reports.chunks(BATCH) {
-        progress::apply(&mut conn, &patient.config.suppressions, reports).await?;
+        progress::apply(&mut conn, &target.config.suppressions, reports).await?;
     }
     Ok(())
 }
 
-/// What puts a run's open items right.
+/// Collects the repairs of a run's open items.
 async fn gather(
-    patient: &Patient,
+    target: &Target,
     conn: &mut PgConnection,
     run: &Unfinished,
-    conveyed: Conveyed,
+    queues: QueueState,
 ) -> sqlx::Result<Mending> {
     let run_id = run.run_id;
     let workers: HashMap<i64, Worker> =
         workers::all(&mut *conn).await?.into_iter().map(|worker| (worker.id, worker)).collect();
-    let stopped_long_ago = |worker: &Worker| worker.stopped && worker.silent_s > patient.dead_after().as_secs_f64();
-    // A worker without a row is dead: its row is pruned, or was deleted.
+    let stopped_long_ago = |worker: &Worker| worker.stopped && worker.silent_s > target.dead_after().as_secs_f64();
+    // A worker without a row is dead: the row was pruned or deleted.
     let silent = |owner| match owner {
         Some(Owner::Worker { id, .. }) => workers.get(&id).is_none_or(|worker| worker.dead || stopped_long_ago(worker)),
         _ => false,
     };
     let mut mending = Mending::default();
-    // A claim of a dead worker is told at once; what is missing, when it would have come if it were only slow.
-    for (overdue, of_dead) in [(Duration::ZERO, true), (patient.stalled_after(), false)] {
+    // A dead worker's claim is due at once; a missing message only when it cannot be merely slow.
+    for (overdue, of_dead) in [(Duration::ZERO, true), (target.stalled_after(), false)] {
         let mut after = 0;
         loop {
             let items: Vec<OpenItem> =
-                sweep::open_items(conn, run_id, overdue, after, patient.config.sweep.batch_items).await?;
+                sweep::open_items(conn, run_id, overdue, after, mailrun_worker::sweep::BATCH).await?;
             let Some(last) = items.last() else { break };
             after = last.position;
             for item in &items {
                 let what = repair(item.owner);
-                // Senders drop what belongs to a paused run; it is put back when the run goes on.
+                // Senders drop the messages of a paused run; resuming republishes them.
                 if what == Repair::PutBack && run.wanted == Wanted::Paused {
                     continue;
                 }
-                if matches!(what, Repair::Bury | Repair::Confirm) == of_dead
-                    && is_due(what, silent(item.owner), conveyed)
+                if matches!(what, Repair::Bury | Repair::Confirm) == of_dead && is_due(what, silent(item.owner), queues)
                 {
-                    mending.add(item, patient.config.send.on_unknown);
+                    mending.add(item, target.config.send.on_unknown);
                 }
             }
         }
@@ -168,23 +165,23 @@ async fn gather(
     Ok(mending)
 }
 
-/// Whether an open item's repair is due. `silent`: its worker has not been heard of for long enough to be dead, even if it
-/// has ended in good order and its last result is only just being counted.
-fn is_due(repair: Repair, silent: bool, conveyed: Conveyed) -> bool {
+/// Whether the repair of an open item is due. `silent`: its worker has been silent long enough to be dead, even if it stopped
+/// normally and its last result is still being counted.
+fn is_due(repair: Repair, silent: bool, queues: QueueState) -> bool {
     match repair {
         Repair::Leave => false,
-        Repair::Bury | Repair::Confirm => silent && !conveyed.results,
-        Repair::PutBack | Repair::Withhold(_) => conveyed.stalled && !conveyed.items && !conveyed.results,
+        Repair::Bury | Repair::Confirm => silent && !queues.results,
+        Repair::PutBack | Repair::Withhold(_) => queues.stalled && !queues.items && !queues.results,
     }
 }
 
-fn not_driven(run: &Stalled) -> Finding {
+fn stalled_run(run: &Stalled) -> Finding {
     Finding::new(
         RUNS_CHECK,
-        format!("nothing drives run {}", run.run_id),
-        "Its message is on no queue, so nothing more of it is released, or, if it was cancelled, settled. Its recipients are in \
-         the ledger and wait",
-        "--fix publishes the message again, as the sweeper of a fan-out worker does after sweep.stalled_after_ms",
+        format!("run {} is stalled", run.run_id),
+        "Its command is on no queue, so no more items are released, and a cancelled run is not settled. The invitations are in \
+        the ledger",
+        "--fix republishes the command, as the sweeper of a fan-out worker does after sweep.stalled_after_ms",
     )
 }
 
@@ -195,31 +192,31 @@ fn open(run_id: Uuid, found: Repairs) -> Finding {
     let (mut what, mut repair) = (Vec::new(), Vec::new());
     if buried > 0 {
         what.push(format!(
-            "{} claimed by a worker that died: nobody can know whether the mail went out",
+            "{} claimed by a dead worker: it is unknown whether the mail was sent",
             are(buried, "invitation", "invitations")
         ));
         repair.push(
-            "--fix notes what a worker that meets their messages, or the sweeper, would: unknown, with a dead letter, for \
-             a person to decide (or the next attempt, with send.on_unknown = \"resend\")",
+            "--fix settles them as unknown, with a dead letter, for a person to decide, or makes the next attempt with \
+            send.on_unknown = \"resend\". The sweeper and workers that receive their messages do the same",
         );
     }
     if put_back > 0 {
         what.push(format!(
-            "{} released and on no queue: purged, or lost with the broker. They certainly got nothing since",
+            "{} released and on no queue: purged, or lost with the broker. No mail was sent for them",
             are(put_back, "invitation", "invitations")
         ));
-        repair.push("--fix puts their messages back, as the sweeper does");
+        repair.push("--fix republishes their messages, as the sweeper does");
     }
     if told_again > 0 {
         what.push(format!(
-            "{} not to be sent, or sent by a worker that died before it could say so, and still counted as open",
+            "{} withheld, or sent by a worker that died before it reported the result, and still counted as open",
             are(told_again, "invitation", "invitations")
         ));
         repair.push("--fix settles them");
     }
     let total = put_back + buried + told_again;
-    let wait = if total == 1 { "invitation waits" } else { "invitations wait" };
-    let subject = format!("run {run_id}: {} {wait} in vain", super::grouped(total));
+    let wait = if total == 1 { "invitation is stuck" } else { "invitations are stuck" };
+    let subject = format!("run {run_id}: {} {wait}", super::grouped(total));
     Finding::new(check, subject, what.join(". "), repair.join("; "))
 }
 
@@ -228,36 +225,36 @@ mod tests {
     use super::*;
     use mailrun_core::claim::Withheld;
 
-    const QUIET: Conveyed = Conveyed { results: false, items: false, stalled: true };
+    const QUIET: QueueState = QueueState { results: false, items: false, stalled: true };
 
     #[test]
-    fn a_dead_workers_claim_is_due_when_its_result_is_nowhere() {
+    fn a_dead_workers_claim_is_due_when_it_has_no_result() {
         assert!(is_due(Repair::Bury, true, QUIET));
         assert!(
-            is_due(Repair::Bury, true, Conveyed { items: true, stalled: false, ..QUIET }),
-            "it need not be stalled"
+            is_due(Repair::Bury, true, QueueState { items: true, stalled: false, ..QUIET }),
+            "the run need not be stalled"
         );
-        assert!(!is_due(Repair::Bury, true, Conveyed { results: true, ..QUIET }), "its result may be among them");
-        assert!(!is_due(Repair::Bury, false, QUIET), "it has ended just now");
+        assert!(!is_due(Repair::Bury, true, QueueState { results: true, ..QUIET }), "its result may be among them");
+        assert!(!is_due(Repair::Bury, false, QUIET), "the worker has just stopped");
         assert!(!is_due(Repair::Leave, true, QUIET));
     }
 
     #[test]
-    fn what_may_only_be_slow_is_not_missing() {
+    fn a_message_that_may_be_slow_is_not_missing() {
         for repair in [Repair::PutBack, Repair::Withhold(Withheld::Suppressed)] {
             assert!(is_due(repair, false, QUIET));
-            assert!(!is_due(repair, false, Conveyed { stalled: false, ..QUIET }));
-            assert!(!is_due(repair, false, Conveyed { items: true, ..QUIET }));
-            assert!(!is_due(repair, false, Conveyed { results: true, ..QUIET }));
+            assert!(!is_due(repair, false, QueueState { stalled: false, ..QUIET }));
+            assert!(!is_due(repair, false, QueueState { items: true, ..QUIET }));
+            assert!(!is_due(repair, false, QueueState { results: true, ..QUIET }));
         }
     }
 
     #[test]
-    fn each_kind_is_told_with_its_repair() {
+    fn reports_each_kind_with_its_repair() {
         let found = Repairs { buried: 1, put_back: 2000, ..Repairs::default() };
         let finding = open(Uuid::nil(), found);
-        assert!(finding.subject.ends_with(": 2,001 invitations wait in vain"), "{}", finding.subject);
-        assert!(finding.what.starts_with("1 invitation is claimed by a worker that died"), "{}", finding.what);
+        assert!(finding.subject.ends_with(": 2,001 invitations are stuck"), "{}", finding.subject);
+        assert!(finding.what.starts_with("1 invitation is claimed by a dead worker"), "{}", finding.what);
         assert!(finding.what.contains("2,000 invitations are released and on no queue"), "{}", finding.what);
         assert_eq!(finding.check, CHECK);
         assert_eq!(open(Uuid::nil(), Repairs { put_back: 1, ..Repairs::default() }).check, RUNS_CHECK);

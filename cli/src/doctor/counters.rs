@@ -1,22 +1,19 @@
-//! The counters and the people's flags: whether they say what the items say.
+//! Compares the counters and the people's flags with the items.
 
 use anyhow::Result;
 use mailrun_ledger::audit::{self, Drift, Flags};
 
 use super::{
-    Patient, grouped,
+    Target, grouped,
     report::{Finding, Report},
 };
 
 pub(super) const CHECK: &str = "counters";
 const PEOPLE: &str = "people";
 
-/// Looks at them, in one snapshot.
-///
-/// # Errors
-/// The database's.
-pub(super) async fn examine(patient: &Patient, report: &mut Report) -> Result<()> {
-    let mut tx = audit::snapshot(&patient.pool).await?;
+/// Checks both in one snapshot.
+pub(super) async fn examine(target: &Target, report: &mut Report) -> Result<()> {
+    let mut tx = audit::snapshot(&target.pool).await?;
     let drifted = audit::drift(&mut tx).await?;
     let flags = audit::flags(&mut tx).await?;
     tx.commit().await?;
@@ -26,40 +23,40 @@ pub(super) async fn examine(patient: &Patient, report: &mut Report) -> Result<()
         }
         if !run.wrong().is_empty() || run.ended_wrongly() {
             report.add(
-                patient
-                    .mend(drift(run), async { audit::recount(&mut *patient.pool.acquire().await?, run.run_id).await })
+                target
+                    .repair(drift(run), async { audit::recount(&mut *target.pool.acquire().await?, run.run_id).await })
                     .await,
             );
         }
     }
     if drifted.is_empty() {
-        report.fine(CHECK, "each equals the number of the items that it counts");
+        report.fine(CHECK, "all counters match the items");
     }
     match flagged(flags) {
-        Some(finding) => report.add(patient.mend(finding, audit::correct_flags(&patient.pool)).await),
-        None => report.fine(PEOPLE, "whose invitation was sent is marked as emailed, and nobody else"),
+        Some(finding) => report.add(target.repair(finding, audit::correct_flags(&target.pool)).await),
+        None => report.fine(PEOPLE, "exactly those whose invitation was sent are marked as emailed"),
     }
     Ok(())
 }
 
 fn drift(run: &Drift) -> Finding {
     let wrong = run.wrong().into_iter().map(|(name, shown, counted)| {
-        format!("{name} is {}, and there are {}", mailrun_web::grouped(shown), mailrun_web::grouped(counted))
+        format!("{name} is {}, but there are {}", mailrun_web::grouped(shown), mailrun_web::grouped(counted))
     });
     let mut what: Vec<String> = wrong.collect();
     if run.ended_wrongly() {
         what.push(if run.finished {
-            "the run is taken for finished, and something is still open, which nothing would repair".to_owned()
+            "the run counts as finished, but has open items, which nothing else would repair".to_owned()
         } else {
-            "the run is not taken for finished, and nothing is open".to_owned()
+            "the run does not count as finished, but has no open items".to_owned()
         });
     }
     let what = format!(
-        "{}. The run's page shows wrong numbers, and the pump may release too much or nothing more. No invitation is changed \
-         or lost by that",
+        "{}. The run's page shows wrong numbers, and fan-out may release too many items or none. No invitation is changed or \
+        lost",
         what.join("; ")
     );
-    let repair = "--fix counts the run's items anew, while results go on being counted";
+    let repair = "--fix recounts the run's items while results continue to be counted";
     Finding::new(CHECK, format!("run {} has wrong counters", run.run_id), what, repair)
 }
 
@@ -69,30 +66,30 @@ fn missing(run: &Drift) -> Finding {
         CHECK,
         format!("run {} {subject}", run.run_id),
         format!(
-            "It was accepted with {} invitations, and there are {how} {}. Mailrun deletes none of a run that it shows, so \
-             this was done by hand, or a disk has lost it. Who is not there any more is not written to by this run",
+            "It was accepted with {} invitations, and there are {how} {}. Mailrun deletes no items of a run that it shows, so \
+            they were changed manually or lost by a disk. Missing recipients receive nothing from this run",
             mailrun_web::grouped(run.accepted),
             mailrun_web::grouped(run.counted.total)
         ),
-        "Restore a backup of PostgreSQL, or send the list once more: who has an invitation is left out",
+        "Restore a backup of PostgreSQL, or submit the list again: people who have an invitation are skipped",
     )
 }
 
-/// None: they are right.
+/// None: the flags are correct.
 fn flagged(flags: Flags) -> Option<Finding> {
     let count = |count: i64| grouped(usize::try_from(count).unwrap_or_default());
     let mut what = Vec::new();
     if flags.missing > 0 {
         what.push(format!(
-            "Invitations that were sent, and whose people are not marked as emailed: {}. They count as invited for as long as \
-             their run is kept; once it is pruned, they could be invited a second time",
+            "Invitations that were sent, but their people are not marked as emailed: {}. They count as invited until their run \
+            is pruned; then they could be invited a second time",
             count(flags.missing)
         ));
     }
     if flags.wrong > 0 {
         what.push(format!(
-            "People marked as emailed whose invitation was not sent: {}. Once their run is pruned, nobody could invite them \
-             any more",
+            "People marked as emailed whose invitation was not sent: {}. Once their run is pruned, they could not be invited any \
+            more",
             count(flags.wrong)
         ));
     }
@@ -103,25 +100,25 @@ fn flagged(flags: Flags) -> Option<Finding> {
         "{} wrongly marked",
         super::are(usize::try_from(flags.missing + flags.wrong).unwrap_or_default(), "person", "people",)
     );
-    Some(Finding::new(PEOPLE, subject, what.join(". "), "--fix makes the mark say what became of the invitation"))
+    Some(Finding::new(PEOPLE, subject, what.join(". "), "--fix sets the marks according to the invitations"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mailrun_core::run::Counters;
+    use mailrun_core::{item::ItemState, run::Counters};
     use uuid::Uuid;
 
     #[test]
-    fn a_wrong_counter_is_named_with_both_numbers() {
-        let counted = Counters { total: 2000, pending: 1, sent: 1999, ..Counters::default() };
-        let shown = Counters { pending: 0, failed: 1, ..counted };
+    fn a_wrong_counter_is_reported_with_both_numbers() {
+        let counted = Counters::of_items(&[(ItemState::Pending, 1), (ItemState::Sent, 1999)]);
+        let shown = Counters::of_items(&[(ItemState::Failed, 1), (ItemState::Sent, 1999)]);
         let run = Drift { run_id: Uuid::nil(), accepted: 2000, shown, counted, finished: true };
         let finding = drift(&run);
         assert!(
             finding
                 .what
-                .starts_with("pending is 0, and there are 1; failed is 1, and there are 0; the run is taken for")
+                .starts_with("pending is 0, but there are 1; failed is 1, but there are 0; the run counts as finished")
         );
         assert!(
             missing(&Drift { accepted: 2001, ..run }).what.contains("with 2,001 invitations, and there are only 2,000")
@@ -129,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn right_flags_are_no_finding() {
+    fn correct_flags_are_not_a_finding() {
         assert_eq!(flagged(Flags::default()), None);
         assert_eq!(flagged(Flags { missing: 1, wrong: 0 }).unwrap().subject, "1 person is wrongly marked");
         assert_eq!(flagged(Flags { missing: 1, wrong: 2 }).unwrap().subject, "3 people are wrongly marked");

@@ -1,4 +1,4 @@
-//! PostgreSQL's settings on which it depends whether what is accepted survives a crash, and a failover.
+//! PostgreSQL's settings that determine whether accepted data survives a crash and a failover.
 
 use mailrun_ledger::durability::Durability;
 
@@ -6,16 +6,17 @@ use super::report::{Finding, Report};
 
 pub(super) const CHECK: &str = "durability";
 
-/// Says what a crash or a failover may cost with these settings.
-pub(super) fn tell(durability: &Durability, report: &mut Report) {
+/// Reports what a crash or a failover may lose with these settings.
+pub(super) fn examine(durability: &Durability, report: &mut Report) {
     let Durability { fsync, full_page_writes, synchronous_commit, synchronous_standbys, standbys, is_standby } =
         durability;
-    let crash = "A power failure can lose lists that were accepted, and the knowledge of who was sent to, so that people get two";
+    let crash =
+        "A power failure can lose accepted lists and the record of sent invitations, so that people receive two";
     if !fsync {
         report.add(Finding::new(
             CHECK,
             "fsync is off",
-            format!("PostgreSQL forces nothing to disk. {crash}; and it can destroy the database"),
+            format!("PostgreSQL does not flush writes to disk. {crash}, and can corrupt the database"),
             "Set fsync = on",
         ));
     }
@@ -23,27 +24,27 @@ pub(super) fn tell(durability: &Durability, report: &mut Report) {
         report.add(Finding::new(
             CHECK,
             "full_page_writes is off",
-            "A page that was half written when the power failed can't be restored, unless the file system rules that out",
+            "A page that was partly written at a power failure cannot be restored, unless the file system prevents partial writes",
             "Set full_page_writes = on",
         ));
     }
     if matches!(synchronous_commit.as_str(), "off" | "local") {
         let what = match synchronous_commit.as_str() {
-            "off" => format!("Mailrun asks for synchronous commits, and its session has others. {crash}"),
-            _ => "Commits don't wait for the standbys, although Mailrun asks for that".to_owned(),
+            "off" => format!("Mailrun requests synchronous commits, but its session does not have them. {crash}"),
+            _ => "Commits do not wait for the standbys, although Mailrun requests it".to_owned(),
         };
         report.add(Finding::new(
             CHECK,
             format!("synchronous_commit is {synchronous_commit}"),
             what,
-            "Look for a connection pooler that ignores the settings of a connection, and set synchronous_commit = on there",
+            "Look for a connection pooler that ignores session settings, and set synchronous_commit = on there",
         ));
     }
     if *is_standby {
         report.add(Finding::new(
             CHECK,
             "PostgreSQL is a standby",
-            "It takes no writes: no list is accepted and nothing is sent",
+            "It accepts no writes: no list is accepted and nothing is sent",
             "Promote it, or set database.url to the primary",
         ));
     }
@@ -62,20 +63,20 @@ pub(super) fn tell(durability: &Durability, report: &mut Report) {
         report.remark(
             CHECK,
             format!(
-                "{are} asynchronous: a failover loses the newest commits, and with them who was sent to. Before anything is \
-                 started on a promoted standby, see docs/cluster.md"
+                "{are} asynchronous: a failover loses the newest commits, including records of sent invitations. Before starting \
+                anything on a promoted standby, see docs/cluster.md"
             ),
         );
     }
     if !report.has_found(CHECK) {
         let standby = match (synchronous_standbys.is_empty(), standbys) {
             (true, 0) => "there is no standby".to_owned(),
-            (true, _) => "no commit waits for a standby".to_owned(),
+            (true, _) => "commits do not wait for a standby".to_owned(),
             (false, _) => format!("commits wait for a standby ({synchronous_standbys})"),
         };
         report.fine(
             CHECK,
-            format!("commits are on disk: fsync, full_page_writes and synchronous_commit are on; {standby}"),
+            format!("commits are durable: fsync, full_page_writes and synchronous_commit are on; {standby}"),
         );
     }
 }
@@ -95,15 +96,15 @@ mod tests {
         }
     }
 
-    fn told(durability: &Durability) -> (usize, String) {
+    fn examined(durability: &Durability) -> (usize, String) {
         let mut report = Report::default();
-        tell(durability, &mut report);
+        examine(durability, &mut report);
         (report.remaining(), report.to_string())
     }
 
     #[test]
     fn every_setting_that_can_lose_a_commit_is_found() {
-        assert_eq!(told(&sound()).0, 0);
+        assert_eq!(examined(&sound()).0, 0);
         for (wrong, words) in [
             (Durability { fsync: false, ..sound() }, "fsync is off"),
             (Durability { full_page_writes: false, ..sound() }, "full_page_writes is off"),
@@ -112,16 +113,16 @@ mod tests {
             (Durability { is_standby: true, ..sound() }, "is a standby"),
             (Durability { synchronous_standbys: "*".into(), ..sound() }, "no standby is connected"),
         ] {
-            let (findings, text) = told(&wrong);
+            let (findings, text) = examined(&wrong);
             assert!(findings == 1 && text.contains(words), "{words}: {text}");
         }
     }
 
     #[test]
-    fn standbys_are_told_by_their_kind() {
-        let (findings, text) = told(&Durability { standbys: 2, ..sound() });
+    fn reports_synchronous_and_asynchronous_standbys() {
+        let (findings, text) = examined(&Durability { standbys: 2, ..sound() });
         assert!(findings == 0 && text.contains("All 2 standbys are asynchronous"), "{text}");
-        let (findings, text) = told(&Durability { standbys: 1, synchronous_standbys: "one".into(), ..sound() });
+        let (findings, text) = examined(&Durability { standbys: 1, synchronous_standbys: "one".into(), ..sound() });
         assert!(findings == 0 && text.contains("commits wait for a standby (one)"), "{text}");
     }
 }

@@ -1,39 +1,36 @@
-//! Runs that do not progress, and nothing above says why.
+//! Runs that do not progress although no other check has found a fault.
 
 use anyhow::Result;
 use mailrun_ledger::audit::{self, NoProgress};
 
 use super::{
-    Patient,
+    Target,
     report::{Finding, Report},
 };
 
 pub(super) const CHECK: &str = "progress";
-/// The sweeper has put back by then whatever was missing.
+/// By then the sweeper has republished anything missing.
 const SWEEPS: u32 = 4;
 
-/// Looks for them. Findings of the other checks explain a run that does not progress, so it is not named again.
-///
-/// # Errors
-/// The database's.
-pub(super) async fn examine(patient: &Patient, report: &mut Report) -> Result<()> {
+/// Skipped if other checks have findings: these explain a run that does not progress.
+pub(super) async fn examine(target: &Target, report: &mut Report) -> Result<()> {
     if report.remaining() > 0 {
         return Ok(());
     }
-    let (after, limit) = (SWEEPS * patient.stalled_after(), patient.config.fan_out.sends_per_second);
-    let found = audit::without_progress(&mut *patient.pool.acquire().await?, after, limit).await?;
+    let (after, limit) = (SWEEPS * target.stalled_after(), target.config.fan_out.sends_per_second);
+    let found = audit::without_progress(&mut *target.pool.acquire().await?, after, limit).await?;
     if found.is_empty() {
-        report.fine(CHECK, "every run that is neither paused nor limited progresses");
+        report.fine(CHECK, "all runs that are neither paused nor limited progress");
     }
     for NoProgress { run_id, for_s } in found {
         report.add(Finding::new(
             CHECK,
             format!("run {run_id} does not progress"),
             format!(
-                "no item of it was settled for {for_s:.0} s. It is not paused, no relay is closed, its rate limit allows more, \
-                 and its messages are where they belong"
+                "no item was settled for {for_s:.0} s. The run is not paused, no relay is stopped, its rate limit allows more, \
+                and its messages are on their queues"
             ),
-            "Restart the workers; if that does not help, this is a fault of Mailrun: keep the log",
+            "Restart the workers. If that does not help, report a bug with the logs",
         ));
     }
     Ok(())

@@ -1,26 +1,25 @@
-//! What was found, as text for people and as JSON for programs.
+//! The report, as text and as JSON.
 
 use std::fmt::{self, Display};
 
 use serde::Serialize;
 
-/// Something that is wrong.
+/// A fault.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Finding {
-    /// The check that found it.
     pub(super) check: &'static str,
-    /// What it is about, in a few words.
+    /// A summary of a few words.
     pub(super) subject: String,
-    /// What is wrong, and what that means for the recipients.
+    /// What is wrong, and what it means for the recipients.
     pub(super) what: String,
-    /// What `--fix` does, or what a person has to.
+    /// What `--fix` does, or what a person must do.
     pub(super) repair: String,
-    /// Whether `--fix` has done it.
+    /// Whether `--fix` has repaired it.
     pub(super) repaired: bool,
 }
 
 impl Finding {
-    /// Something that a person has to repair, or that [`Self::mended`] says was repaired.
+    /// A finding that is not repaired yet.
     pub(super) fn new(
         check: &'static str,
         subject: impl Into<String>,
@@ -30,11 +29,11 @@ impl Finding {
         Self { check, subject: subject.into(), what: what.into(), repair: repair.into(), repaired: false }
     }
 
-    /// Notes how the repair ended.
-    pub(super) fn mended<E: Display>(mut self, ended: Result<(), E>) -> Self {
-        match ended {
+    /// Records the result of a repair.
+    pub(super) fn with_repair<E: Display>(mut self, result: Result<(), E>) -> Self {
+        match result {
             Ok(()) => self.repaired = true,
-            Err(error) => self.repair = format!("{}. That was tried, and failed: {error:#}", self.repair),
+            Err(error) => self.repair = format!("{}. The repair failed: {error:#}", self.repair),
         }
         self
     }
@@ -47,7 +46,7 @@ enum Line {
     Found(usize),
 }
 
-/// All that was looked at, in this order.
+/// The results of all checks, in order.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Report {
     lines: Vec<Line>,
@@ -69,46 +68,46 @@ struct Remark<'a> {
 }
 
 impl Report {
-    /// As it has to be.
+    /// Adds a check without findings.
     pub(super) fn fine(&mut self, check: &'static str, text: impl Into<String>) {
         self.lines.push(Line::Fine(check, text.into()));
     }
 
-    /// No fault, but worth knowing.
+    /// Adds something worth knowing that is not a fault.
     pub(super) fn remark(&mut self, check: &'static str, text: impl Into<String>) {
         self.lines.push(Line::Remark(check, text.into()));
     }
 
-    /// A fault.
+    /// Adds a fault.
     pub(super) fn add(&mut self, finding: Finding) {
         self.lines.push(Line::Found(self.findings.len()));
         self.findings.push(finding);
     }
 
-    /// Notes that a check could not be carried out to its end, if so.
-    pub(super) fn note(&mut self, check: &'static str, ended: anyhow::Result<()>) {
-        if let Err(error) = ended {
-            let what = format!("{error:#}. What it would have found is not known");
-            self.add(Finding::new(check, "the check was broken off", what, "Run mailrun doctor again"));
+    /// Adds a finding if a check failed.
+    pub(super) fn note(&mut self, check: &'static str, result: anyhow::Result<()>) {
+        if let Err(error) = result {
+            let what = format!("{error:#}. Its findings are unknown");
+            self.add(Finding::new(check, "the check failed", what, "Run mailrun doctor again"));
         }
     }
 
-    /// Whether nothing is wrong any more.
+    /// Whether no fault remains.
     pub(super) fn is_well(&self) -> bool {
         self.remaining() == 0
     }
 
-    /// Findings that were not repaired.
+    /// The number of findings that are not repaired.
     pub(super) fn remaining(&self) -> usize {
         self.findings.iter().filter(|finding| !finding.repaired).count()
     }
 
-    /// Whether `check` has found something.
+    /// Whether `check` has findings.
     pub(super) fn has_found(&self, check: &str) -> bool {
         self.findings.iter().any(|finding| finding.check == check)
     }
 
-    /// One object, on one line.
+    /// The report as one JSON object on one line.
     pub(super) fn json(&self) -> serde_json::Result<String> {
         let remarks = self.lines.iter().filter_map(|line| match line {
             Line::Remark(check, what) => Some(Remark { check, what }),
@@ -139,9 +138,9 @@ impl Display for Report {
         }
         writeln!(out)?;
         match (self.findings.len(), self.remaining()) {
-            (0, _) => writeln!(out, "All is well."),
-            (_, 0) => writeln!(out, "All that was wrong is repaired."),
-            (1, _) => writeln!(out, "One finding."),
+            (0, _) => writeln!(out, "No faults found."),
+            (_, 0) => writeln!(out, "All faults were repaired."),
+            (1, _) => writeln!(out, "1 finding."),
             (all, remaining) if all == remaining => writeln!(out, "{all} findings."),
             (all, remaining) => writeln!(out, "{all} findings, {} of them repaired.", all - remaining),
         }
@@ -153,23 +152,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_well_when_nothing_is_left_to_do() {
+    fn is_well_when_no_finding_remains() {
         let mut report = Report::default();
         report.fine("counters", "right");
         report.remark("workers", "one run is paused");
-        assert!(report.is_well() && report.to_string().ends_with("All is well.\n"));
+        assert!(report.is_well() && report.to_string().ends_with("No faults found.\n"));
         let finding = Finding::new("people", "a flag", "It is off", "--fix sets it");
-        report.add(finding.clone().mended(Ok::<_, String>(())));
+        report.add(finding.clone().with_repair(Ok::<_, String>(())));
         assert!(report.is_well() && report.to_string().contains("repaired  people"));
-        report.add(finding.mended(Err("no connection")));
+        report.add(finding.with_repair(Err("no connection")));
         assert_eq!((report.is_well(), report.remaining()), (false, 1));
         let text = report.to_string();
-        assert!(text.contains("--fix sets it. That was tried, and failed: no connection."), "{text}");
+        assert!(text.contains("--fix sets it. The repair failed: no connection."), "{text}");
         assert!(text.ends_with("2 findings, 1 of them repaired.\n"), "{text}");
     }
 
     #[test]
-    fn a_program_reads_one_object() {
+    fn json_is_one_object() {
         let mut report = Report::default();
         report.remark("workers", "one run is paused");
         report.add(Finding::new("people", "a flag", "It is off", "--fix sets it"));

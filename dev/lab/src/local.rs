@@ -1,4 +1,4 @@
-//! Mailrun on this machine: the private servers where none are named, and the services as children of this process.
+//! Mailrun on this machine: private servers unless others are configured, and the services as children of this process.
 
 use std::{
     ffi::OsString,
@@ -19,38 +19,35 @@ use mailrun_stack::{self, Console, Nodes, Stack, StackError};
 
 /// The database and virtual host of `up` and `demo`.
 const NAME: &str = "mailrun";
-/// The port of the pages, or the next free one.
+/// The web server's port, or the next free one.
 const WEB_PORT: u16 = 8080;
-/// Those of the mail sink, or the next free ones.
+/// The mail sink's ports, or the next free ones.
 const SMTP_PORT: u16 = 1025;
 const MAIL_PAGE_PORT: u16 = 8025;
 const PORTS_TRIED: u16 = 100;
-/// Each service may take so long to finish what is in flight.
+/// Time limit for each service to finish its work in progress.
 const DRAIN: Duration = Duration::from_secs(35);
-/// The pages answer within this time, or something is wrong.
+/// The web server answers within this time, or something is wrong.
 const START: Duration = Duration::from_secs(60);
 const WEB: &str = "web";
-/// In the order of the data, so that nothing is left between two of them. Each `send` has a number behind it.
+/// In the order of the data, so that nothing is left between two of them. `send` is followed by a number.
 const STOP_ORDER: [&str; 4] = [WEB, "fan-out", "send", "progress"];
-/// The mail sink stops last, so that it is there for as long as anybody sends.
+/// Stops last, so that it is available as long as anything sends.
 const MAIL_SINK: &str = "mail-sink";
-/// Sending processes, unless somebody wants another number.
+/// Sending processes by default.
 pub const SENDERS: usize = 2;
 
-/// Where the servers are: named by the settings, or private ones.
+/// The configured or private servers.
 pub struct Servers {
     stack: Option<Stack>,
-    /// PostgreSQL.
+    /// PostgreSQL's URL.
     pub database_url: SecretString,
-    /// RabbitMQ's nodes.
+    /// The URLs of RabbitMQ's nodes.
     pub amqp_urls: Vec<SecretString>,
 }
 
 impl Servers {
-    /// Finds or starts them, with so many nodes of RabbitMQ. Those that the settings name win over the private ones.
-    ///
-    /// # Errors
-    /// When one can't be installed or started.
+    /// Finds or starts the servers. Configured servers take precedence over private ones, which get this number of RabbitMQ nodes.
     pub async fn start(config: &Config, home: &Path, nodes: Nodes, report: impl Fn(&str)) -> Result<Self> {
         let named = config.named;
         if named.database && named.broker {
@@ -72,7 +69,7 @@ impl Servers {
         self.stack.as_ref().map(Stack::console)
     }
 
-    /// What a child needs in its environment to find them.
+    /// The environment with which a child finds them.
     #[must_use]
     pub fn environment(&self) -> Vec<(OsString, OsString)> {
         let amqp_urls: Vec<&str> = self.amqp_urls.iter().map(ExposeSecret::expose_secret).collect();
@@ -82,7 +79,7 @@ impl Servers {
         ]
     }
 
-    /// The settings with these servers' addresses in them.
+    /// The settings with these servers' URLs.
     #[must_use]
     pub fn name_in(&self, mut config: Config) -> Config {
         config.database.url = self.database_url.clone();
@@ -91,18 +88,12 @@ impl Servers {
         config
     }
 
-    /// Opens the ledger, under this name.
-    ///
-    /// # Errors
-    /// When the database's address is none.
+    /// Opens the ledger under this application name.
     pub fn open_ledger(&self, config: &Config, name: &str) -> sqlx::Result<PgPool> {
         mailrun_ledger::open(&DatabaseConfig { url: self.database_url.clone(), ..config.database.clone() }, name)
     }
 
-    /// Stops the private ones, unless somebody else uses them.
-    ///
-    /// # Errors
-    /// When they don't end.
+    /// Stops the private ones, unless other processes use them.
     pub async fn stop(self) -> Result<(), StackError> {
         match self.stack {
             Some(stack) => stack.stop().await.map(drop),
@@ -111,18 +102,15 @@ impl Servers {
     }
 }
 
-/// The whole of Mailrun, running.
+/// A complete running Mailrun.
 pub struct Local {
     servers: Servers,
-    /// The pages and the workers.
+    /// The web server and the workers.
     pub services: Services,
 }
 
 impl Local {
-    /// Starts the servers and the services with the settings in `file`, and returns when the pages answer.
-    ///
-    /// # Errors
-    /// Says what could not be started, and where to read more.
+    /// Starts the servers and the services with the settings in `file`, and returns when the web server answers.
     pub async fn start(
         config: &Config,
         file: Option<&Path>,
@@ -151,7 +139,7 @@ impl Local {
         match started.await {
             Ok(services) => Ok(Self { servers, services }),
             Err(error) => {
-                // The first error is the one to tell.
+                // The first error is reported.
                 let _ = servers.stop().await;
                 Err(error)
             }
@@ -165,23 +153,20 @@ impl Local {
     }
 
     /// Stops the services in the order of the data, then the private servers.
-    ///
-    /// # Errors
-    /// When a server does not end.
     pub async fn stop(self) -> Result<()> {
         self.services.stop().await;
         Ok(self.servers.stop().await?)
     }
 }
 
-/// Where the workers send their mail.
+/// Where the workers send mail.
 #[derive(Clone, Debug)]
 pub enum Mailing {
-    /// As the settings say.
+    /// As configured.
     AsConfigured,
     /// To a mail sink, which is one of the services.
     ToSink,
-    /// As these settings say, which win over the others.
+    /// With these settings, which override the others.
     With(Vec<(OsString, OsString)>),
 }
 
@@ -194,23 +179,19 @@ pub fn to_sink(smtp: SocketAddr) -> Vec<(OsString, OsString)> {
     ]
 }
 
-/// Where a mail sink is to be.
+/// The addresses of a mail sink.
 #[derive(Clone, Copy, Debug)]
 pub struct SinkAddresses {
-    /// It takes mail here.
+    /// Its SMTP server.
     pub smtp: SocketAddr,
-    /// It shows it here.
+    /// Its page.
     pub page: SocketAddr,
 }
 
 impl SinkAddresses {
-    /// The next free ones.
-    ///
-    /// # Errors
-    /// When there are none.
+    /// The next free addresses.
     pub fn free() -> Result<Self> {
-        let free =
-            |port| free_address(port).with_context(|| format!("no port from {port} on is free for the mail sink"));
+        let free = |port| free_address(port).with_context(|| format!("no free port from {port} on for the mail sink"));
         Ok(Self { smtp: free(SMTP_PORT)?, page: free(MAIL_PAGE_PORT)? })
     }
 
@@ -221,23 +202,20 @@ impl SinkAddresses {
     }
 }
 
-/// The pages and the workers, as children of this process.
+/// The web server and the workers, as children of this process.
 pub struct Services {
     supervisor: Supervisor,
-    /// The address of the pages.
+    /// The URL of the pages.
     pub web_url: String,
-    /// The address of the mail sink's page, if there is one.
+    /// The URL of the mail sink's page, if there is one.
     pub mail_url: Option<String>,
-    /// Where their lines go.
+    /// The file with their output.
     pub log: PathBuf,
 }
 
 impl Services {
-    /// Prepares the database and the queues that `environment` names, starts the services in it from `program`, so many of
-    /// them `senders`, and returns when the pages answer. With a `sink`, it is started, and the senders send to it.
-    ///
-    /// # Errors
-    /// Says what could not be started, and where to read more.
+    /// Prepares the database and queues in `environment`, starts the services of `program` with this number of senders, and returns when
+    /// the web server answers. With a `sink`, starts it and lets the senders use it. Errors say where the log is.
     pub async fn start(
         program: PathBuf,
         config: &Config,
@@ -250,17 +228,17 @@ impl Services {
         report("Preparing the database and the queues");
         set_up(&program, &environment).await?;
         let listen = web_address(config)?;
-        let mut supervisor = Supervisor::new(program, &log, tell).context("the services' log can't be written")?;
+        let mut supervisor = Supervisor::new(program, &log, tell).context("cannot write the services' log")?;
         environment.push(("MAILRUN_WEB__LISTEN".into(), listen.to_string().into()));
         if let Some(metrics) = config.metrics.listen {
-            // One address is no good for several processes: each takes a free port, and says in the log which.
+            // Several processes cannot share one address: each uses a free port, and logs it.
             let metrics = SocketAddr::new(metrics.ip(), 0);
             environment.push(("MAILRUN_METRICS__LISTEN".into(), metrics.to_string().into()));
         }
-        report("Starting the pages and the workers");
+        report("Starting the web server and the workers");
         let web_url = format!("http://{listen}");
         if config.web.public_url.is_none() && listen.ip().is_loopback() {
-            // Nobody but this machine reads this mail, and here its links work.
+            // This mail is only read on this machine, where its links work.
             environment.push(("MAILRUN_WEB__PUBLIC_URL".into(), web_url.clone().into()));
         }
         let mail_url = sink.map(|sink| format!("http://{}", sink.page));
@@ -276,33 +254,31 @@ impl Services {
         for url in [Some(&web_url), mail_url.as_ref()].into_iter().flatten() {
             if let Err(error) = wait_for_pages(url).await {
                 stop(supervisor).await;
-                return Err(error.context(format!("the pages at {url} don't answer; {} says why", log.display())));
+                return Err(error.context(format!("the web server at {url} does not respond; see {}", log.display())));
             }
         }
         Ok(Self { supervisor, web_url, mail_url, log })
     }
 
-    /// The services' names and processes.
+    /// The services' names and process ids.
     pub fn pids(&self) -> impl Iterator<Item = (&str, u32)> {
         self.supervisor.pids()
     }
 
-    /// Ends a service in good order and starts it from another program, in the same environment.
-    ///
-    /// # Errors
-    /// When it did not end in time and was killed, or does not start; of the pages also when they don't answer then.
+    /// Ends a service cleanly and starts it with another program in the same environment. Fails if it had to be killed, does not start, or is a
+    /// web server that does not answer.
     pub async fn replace(&self, name: &str, program: &Path) -> Result<()> {
         let ended = self.supervisor.replace(name, program, DRAIN).await;
-        if !ended.with_context(|| format!("{name} can't be started from {}", program.display()))? {
+        if !ended.with_context(|| format!("cannot start {name} from {}", program.display()))? {
             bail!("{name} did not end within {DRAIN:?}");
         }
         if name == WEB {
-            wait_for_pages(&self.web_url).await.context("the pages don't answer")?;
+            wait_for_pages(&self.web_url).await.context("the web server does not respond")?;
         }
         Ok(())
     }
 
-    /// How often services ended unasked.
+    /// How often services ended unexpectedly.
     #[must_use]
     pub fn deaths(&self) -> u32 {
         self.supervisor.deaths()
@@ -314,10 +290,7 @@ impl Services {
     }
 }
 
-/// This program.
-///
-/// # Errors
-/// When its path is unknown.
+/// The path of this program.
 pub fn own_program() -> Result<PathBuf> {
     std::env::current_exe().context("the path of this program is unknown")
 }
@@ -331,7 +304,7 @@ fn roster(senders: usize) -> Vec<(String, &'static str)> {
     STOP_ORDER.into_iter().flat_map(named).collect()
 }
 
-/// They were started in the order in which they stop, but for the mail sink, which is not named here and so stops last.
+/// They were started in the order in which they stop, except for the mail sink, which is not named here and therefore stops last.
 async fn stop(supervisor: Supervisor) {
     let names: Vec<String> =
         supervisor.pids().map(|(name, _)| name.to_owned()).filter(|name| name != MAIL_SINK).collect();
@@ -339,20 +312,23 @@ async fn stop(supervisor: Supervisor) {
     supervisor.stop(&order, DRAIN).await;
 }
 
-/// Runs a command with a new, empty database in `DATABASE_URL`, and drops it afterwards.
-///
-/// # Errors
-/// When the private PostgreSQL can't be started, or the command fails.
-pub async fn with_database(command: &[OsString]) -> Result<()> {
-    let [program, args @ ..] = command else { bail!("name a command") };
+/// Runs a command with a new database in `DATABASE_URL`, empty or `migrated`, and drops it afterwards.
+pub async fn with_database(migrated: bool, command: &[OsString]) -> Result<()> {
+    let [program, args @ ..] = command else { bail!("no command given") };
     let stack =
-        Stack::start(&mailrun_stack::home(), &own_program()?, Duration::from_secs(20), |step| eprintln!("{step} …"))
+        Stack::start(&mailrun_stack::home(), &own_program()?, Duration::from_secs(20), |step| eprintln!("{step}…"))
             .await?;
     let name = format!("scratch-{}", std::process::id());
     stack.create_database(&name).await?;
-    let status = Command::new(program).args(args).env("DATABASE_URL", stack.database_url(&name)).status().await;
+    let url = stack.database_url(&name);
+    if migrated {
+        let pool = PgPool::connect(&url).await?;
+        mailrun_ledger::migrate(&pool).await?;
+        pool.close().await;
+    }
+    let status = Command::new(program).args(args).env("DATABASE_URL", url).status().await;
     stack.drop_database(&name).await?;
-    if !status.with_context(|| format!("{} can't be started", program.display()))?.success() {
+    if !status.with_context(|| format!("cannot start {}", program.display()))?.success() {
         bail!("the command failed");
     }
     Ok(())
@@ -365,23 +341,22 @@ async fn set_up(program: &Path, environment: &[(OsString, OsString)]) -> Result<
         .stdin(Stdio::null())
         .output()
         .await
-        .context("`mailrun setup` can't be started")?;
+        .context("cannot start `mailrun setup`")?;
     if !output.status.success() {
-        bail!("the database or the queues can't be prepared:\n{}", String::from_utf8_lossy(&output.stderr).trim());
+        bail!("preparing the database and queues failed:\n{}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
 }
 
-/// The configured address, if there is one; else the first free port from 8080 on.
+/// The configured address, if any; else the first free port from 8080 on.
 fn web_address(config: &Config) -> Result<SocketAddr> {
     if std::env::var_os("MAILRUN_WEB__LISTEN").is_some() || config.web.listen.port() != WEB_PORT {
         return Ok(config.web.listen);
     }
-    free_address(WEB_PORT)
-        .with_context(|| format!("no port from {WEB_PORT} on is free: name one with MAILRUN_WEB__LISTEN"))
+    free_address(WEB_PORT).with_context(|| format!("no free port from {WEB_PORT} on: set MAILRUN_WEB__LISTEN"))
 }
 
-/// The first loopback address from this port on that nobody uses.
+/// The first free loopback address from this port on.
 fn free_address(port: u16) -> Option<SocketAddr> {
     (port..port + PORTS_TRIED)
         .map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
@@ -405,9 +380,9 @@ fn tell(notice: Notice) {
     match notice {
         Notice::Started { .. } => {}
         Notice::Died { name, how, pause, .. } => {
-            eprintln!("{name} ended unexpectedly ({how}); it starts again in {pause:?}");
+            eprintln!("{name} ended unexpectedly ({how}); restarting in {pause:?}");
         }
-        Notice::Killed { name } => eprintln!("{name} did not finish in time and was killed"),
+        Notice::Killed { name } => eprintln!("{name} did not stop in time and was killed"),
     }
 }
 
@@ -416,7 +391,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn services_are_in_the_order_of_the_data() {
+    fn services_are_in_data_order() {
         let names = |senders| roster(senders).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
         assert_eq!(names(2), ["web", "fan-out", "send-1", "send-2", "progress"]);
         assert_eq!(names(1), ["web", "fan-out", "send-1", "progress"]);

@@ -1,8 +1,7 @@
-//! Runs further processes of the own program as children: restarts those that die, stops all in order, and sees to it
-//! that none outlives its parent.
+//! Runs processes of this program as children: restarts those that die, stops all in order, and ensures that none outlives its parent.
 //!
-//! A parent that is killed can't stop anybody, so each child watches its standard input: the parent holds the other
-//! end of that pipe and never writes, and the kernel closes it when the parent ends, however it ends.
+//! A killed parent cannot stop its children, so each child watches its standard input: the parent holds the other end of that pipe
+//! and never writes, and the kernel closes it when the parent ends for whatever reason.
 
 use std::{
     ffi::OsString,
@@ -31,31 +30,31 @@ use mailrun_stack::open_log;
 /// The pause before the first restart; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// A child that ran this long starts again with the first pause.
+/// A child that ran this long restarts after the first pause.
 const HEALTHY: Duration = Duration::from_secs(30);
 
-/// A process of the own program to run.
+/// A process of this program.
 #[derive(Clone, Debug)]
 pub struct Service {
-    /// Its name in the log and in notices, say `web` or `worker-1`.
+    /// Its name in the log and in notices, for example `web` or `worker-1`.
     pub name: String,
     /// The program's arguments.
     pub args: Vec<OsString>,
-    /// Environment variables beside the parent's own.
+    /// Environment variables in addition to the parent's.
     pub env: Vec<(OsString, OsString)>,
 }
 
-/// What happened to a child.
+/// An event of a child.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// It was started.
     Started {
         /// The service.
         name: String,
-        /// Its process.
+        /// Its process id.
         pid: u32,
     },
-    /// It ended unasked and will be started again.
+    /// It ended unexpectedly and will be restarted.
     Died {
         /// The service.
         name: String,
@@ -63,10 +62,10 @@ pub enum Notice {
         how: String,
         /// How often it died in a row.
         deaths: u32,
-        /// The pause before it's started again.
+        /// The pause before the restart.
         pause: Duration,
     },
-    /// It did not end in time when asked and was killed.
+    /// It did not stop in time and was killed.
     Killed {
         /// The service.
         name: String,
@@ -85,18 +84,18 @@ pub struct Supervisor {
 
 struct Supervised {
     name: String,
-    /// Its process, the newest if it was started again.
+    /// Its current process id.
     pid: Arc<AtomicU32>,
-    /// How often it ended unasked.
+    /// How often it ended unexpectedly.
     deaths: Arc<AtomicU32>,
-    /// Dropped, it means to stop at once.
+    /// Dropping it stops the service at once.
     orders: mpsc::UnboundedSender<Order>,
     kept: JoinHandle<()>,
 }
 
-/// Orders to the loop that keeps a service running.
+/// Orders to the task that runs a service.
 enum Order {
-    /// To end the service, which has so long for it.
+    /// Stop the service within this time.
     Stop(Duration),
     Replace(Replacement),
 }
@@ -104,14 +103,14 @@ enum Order {
 /// Another program for a service.
 struct Replacement {
     program: PathBuf,
-    /// The running process has so long to end.
+    /// Time limit for the running process to end.
     within: Duration,
-    /// Told when the other program was started: whether the process before ended by itself.
+    /// Completed when the other program was started: whether the previous process ended by itself.
     done: oneshot::Sender<io::Result<bool>>,
 }
 
 impl Supervisor {
-    /// For children of `program`; their output goes to `log`, each line behind the service's name.
+    /// For children of `program`; their output goes to `log`, each line prefixed with the service's name.
     pub fn new(program: PathBuf, log: &Path, tell: impl Fn(Notice) + Send + Sync + 'static) -> io::Result<Self> {
         if let Some(folder) = log.parent() {
             std::fs::create_dir_all(folder)?;
@@ -120,7 +119,7 @@ impl Supervisor {
         Ok(Self { program, log, tell: Arc::new(tell), children: Vec::new() })
     }
 
-    /// Starts a service; it runs until [`Supervisor::stop`].
+    /// Starts a service, which runs until [`Supervisor::stop`].
     pub fn start(&mut self, service: Service) -> io::Result<()> {
         let child = spawn(&self.program, &service, &self.log)?;
         let (orders, received) = mpsc::unbounded_channel();
@@ -140,8 +139,8 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Ends a service, SIGTERM and then SIGKILL if it hasn't ended within `within`, and starts it from another program,
-    /// which is also started again when it dies. Says whether the process before ended by itself.
+    /// Ends a service with SIGTERM, and SIGKILL after `within`, and starts it with another program, which is also restarted when it dies. Returns
+    /// whether the previous process ended by itself.
     pub async fn replace(&self, name: &str, program: &Path, within: Duration) -> io::Result<bool> {
         let gone = || io::Error::new(io::ErrorKind::NotFound, format!("there is no service {name}"));
         let child = self.children.iter().find(|child| child.name == name).ok_or_else(gone)?;
@@ -151,33 +150,32 @@ impl Supervisor {
         replaced.await.map_err(|_| gone())?
     }
 
-    /// How often services ended unasked.
+    /// How often services ended unexpectedly.
     pub fn deaths(&self) -> u32 {
         self.children.iter().map(|child| child.deaths.load(Ordering::Relaxed)).sum()
     }
 
-    /// The services and their processes; one that has just died is named with its last.
+    /// The services and their process ids; for a dead one, its last.
     pub fn pids(&self) -> impl Iterator<Item = (&str, u32)> {
         self.children.iter().map(|child| (child.name.as_str(), child.pid.load(Ordering::Relaxed)))
     }
 
-    /// Stops the services one after the other, those named in `order` first and in that order: SIGTERM, then SIGKILL
-    /// to one that hasn't ended within `each`.
+    /// Stops the services one after another, those in `order` first and in that order: SIGTERM, then SIGKILL after `each`.
     pub async fn stop(self, order: &[&str], each: Duration) {
         let mut children = self.children;
         let place = |name: &str| order.iter().position(|first| *first == name).unwrap_or(order.len());
         children.sort_by_key(|child| place(&child.name));
         for child in children {
-            // If its loop has panicked, that is reported below.
+            // A panic of its task is reported below.
             let _ = child.orders.send(Order::Stop(each));
             if let Err(error) = child.kept.await {
-                tracing::error!(service = child.name, %error, "The loop that keeps a service ended badly");
+                tracing::error!(service = child.name, %error, "the task of a service failed");
             }
         }
     }
 }
 
-/// Keeps one service.
+/// Runs one service.
 struct Keeper {
     program: PathBuf,
     service: Service,
@@ -212,7 +210,7 @@ impl Keeper {
                             let within = match &order {
                                 Some(Order::Stop(within)) => *within,
                                 Some(Order::Replace(replacement)) => replacement.within,
-                                // The supervisor was dropped: then there's nobody to wait.
+                                // The supervisor was dropped: stop without waiting.
                                 None => Duration::ZERO,
                             };
                             let ended = end(&mut started.child, within).await;
@@ -227,12 +225,12 @@ impl Keeper {
                         }
                     }
                 }
-                Err(error) => format!("it could not be started: {error}"),
+                Err(error) => format!("it did not start: {error}"),
             };
             deaths = if began.elapsed() >= HEALTHY { 1 } else { deaths + 1 };
             self.deaths.fetch_add(1, Ordering::Relaxed);
             let pause = (FIRST_PAUSE * 2_u32.pow((deaths - 1).min(10))).min(LONGEST_PAUSE);
-            write_line(&self.log, &name, &format!("ended unexpectedly ({how}); starts again in {pause:?}"));
+            write_line(&self.log, &name, &format!("ended unexpectedly ({how}); restarting in {pause:?}"));
             (self.tell)(Notice::Died { name: name.clone(), how, deaths, pause });
             next = tokio::select! {
                 () = tokio::time::sleep(pause) => spawn(&self.program, &self.service, &self.log),
@@ -244,13 +242,13 @@ impl Keeper {
         }
     }
 
-    /// Starts the other program. `ended`: whether the process before ended by itself.
+    /// Starts the other program. `ended`: whether the previous process ended by itself.
     fn replace(&mut self, replacement: Replacement, ended: bool) -> io::Result<Started> {
         let Replacement { program, done, .. } = replacement;
         self.program = program;
         let started = spawn(&self.program, &self.service, &self.log);
         let told = started.as_ref().map(|_| ended).map_err(|error| io::Error::new(error.kind(), error.to_string()));
-        // Nobody may wait for it any more.
+        // The receiver may be gone.
         let _ = done.send(told);
         started
     }
@@ -260,16 +258,16 @@ fn ending(exit: io::Result<ExitStatus>) -> String {
     exit.map_or_else(|error| error.to_string(), |status| status.to_string())
 }
 
-/// A child and the copying of its output.
+/// A child and the tasks that copy its output.
 struct Started {
     child: Child,
-    /// The parent's end of the child's standard input. Kept apart from the child, whose `wait` would close it.
+    /// The parent's end of the child's standard input. Separate from the child, whose `wait` would close it.
     input: Option<ChildStdin>,
     copies: Vec<JoinHandle<()>>,
 }
 
 impl Started {
-    /// Waits until its last lines are in the log. Bounded, as a grandchild may still hold the pipe.
+    /// Waits until its last lines are in the log. Bounded, because a grandchild may still hold the pipe.
     async fn written(self) {
         drop(self.input);
         for copy in self.copies {
@@ -283,7 +281,7 @@ fn spawn(program: &Path, service: &Service, log: &Arc<Mutex<File>>) -> io::Resul
         .args(&service.args)
         .envs(service.env.iter().map(|(key, value)| (key, value)))
         .env(STOP_ON_STDIN_EOF, "1")
-        // A group of its own: Ctrl-C reaches the parent alone, which then stops its children in order.
+        // Its own process group: Ctrl-C reaches only the parent, which then stops its children in order.
         .process_group(0)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -310,14 +308,14 @@ async fn copy(from: impl AsyncRead + Unpin, name: String, log: Arc<Mutex<File>>)
 
 fn write_line(log: &Mutex<File>, name: &str, line: &str) {
     let line = format!("{name:<10} | {}\n", line.trim_end());
-    // A full disk must not stop the service whose output this is.
+    // A full disk must not stop the service.
     let _ = log.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes());
 }
 
-/// Ends a child cleanly, or kills it after `wait`; says whether it ended cleanly.
+/// Ends a child cleanly, or kills it after `wait`; returns whether it ended cleanly.
 async fn end(child: &mut Child, wait: Duration) -> bool {
     if let Some(pid) = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)) {
-        // The child is waited for by nobody else, so its id is still its own.
+        // Nothing else waits for the child, so its id cannot have been reused.
         let _ = rustix::process::kill_process(pid, Signal::TERM);
     }
     let ended = tokio::time::timeout(wait, child.wait()).await.is_ok();
@@ -354,7 +352,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_child_that_dies_is_started_again() {
+    async fn restarts_a_child_that_dies() {
         let dir = tempfile::tempdir().unwrap();
         let (mut supervisor, mut notices) = of_scripts(&dir.path().join("log"));
         supervisor.start(script("short", "echo hello; exit 3")).unwrap();
@@ -372,7 +370,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn children_stop_in_order_and_a_stubborn_one_is_killed() {
+    async fn stops_children_in_order_and_kills_a_stubborn_one() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
         let (mut supervisor, mut notices) = of_scripts(&log);
@@ -397,16 +395,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_service_is_replaced_by_another_program() {
+    async fn replaces_a_service_by_another_program() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
         let (mut supervisor, mut notices) = of_scripts(&log);
         let polite = "trap 'echo last words; exit 0' TERM; echo ready; while :; do sleep 0.05; done";
         supervisor.start(script("service", polite)).unwrap();
         logged(&log, "ready").await;
-        // It prints the arguments that the script was started with.
+        // It prints the arguments of the script.
         let ended = supervisor.replace("service", Path::new("/bin/echo"), Duration::from_secs(5)).await.unwrap();
-        assert!(ended, "the first program ended in good order");
+        assert!(ended, "the first program ended cleanly");
         logged(&log, "service    | -c trap").await;
         let mut died = Vec::new();
         while died.len() < 2 {
@@ -414,14 +412,14 @@ mod tests {
                 died.push(how);
             }
         }
-        assert_eq!(died, ["exit status: 0", "exit status: 0"], "the other program is started again");
+        assert_eq!(died, ["exit status: 0", "exit status: 0"], "the other program is restarted");
         assert!(supervisor.deaths() >= 2);
         assert!(supervisor.replace("nobody", Path::new("/bin/echo"), Duration::ZERO).await.is_err());
         supervisor.stop(&[], Duration::from_secs(5)).await;
     }
 
     #[tokio::test]
-    async fn a_child_sees_an_open_input_until_its_parent_lets_go() {
+    async fn a_childs_input_stays_open_until_its_parent_closes_it() {
         let dir = tempfile::tempdir().unwrap();
         let log = Arc::new(Mutex::new(open_log(&dir.path().join("log")).unwrap()));
         let mut started = spawn(Path::new("/bin/sh"), &script("child", "cat; exit 7"), &log).unwrap();

@@ -1,5 +1,5 @@
-//! The program behind `cargo run`: everything of Mailrun on this machine, with private servers, and what tries it out. It offers all
-//! commands of the installed program as well; the operator's find the private servers.
+//! The program behind `cargo run`: all of Mailrun on this machine with private servers, and the tools that test it. It also has all commands
+//! of the installed program; the operator's commands find the private servers.
 
 mod demo;
 mod mail_sink;
@@ -22,51 +22,53 @@ use mailrun_lab::{
 };
 use mailrun_stack::{Nodes, Release, keep};
 
-/// Mailrun on this machine: durable bulk invitations on RabbitMQ and PostgreSQL.
+/// Mailrun on this machine: durable bulk invitations on RabbitMQ and PostgreSQL
 #[derive(Parser)]
 #[command(name = "mailrun", version)]
 struct Arguments {
-    /// The settings file; without it, mailrun.toml in the working directory, if there is one.
+    /// The settings file [default: mailrun.toml in the working directory, if it exists]
     #[arg(long, global = true, env = "MAILRUN_CONFIG")]
     config: Option<PathBuf>,
-    /// Which RabbitMQ to start on this machine, where one is started: the system's, or release 4, which is fetched if the
-    /// system has another one.
+    /// RabbitMQ to start on this machine: the system's, or release 4, which is downloaded if the system has another one
     #[arg(long, global = true, env = "MAILRUN_BROKER", value_enum, default_value_t, hide_possible_values = true)]
     broker: Release,
-    /// What to do; without it, `up`.
+    /// The command [default: up]
     #[command(subcommand)]
     command: Option<Command>,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Start everything on this machine: the servers, the pages and the workers. Ctrl-C stops it.
+    /// Start everything on this machine: servers, web server and workers. Stop with Ctrl-C
     Up(up::Options),
-    /// Invite fictional people through the real form, show the bar, retry what failed, and end.
+    /// Invite fictional people through the real form, show the progress, retry failures, and exit
     Demo(demo::Options),
-    /// Measure how fast Mailrun is here, beside what the servers allow.
+    /// Measure how fast Mailrun is on this machine, compared with what the servers allow
     Bench(bench::Options),
-    /// Inject faults while runs are in progress, and check what became of every recipient.
+    /// Inject faults while runs are in progress, and check the outcome of every recipient
     Chaos(chaos::Options),
-    /// Accept mail, deliver none, and show what arrived. Ctrl-C stops it.
+    /// Accept mail, deliver none, and show what arrived. Stop with Ctrl-C
     MailSink(mail_sink::Options),
-    /// Runs a command with a new, empty database of the private PostgreSQL in DATABASE_URL: for the tools that check queries.
+    /// Run a command with a new database of the private PostgreSQL in DATABASE_URL, for tools that check queries
     #[command(hide = true)]
     WithDatabase {
-        /// The command.
+        /// Migrate the database first
+        #[arg(long)]
+        migrated: bool,
+        /// The command
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
-    /// Runs the private RabbitMQ and PostgreSQL for as long as anybody uses them.
+    /// Run the private RabbitMQ and PostgreSQL as long as they are used
     #[command(hide = true)]
     StackKeeper {
-        /// The folder of the stack.
+        /// The folder of the stack
         #[arg(long)]
         home: PathBuf,
-        /// How long to stay when nobody uses the stack any more.
+        /// How long to stay up without users
         #[arg(long, default_value_t = 0)]
         linger_seconds: u64,
-        /// How many nodes RabbitMQ has.
+        /// Number of RabbitMQ nodes
         #[arg(long, value_enum, default_value_t)]
         nodes: Nodes,
     },
@@ -89,10 +91,10 @@ async fn run(arguments: Arguments) -> Result<()> {
         Command::Bench(options) => Box::pin(bench::run(config()?, file, &options)).await,
         Command::Chaos(options) => Box::pin(chaos::run(config()?, file, &options)).await,
         Command::MailSink(options) => {
-            telemetry::init(&config()?.log);
+            telemetry::init(&config()?);
             mail_sink::run(options, shutdown::on_signal_or_orphaned()?).await
         }
-        Command::WithDatabase { command } => with_database(&command).await,
+        Command::WithDatabase { migrated, command } => with_database(migrated, &command).await,
         Command::StackKeeper { home, linger_seconds, nodes } => {
             Ok(keep(&home, Duration::from_secs(linger_seconds), nodes).await?)
         }
@@ -101,15 +103,15 @@ async fn run(arguments: Arguments) -> Result<()> {
     }
 }
 
-/// Runs an operator's command on the configured servers, or on the private ones of the `up` that runs here.
+/// Runs an operator's command on the configured servers, or on the private ones of the running `up`.
 async fn on_servers_here(command: mailrun::Command, file: Option<&Path>) -> Result<()> {
     let config = Config::load(file)?;
     let home = mailrun_stack::home();
     if !config.named.database && mailrun_stack::running(&home).is_none() {
-        bail!("Mailrun does not run here: start it with `cargo run`, or set DATABASE_URL and AMQP_URL");
+        bail!("Mailrun is not running: start it with `cargo run`, or set DATABASE_URL and AMQP_URL");
     }
-    // They must not end before the command does.
-    let servers = Servers::start(&config, &home, Nodes::One, |step| eprintln!("{step} …")).await?;
+    // They must stay up until the command ends.
+    let servers = Servers::start(&config, &home, Nodes::One, |step| eprintln!("{step}…")).await?;
     Box::pin(command.run_with(Ok(servers.name_in(config)))).await
 }
 
@@ -120,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_arguments_fit_together() {
+    fn the_arguments_are_consistent() {
         Arguments::command().debug_assert();
     }
 }

@@ -1,6 +1,6 @@
 //! A mail sink: an SMTP server on this machine that accepts mail, delivers none, and shows what arrived.
 //!
-//! For development, where it stands in for a mail server, and for tests, where it can also be told to misbehave.
+//! It stands in for a relay in development and in tests, which can also make it misbehave.
 
 mod login;
 mod mailbox;
@@ -38,31 +38,31 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
     login::Login,
-    mailbox::{Figures, Mailbox, Message},
+    mailbox::{Counts, Mailbox, Message},
     page::serve as serve_page,
-    rate_meter::{Kept, RateMeter},
+    rate_meter::{RateCheck, RateMeter},
     rule::{Action, Rule, Session, Stage},
 };
 
-/// Clients that connect at the same time wait here until they are accepted.
+/// Connections waiting to be accepted.
 const BACKLOG: u32 = 1024;
-/// After an error of the listening socket, mostly too many open files.
+/// Pause after an error of the listening socket, usually too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How a sink is to be.
+/// Options of a sink.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// A loopback address; with port 0 any free port.
+    /// A loopback address; port 0 selects any free port.
     pub listen: SocketAddr,
-    /// It answers the end of a message's data after so long.
+    /// Delay of the reply to the end of a message's data.
     pub latency: Duration,
-    /// Encrypts.
+    /// TLS, if any.
     pub tls: Option<Tls>,
-    /// Only who logs in with this may send. Without, any login will do, and so will none.
+    /// The only accepted login. None: any login is accepted, and none is required.
     pub login: Option<Login>,
-    /// So many of the newest messages are kept to be looked at; 0: none.
+    /// How many of the newest messages are kept; 0: none.
     pub keep: usize,
-    /// The largest message it takes, in bytes.
+    /// The maximum size of a message, in bytes.
     pub largest: usize,
 }
 
@@ -87,10 +87,10 @@ pub struct Tls {
 }
 
 impl Tls {
-    /// Encrypts with this certificate, when the client asks for it with STARTTLS.
+    /// Uses this certificate when the client sends STARTTLS.
     ///
     /// # Errors
-    /// When the key is not that of the certificate.
+    /// The key does not belong to the certificate.
     pub fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, rustls::Error> {
         let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()?
@@ -99,7 +99,7 @@ impl Tls {
         Ok(Self { acceptor: Arc::new(config).into(), implicit: false })
     }
 
-    /// Encrypts from the first byte, as on port 465.
+    /// Uses TLS from the first byte, as on port 465.
     #[must_use]
     pub fn implicit(self) -> Self {
         Self { implicit: true, ..self }
@@ -112,23 +112,23 @@ impl std::fmt::Debug for Tls {
     }
 }
 
-/// Why a sink can't be started.
+/// Why a sink cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {
-    /// It would take mail from the network, from anybody.
-    #[error("{0} can be reached from other machines, and a mail sink takes what anybody sends: use 127.0.0.1 or [::1]")]
+    /// It would accept mail from anyone on the network.
+    #[error("{0} is reachable from other machines, and a mail sink accepts mail from anyone: use 127.0.0.1 or [::1]")]
     NotLoopback(SocketAddr),
-    /// The port is taken.
-    #[error("can't listen on {address}: {source}; stop what is using it, or name another port")]
+    /// The port is in use.
+    #[error("cannot listen on {address}: {source}; stop the process that uses it, or choose another port")]
     Listen {
-        /// The address.
+        /// The configured address.
         address: SocketAddr,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
 }
 
-/// A running sink. It ends when this is dropped; [`Sink::stop`] also waits for that.
+/// A running sink. Dropping it stops it; [`Sink::stop`] also waits until it has stopped.
 #[derive(Debug)]
 pub struct Sink {
     address: SocketAddr,
@@ -136,7 +136,7 @@ pub struct Sink {
     port: Mutex<Port>,
 }
 
-/// What all conversations use.
+/// Shared by all connections.
 struct Shared {
     options: Options,
     mailbox: Arc<Mailbox>,
@@ -160,27 +160,27 @@ struct Connections {
 /// The port of a sink.
 #[derive(Debug)]
 enum Port {
-    /// Clients are accepted.
+    /// Accepting clients.
     Open(Listening),
-    /// The port is bound, and nobody listens: clients are refused, and nobody else can take it.
+    /// Bound without a listener: clients are refused, and no other process can bind it.
     Held(TcpSocket),
-    /// Given back.
+    /// Released.
     Closed,
 }
 
 #[derive(Debug)]
 struct Listening {
-    /// Cancelled when it is dropped, too.
+    /// Dropping it cancels, too.
     stop: tokio_util::sync::DropGuard,
     accepting: JoinHandle<()>,
     conversations: TaskTracker,
 }
 
 impl Sink {
-    /// Starts one.
+    /// Starts a sink.
     ///
     /// # Errors
-    /// When the address is not of this machine alone, or taken.
+    /// The address is not a loopback address, or in use.
     pub async fn start(options: Options) -> Result<Self, SinkError> {
         let address = options.listen;
         if !address.ip().is_loopback() {
@@ -189,7 +189,7 @@ impl Sink {
         let listener = bind(address)
             .and_then(|socket| socket.listen(BACKLOG))
             .map_err(|source| SinkError::Listen { address, source })?;
-        // Port 0 is only known by now.
+        // The actual port, if the configured one is 0.
         let address = listener.local_addr().map_err(|source| SinkError::Listen { address, source })?;
         let shared = Arc::new(Shared {
             mailbox: Arc::new(Mailbox::new(options.keep)),
@@ -201,57 +201,57 @@ impl Sink {
         Ok(Self { address, shared, port })
     }
 
-    /// Where it listens.
+    /// The address it listens on.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// What has arrived, for instance for [`serve_page`].
+    /// The received mail, for example for [`serve_page`].
     #[must_use]
     pub fn mailbox(&self) -> &Arc<Mailbox> {
         &self.shared.mailbox
     }
 
-    /// Different pairs of recipient and `Message-ID` that have arrived.
+    /// Distinct pairs of recipient and `Message-ID`.
     #[must_use]
     pub fn received(&self) -> u64 {
-        self.shared.mailbox.figures().received
+        self.shared.mailbox.counts().received
     }
 
-    /// Those that have arrived more than once.
+    /// Pairs received more than once.
     #[must_use]
     pub fn received_twice(&self) -> u64 {
-        self.shared.mailbox.figures().received_twice
+        self.shared.mailbox.counts().received_twice
     }
 
-    /// Deliveries a second between the first and the last.
+    /// Deliveries per second between the first and the last.
     #[must_use]
     pub fn rate(&self) -> Option<f64> {
-        self.shared.mailbox.figures().rate
+        self.shared.mailbox.counts().rate
     }
 
-    /// Connections that are open.
+    /// Open connections.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.shared.connections.open.load(Ordering::Relaxed)
     }
 
-    /// The most connections that were open at the same time.
+    /// The most connections open at the same time.
     #[must_use]
     pub fn most_connections(&self) -> usize {
         self.shared.connections.most.load(Ordering::Relaxed)
     }
 
-    /// Asks `rule` from now on, in open conversations too. Without one, everything is accepted.
+    /// Applies `rule` from now on, also to open connections. Without a rule, everything is accepted.
     pub fn set_rule(&self, rule: impl Into<Option<Rule>>) {
         *self.shared.rule.write().unwrap_or_else(PoisonError::into_inner) = rule.into();
     }
 
-    /// Down: cuts all connections and refuses new ones. Up: accepts again, on the same port. When this returns, it is so.
+    /// Down: closes all connections and refuses new ones. Up: accepts again on the same port. Complete when this returns.
     ///
     /// # Errors
-    /// When the port was taken by somebody else meanwhile.
+    /// Another process has taken the port meanwhile.
     pub async fn set_down(&self, down: bool) -> io::Result<()> {
         let mut port = self.port.lock().await;
         *port = match (std::mem::replace(&mut *port, Port::Closed), down) {
@@ -265,7 +265,7 @@ impl Sink {
         Ok(())
     }
 
-    /// Cuts all connections, and gives the port back. What has arrived can still be looked at.
+    /// Closes all connections and releases the port. The received mail stays available.
     pub async fn stop(&self) {
         let mut port = self.port.lock().await;
         if let Port::Open(listening) = std::mem::replace(&mut *port, Port::Closed) {
@@ -274,10 +274,10 @@ impl Sink {
     }
 }
 
-/// A socket with this address, on which nobody listens yet.
+/// A socket bound to this address, not yet listening.
 fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    // The connections of a listener before may still be closing.
+    // Connections of an earlier listener may still be closing.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     Ok(socket)
@@ -293,7 +293,7 @@ impl Listening {
 
     async fn stop(self) {
         drop(self.stop);
-        // It ends badly only by a panic, and that has been reported.
+        // It fails only by a panic, which has been reported.
         let _ = self.accepting.await;
         self.conversations.close();
         self.conversations.wait().await;
@@ -308,14 +308,14 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTo
                 conversations.spawn(stop.clone().run_until_cancelled_owned(conversation));
             }
             Err(error) => {
-                tracing::warn!(%error, "a mail client can't be accepted");
+                tracing::warn!(%error, "accepting a mail client failed");
                 sleep(PAUSE).await;
             }
         }
     }
 }
 
-/// Counted as open until one of both says goodbye, or it is cut.
+/// Counted as open until either side closes it.
 struct OpenConnection {
     shared: Arc<Shared>,
     number: u64,
@@ -345,9 +345,9 @@ impl Drop for OpenConnection {
 }
 
 impl Shared {
-    /// What the rule says, if there is one.
+    /// The rule's action, if there is a rule.
     fn action(&self, stage: Stage<'_>, session: &Session) -> Action {
-        // Not called under the lock: it may set another rule.
+        // Not called under the lock, because it may set another rule.
         let rule = self.rule.read().unwrap_or_else(PoisonError::into_inner).clone();
         rule.map_or(Action::GoOn, |rule| rule(stage, session))
     }

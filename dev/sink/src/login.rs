@@ -1,16 +1,16 @@
-//! What clients say to log in: the three ways of SASL that mail programs use.
+//! SASL logins of mail clients: PLAIN, LOGIN and XOAUTH2.
 
-/// A user and a password, or a bearer token in its place.
+/// A user and a password or bearer token.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Login {
-    /// The user.
+    /// The user's name.
     pub user: String,
     /// The password or token.
     pub secret: String,
 }
 
 impl Login {
-    /// RFC 4616: an identity to act as, the user and the password, with zeros between them.
+    /// RFC 4616: an authorization identity, the user and the password, separated by NUL.
     pub(super) fn from_plain(response: &str) -> Option<Self> {
         let mut parts = response.split('\0');
         let (_identity, user, secret) = (parts.next()?, parts.next()?, parts.next()?);
@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_ways_are_understood() {
+    fn parses_plain_and_xoauth2() {
         let login = Login { user: "ann".into(), secret: "let me in".into() };
         assert_eq!(Login::from_plain("\0ann\0let me in").as_ref(), Some(&login));
         assert_eq!(Login::from_plain("somebody\0ann\0let me in").as_ref(), Some(&login));
@@ -45,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn others_are_not() {
+    fn refuses_malformed_responses() {
         for response in ["", "ann", "\0ann", "\0ann\0pass\0word"] {
             assert_eq!(Login::from_plain(response), None, "{response:?}");
         }

@@ -1,4 +1,4 @@
-//! What has arrived: the count of everything, and the newest messages themselves.
+//! The received mail: counts of everything, and the newest messages.
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::RandomState},
@@ -10,46 +10,46 @@ use std::{
 use chrono::{DateTime, Utc};
 use mail_parser::{HeaderName, MessageParser};
 
-/// The sources of kept messages take up no more than this, whatever their number.
+/// Limit for the total size of the kept messages.
 const KEPT_BYTES: usize = 256 << 20;
 
-/// Reads the one header that counting needs.
+/// Parses only the header that counting needs.
 static ID_PARSER: LazyLock<MessageParser> =
     LazyLock::new(|| MessageParser::new().header_id(HeaderName::MessageId).default_header_ignore());
 
-/// A message that was accepted.
+/// An accepted message.
 #[derive(Debug)]
 pub struct Message {
-    /// Its place among all that were accepted.
+    /// Its number among all accepted messages.
     pub number: u64,
     /// When it was accepted.
     pub at: DateTime<Utc>,
-    /// The sender of the envelope; empty for none.
+    /// The envelope sender; empty for none.
     pub from: String,
-    /// The recipients of the envelope.
+    /// The envelope recipients.
     pub to: Vec<String>,
-    /// Its `Message-ID`, without the angle brackets.
+    /// Its `Message-ID`, without angle brackets.
     pub message_id: Option<String>,
-    /// As it arrived, without the dots of the transport.
+    /// Its source, without dot-stuffing.
     pub raw: Vec<u8>,
 }
 
-/// How much has arrived. A delivery is one message to one recipient.
+/// Counts of received mail. A delivery is one message to one recipient.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Figures {
-    /// Deliveries that were accepted.
+pub struct Counts {
+    /// Accepted deliveries.
     pub deliveries: u64,
-    /// Different pairs of recipient and `Message-ID` among them. A message without an ID is like no other.
+    /// Distinct pairs of recipient and `Message-ID`. Messages without an ID all count as distinct.
     pub received: u64,
-    /// Pairs that came more than once.
+    /// Pairs received more than once.
     pub received_twice: u64,
-    /// Deliveries a second between the first and the last; `None` while there are not two moments.
+    /// Deliveries per second between the first and the last; `None` before there are two times.
     pub rate: Option<f64>,
-    /// Messages that are kept.
+    /// Kept messages.
     pub kept: usize,
 }
 
-/// What a sink has accepted. The counts cover everything; of the messages, only the newest are kept.
+/// The mail a sink has accepted. The counts cover everything; only the newest messages are kept.
 #[derive(Debug)]
 pub struct Mailbox {
     keep: usize,
@@ -60,13 +60,13 @@ pub struct Mailbox {
 
 #[derive(Debug, Default)]
 struct Held {
-    /// Of the last message; goes on when all is deleted, so that an address never shows another message.
+    /// Number of the last message. Deleting does not reset it, so that a URL never shows another message.
     number: u64,
-    /// Without a gap in the numbers.
+    /// Consecutive numbers.
     kept: VecDeque<Arc<Message>>,
     kept_bytes: usize,
-    /// How often each pair of recipient and `Message-ID` came: by hash, as there may be millions. Of 128 bits, so that two
-    /// pairs do not share one.
+    /// How often each pair of recipient and `Message-ID` came, by hash, because there may be millions. 128 bits, so that no two
+    /// pairs collide.
     pairs: HashMap<u128, u32>,
     deliveries: u64,
     without_id: u64,
@@ -75,19 +75,19 @@ struct Held {
 }
 
 impl Mailbox {
-    /// An empty one that keeps so many messages.
+    /// An empty mailbox that keeps `keep` messages.
     #[must_use]
     pub fn new(keep: usize) -> Self {
         Self { keep, keys: [RandomState::new(), RandomState::new()], held: Mutex::default() }
     }
 
-    /// Puts a message in.
+    /// Adds a message.
     pub(super) fn accept(&self, from: &str, to: &[String], raw: Vec<u8>) {
         let message_id = ID_PARSER.parse_headers(&raw).and_then(|headers| headers.message_id().map(str::to_owned));
         let pairs: Option<Vec<u128>> =
             message_id.as_deref().map(|id| to.iter().map(|recipient| self.hash(recipient, id)).collect());
         let mut held = self.lock();
-        // Taken under the lock, so that they only grow.
+        // Read under the lock, so that times only grow.
         let now = Instant::now();
         let first = held.first_and_last.map_or(now, |(first, _)| first);
         held.first_and_last = Some((first, now));
@@ -116,12 +116,12 @@ impl Mailbox {
         }
     }
 
-    /// How much has arrived.
+    /// The current counts.
     #[must_use]
-    pub fn figures(&self) -> Figures {
+    pub fn counts(&self) -> Counts {
         let held = self.lock();
         let seconds = held.first_and_last.map_or(0.0, |(first, last)| last.duration_since(first).as_secs_f64());
-        Figures {
+        Counts {
             deliveries: held.deliveries,
             received: held.pairs.len() as u64 + held.without_id,
             received_twice: held.received_twice,
@@ -130,14 +130,14 @@ impl Mailbox {
         }
     }
 
-    /// How often this recipient was sent the message with this ID, given without its angle brackets.
+    /// How often this recipient received the message with this ID, given without angle brackets.
     #[must_use]
     pub fn times(&self, recipient: &str, message_id: &str) -> u32 {
         let pair = self.hash(recipient, message_id);
         self.lock().pairs.get(&pair).copied().unwrap_or_default()
     }
 
-    /// Up to `count` kept messages with numbers below `before`, the newest first.
+    /// Up to `count` kept messages with numbers below `before`, newest first.
     #[must_use]
     pub fn newest(&self, before: Option<u64>, count: usize) -> Vec<Arc<Message>> {
         let held = self.lock();
@@ -153,13 +153,13 @@ impl Mailbox {
         held.kept.get(index).map(Arc::clone)
     }
 
-    /// Deletes the messages, and begins to count anew.
+    /// Deletes the messages and resets the counts.
     pub fn clear(&self) {
         let mut held = self.lock();
         let before = std::mem::take(&mut *held);
         held.number = before.number;
         drop(held);
-        // Freeing ten thousand messages takes a moment, in which mail may arrive already.
+        // Freed after unlocking: ten thousand messages take a moment, and mail may already arrive.
         drop(before);
     }
 
@@ -169,7 +169,7 @@ impl Mailbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
-        // Nothing in here panics half way through a change that matters more than the mail itself.
+        // No panic inside leaves a state that matters more than the mail itself.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -184,31 +184,31 @@ mod tests {
     }
 
     #[test]
-    fn a_pair_counts_once_and_is_known_to_have_come_twice() {
+    fn counts_a_pair_once_and_its_repetitions() {
         let mailbox = Mailbox::new(10);
         accept(&mailbox, &["a@a.example", "b@a.example"], "1@x");
         accept(&mailbox, &["a@a.example"], "2@x");
         for _ in 0..2 {
             accept(&mailbox, &["a@a.example"], "1@x");
         }
-        let figures = mailbox.figures();
-        assert_eq!((figures.deliveries, figures.received, figures.received_twice, figures.kept), (5, 3, 1, 4));
-        assert!(figures.rate.is_some_and(|rate| rate > 0.0));
+        let counts = mailbox.counts();
+        assert_eq!((counts.deliveries, counts.received, counts.received_twice, counts.kept), (5, 3, 1, 4));
+        assert!(counts.rate.is_some_and(|rate| rate > 0.0));
         assert_eq!([mailbox.times("a@a.example", "1@x"), mailbox.times("b@a.example", "1@x")], [3, 1]);
         assert_eq!(mailbox.times("b@a.example", "2@x"), 0);
     }
 
     #[test]
-    fn messages_without_an_id_are_not_taken_for_the_same() {
+    fn messages_without_an_id_are_distinct() {
         let mailbox = Mailbox::new(10);
         for _ in 0..2 {
             mailbox.accept("", &["a@a.example".into()], b"Subject: Hi\r\n\r\n".to_vec());
         }
-        assert_eq!((mailbox.figures().received, mailbox.figures().received_twice), (2, 0));
+        assert_eq!((mailbox.counts().received, mailbox.counts().received_twice), (2, 0));
     }
 
     #[test]
-    fn the_newest_are_kept() {
+    fn keeps_the_newest() {
         let mailbox = Mailbox::new(3);
         (1..=5).for_each(|number| accept(&mailbox, &["a@a.example"], &format!("{number}@x")));
         let numbers = |before, count| mailbox.newest(before, count).iter().map(|one| one.number).collect::<Vec<_>>();
@@ -217,24 +217,24 @@ mod tests {
         assert!(numbers(Some(1), 2).is_empty());
         assert_eq!(mailbox.message(3).unwrap().message_id.as_deref(), Some("3@x"));
         assert!(mailbox.message(2).is_none());
-        assert_eq!(mailbox.figures().received, 5);
+        assert_eq!(mailbox.counts().received, 5);
     }
 
     #[test]
-    fn numbers_go_on_when_all_is_deleted() {
+    fn numbers_continue_after_deleting() {
         let mailbox = Mailbox::new(3);
         accept(&mailbox, &["a@a.example"], "1@x");
         mailbox.clear();
-        assert_eq!(mailbox.figures(), Figures::default());
+        assert_eq!(mailbox.counts(), Counts::default());
         accept(&mailbox, &["a@a.example"], "1@x");
         assert!(mailbox.message(1).is_none() && mailbox.message(2).is_some());
-        assert_eq!(mailbox.figures().received_twice, 0);
+        assert_eq!(mailbox.counts().received_twice, 0);
     }
 
     #[test]
-    fn without_keeping_counts_stay() {
+    fn counts_without_keeping_messages() {
         let mailbox = Mailbox::new(0);
         accept(&mailbox, &["a@a.example"], "1@x");
-        assert_eq!((mailbox.figures().received, mailbox.figures().kept), (1, 0));
+        assert_eq!((mailbox.counts().received, mailbox.counts().kept), (1, 0));
     }
 }

@@ -1,5 +1,5 @@
-//! The page of a mail sink: what arrived, newest first, and each message as it is. Its content is a stranger's: it is escaped,
-//! and its HTML is shown in a frame that may do nothing.
+//! The web page of a mail sink: the received mail, newest first, and each message. Mail is untrusted: its text is escaped, and its
+//! HTML is shown in a frame without any rights.
 
 use std::{io, sync::Arc};
 
@@ -23,14 +23,14 @@ use tower_http::set_header::SetResponseHeaderLayer;
 use super::{Mailbox, Message};
 
 const PER_PAGE: usize = 50;
-/// More of a source than this is only behind its link.
+/// A longer source is only shown behind its link.
 const SHOWN_SOURCE: usize = 100_000;
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; img-src 'self'; frame-src 'self'; \
      form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
-/// For a received HTML part: as in a mail program that loads nothing from the network, and runs nothing.
+/// For a received HTML part: no scripts, and nothing loaded from the network.
 const MAIL_SECURITY_POLICY: &str = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
      form-action 'none'; frame-ancestors 'self'; base-uri 'none'";
-/// The headers that a message's page shows beside those of the envelope, in this order.
+/// Headers shown on a message's page beside the envelope, in this order.
 const SHOWN_HEADERS: [&str; 9] = [
     "Reply-To",
     "Date",
@@ -43,15 +43,15 @@ const SHOWN_HEADERS: [&str; 9] = [
     "DKIM-Signature",
 ];
 
-/// Serves the page until `stop`. It has no login, so the listener must be this machine's alone.
+/// Serves the page until `stop`. It has no login, so the listener must be on a loopback address.
 ///
 /// # Errors
-/// When the listening socket breaks.
+/// The listening socket fails.
 pub async fn serve(listener: TcpListener, mailbox: Arc<Mailbox>, stop: CancellationToken) -> io::Result<()> {
     let serving = axum::serve(listener, router(mailbox)).with_graceful_shutdown(stop.clone().cancelled_owned());
     tokio::select! {
         served = async { serving.await } => served,
-        // A browser may hold its connection open; nothing is lost with it.
+        // A browser may keep its connection open; closing it loses nothing.
         () = stop.cancelled() => Ok(()),
     }
 }
@@ -77,14 +77,15 @@ fn router(mailbox: Arc<Mailbox>) -> Router {
         .with_state(mailbox)
 }
 
-/// Refuses what other sites send, and names that were pointed at this machine by others.
+/// Refuses cross-site requests, and other host names that point at this machine (DNS rebinding).
 async fn guard(request: Request, next: Next) -> Response {
     let headers = request.headers();
     let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or("unreadable"));
     let host = request.uri().authority().map(axum::http::uri::Authority::as_str).or_else(|| text("host"));
     let reads = matches!(*request.method(), Method::GET | Method::HEAD);
     if !host.is_some_and(is_local) || !reads && !is_same_origin(text("sec-fetch-site"), text("origin"), host) {
-        return (StatusCode::FORBIDDEN, "This page answers only to localhost, and only to itself.").into_response();
+        return (StatusCode::FORBIDDEN, "This page is only available as localhost, and accepts only its own requests.")
+            .into_response();
     }
     next.run(request).await
 }
@@ -100,7 +101,7 @@ struct List {
     rows: Vec<Row>,
     /// Whether this is not the first page.
     older: bool,
-    /// The address of the next one.
+    /// The start of the next page.
     before: Option<u64>,
 }
 
@@ -112,7 +113,7 @@ struct Row {
     subject: String,
 }
 
-/// A moment, for `<time datetime>` and for people.
+/// A time, for `<time datetime>` and for people.
 struct Time {
     iso: String,
     text: String,
@@ -129,7 +130,7 @@ struct Shown {
     text: Option<String>,
     attachments: Vec<String>,
     source: String,
-    /// It is longer than what is shown.
+    /// Whether the source is longer than shown.
     cut: bool,
 }
 
@@ -149,7 +150,7 @@ fn page(template: &impl Template) -> Response {
     match template.render() {
         Ok(html) => Html(html).into_response(),
         Err(error) => {
-            tracing::error!(%error, "a template failed");
+            tracing::error!(%error, "rendering failed");
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
     }
@@ -166,7 +167,7 @@ async fn list(
     query: Result<Query<Before>, axum::extract::rejection::QueryRejection>,
 ) -> Response {
     let before = query.ok().and_then(|query| query.before);
-    // One more than is shown tells whether there are older ones.
+    // One more than is shown, to know whether there are older messages.
     let mut messages = mailbox.newest(before, PER_PAGE + 1);
     let more = messages.len() > PER_PAGE;
     messages.truncate(PER_PAGE);
@@ -177,16 +178,16 @@ async fn list(
 
 /// `1,002 received, 2 of them more than once · 512 a second`, or `Nothing yet`
 fn summary(mailbox: &Mailbox) -> String {
-    let figures = mailbox.figures();
-    if figures.received == 0 {
+    let counts = mailbox.counts();
+    if counts.received == 0 {
         return "Nothing yet".to_owned();
     }
     let number = |number: u64| grouped(i64::try_from(number).unwrap_or(i64::MAX));
-    let mut summary = format!("{} received", number(figures.received));
-    if figures.received_twice > 0 {
-        summary.push_str(&format!(", {} of them more than once", number(figures.received_twice)));
+    let mut summary = format!("{} received", number(counts.received));
+    if counts.received_twice > 0 {
+        summary.push_str(&format!(", {} of them more than once", number(counts.received_twice)));
     }
-    if let Some(per_second) = figures.rate.filter(|per_second| *per_second >= 1.0) {
+    if let Some(per_second) = counts.rate.filter(|per_second| *per_second >= 1.0) {
         summary.push_str(&format!(" · {}", rate(per_second)));
     }
     summary
@@ -223,7 +224,7 @@ fn subject(parsed: Option<&mail_parser::Message<'_>>) -> String {
     subject.unwrap_or("(no subject)").to_owned()
 }
 
-/// The recipients of the envelope: those who really got it.
+/// The envelope recipients, who actually received it.
 fn recipients(message: &Message) -> String {
     match message.to.as_slice() {
         [first, second, third, rest @ ..] if !rest.is_empty() => {
@@ -279,7 +280,7 @@ impl Shown {
     }
 }
 
-/// A header on one line.
+/// A header's value on one line.
 fn unfolded(raw: &str) -> String {
     raw.split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -300,10 +301,10 @@ fn text_part<'a>(parsed: &'a mail_parser::Message<'_>) -> Option<&'a str> {
 
 fn attachments(parsed: &mail_parser::Message<'_>) -> Vec<String> {
     use mail_parser::MimeHeaders as _;
-    parsed.attachments().map(|part| part.attachment_name().unwrap_or("without a name").to_owned()).collect()
+    parsed.attachments().map(|part| part.attachment_name().unwrap_or("unnamed").to_owned()).collect()
 }
 
-/// `GET /messages/{number}/html`: for the frame.
+/// `GET /messages/{number}/html`: the content of the frame.
 async fn html(State(mailbox): State<Arc<Mailbox>>, Path(number): Path<String>) -> Response {
     let message = find(&mailbox, &number);
     let parsed = message.as_ref().and_then(|message| MessageParser::default().parse(&message.raw));

@@ -1,4 +1,4 @@
-//! When mail was offered: what a rate limit is judged by, leaving out the moments in which the machine itself stood still.
+//! Records when mail was offered, to check a rate limit, excluding times in which the machine itself stalled.
 
 use std::{
     iter,
@@ -7,36 +7,36 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The meter's own timer.
+/// Interval of the meter's own timer.
 const TICK: Duration = Duration::from_millis(10);
-/// A timer that is later than this shows that the machine did not keep time.
+/// A timer this late shows that the machine stalled.
 const LATE: Duration = Duration::from_millis(100);
-/// The windows that a limit is judged by.
+/// The length of the windows that are checked.
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// Notes the moments of `MAIL` commands, and those in which its own timer was late.
+/// Records the times of `MAIL` commands, and when its own timer was late.
 #[derive(Debug, Default)]
 pub struct RateMeter {
     offered: Mutex<Vec<Instant>>,
-    /// From when to when the machine stood still.
+    /// The intervals in which the machine stalled.
     stalls: Mutex<Vec<(Instant, Instant)>>,
 }
 
-/// How a limit was kept.
+/// How well a limit was kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Kept {
-    /// Windows of a second that were judged: one begins with each `MAIL`.
+pub struct RateCheck {
+    /// Windows of one second that were checked: one begins with each `MAIL`.
     pub windows: usize,
-    /// Windows that were left out, since the machine did not keep time in them.
+    /// Windows excluded because the machine stalled in them.
     pub discarded: usize,
-    /// Windows with more than is allowed.
+    /// Windows over the limit.
     pub over: usize,
-    /// The most in any window that was judged.
+    /// The maximum in any checked window.
     pub most: usize,
 }
 
 impl RateMeter {
-    /// Starts its timer, in a thread of its own. It ends with the meter.
+    /// Starts its timer in a thread, which ends with the meter.
     #[must_use]
     pub fn start() -> Arc<Self> {
         let meter = Arc::new(Self::default());
@@ -45,23 +45,23 @@ impl RateMeter {
         meter
     }
 
-    /// A `MAIL` has come.
+    /// Records a `MAIL`.
     pub fn note(&self) {
         lock(&self.offered).push(Instant::now());
     }
 
-    /// When each `MAIL` has come.
+    /// When each `MAIL` came.
     #[must_use]
     pub fn offered(&self) -> Vec<Instant> {
         lock(&self.offered).clone()
     }
 
-    /// Forgets everything.
+    /// Resets the meter.
     pub fn clear(&self) {
         lock(&self.offered).clear();
     }
 
-    /// How many `MAIL`s came between two moments, leaving out those that came when the machine stood still.
+    /// How many `MAIL`s came between two times, excluding stalls.
     #[must_use]
     pub fn offered_between(&self, from: Instant, until: Instant) -> usize {
         let stalls = lock(&self.stalls);
@@ -69,17 +69,17 @@ impl RateMeter {
         lock(&self.offered).iter().filter(|at| (from..until).contains(*at) && !disturbed(at)).count()
     }
 
-    /// How many `MAIL`s came in each second, one after the other from the first `MAIL` on. Left out are those in which the machine
-    /// did not keep time, and the last one, which is incomplete.
+    /// How many `MAIL`s came in each consecutive second since the first one, excluding seconds with a stall and the incomplete last
+    /// one.
     #[must_use]
     pub fn seconds(&self) -> Vec<usize> {
         seconds(&self.offered(), &lock(&self.stalls))
     }
 
-    /// How often there was more than `allowed` in a second.
+    /// Checks the limit of `allowed` per second.
     #[must_use]
-    pub fn judge(&self, allowed: usize) -> Kept {
-        judge(&self.offered(), &lock(&self.stalls), allowed)
+    pub fn check(&self, allowed: usize) -> RateCheck {
+        check(&self.offered(), &lock(&self.stalls), allowed)
     }
 }
 
@@ -99,8 +99,8 @@ fn watch(meter: &Weak<RateMeter>) {
     }
 }
 
-/// Whether the machine stood still in the window that begins then. What waits during a stall comes right after it, so a window
-/// that begins there says nothing either.
+/// Whether the machine stalled in the window that begins then. Mail delayed by a stall arrives right after it, so a window that
+/// begins there is excluded, too.
 fn is_disturbed(from: Instant, stalls: &[(Instant, Instant)]) -> bool {
     stalls.iter().any(|(since, until)| *since < from + WINDOW && from < *until + LATE)
 }
@@ -114,22 +114,22 @@ fn seconds(offered: &[Instant], stalls: &[(Instant, Instant)]) -> Vec<usize> {
         .collect()
 }
 
-fn judge(offered: &[Instant], stalls: &[(Instant, Instant)], allowed: usize) -> Kept {
-    let mut kept = Kept::default();
+fn check(offered: &[Instant], stalls: &[(Instant, Instant)], allowed: usize) -> RateCheck {
+    let mut checked = RateCheck::default();
     let mut end = 0;
     for (begin, from) in offered.iter().enumerate() {
         while end < offered.len() && offered[end] < *from + WINDOW {
             end += 1;
         }
         if is_disturbed(*from, stalls) {
-            kept.discarded += 1;
+            checked.discarded += 1;
             continue;
         }
-        kept.windows += 1;
-        kept.over += usize::from(end - begin > allowed);
-        kept.most = kept.most.max(end - begin);
+        checked.windows += 1;
+        checked.over += usize::from(end - begin > allowed);
+        checked.most = checked.most.max(end - begin);
     }
-    kept
+    checked
 }
 
 #[cfg(test)]
@@ -137,16 +137,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn windows_are_judged_unless_the_machine_stood_still() {
+    fn windows_with_a_stall_are_excluded() {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
         let offered: Vec<Instant> = [0, 100, 200, 1_500, 1_600, 5_000].map(at).to_vec();
-        assert_eq!(judge(&offered, &[], 2), Kept { windows: 6, discarded: 0, over: 1, most: 3 });
+        assert_eq!(check(&offered, &[], 2), RateCheck { windows: 6, discarded: 0, over: 1, most: 3 });
         let stalls = [(at(800), at(950))];
-        assert_eq!(judge(&offered, &stalls, 2), Kept { windows: 3, discarded: 3, over: 0, most: 2 });
+        assert_eq!(check(&offered, &stalls, 2), RateCheck { windows: 3, discarded: 3, over: 0, most: 2 });
     }
     #[test]
-    fn seconds_are_counted_in_which_the_machine_kept_time() {
+    fn seconds_with_a_stall_are_excluded() {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
         let offered: Vec<Instant> = [0, 100, 1_500, 3_200, 3_300, 4_000].map(at).to_vec();

@@ -1,65 +1,65 @@
-//! What a mail sink may be told to do other than accept: decided at each stage of each conversation.
+//! Rules that make a mail sink misbehave: decided at each stage of each SMTP session.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-/// Where a conversation is when a rule is asked.
+/// The stage of a session at which a rule is evaluated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage<'a> {
-    /// A client has connected, and waits for the greeting.
+    /// A client has connected and waits for the greeting.
     Connect,
-    /// It has said who it is.
+    /// It has sent EHLO or HELO.
     Hello,
-    /// It has logged in, and whether its credentials are right is not looked at yet.
+    /// It has sent credentials, which are not checked yet.
     Auth,
     /// It has named the sender.
     Mail,
-    /// It has named this recipient, who is not among those of the session yet.
+    /// It has named this recipient, who is not in the session yet.
     Rcpt(&'a str),
-    /// It asks to hand over the message.
+    /// It wants to send the message.
     Data,
-    /// The message is here whole, and the client waits to hear whether it was accepted.
+    /// The message is complete, and the client waits for the reply.
     Message,
 }
 
 /// What to do at a stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// What the sink would do without a rule.
+    /// Continue as without a rule.
     GoOn,
-    /// Refuses with this code and text; each line of the text becomes one of the reply. After 421 the connection is closed,
-    /// as after any refusal at [`Stage::Connect`].
+    /// Refuse with this code and text; each line of the text becomes a line of the reply. After 421, and after any refusal at
+    /// [`Stage::Connect`], the connection is closed.
     Reply(u16, String),
-    /// Goes on after so long.
+    /// Continue after this time.
     Wait(Duration),
-    /// Closes the connection without an answer.
+    /// Close the connection without a reply.
     Drop,
-    /// Never answers; ends when the client goes, or the sink stops.
+    /// Never reply, until the client disconnects or the sink stops.
     Hang,
-    /// At [`Stage::Message`], accepts the message and closes the connection without saying so. Elsewhere, as `Drop`.
+    /// At [`Stage::Message`], accept the message and close the connection without a reply. Elsewhere, like `Drop`.
     AcceptThenDrop,
 }
 
-/// Asked at each stage; it must not block.
+/// Evaluated at each stage; it must not block.
 pub type Rule = Arc<dyn Fn(Stage<'_>, &Session) -> Action + Send + Sync>;
 
-/// One connection, as far as the conversation on it has come.
+/// The state of one connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Session {
-    /// Its number; the first since the sink started is 1.
+    /// Its number since the sink started, from 1.
     pub connection: u64,
-    /// The client.
+    /// The client's address.
     pub peer: SocketAddr,
-    /// Whether it is encrypted.
+    /// Whether it uses TLS.
     pub tls: bool,
-    /// The name from the client's greeting.
+    /// The name in the client's EHLO or HELO.
     pub hello: Option<String>,
-    /// Who has logged in.
+    /// The user who has logged in.
     pub user: Option<String>,
-    /// The sender of the message under way; empty for none (`<>`).
+    /// The sender of the current message; empty for none (`<>`).
     pub sender: Option<String>,
-    /// The recipients of the message under way.
+    /// The recipients of the current message.
     pub recipients: Vec<String>,
-    /// How many messages this connection has had accepted.
+    /// How many messages were accepted on this connection.
     pub accepted: u64,
 }
 
@@ -77,13 +77,13 @@ impl Session {
         }
     }
 
-    /// Forgets the message under way.
+    /// Discards the current message.
     pub(super) fn reset(&mut self) {
         self.sender = None;
         self.recipients.clear();
     }
 
-    /// What a client that has just encrypted the connection must say again.
+    /// The session after STARTTLS, which the client must begin again.
     pub(super) fn encrypted(mut self) -> Self {
         self.reset();
         Self { tls: true, hello: None, user: None, ..self }

@@ -1,4 +1,4 @@
-//! The conversation with one mail client: RFC 5321, parsed by `smtp-proto`. What is accepted goes into the mailbox.
+//! One SMTP session: RFC 5321, parsed by `smtp-proto`. Accepted messages go into the mailbox.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -18,21 +18,21 @@ use super::{
     wire::{End, Wire},
 };
 
-/// A client may be silent for so long (RFC 5321, 4.5.3.2.7).
+/// How long a client may be idle (RFC 5321, 4.5.3.2.7).
 pub(super) const IDLE: Duration = Duration::from_secs(300);
-/// As many as RFC 5321 (4.5.3.1.8) asks for, and some more.
-const MOST_RECIPIENTS: usize = 1000;
+/// More than the minimum of RFC 5321 (4.5.3.1.8).
+const MAX_RECIPIENTS: usize = 1000;
 const CLOSING: u16 = 421;
 
-/// Serves a client until one of both ends it.
+/// Serves a client until either side ends the session.
 pub(super) async fn serve(stream: TcpStream, peer: SocketAddr, connection: OpenConnection) {
     let session = Session::new(connection.number, peer);
-    // The client is gone, which is all that an error here means.
+    // An error here only means that the client has disconnected.
     let _ = converse(stream, session, &connection).await;
 }
 
 async fn converse(stream: TcpStream, session: Session, connection: &OpenConnection) -> io::Result<()> {
-    // Replies are small and waited for.
+    // Replies are small and the client waits for them.
     stream.set_nodelay(true)?;
     match &connection.shared.options.tls {
         Some(tls) if tls.implicit => {
@@ -42,7 +42,7 @@ async fn converse(stream: TcpStream, session: Session, connection: &OpenConnecti
         tls => {
             let asked = Conversation::new(stream, session, connection).begin().await?;
             if let (Some((stream, session)), Some(tls)) = (asked, tls) {
-                // What the client sent after STARTTLS without waiting is forgotten with the old conversation: it came unencrypted.
+                // Input after STARTTLS without waiting is discarded with the old session: it came unencrypted.
                 let stream = encrypt(stream, tls).await?;
                 Conversation::new(stream, session.encrypted(), connection).go_on().await?;
             }
@@ -62,15 +62,15 @@ struct Conversation<'a, S> {
     session: Session,
     connection: &'a OpenConnection,
     shared: &'a Shared,
-    /// The message under way may have addresses beyond ASCII.
+    /// The current message may have addresses beyond ASCII.
     utf8: bool,
 }
 
-/// What the rule made of a stage.
+/// The result of a rule.
 #[derive(PartialEq, Eq)]
-enum Verdict {
+enum Decision {
     GoOn,
-    /// It has been answered.
+    /// The refusal was sent.
     Refused,
     AcceptThenDrop,
 }
@@ -80,10 +80,10 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
         Self { wire: Wire::new(stream), session, connection, shared: &connection.shared, utf8: false }
     }
 
-    /// Greets and goes on.
+    /// Sends the greeting and continues.
     async fn begin(mut self) -> io::Result<Option<(S, Session)>> {
-        let greeted = match self.verdict(Stage::Connect).await {
-            Ok(Verdict::GoOn) => {
+        let greeted = match self.apply_rule(Stage::Connect).await {
+            Ok(Decision::GoOn) => {
                 self.wire.reply(220, "localhost ESMTP Mailrun mail sink");
                 return self.go_on().await;
             }
@@ -93,7 +93,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
         self.end(greeted).await
     }
 
-    /// Talks to the end, or until the client asks to encrypt.
+    /// Serves the session until its end, or until the client sends STARTTLS.
     async fn go_on(mut self) -> io::Result<Option<(S, Session)>> {
         loop {
             if let Err(end) = self.next().await {
@@ -118,12 +118,12 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
         Ok(None)
     }
 
-    /// Answers one request.
+    /// Handles one request.
     async fn next(&mut self) -> Result<(), End> {
         let request = match self.request().await? {
             Ok(request) => request,
             Err(error) => {
-                let (code, text) = complaint(&error);
+                let (code, text) = error_reply(&error);
                 self.wire.reply(code, &text);
                 return Ok(());
             }
@@ -138,13 +138,13 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
             Request::Data => self.data().await?,
             Request::Rset => {
                 self.session.reset();
-                self.wire.reply(250, "2.0.0 Forgotten");
+                self.wire.reply(250, "2.0.0 Reset");
             }
-            Request::Noop { .. } => self.wire.reply(250, "2.0.0 Fine"),
-            Request::Vrfy { .. } => self.wire.reply(252, "2.1.5 Anybody is accepted"),
-            Request::Help { .. } => self.wire.reply(214, "2.0.0 Mail is accepted here, shown, and not delivered"),
+            Request::Noop { .. } => self.wire.reply(250, "2.0.0 OK"),
+            Request::Vrfy { .. } => self.wire.reply(252, "2.1.5 All recipients are accepted"),
+            Request::Help { .. } => self.wire.reply(214, "2.0.0 Mail is accepted and shown, but not delivered"),
             Request::Quit => {
-                // Before the client hears it, since it may open the next one then.
+                // Before the reply, because the client may then open its next connection.
                 self.connection.ends();
                 self.wire.reply(221, "2.0.0 Goodbye");
                 return Err(End::Closed);
@@ -173,7 +173,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
     async fn hello(&mut self, host: String, extended: bool) -> Result<(), End> {
         self.session.reset();
         self.session.hello = Some(host);
-        if self.verdict(Stage::Hello).await? != Verdict::GoOn {
+        if self.apply_rule(Stage::Hello).await? != Decision::GoOn {
             self.session.hello = None;
             return Ok(());
         }
@@ -201,7 +201,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
             self.wire.reply(220, "2.0.0 Go ahead");
             return Err(End::Encrypt);
         }
-        let why = if self.session.tls { "5.5.1 This is encrypted" } else { "5.5.1 There is no certificate" };
+        let why = if self.session.tls { "5.5.1 TLS already active" } else { "5.5.1 TLS not available" };
         self.wire.reply(if self.session.tls { 503 } else { 502 }, why);
         Ok(())
     }
@@ -211,7 +211,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
             return Ok(());
         }
         if self.session.user.is_some() || self.session.sender.is_some() {
-            self.wire.reply(503, "5.5.1 Not now");
+            self.wire.reply(503, "5.5.1 Bad sequence of commands");
             return Ok(());
         }
         let login = match mechanism {
@@ -227,22 +227,22 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
             }
         };
         let Some(login) = login else {
-            self.wire.reply(501, "5.5.2 Not understood");
+            self.wire.reply(501, "5.5.2 Cannot decode credentials");
             return Ok(());
         };
         self.session.user = Some(login.user.clone());
-        if self.verdict(Stage::Auth).await? != Verdict::GoOn {
+        if self.apply_rule(Stage::Auth).await? != Decision::GoOn {
             self.session.user = None;
         } else if self.shared.options.login.as_ref().is_some_and(|wanted| *wanted != login) {
             self.session.user = None;
-            self.wire.reply(535, "5.7.8 That is not the login");
+            self.wire.reply(535, "5.7.8 Authentication failed");
         } else {
-            self.wire.reply(235, "2.7.0 Welcome");
+            self.wire.reply(235, "2.7.0 Authentication succeeded");
         }
         Ok(())
     }
 
-    /// One response of a login, asked for unless it came with the request. `None`: unreadable, or cancelled by the client.
+    /// One response of a login, requested unless it came with the command. `None`: unreadable, or cancelled by the client.
     async fn response(&mut self, initial: &str, challenge: &str) -> Result<Option<String>, End> {
         let encoded = if initial.is_empty() {
             self.wire.reply(334, &STANDARD.encode(challenge));
@@ -254,7 +254,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
         } else {
             initial.as_bytes().to_vec()
         };
-        // An initial response that is empty is written as an equals sign.
+        // An empty initial response is written as an equals sign.
         let encoded = if encoded == b"=" { Vec::new() } else { encoded };
         Ok(STANDARD.decode(encoded).ok().and_then(|response| String::from_utf8(response).ok()))
     }
@@ -266,16 +266,16 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
             return Ok(());
         }
         if options.login.is_some() && self.session.user.is_none() {
-            self.wire.reply(530, "5.7.0 Log in first");
+            self.wire.reply(530, "5.7.0 Authentication required");
         } else if self.session.sender.is_some() {
-            self.wire.reply(503, "5.5.1 A message is under way");
+            self.wire.reply(503, "5.5.1 Nested MAIL command");
         } else if from.size > options.largest {
             self.wire.reply(552, &too_large(options.largest));
         } else if self.readable(&from.address, utf8) {
             self.utf8 = utf8;
             self.session.sender = Some(from.address);
-            if self.verdict(Stage::Mail).await? == Verdict::GoOn {
-                self.wire.reply(250, "2.1.0 Sender noted");
+            if self.apply_rule(Stage::Mail).await? == Decision::GoOn {
+                self.wire.reply(250, "2.1.0 Sender OK");
             } else {
                 self.session.sender = None;
             }
@@ -285,36 +285,37 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
 
     async fn rcpt(&mut self, address: String) -> Result<(), End> {
         if self.session.sender.is_none() {
-            self.wire.reply(503, "5.5.1 Name the sender first");
+            self.wire.reply(503, "5.5.1 Send MAIL first");
         } else if address.is_empty() {
-            self.wire.reply(501, "5.1.3 That is no address");
-        } else if self.session.recipients.len() >= MOST_RECIPIENTS {
+            self.wire.reply(501, "5.1.3 Invalid address");
+        } else if self.session.recipients.len() >= MAX_RECIPIENTS {
             self.wire.reply(452, "4.5.3 Too many recipients");
-        } else if self.readable(&address, self.utf8) && self.verdict(Stage::Rcpt(&address)).await? == Verdict::GoOn {
+        } else if self.readable(&address, self.utf8) && self.apply_rule(Stage::Rcpt(&address)).await? == Decision::GoOn
+        {
             self.session.recipients.push(address);
-            self.wire.reply(250, "2.1.5 Recipient noted");
+            self.wire.reply(250, "2.1.5 Recipient OK");
         }
         Ok(())
     }
 
-    /// Whether an address may be in a message, with SMTPUTF8 or without; if not, that has been said.
+    /// Whether an address is allowed with or without SMTPUTF8; if not, replies so.
     fn readable(&mut self, address: &str, utf8: bool) -> bool {
         let readable = utf8 || address.is_ascii();
         if !readable {
-            self.wire.reply(553, "5.6.7 An address beyond ASCII needs SMTPUTF8");
+            self.wire.reply(553, "5.6.7 Non-ASCII addresses require SMTPUTF8");
         }
         readable
     }
 
     async fn data(&mut self) -> Result<(), End> {
         if self.session.recipients.is_empty() {
-            self.wire.reply(503, "5.5.1 Name a recipient first");
+            self.wire.reply(503, "5.5.1 Send RCPT first");
             return Ok(());
         }
-        if self.verdict(Stage::Data).await? != Verdict::GoOn {
+        if self.apply_rule(Stage::Data).await? != Decision::GoOn {
             return Ok(());
         }
-        self.wire.reply(354, "Go ahead, and end with a dot");
+        self.wire.reply(354, "End data with <CR><LF>.<CR><LF>");
         let message = self.message().await?;
         let latency = self.shared.options.latency;
         if !latency.is_zero() {
@@ -325,26 +326,26 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
             self.session.reset();
             return Ok(());
         };
-        let verdict = self.verdict(Stage::Message).await?;
-        if verdict != Verdict::Refused {
+        let verdict = self.apply_rule(Stage::Message).await?;
+        if verdict != Decision::Refused {
             let sender = self.session.sender.as_deref().unwrap_or_default();
             self.shared.mailbox.accept(sender, &self.session.recipients, message);
             self.session.accepted += 1;
         }
         self.session.reset();
         match verdict {
-            Verdict::Refused => {}
-            Verdict::GoOn => self.wire.reply(250, "2.0.0 Accepted"),
-            Verdict::AcceptThenDrop => return Err(End::Dropped),
+            Decision::Refused => {}
+            Decision::GoOn => self.wire.reply(250, "2.0.0 Accepted"),
+            Decision::AcceptThenDrop => return Err(End::Dropped),
         }
         Ok(())
     }
 
-    /// Reads a message up to its last dot; `None` if it is too large.
+    /// Reads a message up to its final dot; `None` if it is too large.
     async fn message(&mut self) -> Result<Option<Vec<u8>>, End> {
         let mut message = Vec::new();
         let mut receiver = DataReceiver::new();
-        // The line before the message has ended: a dot may come at once.
+        // The line before the message has ended: a dot may follow at once.
         receiver.ingest(&mut b"\r\n".iter(), &mut message);
         message.clear();
         while !self.wire.take(|bytes| receiver.ingest(bytes, &mut message)) {
@@ -363,30 +364,30 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
         Ok((message.len() <= self.shared.options.largest).then_some(message))
     }
 
-    /// Whether the client has said who it is; if not, that has been said.
+    /// Whether the client has sent EHLO or HELO; if not, replies so.
     fn greeted(&mut self) -> bool {
         let greeted = self.session.hello.is_some();
         if !greeted {
-            self.wire.reply(503, "5.5.1 Say EHLO first");
+            self.wire.reply(503, "5.5.1 Send EHLO first");
         }
         greeted
     }
 
-    /// Asks the rule, and does what it says.
-    async fn verdict(&mut self, stage: Stage<'_>) -> Result<Verdict, End> {
+    /// Evaluates the rule and carries it out.
+    async fn apply_rule(&mut self, stage: Stage<'_>) -> Result<Decision, End> {
         match self.shared.action(stage, &self.session) {
-            Action::GoOn => Ok(Verdict::GoOn),
+            Action::GoOn => Ok(Decision::GoOn),
             Action::Wait(time) => {
                 sleep(time).await;
-                Ok(Verdict::GoOn)
+                Ok(Decision::GoOn)
             }
             Action::Reply(code, text) => {
                 self.wire.reply(code, &text);
-                if code == CLOSING { Err(End::Closed) } else { Ok(Verdict::Refused) }
+                if code == CLOSING { Err(End::Closed) } else { Ok(Decision::Refused) }
             }
-            Action::AcceptThenDrop if stage == Stage::Message => Ok(Verdict::AcceptThenDrop),
+            Action::AcceptThenDrop if stage == Stage::Message => Ok(Decision::AcceptThenDrop),
             Action::Drop | Action::AcceptThenDrop => {
-                // What was asked before this stage has been answered.
+                // Replies to earlier requests are sent first.
                 self.wire.flush().await?;
                 Err(End::Dropped)
             }
@@ -396,18 +397,18 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Conversation<'a, S> {
 }
 
 fn too_large(largest: usize) -> String {
-    format!("5.3.4 A message may have up to {largest} bytes")
+    format!("5.3.4 Messages are limited to {largest} bytes")
 }
 
-/// What to say to a request that can't be understood.
-fn complaint(error: &Error) -> (u16, String) {
+/// The reply to a malformed request.
+fn error_reply(error: &Error) -> (u16, String) {
     match error {
-        Error::InvalidSenderAddress => (501, "5.1.7 That is no address".to_owned()),
-        Error::InvalidRecipientAddress => (501, "5.1.3 That is no address".to_owned()),
-        Error::SyntaxError { syntax } => (501, format!("5.5.4 The syntax is: {syntax}")),
-        Error::InvalidParameter { param } => (501, format!("5.5.4 {param} has a value that is not understood")),
+        Error::InvalidSenderAddress => (501, "5.1.7 Invalid address".to_owned()),
+        Error::InvalidRecipientAddress => (501, "5.1.3 Invalid address".to_owned()),
+        Error::SyntaxError { syntax } => (501, format!("5.5.4 Syntax: {syntax}")),
+        Error::InvalidParameter { param } => (501, format!("5.5.4 Invalid value of {param}")),
         Error::UnsupportedParameter { param } => (555, format!("5.5.4 {param} is not supported")),
-        Error::ResponseTooLong => (500, "5.5.6 That line is too long".to_owned()),
-        _ => (500, "5.5.1 Not understood".to_owned()),
+        Error::ResponseTooLong => (500, "5.5.6 Line too long".to_owned()),
+        _ => (500, "5.5.1 Command not recognised".to_owned()),
     }
 }

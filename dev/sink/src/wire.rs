@@ -1,4 +1,4 @@
-//! The bytes of one connection: read and written in large pieces, however small the lines are.
+//! Buffered I/O of one connection.
 
 use std::{io, ops::Range, slice::Iter};
 
@@ -12,15 +12,15 @@ use super::smtp::IDLE;
 
 const BUFFER: usize = 16 << 10;
 
-/// Why a conversation is over.
+/// Why a session has ended.
 pub(super) enum End {
-    /// The client is gone, or the connection broken.
+    /// The client has disconnected, or the connection failed.
     Gone(io::Error),
-    /// Said, or heard, that it is; what is still to be written goes out.
+    /// Closed normally, after sending pending replies.
     Closed,
-    /// Without a word.
+    /// Closed without a reply.
     Dropped,
-    /// It goes on encrypted.
+    /// Continues with TLS.
     Encrypt,
 }
 
@@ -30,11 +30,11 @@ impl From<io::Error> for End {
     }
 }
 
-/// A connection, with what was read and not used yet, and what is to be written.
+/// A connection with unread input and unsent output.
 pub(super) struct Wire<S> {
     pub(super) stream: S,
     buffer: Box<[u8]>,
-    /// The part of the buffer that was not used yet.
+    /// The part of the buffer that was not parsed yet.
     unused: Range<usize>,
     requests: RequestReceiver,
     replies: Vec<u8>,
@@ -46,7 +46,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         Self { stream, buffer, unused: 0..0, requests: RequestReceiver::default(), replies: Vec::new() }
     }
 
-    /// Uses some of what was read.
+    /// Consumes some of the input.
     pub(super) fn take<T>(&mut self, using: impl FnOnce(&mut Iter<'_, u8>) -> T) -> T {
         let mut bytes = self.buffer[self.unused.clone()].iter();
         let taken = using(&mut bytes);
@@ -54,7 +54,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         taken
     }
 
-    /// The next request, if it has been read whole.
+    /// The next request, if it is complete.
     pub(super) fn request(&mut self) -> Result<Request<String>, Error> {
         let mut bytes = self.buffer[self.unused.clone()].iter();
         let request = self.requests.ingest(&mut bytes).map(Request::into_owned);
@@ -62,11 +62,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         request
     }
 
-    /// Reads more, when all was used. Replies go out before that, and so those to requests in one packet go out in one.
+    /// Reads more when all input was consumed. Sends replies first, so that those to pipelined requests go out together.
     pub(super) async fn fill(&mut self) -> Result<(), End> {
         self.flush().await?;
         let Ok(read) = timeout(IDLE, self.stream.read(&mut self.buffer)).await else {
-            self.reply(421, "4.4.2 Silent for too long");
+            self.reply(421, "4.4.2 Idle timeout");
             return Err(End::Closed);
         };
         match read? {
@@ -78,7 +78,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         }
     }
 
-    /// Says something, in as many lines as the text has.
+    /// Queues a reply with as many lines as the text has.
     pub(super) fn reply(&mut self, code: u16, text: &str) {
         let mut lines = text.lines().peekable();
         loop {
@@ -100,7 +100,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         Ok(())
     }
 
-    /// Says nothing more, whatever the client says, until it goes.
+    /// Never replies, until the client disconnects.
     pub(super) async fn hang(&mut self) -> End {
         if let Err(error) = self.flush().await {
             return error.into();

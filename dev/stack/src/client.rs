@@ -1,4 +1,4 @@
-//! A client's side: finds the keeper of a folder or starts one, and waits for what it reports.
+//! The client's side: finds or starts the keeper of a folder, and waits for the state it reports.
 
 use std::{
     fs,
@@ -19,25 +19,25 @@ use super::{
     state::{Phase, ServerStatus, State, now_ms},
 };
 
-/// How often a client looks at the keeper's state.
+/// How often a client reads the keeper's state.
 const POLL: Duration = Duration::from_millis(25);
-/// How long a start, a stop or a change may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
-/// How often a keeper that ends without a word is replaced.
+/// Time limit for a start, a stop or a change.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(180);
+/// How often a keeper that ends without an error is replaced.
 const KEEPERS: u32 = 3;
 
-/// How to start a keeper.
+/// The command line of a keeper.
 pub(crate) struct KeeperCommand<'a> {
     /// The mailrun program.
     pub(crate) program: &'a Path,
     /// How long it stays after the last client.
     pub(crate) linger: Duration,
-    /// How many nodes RabbitMQ is to have.
+    /// The number of RabbitMQ nodes.
     pub(crate) nodes: Nodes,
 }
 
 impl KeeperCommand<'_> {
-    /// Starts it in a process group of its own, so that Ctrl-C in the client's terminal doesn't reach it.
+    /// Starts it in its own process group, so that Ctrl-C in the client's terminal does not reach it.
     fn start(&self, folder: &Folder) -> Result<JoinHandle<std::io::Result<ExitStatus>>, StackError> {
         let program = self.program.canonicalize().map_err(io_error("Finding", self.program))?;
         let log_path = folder.log("keeper");
@@ -55,12 +55,12 @@ impl KeeperCommand<'_> {
             .stderr(same_log)
             .spawn()
             .map_err(io_error("Starting", &program))?;
-        // Waited for in the background, so that an ended keeper leaves no zombie in its client.
+        // Awaited in the background, so that a keeper that has ended leaves no zombie in its client.
         Ok(tokio::spawn(async move { child.wait().await }))
     }
 }
 
-/// Waits until the stack is ready, starting a keeper where none runs. The caller holds the lease.
+/// Waits until the stack is ready, starting a keeper if none runs. The caller holds the lease.
 pub(crate) async fn join(
     folder: &Folder,
     keeper: &KeeperCommand<'_>,
@@ -82,9 +82,9 @@ pub(crate) async fn join(
                 let settled =
                     |status: &ServerStatus| matches!(status, ServerStatus::Running { .. } | ServerStatus::Stopped);
                 if state.phase == Phase::Ready && state.all(settled) {
-                    // Whoever asks for one takes a cluster as well.
+                    // A request for one node accepts a cluster as well.
                     if keeper.nodes == Nodes::Three && state.ports.peers.is_none() {
-                        let why = "It runs already, with one node of RabbitMQ; stop what uses it first.";
+                        let why = "It already runs with one RabbitMQ node; stop its users first.";
                         return Err(StackError::NotStarted(why.to_owned()));
                     }
                     return Ok(state);
@@ -99,7 +99,7 @@ pub(crate) async fn join(
             if keepers == KEEPERS {
                 let log = folder.log("keeper");
                 return Err(StackError::NotStarted(format!(
-                    "Its keeper ends at once. The end of {}:\n{}",
+                    "Its keeper ended immediately. The end of {}:\n{}",
                     log.display(),
                     tail(&log, 10)
                 )));
@@ -121,7 +121,7 @@ pub(crate) async fn wait_for(
     let deadline = Deadline::new(what);
     loop {
         if !keeper_runs(folder)? {
-            return Err(StackError::NotStarted("Its keeper has ended meanwhile; start it again.".to_owned()));
+            return Err(StackError::NotStarted("Its keeper has ended; start it again.".to_owned()));
         }
         if let Some(state) = State::read(folder).filter(&holds) {
             return Ok(state);
@@ -130,7 +130,7 @@ pub(crate) async fn wait_for(
     }
 }
 
-/// Waits until the keeper has ended, or has refused to because of other clients. Servers without a keeper are ended here.
+/// Waits until the keeper has ended, or has refused because of other clients. Stops servers without a keeper.
 pub(crate) async fn wait_for_end(folder: &Folder, request: &Path) -> Result<bool, StackError> {
     let deadline = Deadline::new("Stopping the local stack");
     loop {
@@ -138,7 +138,7 @@ pub(crate) async fn wait_for_end(folder: &Folder, request: &Path) -> Result<bool
         if let Some(_alone) = lease::try_exclusive(&lock_path).map_err(io_error("Locking", &lock_path))? {
             processes::end_leftovers(folder)
                 .await
-                .map_err(|source| StackError::Io { what: "Ending the servers failed".to_owned(), source })?;
+                .map_err(|source| StackError::Io { what: "Stopping the servers failed".to_owned(), source })?;
             let _ = fs::remove_file(request);
             return Ok(true);
         }
@@ -152,10 +152,10 @@ pub(crate) async fn wait_for_end(folder: &Folder, request: &Path) -> Result<bool
 
 fn keeper_runs(folder: &Folder) -> Result<bool, StackError> {
     let path = folder.path(KEEPER_LOCK);
-    lease::held_exclusively(&path).map_err(io_error("Looking at", &path))
+    lease::held_exclusively(&path).map_err(io_error("Checking", &path))
 }
 
-/// Removes the state of a keeper that was killed, so that nobody takes it for the next keeper's.
+/// Removes the state of a killed keeper, so that it is not taken for the next keeper's.
 fn forget_state(folder: &Folder) -> Result<(), StackError> {
     let path = folder.path(KEEPER_LOCK);
     if let Some(_alone) = lease::try_exclusive(&path).map_err(io_error("Locking", &path))? {
@@ -164,19 +164,19 @@ fn forget_state(folder: &Folder) -> Result<(), StackError> {
     Ok(())
 }
 
-/// Polls until it's too late.
+/// Polls until a deadline.
 pub(crate) struct Deadline {
     what: &'static str,
     end: Instant,
 }
 
 impl Deadline {
-    /// Starts to count.
+    /// Starts the timer.
     pub(crate) fn new(what: &'static str) -> Self {
-        Self { what, end: Instant::now() + PATIENCE }
+        Self { what, end: Instant::now() + TIMEOUT }
     }
 
-    /// Waits a little, or says that it took too long.
+    /// Waits one interval, or fails after the deadline.
     pub(crate) async fn pause(&self, folder: &Folder) -> Result<(), StackError> {
         if Instant::now() >= self.end {
             return Err(self.passed(folder));
@@ -185,8 +185,8 @@ impl Deadline {
         Ok(())
     }
 
-    /// The error of a deadline that has passed.
+    /// The error after the deadline.
     pub(crate) fn passed(&self, folder: &Folder) -> StackError {
-        StackError::Timeout { what: self.what, seconds: PATIENCE.as_secs(), logs: folder.logs().display().to_string() }
+        StackError::Timeout { what: self.what, seconds: TIMEOUT.as_secs(), logs: folder.logs().display().to_string() }
     }
 }

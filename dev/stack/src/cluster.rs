@@ -1,30 +1,30 @@
-//! The nodes of the private RabbitMQ: one, or three that form a cluster; and what a cluster says of its queues.
+//! The nodes of the private RabbitMQ: one, or a cluster of three; and what a cluster reports about its queues.
 //!
-//! A cluster's nodes have folders and names of their own, beside those of the single node: so a stack can be started with
-//! one node today and with three tomorrow. What the other broker holds is at most work that the ledger has done by then.
+//! A cluster's nodes have their own folders and names, beside those of the single node, so that a stack can be started with one node
+//! today and with three tomorrow. The other broker's messages are at most work that the ledger has done meanwhile.
 
 use clap::ValueEnum;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use super::{Stack, error::StackError, management::Management, ports::Ports, state::Login};
 
-/// The nodes of a cluster beside its first.
+/// The nodes of a cluster besides the first.
 pub(crate) const PEERS: usize = 2;
 
-/// How many nodes RabbitMQ has.
+/// The number of RabbitMQ nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Nodes {
-    /// One.
+    /// A single node.
     #[default]
     #[value(name = "1", help = "One node")]
     One,
-    /// A cluster of three.
+    /// A cluster.
     #[value(name = "3", help = "A cluster of three nodes")]
     Three,
 }
 
 impl Nodes {
-    /// As the command line has it.
+    /// The value on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::One => "1",
@@ -33,16 +33,16 @@ impl Nodes {
     }
 }
 
-/// A node of RabbitMQ: where it lies and what it is called.
+/// A RabbitMQ node: its folder and name.
 #[derive(Clone, Debug)]
 pub(crate) struct Node {
-    /// The name of its folder, and what its logs begin with.
+    /// The name of its folder, and the prefix of its logs.
     pub(crate) folder: String,
     /// RabbitMQ's name for it.
     pub(crate) name: String,
-    /// Its own ports, beside those of the stack.
+    /// The stack's ports, with this node's own.
     pub(crate) ports: Ports,
-    /// The names of all nodes of its cluster; none where there is one node.
+    /// The names of all nodes of its cluster; empty for a single node.
     members: Vec<String>,
 }
 
@@ -71,10 +71,10 @@ impl Node {
         !self.members.is_empty()
     }
 
-    /// What a member of a cluster has in its configuration beside the rest.
+    /// The additional configuration of a cluster member.
     ///
-    /// On their first start one node at a time looks for the others, under a lock: the first one to do so finds none that it
-    /// could join, and founds the cluster after some tries. Later starts look for nobody.
+    /// On their first start, one node at a time looks for the others, under a lock: the first finds none to join and forms the cluster
+    /// after some tries. Later starts look for no others.
     pub(crate) fn cluster_configuration(&self) -> String {
         if !self.is_in_cluster() {
             return String::new();
@@ -85,14 +85,14 @@ impl Node {
         }
         text + "cluster_formation.discovery_retry_limit = 4
 cluster_formation.discovery_retry_interval = 500
-# As the docs advise for a cluster.
+# As RabbitMQ's documentation recommends for a cluster.
 cluster_partition_handling = pause_minority
 queue_leader_locator = balanced
 "
     }
 }
 
-/// Whether all nodes have found each other.
+/// Whether all nodes have joined the cluster.
 pub(crate) async fn is_whole(login: &Login, ports: Ports) -> bool {
     let nodes = ports.of_nodes();
     if nodes.len() == 1 {
@@ -109,26 +109,27 @@ pub(crate) async fn is_whole(login: &Login, ports: Ports) -> bool {
     true
 }
 
-/// A node, as the cluster sees it.
+/// A node, as the cluster reports it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 pub struct Member {
     /// RabbitMQ's name for it.
+    /// RabbitMQ's name for it.
     pub name: String,
-    /// Whether it is up.
+    /// Whether it is running.
     pub running: bool,
-    /// For how long, in milliseconds; none while it is not.
+    /// Its uptime in milliseconds; 0 while it is not running.
     #[serde(default)]
     pub uptime: u64,
 }
 
-/// A quorum queue, as the cluster sees it.
+/// A quorum queue, as the cluster reports it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 pub struct Queue {
     /// Its name.
     pub name: String,
-    /// The node that its leader is on.
+    /// The leader's node.
     pub leader: String,
-    /// The nodes that have a member of it.
+    /// The nodes of its members.
     pub members: Vec<String>,
 }
 
@@ -141,7 +142,7 @@ impl Stack {
     /// The cluster's members.
     ///
     /// # Errors
-    /// When no node answers.
+    /// No node answers.
     pub async fn members(&self) -> Result<Vec<Member>, StackError> {
         self.ask(&["nodes"]).await
     }
@@ -149,12 +150,12 @@ impl Stack {
     /// The queues of a virtual host.
     ///
     /// # Errors
-    /// When no node answers, or a queue is so new that it has no figures yet.
+    /// No node answers, or a queue is so new that it has no statistics yet.
     pub async fn queues(&self, vhost: &str) -> Result<Vec<Queue>, StackError> {
         self.ask(&["queues", vhost]).await
     }
 
-    /// Asks the first node that answers.
+    /// Queries the first node that answers.
     async fn ask<T: DeserializeOwned>(&self, path: &[&str]) -> Result<T, StackError> {
         let mut last = String::new();
         for management in self.managements() {
@@ -163,10 +164,10 @@ impl Stack {
                 Err(answer) => last = answer,
             }
         }
-        Err(StackError::Management { what: format!("tell of {}", path.join("/")), answer: last })
+        Err(StackError::Management { what: format!("report {}", path.join("/")), answer: last })
     }
 
-    /// Whether every node is up, and any one of them could go without a queue losing its majority.
+    /// Whether all nodes are up, and none is needed for a queue's majority.
     pub async fn can_lose_a_node(&self) -> bool {
         for management in self.managements() {
             if !management.holds("node-is-quorum-critical").await {
@@ -187,7 +188,7 @@ mod tests {
     use crate::ports::NodePorts;
 
     #[test]
-    fn a_cluster_lies_beside_the_single_node() {
+    fn a_cluster_has_other_folders_than_the_single_node() {
         let login =
             Login { password: "secret".to_owned(), node_name: "n@localhost".to_owned(), cookie: "c".to_owned() };
         let one = Node::all(&login, Ports::default());

@@ -4,12 +4,12 @@ use sqlx::{AssertSqlSafe, Connection as _};
 
 use super::{error::StackError, postgres};
 
-/// PostgreSQL's code for a database that exists already.
+/// PostgreSQL's error code for a database that exists.
 const DUPLICATE_DATABASE: &str = "42P04";
-/// Its code for the same, when two create it at the same moment.
+/// The same, if two processes create it simultaneously.
 const UNIQUE_VIOLATION: &str = "23505";
 
-/// Creates a database, unless it's there.
+/// Creates a database, if it does not exist.
 pub(crate) async fn create(port: u16, password: &str, name: &str) -> Result<(), StackError> {
     match run(port, password, format!("CREATE DATABASE {}", quoted(name))).await {
         Err(sqlx::Error::Database(error))
@@ -21,7 +21,7 @@ pub(crate) async fn create(port: u16, password: &str, name: &str) -> Result<(), 
     }
 }
 
-/// Drops a database with all it holds, if it's there; sessions in it are ended.
+/// Drops a database if it exists, ending its sessions.
 pub(crate) async fn drop(port: u16, password: &str, name: &str) -> Result<(), StackError> {
     let statement = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", quoted(name));
     run(port, password, statement)
@@ -31,7 +31,7 @@ pub(crate) async fn drop(port: u16, password: &str, name: &str) -> Result<(), St
 
 async fn run(port: u16, password: &str, statement: String) -> Result<(), sqlx::Error> {
     let mut connection = postgres::connect(port, password, "postgres").await?;
-    // The only part from outside is a name, and it's quoted.
+    // The only part from outside is a name, and it is quoted.
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await?;
     connection.close().await
 }

@@ -1,4 +1,4 @@
-//! What can go wrong with the local stack; each text says what happened and what to do about it.
+//! Errors of the local stack. Each text says what happened and what to do.
 
 use std::{io, path::Path};
 
@@ -6,35 +6,35 @@ use std::{io, path::Path};
 #[derive(Debug, thiserror::Error)]
 pub enum StackError {
     /// A file or folder of the stack could not be read or written.
-    #[error("{what}: {source}. Check that this user may write there, or name another folder in MAILRUN_HOME.")]
+    #[error("{what}: {source}. Check that this user can write there, or set MAILRUN_HOME to another folder.")]
     Io {
         /// The action that failed, with its path.
         what: String,
-        /// What the system answered.
+        /// The system's error.
         source: io::Error,
     },
-    /// Programs are missing and can't be installed from here.
+    /// Programs are missing and cannot be installed from here.
     #[error("{0}")]
     Missing(String),
     /// The package manager failed.
     #[error(
-        "Installing the packages failed:\n{output}\nAs root, run `{command}`, and start Mailrun again. Or set DATABASE_URL and AMQP_URL to servers you already run."
+        "Installing the packages failed:\n{output}\nAs root, run `{command}`, and start Mailrun again. Or set DATABASE_URL and AMQP_URL to existing servers."
     )]
     Install {
-        /// What to run by hand.
+        /// The command to run manually.
         command: String,
         /// The last lines it printed.
         output: String,
     },
-    /// The keeper, or a server it keeps, did not start or gave up.
+    /// The keeper, or a server it runs, did not start or failed.
     #[error("The local stack did not start. {0}")]
     NotStarted(String),
-    /// Something didn't happen in time.
+    /// An operation timed out.
     #[error("{what} took longer than {seconds} s. The logs are in {logs}; stop the stack and start it again.")]
     Timeout {
-        /// What was waited for.
+        /// The operation.
         what: &'static str,
-        /// For how long.
+        /// The time limit.
         seconds: u64,
         /// The folder of the logs.
         logs: String,
@@ -42,17 +42,17 @@ pub enum StackError {
     /// PostgreSQL refused a statement.
     #[error("PostgreSQL could not {what}: {source}")]
     Database {
-        /// What was asked of it.
+        /// The requested action.
         what: String,
-        /// What it answered.
+        /// Its error.
         source: sqlx::Error,
     },
     /// RabbitMQ's management API refused a request.
     #[error("RabbitMQ could not {what}: {answer}. Its log is in the `logs` folder of the stack.")]
     Management {
-        /// What was asked of it.
+        /// The requested action.
         what: String,
-        /// What it answered.
+        /// Its answer.
         answer: String,
     },
 }

@@ -1,4 +1,4 @@
-//! The folder of one private stack: where its data, logs, state and secrets lie.
+//! The folder of one private stack, with its data, logs, state and secrets.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::error::{StackError, io_error};
 
-/// A log is set aside when a server starts and it has grown beyond this.
+/// A log larger than this is renamed when a server starts.
 const LOG_LIMIT_BYTES: u64 = 5 * 1024 * 1024;
 
 /// The folder of a private stack.
@@ -25,7 +25,7 @@ pub(crate) struct Folder {
 }
 
 impl Folder {
-    /// Opens the folder, creating it where it's missing.
+    /// Opens the folder, creating it if it does not exist.
     pub(crate) fn open(home: &Path) -> Result<Self, StackError> {
         fs::create_dir_all(home).map_err(io_error("Creating", home))?;
         let root = home.canonicalize().map_err(io_error("Finding", home))?;
@@ -41,22 +41,22 @@ impl Folder {
         &self.root
     }
 
-    /// A word in the command line of every server of this folder, and of no other process.
+    /// A word in the command line of each server of this folder, and of no other process.
     pub(crate) fn marker(&self, server: &str) -> String {
         format!("{}-{server}", self.marker)
     }
 
-    /// The marker without the server's name; a folder name outside the checkout, if one is needed.
+    /// The marker without the server's name; also the name of a folder outside the checkout, if one is needed.
     pub(crate) fn name(&self) -> &str {
         &self.marker
     }
 
-    /// A file or folder below it.
+    /// A file or folder in it.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }
 
-    /// Where every log lies.
+    /// The folder of the logs.
     pub(crate) fn logs(&self) -> PathBuf {
         self.root.join("logs")
     }
@@ -96,7 +96,7 @@ pub(crate) fn tail(path: &Path, lines: usize) -> String {
     }
 }
 
-/// Writes a file that only its owner may read, so that a reader sees the old or the new content, never half of it.
+/// Writes a file that only its owner may read, atomically.
 pub(crate) fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     let new = path.with_extension(format!("new-{}", std::process::id()));
     let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&new)?;
@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tail_gives_the_last_lines() {
+    fn tail_returns_the_last_lines() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("a.log");
         fs::write(&log, "one\n\ntwo\nthree\n").unwrap();

@@ -1,5 +1,5 @@
 # Installs the packages named as arguments without starting or enabling any of their services.
-# Mailrun runs private instances of its own; the system's services are the machine owner's business.
+# Mailrun runs its own private instances; the system's services are the machine owner's business.
 set -eu
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
 
@@ -9,7 +9,7 @@ mark='# Written by mailrun while it installs packages; safe to delete.'
 units='rabbitmq-server.service epmd.service epmd.socket postgresql.service'
 
 clean_up() {
-    # Only what this script wrote: a policy that was there before stays.
+    # Only what this script wrote: an existing policy stays.
     for file in "$policy" "$cluster"; do
         if [ -f "$file" ] && grep -qF "$mark" "$file"; then rm -f "$file"; fi
     done
@@ -28,7 +28,7 @@ if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\n%s\nexit 101\n' "$mark" > "$policy"
     chmod 755 "$policy"
 fi
-# Without this, PostgreSQL's package creates a cluster that nobody here uses.
+# Without this, PostgreSQL's package creates an unused cluster.
 case " $* " in *' postgresql '*)
     mkdir -p "${cluster%/*}"
     printf '%s\ncreate_main_cluster = false\n' "$mark" > "$cluster"
@@ -43,7 +43,7 @@ install() {
     apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "$@"
 }
 
-# The package lists of a fresh container are empty, and those of an old machine name files that are gone.
+# The package lists of a fresh container are empty, and those of an old machine name files that no longer exist.
 listed=yes
 for package in "$@"; do
     apt-cache policy "$package" | grep -q 'Candidate: [^(]' || listed=no

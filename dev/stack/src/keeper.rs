@@ -1,4 +1,4 @@
-//! The process that runs both servers for as long as anybody holds the lease of their folder.
+//! The process that runs both servers as long as a client holds the lease of their folder.
 
 use std::{
     fs::{self, File},
@@ -26,37 +26,37 @@ use super::{
     state::{Login, Phase, ServerStatus, State},
 };
 
-/// The database that exists from the first start on.
+/// The database created on the first start.
 pub(crate) const DEFAULT_DATABASE: &str = "mailrun";
 /// Locked by the one keeper of a folder.
 pub(crate) const KEEPER_LOCK: &str = "keeper.lock";
 /// Shared by all clients of a folder.
 pub(crate) const LEASE: &str = "lease";
-/// Exists while RabbitMQ shall be stopped on purpose.
+/// Exists while RabbitMQ is to be stopped.
 pub(crate) const RABBITMQ_STOPPED: &str = "rabbitmq-stopped";
-/// Exists while PostgreSQL shall be stopped on purpose.
+/// Exists while PostgreSQL is to be stopped.
 pub(crate) const POSTGRES_STOPPED: &str = "postgres-stopped";
-/// Asks the keeper to end now if nobody holds the lease. The keeper removes it when somebody does.
+/// Asks the keeper to end now if no client holds the lease. If one does, the keeper removes it.
 pub(crate) const END_REQUEST: &str = "end-if-unused";
 
-/// How often the keeper looks at the lease and the requests.
+/// How often the keeper checks the lease and the requests.
 const TICK: Duration = Duration::from_millis(100);
-/// How often ports are chosen again because somebody took one between choosing and starting.
+/// How often ports are chosen again because another process took one before the server started.
 const PORT_TRIES: u32 = 4;
 
-/// Runs the stack of a folder until its lease was free for `linger`, or until SIGTERM. Returns at once if another keeper runs.
+/// Runs the stack of a folder until its lease was free for `linger`, or until SIGTERM. Returns immediately if another keeper runs.
 ///
 /// For a process of its own: the folder stays locked until that process ends.
 pub async fn run(home: &Path, linger: Duration, nodes: Nodes) -> Result<(), StackError> {
     let folder = Folder::open(home)?;
     let lock_path = folder.path(KEEPER_LOCK);
-    // Patience, as a client takes the lock for an instant to see whether a keeper runs.
+    // Retried, because a client takes the lock for an instant to check whether a keeper runs.
     let lock =
         lease::exclusive_within(&lock_path, Duration::from_secs(2)).await.map_err(io_error("Locking", &lock_path))?;
     let Some(lock) = lock else {
         return Ok(());
     };
-    // Held by the process, not by this function: a client takes a free lock for a keeper that has ended altogether.
+    // Held by the process, not by this function: to a client, a free lock means that the keeper has ended completely.
     std::mem::forget(lock);
     for name in ["state.json", RABBITMQ_STOPPED, POSTGRES_STOPPED, END_REQUEST] {
         remove(&folder.path(name))?;
@@ -65,7 +65,7 @@ pub async fn run(home: &Path, linger: Duration, nodes: Nodes) -> Result<(), Stac
     match &result {
         Ok(()) => remove(&folder.path("state.json"))?,
         Err(error) => {
-            // Written last, after the servers have ended: whoever reads it may start anew at once.
+            // Written last, after the servers have ended: a client that reads it may start another keeper at once.
             let mut state = State::new(Ports::default());
             state.phase = Phase::Failed(error.to_string());
             state.write(&folder)?;
@@ -79,11 +79,11 @@ async fn keep(folder: &Folder, linger: Duration, nodes: Nodes) -> Result<(), Sta
     let lease = lease::open(&lease_path).map_err(io_error("Opening", &lease_path))?;
     let login = Login::load(folder)?;
     let ended = processes::end_leftovers(folder).await.map_err(|source| StackError::Io {
-        what: "Ending the servers that an earlier run left behind failed".to_owned(),
+        what: "Stopping the servers of an earlier run failed".to_owned(),
         source,
     })?;
     if ended > 0 {
-        eprintln!("Ended {ended} processes that an earlier keeper had left behind");
+        eprintln!("Stopped {ended} processes of an earlier keeper");
     }
     let mut watch = Watch { lease, linger, unused_since: None };
     for attempt in 1.. {
@@ -101,42 +101,42 @@ async fn keep(folder: &Folder, linger: Duration, nodes: Nodes) -> Result<(), Sta
         stopping?;
         match outcome {
             Ok(()) => return Ok(()),
-            Err(Trouble::PortTaken(why)) if attempt < PORT_TRIES => {
+            Err(Failure::PortTaken(why)) if attempt < PORT_TRIES => {
                 eprintln!("Choosing other ports: {why}");
             }
-            Err(Trouble::PortTaken(why)) => return Err(StackError::NotStarted(why)),
-            Err(Trouble::Stack(error)) => return Err(error),
+            Err(Failure::PortTaken(why)) => return Err(StackError::NotStarted(why)),
+            Err(Failure::Stack(error)) => return Err(error),
         }
     }
     Ok(())
 }
 
-/// Why the servers can't be served any longer.
-enum Trouble {
-    /// A server failed while a stranger listens on its port.
+/// Why the servers cannot be run.
+enum Failure {
+    /// A server failed because another process listens on its port.
     PortTaken(String),
     Stack(StackError),
 }
 
-impl From<StackError> for Trouble {
+impl From<StackError> for Failure {
     fn from(error: StackError) -> Self {
         Self::Stack(error)
     }
 }
 
-/// Serves clients until it's time to end.
+/// Serves clients until the keeper must end.
 async fn serve(
     folder: &Folder,
     login: &Login,
     servers: &Servers,
     state: &mut State,
     watch: &mut Watch,
-) -> Result<(), Trouble> {
+) -> Result<(), Failure> {
     let listen = |kind| {
         signal(kind).map_err(|source| StackError::Io { what: "Listening for signals failed".to_owned(), source })
     };
     let mut terminate = listen(SignalKind::terminate())?;
-    // A closed terminal or Ctrl-C is for the clients; the keeper ends when they have gone.
+    // A closed terminal or Ctrl-C concerns the clients; the keeper ends after them.
     let (_hang_up, _interrupt) = (listen(SignalKind::hangup())?, listen(SignalKind::interrupt())?);
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -149,7 +149,7 @@ async fn serve(
         servers.report(state);
         if let Some(why) = failure(state) {
             return Err(if servers.port_taken(state) {
-                Trouble::PortTaken(why)
+                Failure::PortTaken(why)
             } else {
                 StackError::NotStarted(why).into()
             });
@@ -162,7 +162,7 @@ async fn serve(
             let management = Management::new(state.ports.management, &login.password);
             management.create_vhost(rabbitmq::DEFAULT_VHOST).await?;
             let version = Release::chosen().check(management.version().await?)?;
-            state.notes.push(format!("PostgreSQL and RabbitMQ {version} answer"));
+            state.notes.push(format!("PostgreSQL and RabbitMQ {version} are ready"));
             state.phase = Phase::Ready;
         }
         if *state != before {
@@ -189,7 +189,7 @@ fn wanted(stopped: &Path) -> Wanted {
     if stopped.exists() { Wanted::Stopped } else { Wanted::Running }
 }
 
-/// Watches whether anybody holds the lease.
+/// Watches whether a client holds the lease.
 struct Watch {
     lease: File,
     linger: Duration,
@@ -197,8 +197,8 @@ struct Watch {
 }
 
 impl Watch {
-    /// Whether nobody has used the stack for long enough. If so, the lease stays locked: a client that comes now
-    /// waits until this keeper has ended, and starts the next one.
+    /// Whether the stack was unused long enough. If so, the lease stays locked: a new client waits until this keeper has ended, and
+    /// starts the next one.
     fn time_to_end(&mut self, request: &Path) -> Result<bool, StackError> {
         let asked = request.exists();
         if self.lease.try_lock().is_err() {
@@ -219,7 +219,7 @@ impl Watch {
     }
 }
 
-/// Removes a file, if it's there.
+/// Removes a file, if it exists.
 fn remove(path: &Path) -> Result<(), StackError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io_error("Removing", path)(error)),
@@ -232,7 +232,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_end_comes_when_asked_and_unused_or_after_the_linger() {
+    async fn ends_when_asked_and_unused_or_after_the_linger() {
         let dir = tempfile::tempdir().unwrap();
         let (path, request) = (dir.path().join("lease"), dir.path().join("end"));
         let mut watch =
@@ -242,14 +242,14 @@ mod tests {
         let client = lease::shared_within(&path, Duration::ZERO).await.unwrap().unwrap();
         fs::write(&request, "").unwrap();
         assert!(!watch.time_to_end(&request).unwrap());
-        assert!(!request.exists(), "a request is refused while the stack is used");
+        assert!(!request.exists(), "a request is refused while the stack is in use");
 
         drop(client);
         fs::write(&request, "").unwrap();
         assert!(watch.time_to_end(&request).unwrap());
         assert!(
             lease::shared_within(&path, Duration::ZERO).await.unwrap().is_none(),
-            "no client joins a keeper that ends"
+            "no client joins a keeper that is ending"
         );
 
         let other = dir.path().join("other");

@@ -1,4 +1,4 @@
-//! File locks between processes. The kernel frees them when their holder ends, however it ends.
+//! File locks between processes. The kernel releases them when their holder ends, for whatever reason.
 
 use std::{
     fs::{File, OpenOptions, TryLockError},
@@ -8,16 +8,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How often a waiting process looks again.
+/// How often a waiting process tries again.
 const POLL: Duration = Duration::from_millis(20);
 
-/// A lock on a file, held until it's dropped.
+/// A lock on a file, held until dropped.
 #[derive(Debug)]
 pub(crate) struct Lock {
     pub(crate) file: File,
 }
 
-/// Opens a lock file, creating it where it's missing.
+/// Opens a lock file, creating it if it does not exist.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).read(true).write(true).truncate(false).mode(0o600).open(path)
 }
@@ -30,25 +30,25 @@ fn taken(result: Result<(), TryLockError>) -> io::Result<bool> {
     }
 }
 
-/// Takes the file for this process alone, or says that somebody holds it.
+/// Locks the file exclusively; none if another process holds it.
 pub(crate) fn try_exclusive(path: &Path) -> io::Result<Option<Lock>> {
     let file = open(path)?;
     Ok(taken(file.try_lock())?.then_some(Lock { file }))
 }
 
-/// A lock file for all users and processes of the machine; `None` if it can't be had.
+/// A lock file for all users and processes of the machine; `None` if it cannot be opened.
 pub(crate) fn open_shared_by_users(name: &str) -> Option<File> {
-    // Not where TMPDIR says: it may say something else to each process, and they would all have a lock of their own.
+    // Not in TMPDIR: it may differ between processes, and each would have its own lock.
     let path = Path::new("/tmp").join(name);
-    // Reading is enough for a lock, and another user's file can't be opened for creation in a shared folder; it may
-    // appear between the first two tries.
+    // Read access is enough for a lock, and in a shared folder another user's file cannot be opened for creation; it may appear
+    // between the first two tries.
     File::open(&path)
         .or_else(|_| OpenOptions::new().create(true).append(true).open(&path))
         .or_else(|_| File::open(&path))
         .ok()
 }
 
-/// Like [`try_exclusive`], trying again for a while: another process may be probing at this moment.
+/// Like [`try_exclusive`], retrying for a while: another process may be probing at this moment.
 pub(crate) async fn exclusive_within(path: &Path, wait: Duration) -> io::Result<Option<Lock>> {
     let end = Instant::now() + wait;
     loop {
@@ -62,7 +62,7 @@ pub(crate) async fn exclusive_within(path: &Path, wait: Duration) -> io::Result<
     }
 }
 
-/// Shares the file with others, waiting while somebody holds it alone.
+/// Locks the file shared, waiting while another process holds it exclusively.
 pub(crate) async fn shared_within(path: &Path, wait: Duration) -> io::Result<Option<Lock>> {
     let end = Instant::now() + wait;
     let file = open(path)?;
@@ -77,7 +77,7 @@ pub(crate) async fn shared_within(path: &Path, wait: Duration) -> io::Result<Opt
     }
 }
 
-/// Whether somebody holds the file for itself alone. Takes it shared for an instant, so that two probes don't see each other.
+/// Whether another process holds the file exclusively. Locks it shared for an instant, so that two probes do not see each other.
 pub(crate) fn held_exclusively(path: &Path) -> io::Result<bool> {
     let file = open(path)?;
     Ok(!taken(file.try_lock_shared())?)

@@ -1,8 +1,8 @@
 //! The local stack: a private RabbitMQ and a private PostgreSQL in a folder of the checkout, for `up`, `demo` and tests.
 //!
-//! A *keeper* process runs both servers; everybody who uses them holds a shared lock, the *lease*, on a file of the
-//! folder. When nobody holds it any more the keeper stops the servers and ends, so a client that is killed leaves
-//! nothing behind. Nothing of this touches a server that the system runs.
+//! A *keeper* process runs both servers; each process that uses them holds a shared lock, the *lease*, on a file of the folder. When
+//! the lease is free, the keeper stops the servers and ends, so a killed client leaves nothing behind. The system's own servers are
+//! never touched.
 
 mod client;
 mod cluster;
@@ -15,6 +15,7 @@ mod management;
 mod packages;
 mod ports;
 mod postgres;
+pub mod proc;
 mod processes;
 mod rabbitmq;
 mod release;
@@ -54,7 +55,7 @@ pub use self::{
 /// RabbitMQ's management console.
 #[derive(Clone)]
 pub struct Console {
-    /// Its address.
+    /// The URL.
     pub url: String,
     /// The user to log in as.
     pub user: String,
@@ -62,31 +63,31 @@ pub struct Console {
     pub password: String,
 }
 
-/// What became of a stack that was let go.
+/// The result of [`Stack::stop`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stopped {
-    /// Its servers have ended.
+    /// Its servers have stopped.
     Ended,
-    /// Somebody else uses it, so it goes on.
+    /// Other processes use it, so it stays up.
     StillUsed,
 }
 
-/// The servers' processes at one moment.
+/// The present processes of the servers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pids {
     /// The keeper.
     pub keeper: u32,
-    /// PostgreSQL, unless it's stopped or restarting.
+    /// PostgreSQL, unless it is stopped or restarting.
     pub postgres: Option<u32>,
-    /// RabbitMQ, or its first node, unless it's stopped or restarting.
+    /// RabbitMQ, or its first node, unless it is stopped or restarting.
     pub rabbitmq: Option<u32>,
-    /// The cluster's other nodes, where there is a cluster.
+    /// The other nodes of a cluster.
     pub peers: [Option<u32>; PEERS],
     /// RabbitMQ's port mapper.
     pub epmd: Option<u32>,
 }
 
-/// A running private stack. It's kept up for as long as this value lives, and the keeper's linger after.
+/// A running private stack. It stays up as long as this value exists, and for the keeper's linger time after that.
 pub struct Stack {
     folder: Folder,
     ports: Ports,
@@ -97,10 +98,9 @@ pub struct Stack {
 }
 
 impl Stack {
-    /// Starts or joins the private stack of `home`, installing what is missing. `report` gets one line per step.
+    /// Starts or joins the private stack of `home`, installing missing programs. `report` gets one line per step.
     ///
-    /// `keeper_exe` is the mailrun program; `linger` (whole seconds) is how long a newly started keeper stays up
-    /// when nobody uses it.
+    /// `keeper_exe` is the mailrun program; `linger` (whole seconds) is how long a newly started keeper stays up without users.
     pub async fn start(
         home: &Path,
         keeper_exe: &Path,
@@ -110,7 +110,7 @@ impl Stack {
         Self::start_nodes(home, keeper_exe, linger, Nodes::One, report).await
     }
 
-    /// As [`Stack::start`], with so many nodes of RabbitMQ.
+    /// Like [`Stack::start`], with this number of RabbitMQ nodes.
     pub async fn start_nodes(
         home: &Path,
         keeper_exe: &Path,
@@ -122,8 +122,8 @@ impl Stack {
         let folder = Folder::open(home)?;
         let lease_path = folder.path(LEASE);
         let lease =
-            lease::shared_within(&lease_path, client::PATIENCE).await.map_err(io_error("Locking", &lease_path))?;
-        let lease = lease.ok_or_else(|| client::Deadline::new("Stopping the stack that ran before").passed(&folder))?;
+            lease::shared_within(&lease_path, client::TIMEOUT).await.map_err(io_error("Locking", &lease_path))?;
+        let lease = lease.ok_or_else(|| client::Deadline::new("Stopping the earlier stack").passed(&folder))?;
         let state = client::join(&folder, &KeeperCommand { program: keeper_exe, linger, nodes }, &report).await?;
         let login = Login::load(&folder)?;
         let ports = state.ports;
@@ -136,33 +136,33 @@ impl Stack {
         Ok(Self { folder, ports, login, console, management, lease })
     }
 
-    /// The address of a database.
+    /// The URL of a database.
     pub fn database_url(&self, database: &str) -> String {
         self.address("postgres", self.ports.postgres, database)
     }
 
-    /// The address of a virtual host, at the first node.
+    /// The URL of a virtual host, at the first node.
     pub fn amqp_url(&self, vhost: &str) -> String {
         self.address("amqp", self.ports.amqp, vhost)
     }
 
-    /// The addresses of a virtual host, one for each node.
+    /// The URLs of a virtual host, one for each node.
     pub fn amqp_urls(&self, vhost: &str) -> Vec<String> {
         self.ports.of_nodes().iter().map(|node| self.address("amqp", node.amqp, vhost)).collect()
     }
 
     fn address(&self, scheme: &str, port: u16, path: &str) -> String {
-        // As form data, except that a space is %20 in a path.
+        // Form encoding, except that a space is %20 in a path.
         let path: String = url::form_urlencoded::byte_serialize(path.as_bytes()).collect();
         format!("{scheme}://{USER}:{}@127.0.0.1:{port}/{}", self.login.password, path.replace('+', "%20"))
     }
 
-    /// Where to look at RabbitMQ.
+    /// RabbitMQ's management console.
     pub fn console(&self) -> &Console {
         &self.console
     }
 
-    /// The servers' processes now.
+    /// The present processes of the servers.
     pub fn pids(&self) -> Option<Pids> {
         let state = State::read(&self.folder)?;
         let pid = |status: &ServerStatus| match status {
@@ -178,22 +178,22 @@ impl Stack {
         })
     }
 
-    /// Creates a database, unless it's there.
+    /// Creates a database, if it does not exist.
     pub async fn create_database(&self, name: &str) -> Result<(), StackError> {
         database::create(self.ports.postgres, &self.login.password, name).await
     }
 
-    /// Drops a database with all it holds, if it's there.
+    /// Drops a database with its contents, if it exists.
     pub async fn drop_database(&self, name: &str) -> Result<(), StackError> {
         database::drop(self.ports.postgres, &self.login.password, name).await
     }
 
-    /// Creates a virtual host, unless it's there, with all rights for the stack's user.
+    /// Creates a virtual host, if it does not exist, with all permissions for the stack's user.
     pub async fn create_vhost(&self, name: &str) -> Result<(), StackError> {
         self.management.create_vhost(name).await
     }
 
-    /// Deletes a virtual host with all it holds, if it's there.
+    /// Deletes a virtual host with its contents, if it exists.
     pub async fn drop_vhost(&self, name: &str) -> Result<(), StackError> {
         self.management.delete_vhost(name).await
     }
@@ -208,7 +208,7 @@ impl Stack {
         .map(drop)
     }
 
-    /// Starts RabbitMQ again and waits until it answers.
+    /// Starts RabbitMQ again and waits until it is ready.
     pub async fn start_rabbitmq(&self) -> Result<(), StackError> {
         self.set_stopped(RABBITMQ_STOPPED, false).await?;
         let runs = |state: &State| state.nodes().all(|node| matches!(node, ServerStatus::Running { .. }));
@@ -223,7 +223,7 @@ impl Stack {
             .map(drop)
     }
 
-    /// Starts PostgreSQL again and waits until it answers.
+    /// Starts PostgreSQL again and waits until it is ready.
     pub async fn start_postgres(&self) -> Result<(), StackError> {
         self.set_stopped(POSTGRES_STOPPED, false).await?;
         let runs = |state: &State| matches!(state.postgres, ServerStatus::Running { .. });
@@ -237,7 +237,7 @@ impl Stack {
         let mut command = Node::all(&self.login, self.ports)
             .first()
             .and_then(|node| rabbitmq::control(&self.folder, node))
-            .ok_or_else(|| failed("there is no rabbitmqctl".to_owned()))?;
+            .ok_or_else(|| failed("rabbitmqctl not found".to_owned()))?;
         let output = command.args(args).output().await.map_err(|error| failed(error.to_string()))?;
         if output.status.success() {
             return Ok(());
@@ -254,7 +254,7 @@ impl Stack {
         }
     }
 
-    /// Lets the stack go and, if nobody else uses it, waits until its servers and its keeper have ended.
+    /// Releases the stack. If no other process uses it, waits until its servers and its keeper have ended.
     pub async fn stop(self) -> Result<Stopped, StackError> {
         let Self { folder, lease, .. } = self;
         drop(lease);
@@ -264,15 +264,15 @@ impl Stack {
     }
 }
 
-/// Makes sure that the programs of both servers are there. `report` gets a line for each step.
+/// Installs the programs of both servers, if they are missing. `report` gets one line per step.
 pub async fn ensure_servers(report: impl Fn(&str)) -> Result<(), StackError> {
     ensure_packages(&[POSTGRESQL], &report).await?;
     Release::chosen().ensure(&report).await
 }
 
-/// The folder of the stack of this checkout: MAILRUN_HOME, else `.mailrun` in the workspace that cargo runs or that
-/// contains the current folder, else in the current folder. Below it for a release that was asked for: no RabbitMQ reads
-/// the data of a later one, nor of one that is much earlier.
+/// The folder of the stack of this checkout: MAILRUN_HOME, else `.mailrun` in the workspace that cargo runs or that contains the
+/// current folder, else in the current folder. For another release, a folder below it: no RabbitMQ reads the data of a later one, nor
+/// of a much earlier one.
 pub fn home() -> PathBuf {
     match Release::chosen() {
         Release::System => home_of_checkout(),
@@ -280,14 +280,14 @@ pub fn home() -> PathBuf {
     }
 }
 
-/// The folder for what is private to this checkout, whichever RabbitMQ is chosen.
+/// The private folder of this checkout, for any release of RabbitMQ.
 #[must_use]
 pub fn home_of_checkout() -> PathBuf {
     if let Some(home) = env::var_os("MAILRUN_HOME").filter(|home| !home.is_empty()) {
         return home.into();
     }
     let current = env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
-    // Cargo names the package's folder; looked up at run time, as a built program may be moved.
+    // Cargo sets the package's folder; looked up at run time, because a built program may be moved.
     let package = env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
     let root = package.iter().chain([&current]).find_map(|start| workspace_above(start));
     root.unwrap_or(current).join(".mailrun")
@@ -305,7 +305,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_workspace_is_found_from_below() {
+    fn finds_the_workspace_from_a_subfolder() {
         let dir = tempfile::tempdir().unwrap();
         let below = dir.path().join("cli/src");
         fs::create_dir_all(&below).unwrap();

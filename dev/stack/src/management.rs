@@ -1,4 +1,4 @@
-//! The few calls of RabbitMQ's management API that the local stack needs.
+//! Calls of RabbitMQ's management API for the local stack.
 
 use std::{collections::BTreeMap, pin::pin, time::Duration};
 
@@ -9,13 +9,13 @@ use url::Url;
 
 use super::{error::StackError, state::USER};
 
-/// How often a virtual host that is being created is looked at.
-const LOOK: Duration = Duration::from_millis(500);
+/// How often a virtual host being created is checked.
+const POLL: Duration = Duration::from_millis(500);
 
 /// A client of one private node's management API.
 #[derive(Clone, Debug)]
 pub(crate) struct Management {
-    // `None` only if the HTTP client could not be built, which then shows as a refused request.
+    // `None` only if the HTTP client could not be built, which later appears as a refused request.
     client: Option<Client>,
     port: u16,
     password: String,
@@ -24,7 +24,7 @@ pub(crate) struct Management {
 impl Management {
     /// A client with the stack's login.
     pub(crate) fn new(port: u16, password: &str) -> Self {
-        // A proxy from the environment has nothing to do with loopback.
+        // A proxy from the environment does not apply to loopback.
         let client = Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().ok();
         Self { client, port, password: password.to_owned() }
     }
@@ -34,17 +34,16 @@ impl Management {
         self.send(Method::GET, &["health", "checks", "port-listener", &port.to_string()], None).await.is_ok()
     }
 
-    /// RabbitMQ's version.
     pub(crate) async fn version(&self) -> Result<String, StackError> {
         #[derive(Deserialize)]
         struct Overview {
             rabbitmq_version: String,
         }
         let overview: Result<Overview, _> = self.get(&["overview"]).await;
-        Ok(overview.map_err(refused("tell its version".to_owned()))?.rabbitmq_version)
+        Ok(overview.map_err(refused("report its version".to_owned()))?.rabbitmq_version)
     }
 
-    /// Creates a virtual host, with all rights for the stack's user.
+    /// Creates a virtual host, with all permissions for the stack's user.
     pub(crate) async fn create_vhost(&self, name: &str) -> Result<(), StackError> {
         let what = || format!("create the virtual host {name}");
         let all = json!({"configure": ".*", "write": ".*", "read": ".*"});
@@ -53,24 +52,24 @@ impl Management {
         let created = loop {
             tokio::select! {
                 created = &mut creation => break created,
-                () = tokio::time::sleep(LOOK) => self.start_vhost_where_stopped(name).await,
+                () = tokio::time::sleep(POLL) => self.start_vhost_where_stopped(name).await,
             }
         };
         created.map_err(refused(what()))?;
         self.send(Method::PUT, &["permissions", name, USER], Some(all)).await.map(drop).map_err(refused(what()))
     }
 
-    /// Starts a virtual host on the nodes where it stands still.
+    /// Starts a virtual host on the nodes where it is stopped.
     ///
-    /// RabbitMQ answers when a new one runs on all nodes that run, but starts it only on those that are ready. A node runs
-    /// a little earlier than it is ready, and listens by then: one that is created in between never starts there
+    /// RabbitMQ answers when a new virtual host runs on all running nodes, but starts it only on those that are ready. A node is running,
+    /// and already listens, a little before it is ready: a virtual host created in between never starts there
     /// (`rabbit_vhost_sup_sup:start_on_all_nodes` of RabbitMQ 3.10).
     async fn start_vhost_where_stopped(&self, name: &str) {
         #[derive(Deserialize)]
         struct Vhost {
             cluster_state: BTreeMap<String, String>,
         }
-        // What goes wrong here is tried again at the next look, or told by the answer to its creation.
+        // An error here is retried at the next poll, or reported by the answer to its creation.
         let Ok(vhost) = self.get::<Vhost>(&["vhosts", name]).await else { return };
         let stopped = vhost.cluster_state.iter().filter(|(_, state)| *state == "stopped");
         for (node, _) in stopped {
@@ -78,7 +77,7 @@ impl Management {
         }
     }
 
-    /// Deletes a virtual host with all it holds, if it's there.
+    /// Deletes a virtual host with its contents, if it exists.
     pub(crate) async fn delete_vhost(&self, name: &str) -> Result<(), StackError> {
         match self.send(Method::DELETE, &["vhosts", name], None).await {
             Err(answer) if !answer.starts_with("404") => {
@@ -93,7 +92,7 @@ impl Management {
         self.send(Method::GET, &["health", "checks", check], None).await.is_ok()
     }
 
-    /// What lies there.
+    /// Gets a resource.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &[&str]) -> Result<T, String> {
         let response = self.send(Method::GET, path, None).await?;
         response.json().await.map_err(|error| error.to_string())
@@ -107,7 +106,7 @@ impl Management {
         if let Some(body) = body {
             request = request.json(&body);
         }
-        // With its causes: the error itself doesn't say whether nobody listened or nobody answered in time.
+        // With its causes: the error itself does not say whether the connection was refused or timed out.
         let response = request.send().await.map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
         let status = response.status();
         if status.is_success() {

@@ -12,21 +12,21 @@ use tokio::process::Command;
 
 use super::{error::StackError, lease, postgres, rabbitmq};
 
-/// The commands that install packages, run by root; see the file.
+/// The commands that install packages as root; see the file.
 const INSTALL: &str = include_str!("install.sh");
 
 /// A program that Mailrun needs, and the packages it comes in.
 #[derive(Clone, Copy, Debug)]
 pub struct Package {
-    /// What people call it.
+    /// Its name, for people.
     pub name: &'static str,
-    /// What it's needed for, continuing "to …".
+    /// Its purpose, continuing "to …".
     pub purpose: &'static str,
     /// Its packages in Debian and Ubuntu.
     pub apt: &'static [&'static str],
     /// What to install on other systems.
     pub elsewhere: &'static str,
-    /// Whether it's there.
+    /// Whether it is installed.
     pub present: fn() -> bool,
 }
 
@@ -57,7 +57,7 @@ pub const CHROMIUM: Package = Package {
     present: || on_path("chromium").is_some() && on_path("chromedriver").is_some(),
 };
 
-/// Gives a process a clock of its own, for the tests of clocks that are set.
+/// Gives a process its own clock, for tests that set clocks.
 pub const FAKETIME: Package = Package {
     name: "libfaketime",
     purpose: "set the clock of a private PostgreSQL in the clock tests",
@@ -66,7 +66,7 @@ pub const FAKETIME: Package = Package {
     present: || faketime_library().is_some(),
 };
 
-/// Where the library lies that gives a process a clock of its own.
+/// The path of the library that gives a process its own clock.
 pub fn faketime_library() -> Option<PathBuf> {
     // Debian has a folder for each architecture.
     let folders = fs::read_dir("/usr/lib").into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
@@ -74,7 +74,7 @@ pub fn faketime_library() -> Option<PathBuf> {
     places.map(|folder| folder.join("faketime/libfaketime.so.1")).find(|library| library.is_file())
 }
 
-/// Installs those of the packages that are missing. `report` gets a line for each step.
+/// Installs the missing packages. `report` gets one line per step.
 pub async fn ensure_packages(packages: &[Package], report: impl Fn(&str)) -> Result<(), StackError> {
     if missing(packages).is_empty() {
         return Ok(());
@@ -111,7 +111,7 @@ fn missing(packages: &[Package]) -> Vec<Package> {
     packages.iter().filter(|package| !(package.present)()).copied().collect()
 }
 
-/// A program on PATH, or in the folders of administrators' programs that PATH often leaves out.
+/// Finds a program on PATH, or in the administrators' folders that PATH often omits.
 pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -120,7 +120,7 @@ pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// A shell script as root, without arguments: directly, through sudo without a password, or through sudo that asks on the terminal.
+/// A shell script as root, without arguments: directly, with sudo without a password, or with sudo that asks on the terminal.
 pub(crate) async fn as_root(script: &str) -> Option<Command> {
     let mut command = if rustix::process::geteuid().is_root() {
         Command::new("/bin/sh")
@@ -145,31 +145,31 @@ pub(crate) async fn as_root(script: &str) -> Option<Command> {
     Some(command)
 }
 
-/// What to do where Mailrun can't install: `apt` are the packages, if this system has apt.
+/// What to do where Mailrun cannot install. `apt`: the packages, if this system has apt.
 fn by_hand(missing: &[Package], apt: Option<&str>) -> String {
     let needs: Vec<_> = missing.iter().map(|package| format!("{} (to {})", package.name, package.purpose)).collect();
     let how = match apt {
         Some(apt) => format!(
-            "This user can't install it: it is not root, and sudo is missing, or wants a password without a terminal to ask on. As root, run `{}`",
+            "This user cannot install it: it is not root, and sudo is missing or requires a password without a terminal. As root, run `{}`",
             apt_by_hand(apt)
         ),
         None => {
             let elsewhere: Vec<_> = missing.iter().map(|package| package.elsewhere).collect();
-            format!("Mailrun can install it with apt only. Install {}", elsewhere.join(" and "))
+            format!("Mailrun can only install it with apt. Install {}", elsewhere.join(" and "))
         }
     };
     format!(
-        "Mailrun needs what is missing here: {}. {how}, and start Mailrun again. Or set DATABASE_URL and AMQP_URL to servers you already run.",
+        "Missing programs: {}. {how}, and start Mailrun again. Or set DATABASE_URL and AMQP_URL to existing servers.",
         needs.join(", ")
     )
 }
 
-/// The lists first: those of a fresh system are empty.
+/// Updates the package lists first: those of a fresh system are empty.
 fn apt_by_hand(apt: &str) -> String {
     format!("apt-get update && apt-get install --no-install-recommends {apt}")
 }
 
-/// Waits for the machine-wide turn to install. Without one (say a foreign lock file) apt's own lock must do.
+/// Waits for the machine-wide installation lock. If it cannot be opened (for example, another user's lock file), apt's own lock applies.
 fn install_turn() -> Option<File> {
     let file = lease::open_shared_by_users("mailrun-install.lock")?;
     file.lock().ok()?;
@@ -182,7 +182,7 @@ fn last_lines(output: &Output) -> String {
     lines[lines.len().saturating_sub(15)..].join("\n")
 }
 
-/// The folders in `parent` whose names start with `prefix`, the one with the highest version last.
+/// The folders in `parent` whose names start with `prefix`, the highest version last.
 pub(crate) fn versions(parent: &str, prefix: &str) -> Vec<PathBuf> {
     let numbers = |path: &PathBuf| -> Vec<u32> {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -204,7 +204,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_ordered_by_number() {
+    fn versions_are_ordered_numerically() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["server-3.9.1", "server-3.10.8", "other"] {
             fs::create_dir(dir.path().join(name)).unwrap();
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_text_for_other_systems_names_programs_and_the_way_around() {
+    fn the_text_for_other_systems_names_programs_and_the_alternative() {
         let text = by_hand(&[RABBITMQ, POSTGRESQL], None);
         for part in ["brew install rabbitmq", "brew install postgresql", "DATABASE_URL", "AMQP_URL"] {
             assert!(text.contains(part), "{part} missing in: {text}");

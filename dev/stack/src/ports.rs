@@ -1,4 +1,4 @@
-//! Chooses the stack's loopback ports: the remembered ones, else the preferred ones, else any that are free.
+//! Chooses the stack's loopback ports: the remembered ones, else the preferred ones, else any free ones.
 
 use std::{
     fs::{self, File},
@@ -16,14 +16,13 @@ use super::{
     lease,
 };
 
-/// How many ports from the preferred one on are looked at before any free one is taken.
+/// How many ports from the preferred one on are tried before any free one.
 const SPAN: u16 = 40;
 
 /// The ports of one stack, all on 127.0.0.1.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Ports {
-    /// PostgreSQL.
     pub(crate) postgres: u16,
     /// RabbitMQ: AMQP 0-9-1.
     pub(crate) amqp: u16,
@@ -31,16 +30,16 @@ pub(crate) struct Ports {
     pub(crate) management: u16,
     /// RabbitMQ: metrics.
     pub(crate) prometheus: u16,
-    /// RabbitMQ: Erlang distribution, which its command line tools use.
+    /// RabbitMQ: Erlang distribution, used by its command-line tools.
     pub(crate) distribution: u16,
-    /// The Erlang port mapper of this stack alone.
+    /// This stack's own Erlang port mapper.
     pub(crate) epmd: u16,
-    /// The cluster's other nodes, where there is a cluster.
+    /// The other nodes of a cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) peers: Option<[NodePorts; PEERS]>,
 }
 
-/// The ports of one more node of RabbitMQ, as those of the first.
+/// The ports of a further RabbitMQ node, like those of the first.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct NodePorts {
@@ -51,10 +50,10 @@ pub(crate) struct NodePorts {
 }
 
 impl Ports {
-    /// The ports to use now: what `file` remembers, with others for those taken meanwhile. Writes the file.
-    /// They stay reserved against other stacks for as long as the second value lives.
+    /// The ports to use now: those in `file`, except for occupied ones, which are replaced. Writes the file. The ports stay reserved
+    /// against other stacks as long as the second value exists.
     pub(crate) fn choose(file: &Path, nodes: Nodes) -> io::Result<(Self, Reserved)> {
-        // An unreadable file is no loss: the ports are chosen anew.
+        // An unreadable file is no loss: the ports are chosen again.
         let remembered: Self =
             fs::read(file).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         let mut reserved = Reserved::default();
@@ -86,12 +85,12 @@ impl Ports {
         Ok((ports, reserved))
     }
 
-    /// The ports RabbitMQ itself listens on.
+    /// The ports RabbitMQ listens on.
     pub(crate) fn rabbitmq(&self) -> [u16; 4] {
         [self.amqp, self.management, self.prometheus, self.distribution]
     }
 
-    /// The same for each node: what is another one's stands in the place of the first one's.
+    /// The ports of each node, with the node's own in place of the first node's.
     pub(crate) fn of_nodes(&self) -> Vec<Self> {
         let mut nodes = vec![*self];
         for NodePorts { amqp, management, prometheus, distribution } in self.peers.into_iter().flatten() {
@@ -101,7 +100,7 @@ impl Ports {
     }
 }
 
-/// Ports that no other stack of this machine chooses: between choosing a port and listening on it lie seconds.
+/// Ports that no other stack on this machine chooses: seconds pass between choosing a port and listening on it.
 #[derive(Debug, Default)]
 pub(crate) struct Reserved {
     taken: Vec<u16>,
@@ -109,12 +108,12 @@ pub(crate) struct Reserved {
 }
 
 impl Reserved {
-    /// Takes a port, if nobody listens on it or has reserved it.
+    /// Reserves a port, if it is free and not reserved.
     fn take(&mut self, port: u16) -> bool {
         if self.taken.contains(&port) || !is_free(port) {
             return false;
         }
-        // Without a lock file the port is taken all the same; if that goes wrong the keeper chooses again.
+        // Without a lock file the port is used anyway; if that fails, the keeper chooses again.
         if let Some(file) = lease::open_shared_by_users(&format!("mailrun-port-{port}.lock")) {
             if file.try_lock().is_err() {
                 return false;
@@ -139,10 +138,10 @@ fn pick(remembered: u16, preferred: u16, reserved: &mut Reserved) -> io::Result<
     }
 }
 
-/// Whether nobody listens on a loopback port. Somebody may take it a moment later; the keeper then chooses again.
+/// Whether a loopback port is free. Another process may take it a moment later; the keeper then chooses again.
 pub(crate) fn is_free(port: u16) -> bool {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    // Where an address of its own may be bound beside a listener on all addresses, only connecting shows that listener.
+    // Where a specific address can be bound beside a listener on all addresses, only connecting shows that listener.
     TcpListener::bind(address).is_ok() && TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_err()
 }
 
@@ -151,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn taken_ports_are_replaced() {
+    fn occupied_ports_are_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("ports.json");
         let (first, reserved) = Ports::choose(&file, Nodes::One).unwrap();
@@ -166,13 +165,13 @@ mod tests {
     }
 
     #[test]
-    fn a_free_remembered_port_wins_over_the_preferred_one() {
+    fn a_free_remembered_port_takes_precedence() {
         let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
         assert_eq!(pick(free, 47_101, &mut Reserved::default()).unwrap(), free);
     }
 
     #[test]
-    fn no_port_is_given_twice() {
+    fn no_port_is_assigned_twice() {
         let mut reserved = Reserved::default();
         let first = pick(0, 47_001, &mut reserved).unwrap();
         assert_ne!(pick(first, first, &mut reserved).unwrap(), first);

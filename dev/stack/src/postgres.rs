@@ -1,4 +1,4 @@
-//! The private PostgreSQL: its programs, its data folder, the user it runs as, and how it's started.
+//! The private PostgreSQL: its programs, data folder, account, and start command.
 
 use std::{
     ffi::OsString,
@@ -40,7 +40,7 @@ fn complete(bin: &Path) -> bool {
     bin.join("postgres").is_file() && bin.join("initdb").is_file()
 }
 
-/// The programs that fit data written by one major version.
+/// The programs for data written by this major version.
 fn programs_of(version: &str) -> Option<PathBuf> {
     let candidates = [
         format!("/usr/lib/postgresql/{version}/bin"),
@@ -54,7 +54,7 @@ fn programs_of(version: &str) -> Option<PathBuf> {
     candidates.into_iter().map(PathBuf::from).find(|bin| complete(bin)).or(newest)
 }
 
-/// Where the library that counts statements lies beside the programs: on Debian, Homebrew, Fedora.
+/// The path of the library that counts statements, relative to the programs: on Debian, Homebrew, Fedora.
 const STATISTICS: [&str; 4] = [
     "../lib/pg_stat_statements.so",
     "../lib/postgresql/pg_stat_statements.dylib",
@@ -62,16 +62,16 @@ const STATISTICS: [&str; 4] = [
     "../lib64/pgsql/pg_stat_statements.so",
 ];
 
-/// Who the server runs as: it refuses to run as root.
+/// The account that the server runs as: it refuses to run as root.
 #[derive(Clone, Debug)]
 struct Account {
     uid: u32,
     gid: u32,
-    /// What `setpriv` is told.
+    /// Arguments of `setpriv`.
     switches: Vec<OsString>,
 }
 
-/// A PostgreSQL that is ready to be started.
+/// A PostgreSQL that is ready to start.
 pub(crate) struct Postgres {
     bin: PathBuf,
     data: PathBuf,
@@ -83,7 +83,7 @@ pub(crate) struct Postgres {
 }
 
 impl Postgres {
-    /// Finds the programs and creates the data folder where it's missing. Blocks for seconds the first time.
+    /// Finds the programs and creates the data folder if it does not exist. Blocks for seconds the first time.
     pub(crate) fn prepare(folder: &Folder, login: &Login, port: u16) -> Result<Self, StackError> {
         let (parent, account) = place(folder)?;
         let data = parent.join("data");
@@ -91,7 +91,7 @@ impl Postgres {
         let bin = match fs::read_to_string(data.join("PG_VERSION")) {
             Ok(version) => programs_of(version.trim()).ok_or_else(|| {
                 StackError::Missing(format!(
-                    "The data in {} was written by PostgreSQL {}, whose programs are gone. Install that version again, or delete the folder {} to start empty.",
+                    "The data in {} was written by PostgreSQL {}, which is not installed. Install that version, or delete the folder {} to start empty.",
                     data.display(),
                     version.trim(),
                     folder.root().display(),
@@ -107,7 +107,7 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// Creates the data beside its place and moves it there when it's whole, so that a crash leaves no half of it.
+    /// Creates the data beside its final place and moves it there when complete, so that a crash leaves no partial data.
     fn create_data(&self, parent: &Path) -> Result<(), StackError> {
         let new = parent.join("data.new");
         if new.exists() {
@@ -117,7 +117,7 @@ impl Postgres {
         write_private(&password, self.password.as_bytes()).map_err(io_error("Writing", &password))?;
         if let Some(account) = &self.account {
             std::os::unix::fs::chown(&password, Some(account.uid), Some(account.gid))
-                .map_err(io_error("Giving away", &password))?;
+                .map_err(io_error("Changing the owner of", &password))?;
         }
         let mut initdb: Blocking = self.program("initdb");
         initdb.arg("--pgdata").arg(&new).arg("--pwfile").arg(&password).args(["--username", USER]);
@@ -132,10 +132,10 @@ impl Postgres {
                 String::from_utf8_lossy(&output.stderr).trim(),
             )));
         }
-        fs::rename(&new, &self.data).map_err(io_error("Naming", &self.data))
+        fs::rename(&new, &self.data).map_err(io_error("Renaming", &self.data))
     }
 
-    /// One of the programs, run by the account, without settings from outside.
+    /// One of the programs, run by the account, without settings from the environment.
     fn program(&self, name: &str) -> Blocking {
         let path = self.bin.join(name);
         let mut command = match &self.account {
@@ -157,7 +157,7 @@ impl Postgres {
 
 impl Server for Postgres {
     const NAME: &'static str = "PostgreSQL";
-    // "Fast": ends sessions, writes a checkpoint, ends.
+    // "Fast" shutdown: ends sessions, writes a checkpoint, ends.
     const STOP: Signal = Signal::INT;
 
     fn log(&self) -> &Path {
@@ -177,7 +177,7 @@ impl Server for Postgres {
             "max_connections=200",
             "shared_buffers=256MB",
             "max_wal_size=2GB",
-            // What Mailrun promises after a crash rests on these two.
+            // Mailrun's guarantees after a crash depend on these two.
             "fsync=on",
             "synchronous_commit=on",
             "password_encryption=scram-sha-256",
@@ -187,7 +187,7 @@ impl Server for Postgres {
         ] {
             command.arg("-c").arg(setting);
         }
-        // The bench tells statements by it; nothing else needs it.
+        // For the bench's statement counts; nothing else needs it.
         if STATISTICS.iter().any(|library| self.bin.join(library).is_file()) {
             command.arg("-c").arg("shared_preload_libraries=pg_stat_statements");
         }
@@ -219,8 +219,8 @@ pub(crate) async fn connect(port: u16, password: &str, database: &str) -> Result
         .await
 }
 
-/// Where the data lies and who runs the server: this user beside the other data, or for root another account,
-/// which must be able to reach the folder.
+/// The folder of the data and the account of the server: this user beside the other data, or for root another account, which must be
+/// able to reach the folder.
 fn place(folder: &Folder) -> Result<(PathBuf, Option<Account>), StackError> {
     let inside = folder.path("postgres");
     if !rustix::process::geteuid().is_root() {
@@ -228,33 +228,33 @@ fn place(folder: &Folder) -> Result<(PathBuf, Option<Account>), StackError> {
         return Ok((inside, None));
     }
     let (uid, gid) = ordinary_account().ok_or_else(|| {
-        StackError::NotStarted("PostgreSQL can't run as root, and this system has neither a user `postgres` nor `nobody`. Start Mailrun as an ordinary user.".to_owned())
+        StackError::NotStarted("PostgreSQL cannot run as root, and this system has neither a user `postgres` nor `nobody`. Start Mailrun as another user.".to_owned())
     })?;
     let plain =
         vec![format!("--reuid={uid}").into(), format!("--regid={gid}").into(), OsString::from("--clear-groups")];
-    // Below a folder that only root may enter, say /root: the right to pass folders, on top of an ordinary account's.
+    // Below a folder that only root may enter, such as /root: an ordinary account, with the capability to traverse folders.
     let mut passing = plain.clone();
     passing.extend(["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"].map(OsString::from));
-    // Where a container withholds that right: outside the checkout. The note in the folder says so.
+    // Where a container withholds that capability: outside the checkout. A note in the folder says so.
     let outside = Path::new("/var/lib").join(folder.name());
     let note = folder.path("postgres-data-is-elsewhere.txt");
     let mut places = vec![(&inside, &plain), (&inside, &passing), (&outside, &plain)];
-    // Data stays where it was created, whatever rights this process has today: another place would look like lost data.
+    // Data stays where it was created, whatever capabilities this process has now: another place would look like lost data.
     let has_data = |parent: &Path| parent.join("data/PG_VERSION").exists();
     if places.iter().any(|(parent, _)| has_data(parent)) {
         places.retain(|(parent, _)| has_data(parent));
     }
     for (parent, switches) in places {
         fs::create_dir_all(parent).map_err(io_error("Creating", parent))?;
-        std::os::unix::fs::chown(parent, Some(uid), Some(gid)).map_err(io_error("Giving away", parent))?;
-        // Not `test -x`: access(2) leaves out the rights that a process was given on top of its account's.
+        std::os::unix::fs::chown(parent, Some(uid), Some(gid)).map_err(io_error("Changing the owner of", parent))?;
+        // Not `test -x`: access(2) ignores capabilities beyond the account's own.
         let reaches =
             Blocking::new("setpriv").args(switches).args(["test", "-d"]).arg(parent).stderr(Stdio::null()).status();
         match reaches {
             Ok(status) if status.success() => {
                 if parent == &outside {
                     let text = format!(
-                        "PostgreSQL can't run as root, and its account can't reach this folder.\nIts data is in {}.\n",
+                        "PostgreSQL cannot run as root, and its account cannot access this folder.\nIts data is in {}.\n",
                         outside.display()
                     );
                     fs::write(&note, text).map_err(io_error("Writing", &note))?;
@@ -265,7 +265,10 @@ fn place(folder: &Folder) -> Result<(PathBuf, Option<Account>), StackError> {
             Err(error) => return Err(io_error("Starting", Path::new("setpriv"))(error)),
         }
     }
-    Err(StackError::NotStarted("PostgreSQL can't run as root, and its account can't reach the folder of the data. Start Mailrun as an ordinary user.".to_owned()))
+    Err(StackError::NotStarted(
+        "PostgreSQL cannot run as root, and its account cannot access the data folder. Start Mailrun as another user."
+            .to_owned(),
+    ))
 }
 
 /// The user and group of `postgres`, else of `nobody`.

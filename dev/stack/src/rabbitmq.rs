@@ -1,4 +1,4 @@
-//! The private RabbitMQ and its own Erlang port mapper: their programs, configuration, and how they're started.
+//! The private RabbitMQ and its own Erlang port mapper: programs, configuration, and start commands.
 
 use std::{
     env,
@@ -28,7 +28,7 @@ use super::{
     tree::Tree,
 };
 
-/// The virtual host that exists from the first start on.
+/// The virtual host created on the first start.
 pub(crate) const DEFAULT_VHOST: &str = "mailrun";
 
 const PLUGINS: &str = "[rabbitmq_management,rabbitmq_prometheus,rabbitmq_shovel,rabbitmq_shovel_management].\n";
@@ -38,12 +38,12 @@ const PLUGINS: &str = "[rabbitmq_management,rabbitmq_prometheus,rabbitmq_shovel,
 pub(crate) struct Programs {
     server: PathBuf,
     epmd: PathBuf,
-    /// Where they are, unless they are the system's.
+    /// The tree that contains them, unless they are the system's.
     tree: Option<Tree>,
 }
 
 impl Programs {
-    /// Finds those of the chosen release: the system's, if they are of it.
+    /// Finds those of the chosen release: the system's, if they match it.
     pub(crate) fn find() -> Option<Self> {
         let system = Self::of_system();
         match Release::chosen() {
@@ -58,7 +58,7 @@ impl Programs {
         Some(Self { server, epmd, tree: Some(tree) })
     }
 
-    /// Finds the system's. The wrapper that packages put into /usr/sbin switches users, so what it wraps comes first.
+    /// Finds the system's. The packaged wrapper in /usr/sbin switches users, so the wrapped script comes first.
     pub(crate) fn of_system() -> Option<Self> {
         let packaged = || {
             versions("/usr/lib/rabbitmq/lib", "rabbitmq_server-")
@@ -79,14 +79,14 @@ impl Programs {
         })
     }
 
-    /// The version of the system's, by the name of RabbitMQ's own library beside the script.
+    /// The version of the system's, from the name of RabbitMQ's own library beside the script.
     pub(crate) fn version(&self) -> Option<String> {
         let plugins = self.server.canonicalize().ok()?.parent()?.with_file_name("plugins");
         let rabbit = versions(plugins.to_str()?, "rabbit-").pop()?;
         Some(rabbit.file_name()?.to_str()?.strip_prefix("rabbit-")?.trim_end_matches(".ez").to_owned())
     }
 
-    /// The command that becomes one of them, which finds `name` as its own.
+    /// A command that becomes one of them, with `name` as its own name.
     fn command(&self, program: &Path, name: &OsStr) -> Command {
         match &self.tree {
             Some(tree) => tree.command(program, name),
@@ -98,14 +98,14 @@ impl Programs {
         }
     }
 
-    /// `rabbitmqctl`; none: it does not lie beside the server's script.
+    /// `rabbitmqctl`; none if it is not beside the server's script.
     fn control(&self) -> Option<Command> {
         let script = self.server.with_file_name("rabbitmqctl");
         (self.tree.is_some() || script.is_file()).then(|| self.command(&script, script.as_os_str()))
     }
 }
 
-/// A RabbitMQ that is ready to be started.
+/// A RabbitMQ that is ready to start.
 pub(crate) struct RabbitMq {
     in_cluster: bool,
     programs: Programs,
@@ -147,7 +147,7 @@ impl RabbitMq {
     }
 }
 
-/// `rabbitmqctl` for a node of a folder, without arguments; none: it does not lie beside the server's script.
+/// `rabbitmqctl` for a node of a folder, without arguments; none if it is not beside the server's script.
 pub(crate) fn control(folder: &Folder, node: &Node) -> Option<Command> {
     let mut command = Programs::find()?.control()?;
     let home = folder.path(&node.folder);
@@ -156,7 +156,7 @@ pub(crate) fn control(folder: &Folder, node: &Node) -> Option<Command> {
         .env_clear()
         .env("PATH", env::var_os("PATH").unwrap_or_default())
         .env("LANG", "C.UTF-8")
-        // The cookie lies there.
+        // The cookie is there.
         .env("HOME", &home)
         .env("ERL_EPMD_PORT", node.ports.epmd.to_string())
         .env("ERL_EPMD_ADDRESS", "127.0.0.1")
@@ -175,7 +175,7 @@ fn configuration(login: &Login, node: &Node) -> String {
     let (name, cluster) = (&node.folder, node.cluster_configuration());
     let password = &login.password;
     format!(
-        "# Written at each start; changes here are lost.
+        "# Written at each start; changes are lost.
 listeners.tcp.local = 127.0.0.1:{amqp}
 management.tcp.ip = 127.0.0.1
 management.tcp.port = {management}
@@ -192,7 +192,7 @@ default_permissions.write = .*
 
 vm_memory_high_watermark.absolute = 1GiB
 disk_free_limit.absolute = 200MB
-# The default of 512 MB per log is meant for bigger machines than a laptop.
+# The default of 512 MB per log is too much for a laptop.
 raft.wal_max_size_bytes = 67108864
 
 log.console = false
@@ -217,7 +217,7 @@ impl Server for RabbitMq {
         let config = self.home.join("config");
         let script = &self.programs.server;
         let mut command = self.programs.command(script, script.as_os_str());
-        // Nothing of the caller's environment or of /etc/rabbitmq may reach this node.
+        // Nothing of the caller's environment or of /etc/rabbitmq may affect this node.
         command
             .env_clear()
             .env("PATH", env::var_os("PATH").unwrap_or_default())
@@ -225,10 +225,10 @@ impl Server for RabbitMq {
             .env("HOME", &self.home)
             .env("ERL_EPMD_PORT", self.ports.epmd.to_string())
             .env("ERL_EPMD_ADDRESS", "127.0.0.1")
-            // Without this, Erlang starts a port mapper of its own, one that nobody ends, where ours doesn't answer.
+            // Otherwise, if ours does not answer, Erlang starts its own port mapper, which nothing stops.
             .env("ERL_FLAGS", "-start_epmd false")
             .env("ERL_CRASH_DUMP_SECONDS", "0")
-            // Tied to a processor each, its schedulers would wait there for the others of this machine.
+            // Schedulers bound to processors would wait for the other processes on them.
             .env("RABBITMQ_SCHEDULER_BIND_TYPE", "u")
             .env("RABBITMQ_NODENAME", &self.node_name)
             .env("RABBITMQ_DIST_PORT", self.ports.distribution.to_string())
@@ -241,7 +241,7 @@ impl Server for RabbitMq {
             .env("RABBITMQ_ADVANCED_CONFIG_FILE", config.join("advanced.config"))
             .env("RABBITMQ_CONF_ENV_FILE", config.join("rabbitmq-env.conf"))
             .env("RABBITMQ_ENABLED_PLUGINS_FILE", config.join("enabled_plugins"))
-            // With this the script becomes the Erlang machine instead of waiting for it; `-noinput` takes the input away again.
+            // With this, the script becomes the Erlang machine instead of waiting for it; `-noinput` disables the input again.
             .env("RABBITMQ_ALLOW_INPUT", "1")
             .args(["-noinput", "-kernel", "inet_dist_use_interface", "{127,0,0,1}"])
             .args(["+S", "2:2", "-mailrun", &self.marker])
@@ -252,7 +252,7 @@ impl Server for RabbitMq {
         Ok(command)
     }
 
-    /// A node asks the others which features they have, and ends if one of them has only just begun to start and can't tell
+    /// A node asks the others for their features, and ends if one of them is still starting and cannot answer
     /// (RabbitMQ 3.10: `incompatible_feature_flags`).
     fn first_starts(&self) -> u32 {
         if self.in_cluster { 3 } else { 1 }
@@ -263,7 +263,7 @@ impl Server for RabbitMq {
     }
 }
 
-/// The Erlang port mapper of this stack: on a port of its own, so that no other node shares it or outlives it.
+/// The Erlang port mapper of this stack, on its own port, so that no other node shares it or outlives it.
 pub(crate) struct Epmd {
     programs: Programs,
     port: u16,
@@ -288,7 +288,7 @@ impl Server for Epmd {
 
     fn command(&self) -> io::Result<Command> {
         let log = open_log(&self.log)?;
-        // It takes no name or label as an option, and must be recognised when its keeper was killed.
+        // It accepts no name as an option, and must be recognised after its keeper was killed.
         let mut command = self.programs.command(&self.programs.epmd, OsStr::new(&self.marker));
         command
             .env_clear()
@@ -302,7 +302,7 @@ impl Server for Epmd {
     }
 
     async fn answers(&self) -> bool {
-        // Its request for the names of all nodes; the answer begins with its port.
+        // The request for the names of all nodes; the response begins with its port.
         let ask = async {
             let mut socket = TcpStream::connect(("127.0.0.1", self.port)).await?;
             socket.write_all(&[0, 1, b'n']).await?;
@@ -319,7 +319,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_version_is_told_by_what_lies_beside_the_script() {
+    fn reads_the_version_from_the_library_beside_the_script() {
         let dir = tempfile::tempdir().unwrap();
         let server = dir.path().join("sbin/rabbitmq-server");
         for library in ["rabbit-4.0.5", "rabbit_common-4.0.5", "rabbitmq_shovel-4.0.5"] {
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_listens_on_loopback_only() {
+    fn listens_on_loopback_only() {
         let login =
             Login { password: "secret".to_owned(), node_name: "n@localhost".to_owned(), cookie: "c".to_owned() };
         let ports = Ports { amqp: 1, management: 2, prometheus: 3, ..Ports::default() };

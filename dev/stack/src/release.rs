@@ -1,4 +1,4 @@
-//! Which RabbitMQ the private stack starts: the system's, or one of a release that somebody asks for.
+//! The RabbitMQ release of the private stack: the system's, or a requested one.
 
 use std::{env, sync::OnceLock};
 
@@ -11,7 +11,7 @@ use super::{
     tree::Tree,
 };
 
-/// The variable that says it where no option does; a process that is started inherits it.
+/// The environment variable used without an option; child processes inherit it.
 pub(crate) const VARIABLE: &str = "MAILRUN_BROKER";
 
 static CHOSEN: OnceLock<Release> = OnceLock::new();
@@ -19,28 +19,28 @@ static CHOSEN: OnceLock<Release> = OnceLock::new();
 /// A release of RabbitMQ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Release {
-    /// Whichever is installed.
+    /// The installed one.
     #[default]
     #[value(alias = "")]
     System,
-    /// RabbitMQ 4, fetched where another one is installed.
+    /// RabbitMQ 4, downloaded if another one is installed.
     #[value(name = "4")]
     Four,
 }
 
 impl Release {
-    /// Chooses it for this process and those that it starts. To be called before anything asks for it.
+    /// Chooses it for this process and its children. Must be called before anything uses it.
     pub fn choose(self) {
-        // A second choice would come too late for what was started by then.
+        // A second choice would come too late for what was already started.
         let _ = CHOSEN.set(self);
     }
 
-    /// The one that was chosen; else the one that the environment names.
+    /// The chosen release, else that of the environment.
     pub fn chosen() -> Self {
         *CHOSEN.get_or_init(|| named().and_then(Result::ok).unwrap_or_default())
     }
 
-    /// As the command line has it.
+    /// The value on the command line.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::System => "system",
@@ -48,7 +48,7 @@ impl Release {
         }
     }
 
-    /// Makes sure that its programs are there. `report` gets a line for each step.
+    /// Installs its programs, if they are missing. `report` gets one line per step.
     pub(crate) async fn ensure(self, report: impl Fn(&str)) -> Result<(), StackError> {
         if let Some(Err(why)) = named() {
             return Err(StackError::Missing(format!("{VARIABLE} names no release of RabbitMQ: {why}.")));
@@ -62,12 +62,12 @@ impl Release {
         }
     }
 
-    /// The version that runs, if it belongs to this release.
+    /// Checks that the running version belongs to this release.
     pub(crate) fn check(self, version: String) -> Result<String, StackError> {
         if self.has(Some(&version)) {
             return Ok(version);
         }
-        Err(StackError::NotStarted(format!("RabbitMQ {} was asked for, and {version} runs.", self.name())))
+        Err(StackError::NotStarted(format!("RabbitMQ {} was requested, but {version} is running.", self.name())))
     }
 
     /// Whether this version belongs to it.
@@ -79,7 +79,7 @@ impl Release {
     }
 }
 
-/// What the environment names.
+/// The release in the environment.
 fn named() -> Option<Result<Release, String>> {
     Some(Release::from_str(&env::var(VARIABLE).ok()?, false))
 }
@@ -98,8 +98,8 @@ mod tests {
     }
 
     #[test]
-    fn a_release_that_is_asked_for_and_does_not_run_is_told() {
+    fn refuses_another_release_than_the_requested_one() {
         let refused = Release::Four.check("3.10.8".to_owned()).unwrap_err().to_string();
-        assert!(refused.contains("RabbitMQ 4 was asked for, and 3.10.8 runs"), "{refused}");
+        assert!(refused.contains("RabbitMQ 4 was requested, but 3.10.8 is running"), "{refused}");
     }
 }

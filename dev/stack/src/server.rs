@@ -1,4 +1,4 @@
-//! Keeps one server process running: starts it, waits until it answers, restarts it when it dies, stops it when asked.
+//! Runs one server process: starts it, waits until it answers, restarts it when it dies, stops it on request.
 
 use std::{
     io,
@@ -15,58 +15,57 @@ use tokio::{
 
 use super::{folder::tail, processes::signal, state::ServerStatus};
 
-/// A server that has run once may then die this often in a row without having answered before its keeper gives up.
-const IN_VAIN: u32 = 6;
-/// The pause before a start doubles this often.
+/// After a first success, a server may die this often in a row without answering before its keeper gives up.
+const MAX_FAILED_STARTS: u32 = 6;
+/// How often the pause before a start doubles.
 const DOUBLINGS: u32 = 5;
 /// A server that ran this long has recovered from earlier deaths.
 const HEALTHY: Duration = Duration::from_secs(15);
-/// How often a starting server is asked whether it answers.
+/// How often a starting server is probed.
 const POLL: Duration = Duration::from_millis(50);
-/// How long a server may take to start, or to stop when it has answered.
-const PATIENCE: Duration = Duration::from_secs(90);
-/// How long one may take to stop that hasn't answered yet. RabbitMQ puts a signal off until it has started; both
-/// servers recover from being killed.
-const PATIENCE_BEFORE_ANSWER: Duration = Duration::from_secs(10);
+/// Time limit for a start, and for stopping a server that has answered.
+const TIMEOUT: Duration = Duration::from_secs(90);
+/// Time limit for stopping a server that has not answered yet. RabbitMQ defers a signal until it has started; both servers recover
+/// from being killed.
+const TIMEOUT_BEFORE_ANSWER: Duration = Duration::from_secs(10);
 
-/// What the keeper wants of a server.
+/// The wanted state of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wanted {
-    /// To run.
+    /// Running.
     Running,
-    /// To be stopped until it's wanted again.
+    /// Stopped until it is wanted again.
     Stopped,
-    /// To be stopped for good.
+    /// Stopped permanently.
     Ended,
 }
 
-/// How one kind of server is started, asked and stopped.
+/// How one kind of server is started, probed and stopped.
 pub(crate) trait Server: Send + Sync + 'static {
     /// Its name, for people.
     const NAME: &'static str;
-    /// The signal that makes it stop cleanly.
+    /// The signal for a clean stop.
     const STOP: Signal;
 
-    /// Its log.
     fn log(&self) -> &Path;
     /// The command that becomes the server itself, not a parent of it.
     fn command(&self) -> io::Result<Command>;
-    /// How often in a row its very first start may fail before that is told: mostly whoever waits for it should read at once
-    /// why. More often where another one's start may be the reason, which is over by then.
+    /// How often in a row its first start may fail before it is reported. Usually once, so that the reason is seen at once; more often
+    /// where another server's start may be the reason, which is then over.
     fn first_starts(&self) -> u32 {
         1
     }
-    /// Whether it answers, as itself and not some other server on its port.
+    /// Whether it answers, as itself and not another server on its port.
     fn answers(&self) -> impl Future<Output = bool> + Send;
 }
 
-/// Runs until the server is wanted [`Wanted::Ended`] or has failed; `status` always says how it is.
+/// Runs until the server is wanted [`Wanted::Ended`] or has failed; `status` always has its state.
 pub(crate) async fn keep<S: Server>(
     server: S,
     mut wanted: watch::Receiver<Wanted>,
     status: watch::Sender<ServerStatus>,
 ) {
-    let (mut deaths, mut in_vain) = (0, 0);
+    let (mut deaths, mut failed_starts) = (0, 0);
     let mut ever_ran = false;
     loop {
         let now = *wanted.borrow_and_update();
@@ -84,21 +83,21 @@ pub(crate) async fn keep<S: Server>(
         ever_ran |= answered;
         let why = match end {
             End::Unwanted => continue,
-            End::Silent => format!("{} didn't answer within {} s", S::NAME, PATIENCE.as_secs()),
-            End::NotStarted(error) => format!("{} could not be started: {error}", S::NAME),
+            End::Silent => format!("{} did not answer within {} s", S::NAME, TIMEOUT.as_secs()),
+            End::NotStarted(error) => format!("{} did not start: {error}", S::NAME),
             End::Died(status) => format!("{} ended unexpectedly ({status})", S::NAME),
         };
         deaths = if started.elapsed() > HEALTHY { 1 } else { deaths + 1 };
-        // Whoever kills it again and again is not its fault.
-        in_vain = if answered { 0 } else { in_vain + 1 };
-        let allowed = if ever_ran { IN_VAIN } else { server.first_starts() };
-        if in_vain >= allowed {
+        // Being killed repeatedly is not the server's fault.
+        failed_starts = if answered { 0 } else { failed_starts + 1 };
+        let allowed = if ever_ran { MAX_FAILED_STARTS } else { server.first_starts() };
+        if failed_starts >= allowed {
             let why = format!("{why}. The end of {}:\n{}", server.log().display(), tail(server.log(), 15));
             status.send_replace(ServerStatus::Failed { why });
             return;
         }
         let pause = Duration::from_millis(100) * 2_u32.pow(deaths.min(DOUBLINGS));
-        eprintln!("{why}; starting it again in {pause:?}");
+        eprintln!("{why}; restarting it in {pause:?}");
         status.send_replace(ServerStatus::Starting);
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
@@ -107,7 +106,7 @@ pub(crate) async fn keep<S: Server>(
     }
 }
 
-/// How one life of the server ended.
+/// How one run of the server ended.
 enum End {
     NotStarted(io::Error),
     Silent,
@@ -140,8 +139,8 @@ async fn run_once<S: Server>(
             () = no_longer_running(wanted) => {}
         }
     }
-    let patience = if ready == Some(true) { PATIENCE } else { PATIENCE_BEFORE_ANSWER };
-    if let Err(error) = stop::<S>(&mut child, patience).await {
+    let limit = if ready == Some(true) { TIMEOUT } else { TIMEOUT_BEFORE_ANSWER };
+    if let Err(error) = stop::<S>(&mut child, limit).await {
         eprintln!("Stopping {} failed: {error}", S::NAME);
     }
     if ready == Some(false) { End::Silent } else { End::Unwanted }
@@ -157,19 +156,19 @@ async fn answers_in_time<S: Server>(server: &S) -> bool {
             tokio::time::sleep(POLL).await;
         }
     };
-    tokio::time::timeout(PATIENCE, ask).await.is_ok()
+    tokio::time::timeout(TIMEOUT, ask).await.is_ok()
 }
 
 async fn no_longer_running(wanted: &mut watch::Receiver<Wanted>) {
-    // A sender that's gone wants nothing any more.
+    // A dropped sender wants nothing any more.
     let _ = wanted.wait_for(|wanted| *wanted != Wanted::Running).await;
 }
 
-/// Stops the process cleanly, or by force when it doesn't end in time.
-async fn stop<S: Server>(child: &mut Child, patience: Duration) -> io::Result<()> {
+/// Stops the process cleanly, or kills it after the time limit.
+async fn stop<S: Server>(child: &mut Child, limit: Duration) -> io::Result<()> {
     let Some(pid) = child.id() else { return Ok(()) };
     signal(pid, S::STOP)?;
-    match tokio::time::timeout(patience, child.wait()).await {
+    match tokio::time::timeout(limit, child.wait()).await {
         Ok(exit) => exit.map(drop),
         Err(_) => child.kill().await,
     }

@@ -1,4 +1,4 @@
-//! The processes of one stack, started and ended together.
+//! The processes of one stack, started and stopped together.
 
 use futures::future::join_all;
 use tokio::{sync::watch, task::JoinHandle};
@@ -14,21 +14,21 @@ use super::{
     state::{Login, ServerStatus, State},
 };
 
-/// One server, kept by a loop of its own.
-pub(crate) struct Kept {
+/// One server, run by its own task.
+pub(crate) struct Supervised {
     wanted: watch::Sender<Wanted>,
     status: watch::Receiver<ServerStatus>,
     kept: JoinHandle<()>,
 }
 
-impl Kept {
+impl Supervised {
     fn start(server: impl Server) -> Self {
         let (wanted, wanted_now) = watch::channel(Wanted::Running);
         let (status_now, status) = watch::channel(ServerStatus::Starting);
         Self { wanted, status, kept: tokio::spawn(server::keep(server, wanted_now, status_now)) }
     }
 
-    /// Says what is wanted of the server from now on.
+    /// Sets the wanted state.
     pub(crate) fn want(&self, wanted: Wanted) {
         self.wanted.send_if_modified(|now| {
             let changed = *now != wanted;
@@ -40,7 +40,7 @@ impl Kept {
     async fn end(self) {
         self.want(Wanted::Ended);
         if let Err(error) = self.kept.await {
-            eprintln!("A server's loop ended badly: {error}");
+            eprintln!("The task of a server failed: {error}");
         }
     }
 }
@@ -48,41 +48,41 @@ impl Kept {
 /// The servers of one stack.
 pub(crate) struct Servers {
     /// The database.
-    pub(crate) postgres: Kept,
+    pub(crate) postgres: Supervised,
     /// The broker's nodes.
-    pub(crate) rabbitmq: Vec<Kept>,
-    epmd: Kept,
+    pub(crate) rabbitmq: Vec<Supervised>,
+    epmd: Supervised,
 }
 
 impl Servers {
-    /// Starts all of them; none need answer yet when this returns.
+    /// Starts all of them without waiting until they answer.
     pub(crate) async fn start(folder: &Folder, login: &Login, ports: Ports) -> Result<Self, StackError> {
         let programs =
-            Programs::find().ok_or_else(|| StackError::NotStarted("RabbitMQ's programs were not found.".to_owned()))?;
+            Programs::find().ok_or_else(|| StackError::NotStarted("RabbitMQ's programs not found.".to_owned()))?;
         let rabbitmq =
             Node::all(login, ports).into_iter().map(|node| RabbitMq::prepare(folder, &programs, login, node));
         let rabbitmq = rabbitmq.collect::<Result<Vec<_>, _>>()?;
-        let mut epmd = Kept::start(Epmd::prepare(folder, &programs, ports));
-        // RabbitMQ's node would start a port mapper itself, one that nobody stops, if it found none.
+        let mut epmd = Supervised::start(Epmd::prepare(folder, &programs, ports));
+        // Without a port mapper, RabbitMQ's node would start its own, which nothing stops.
         let _ = epmd.status.wait_for(|status| *status != ServerStatus::Starting).await;
-        let rabbitmq: Vec<Kept> = rabbitmq.into_iter().map(Kept::start).collect();
-        // The first time this takes seconds, in which RabbitMQ starts already.
+        let rabbitmq: Vec<Supervised> = rabbitmq.into_iter().map(Supervised::start).collect();
+        // The first time this takes seconds, during which RabbitMQ already starts.
         let (own_folder, own_login) = (folder.clone(), login.clone());
         let prepared =
             tokio::task::spawn_blocking(move || Postgres::prepare(&own_folder, &own_login, ports.postgres)).await;
         let error = match prepared {
             Ok(Ok(postgres)) => {
-                return Ok(Self { postgres: Kept::start(postgres), rabbitmq, epmd });
+                return Ok(Self { postgres: Supervised::start(postgres), rabbitmq, epmd });
             }
             Ok(Err(error)) => error,
-            Err(error) => StackError::NotStarted(format!("Preparing PostgreSQL ended badly: {error}")),
+            Err(error) => StackError::NotStarted(format!("Preparing PostgreSQL failed: {error}")),
         };
         end(rabbitmq).await;
         epmd.end().await;
         Err(error)
     }
 
-    /// Writes how they are into the state.
+    /// Writes their state into `state`.
     pub(crate) fn report(&self, state: &mut State) {
         state.postgres = self.postgres.status.borrow().clone();
         let mut nodes = self.rabbitmq.iter().map(|node| node.status.borrow().clone());
@@ -91,7 +91,7 @@ impl Servers {
         state.epmd = self.epmd.status.borrow().clone();
     }
 
-    /// Whether one of the failed servers finds its port taken by a stranger, as it doesn't listen itself any more.
+    /// Whether another process listens on the port of a failed server.
     pub(crate) fn port_taken(&self, state: &State) -> bool {
         let failed = |status: &ServerStatus| matches!(status, ServerStatus::Failed { .. });
         (failed(&state.postgres) && !is_free(state.ports.postgres))
@@ -100,7 +100,7 @@ impl Servers {
                 .any(|(node, ports)| failed(node) && ports.rabbitmq().into_iter().any(|port| !is_free(port)))
     }
 
-    /// Stops all of them, the broker first: what it delivers ends in the database.
+    /// Stops all of them, the broker first: its deliveries end in the database.
     pub(crate) async fn end(self) {
         end(self.rabbitmq).await;
         self.epmd.end().await;
@@ -108,7 +108,7 @@ impl Servers {
     }
 }
 
-/// Stops all nodes at once: the last one of a cluster would otherwise wait for the others in vain when it starts first.
-async fn end(nodes: Vec<Kept>) {
-    join_all(nodes.into_iter().map(Kept::end)).await;
+/// Stops all nodes at once: otherwise, the last one of a cluster would wait for the others if it starts first.
+async fn end(nodes: Vec<Supervised>) {
+    join_all(nodes.into_iter().map(Supervised::end)).await;
 }

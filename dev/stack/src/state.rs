@@ -1,4 +1,4 @@
-//! What the keeper tells its clients, in `state.json`, and the login that both use, in `login.json`.
+//! The keeper's state for its clients in `state.json`, and the login that both use in `login.json`.
 
 use std::{
     fs, io,
@@ -18,42 +18,41 @@ use super::{
 /// The user of both servers.
 pub(crate) const USER: &str = "mailrun";
 
-/// How one server is doing.
+/// The state of one server.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "status")]
 pub(crate) enum ServerStatus {
-    /// It is being started, for the first time or again.
+    /// Starting, for the first time or again.
     #[default]
     Starting,
-    /// It answers.
+    /// Answering.
     Running {
-        /// Its process.
+        /// The process id.
         pid: u32,
     },
-    /// It was stopped on purpose.
+    /// Stopped on request.
     Stopped,
-    /// It didn't start, or died too often.
+    /// It did not start, or died too often.
     Failed {
-        /// What happened, with the end of its log.
+        /// The reason, with the end of its log.
         why: String,
     },
 }
 
-/// How the whole stack is doing.
+/// The state of the whole stack.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Phase {
     /// The servers are starting.
     Starting,
-    /// Clients may use it.
+    /// Ready for clients.
     Ready,
-    /// It ends, and takes no new clients.
+    /// Stopping; it accepts no new clients.
     Stopping,
-    /// It has given up; the text says why.
+    /// Failed; the text gives the reason.
     Failed(String),
 }
 
-/// The content of `state.json`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct State {
@@ -61,9 +60,9 @@ pub(crate) struct State {
     pub(crate) keeper_pid: u32,
     /// When this was written, in milliseconds since 1970.
     pub(crate) written_at_ms: u64,
-    /// How the whole is doing.
+    /// The state of the whole stack.
     pub(crate) phase: Phase,
-    /// One line per step of the start so far, to show to people.
+    /// One line per step of the start so far, for people.
     pub(crate) notes: Vec<String>,
     /// The ports in use.
     pub(crate) ports: Ports,
@@ -71,7 +70,7 @@ pub(crate) struct State {
     pub(crate) postgres: ServerStatus,
     /// RabbitMQ, or its first node.
     pub(crate) rabbitmq: ServerStatus,
-    /// The cluster's other nodes, where there is a cluster.
+    /// The other nodes of a cluster.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) peers: Vec<ServerStatus>,
     /// The Erlang port mapper.
@@ -79,7 +78,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// The state of a stack that starts now, kept by this process.
+    /// The state of a stack that this process is starting.
     pub(crate) fn new(ports: Ports) -> Self {
         Self {
             keeper_pid: std::process::id(),
@@ -94,22 +93,21 @@ impl State {
         }
     }
 
-    /// Whether something holds for all servers.
+    /// Whether all servers satisfy `holds`.
     pub(crate) fn all(&self, holds: impl Fn(&ServerStatus) -> bool) -> bool {
         [&self.postgres, &self.epmd].into_iter().chain(self.nodes()).all(holds)
     }
 
-    /// The nodes of RabbitMQ.
     pub(crate) fn nodes(&self) -> impl Iterator<Item = &ServerStatus> {
         std::iter::once(&self.rabbitmq).chain(&self.peers)
     }
 
-    /// Reads the file; `None` if there's none.
+    /// Reads the file; `None` if it does not exist.
     pub(crate) fn read(folder: &Folder) -> Option<Self> {
         serde_json::from_slice(&fs::read(folder.path("state.json")).ok()?).ok()
     }
 
-    /// Writes the file, with the time.
+    /// Writes the file with the current time.
     pub(crate) fn write(&mut self, folder: &Folder) -> Result<(), StackError> {
         self.written_at_ms = now_ms();
         let path = folder.path("state.json");
@@ -123,20 +121,20 @@ pub(crate) fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_millis().try_into().unwrap_or(u64::MAX))
 }
 
-/// What is drawn once per folder and never changes after.
+/// The secrets and names generated once per folder.
 #[derive(Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Login {
     /// The password of both servers' user.
     pub(crate) password: String,
-    /// RabbitMQ's node name, part of its data: fixed, so that the folder can be moved.
+    /// RabbitMQ's node name, which is part of its data. It does not change when the folder is moved.
     pub(crate) node_name: String,
-    /// The secret between RabbitMQ and its command line tools.
+    /// The secret between RabbitMQ and its command-line tools.
     pub(crate) cookie: String,
 }
 
 impl Login {
-    /// Reads the login, or draws it and writes it down before any server starts.
+    /// Reads the login, or generates and stores it before any server starts.
     pub(crate) fn load(folder: &Folder) -> Result<Self, StackError> {
         let path = folder.path("login.json");
         match fs::read(&path) {
@@ -156,7 +154,7 @@ impl Login {
     }
 }
 
-/// A random word of lower-case letters and digits, which needs no quoting anywhere.
+/// A random word of lower-case letters and digits, which needs no quoting.
 fn word(length: usize) -> String {
     const LETTERS: &[u8; 32] = b"abcdefghijkmnopqrstuvwxyz2345678";
     let mut random = rand::rng();
@@ -170,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_login_is_drawn_once_and_private() {
+    fn the_login_is_generated_once_and_private() {
         let dir = tempfile::tempdir().unwrap();
         let folder = Folder::open(dir.path()).unwrap();
         let first = Login::load(&folder).unwrap();

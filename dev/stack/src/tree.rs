@@ -1,5 +1,5 @@
-//! A Debian 13 in a folder of the user's cache, which all checkouts share: where RabbitMQ 4 comes from on a system that
-//! packages an older one, and how programs of it run beside the system's.
+//! A Debian 13 tree in the user's cache, shared by all checkouts: the source of RabbitMQ 4 on a system with an older package. Its
+//! programs run beside the system's.
 
 use std::{
     env,
@@ -19,10 +19,10 @@ use super::{
     packages::{Package, as_root, ensure_packages, on_path, versions},
 };
 
-/// The commands that make it, run by root; see the file.
+/// The commands that create it as root; see the file.
 const MAKE: &str = include_str!("tree.sh");
 
-/// Debian's archive keys come with it: on Ubuntu, debootstrap would do without, and check no signature.
+/// Includes Debian's archive keys: without them, debootstrap on Ubuntu would check no signature.
 const DEBOOTSTRAP: Package = Package {
     name: "debootstrap",
     purpose: "fetch RabbitMQ 4",
@@ -33,10 +33,9 @@ const DEBOOTSTRAP: Package = Package {
     },
 };
 
-/// Becomes a program of the tree, in a mount namespace of its own, where the tree's programs and libraries lie over the
-/// system's. All else is the system's: folders, users, ports, process ids. The process stays the same from here to the
-/// program, and the mounts end with it, however it ends. The libraries come first, since the system's `mount` runs with
-/// newer ones, but not the other way round.
+/// Becomes a program of the tree, in its own mount namespace, in which the tree's programs and libraries are mounted over the
+/// system's. Everything else is the system's: folders, users, ports, process ids. The process id stays the same, and the mounts end
+/// with the process. The libraries come first, because the system's `mount` works with newer ones, but not the other way round.
 const ENTER: &str = r#"
 mount --rbind "$1/usr/lib" /usr/lib && mount --rbind "$1/usr/bin" /usr/bin || exit
 shift
@@ -50,12 +49,12 @@ pub(crate) struct Tree {
 }
 
 impl Tree {
-    /// The one in the cache, if it's there.
+    /// The one in the cache, if it exists.
     pub(crate) fn find() -> Option<Self> {
         Some(Self { root: folder()? }).filter(|tree| tree.root.is_dir())
     }
 
-    /// Makes sure that it's there and that this user can run its programs.
+    /// Creates it if it does not exist, and checks that this user can run its programs.
     pub(crate) async fn ensure(report: impl Fn(&str)) -> Result<(), StackError> {
         let tree = match Self::find() {
             Some(tree) => tree,
@@ -67,8 +66,8 @@ impl Tree {
             return Ok(());
         }
         Err(StackError::Missing(format!(
-            "RabbitMQ 4 lies in {}, but this user can't run it there: {}. It takes root, or a system that lets everybody \
-             make user and mount namespaces.",
+            "RabbitMQ 4 is in {}, but this user cannot run it: {}. It requires root, or a system that allows all users to create \
+            user and mount namespaces.",
             tree.root.display(),
             String::from_utf8_lossy(&output.stderr).trim()
         )))
@@ -77,7 +76,7 @@ impl Tree {
     async fn make(report: impl Fn(&str)) -> Result<Self, StackError> {
         ensure_packages(&[DEBOOTSTRAP], &report).await?;
         let Some(root) = folder() else {
-            let why = "RabbitMQ 4 is kept in the user's cache: set HOME, or XDG_CACHE_HOME.";
+            let why = "RabbitMQ 4 is stored in the user's cache: set HOME or XDG_CACHE_HOME.";
             return Err(StackError::Missing(why.to_owned()));
         };
         if let Some(cache) = root.parent() {
@@ -86,11 +85,11 @@ impl Tree {
         let place = root.display();
         let Some(mut command) = as_root(MAKE).await else {
             return Err(StackError::Missing(format!(
-                "This user can't fetch RabbitMQ 4: that takes root, or sudo without a password. As root, run \
-                 `debootstrap --variant=minbase --include=rabbitmq-server trixie {place}`, and start Mailrun again."
+                "This user cannot download RabbitMQ 4: that requires root, or sudo without a password. As root, run \
+                `debootstrap --variant=minbase --include=rabbitmq-server trixie {place}`, and start Mailrun again."
             )));
         };
-        report(&format!("Fetching RabbitMQ 4, with the Debian 13 it runs on, into {place}: 240 MB, once"));
+        report(&format!("Downloading RabbitMQ 4 with Debian 13 to {place}: 240 MB, once"));
         let failed = || io_error("Starting debootstrap for", &root);
         let mut child = command.arg(&root).stdout(Stdio::piped()).spawn().map_err(failed())?;
         let mut lines = Vec::new();
@@ -105,12 +104,12 @@ impl Tree {
         }
         if !child.wait().await.map_err(failed())?.success() {
             let end = lines[lines.len().saturating_sub(10)..].join("\n");
-            return Err(StackError::Missing(format!("RabbitMQ 4 could not be fetched:\n{end}")));
+            return Err(StackError::Missing(format!("Downloading RabbitMQ 4 failed:\n{end}")));
         }
         Ok(Self { root })
     }
 
-    /// The server's script and the port mapper, as they are called inside.
+    /// The server's script and the port mapper, by their paths inside.
     pub(crate) fn programs(&self) -> Option<(PathBuf, PathBuf)> {
         let newest = |parent: &str, prefix: &str, program: &str| {
             let found = versions(self.root.join(parent).to_str()?, prefix).pop()?.join(program);
@@ -122,7 +121,7 @@ impl Tree {
         ))
     }
 
-    /// The command that becomes a program of the tree, which finds `name` as its own.
+    /// A command that becomes a program of the tree, with `name` as its own name.
     pub(crate) fn command(&self, program: &Path, name: &OsStr) -> Command {
         let mut command = Command::new("unshare");
         if !rustix::process::geteuid().is_root() {
@@ -133,14 +132,14 @@ impl Tree {
     }
 }
 
-/// Where it lies: outside of any checkout, since it is the same for all of them.
+/// Its folder: outside any checkout, because all checkouts share it.
 fn folder() -> Option<PathBuf> {
     let named = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")))?;
     Some(cache.join("mailrun/debian-13"))
 }
 
-/// What of debootstrap's many lines tells how far it is.
+/// The lines of debootstrap's output that show its progress.
 fn step(line: &str) -> Option<&str> {
     let step = line.strip_prefix("I: ")?.strip_suffix("...")?;
     (step.ends_with(" packages") || step.ends_with(" the base system")).then_some(step)
@@ -151,14 +150,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_steps_are_told_and_the_packages_are_not() {
+    fn reports_steps_and_not_packages() {
         assert_eq!(step("I: Unpacking the base system..."), Some("Unpacking the base system"));
         assert_eq!(step("I: Unpacking libc6:amd64..."), None);
         assert_eq!(step("I: Base system installed successfully."), None);
     }
 
     #[test]
-    fn programs_are_called_by_their_place_inside() {
+    fn programs_have_their_paths_inside() {
         let dir = tempfile::tempdir().unwrap();
         let tree = Tree { root: dir.path().to_path_buf() };
         assert!(tree.programs().is_none());

@@ -1,10 +1,10 @@
-# Makes a Debian 13 with RabbitMQ in the folder named as the argument, unless it's there. Run by root.
+# Creates a Debian 13 with RabbitMQ in the folder given as the argument, unless it exists. Run by root.
 set -eu
 export LC_ALL=C
 exec 2>&1
 tree=$1
 
-# What is started from here holds the lock, too: who comes next waits until the last of it has ended.
+# Child processes inherit the lock: the next caller waits until the last of them has ended.
 exec 9> "$tree.lock"
 flock 9
 if [ -d "$tree" ]; then exit 0; fi
@@ -14,7 +14,7 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# The mirror that this machine's own packages come from is near; it may lack this release.
+# The mirror of this machine's own packages is near, but may lack this release.
 everybodys=http://deb.debian.org/debian
 near=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' |
     sed 's,/*$,,' | grep '^http' | grep -vxF "$everybodys" | sort -u || true)

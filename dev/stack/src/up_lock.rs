@@ -1,4 +1,4 @@
-//! The lock that lets one `mailrun up` run per folder, and tells a second one where the first one's page is.
+//! The lock that allows one `mailrun up` per folder, and tells a second one the URL of the first one's page.
 
 use std::{
     fs,
@@ -15,12 +15,12 @@ use super::{
     lease::{self, Lock},
 };
 
-/// A `mailrun up` that runs already.
+/// A running `mailrun up`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Running {
-    /// Its process.
+    /// The process id.
     pub pid: u32,
-    /// The address of its page, once it has one.
+    /// The URL of its page, once it is available.
     pub web_url: Option<String>,
 }
 
@@ -28,9 +28,9 @@ pub struct Running {
 #[derive(Debug, thiserror::Error)]
 pub enum UpLockRefused {
     /// Another `mailrun up` holds it.
-    #[error("Mailrun already runs here: {} (pid {})", .0.web_url.as_deref().unwrap_or("its page isn't up yet"), .0.pid)]
+    #[error("Mailrun already runs here: {} (pid {})", .0.web_url.as_deref().unwrap_or("its page is not available yet"), .0.pid)]
     Running(Running),
-    /// The lock file can't be used.
+    /// The lock file cannot be used.
     #[error(transparent)]
     Stack(#[from] StackError),
 }
@@ -42,10 +42,10 @@ pub struct UpLock {
 }
 
 impl UpLock {
-    /// Takes the lock, or says who holds it.
+    /// Takes the lock, or reports its holder.
     pub async fn acquire(home: &Path) -> Result<Self, UpLockRefused> {
         let path = Folder::open(home)?.path("up.lock");
-        // A moment's patience, as `running` of another process takes the lock for an instant.
+        // Retried, because `running` in another process takes the lock for an instant.
         let lock =
             lease::exclusive_within(&path, Duration::from_millis(300)).await.map_err(io_error("Locking", &path))?;
         let Some(lock) = lock else {
@@ -56,7 +56,7 @@ impl UpLock {
         Ok(ours)
     }
 
-    /// Tells later callers of [`running`] where the page is.
+    /// Publishes the page's URL to callers of [`running`].
     pub fn publish_web_url(&self, url: &str) -> Result<(), StackError> {
         self.write(Some(url.to_owned()))
             .map_err(|source| StackError::Io { what: "Writing the up.lock file failed".to_owned(), source })
@@ -64,7 +64,7 @@ impl UpLock {
 
     fn write(&self, web_url: Option<String>) -> io::Result<()> {
         let content = serde_json::to_vec(&Running { pid: std::process::id(), web_url })?;
-        // In place, as the lock belongs to this file; padded, so that a reader never sees the rest of a longer text.
+        // In place, because the lock belongs to this file; padded, so that a reader never sees the rest of a longer text.
         let mut padded = content;
         padded.resize(512.max(padded.len()), b' ');
         let mut file = &self.lock.file;
@@ -74,7 +74,7 @@ impl UpLock {
     }
 }
 
-/// The `mailrun up` that runs in a folder, if one does.
+/// The running `mailrun up` of a folder, if any.
 pub fn running(home: &Path) -> Option<Running> {
     let path = home.join("up.lock");
     (path.exists() && lease::held_exclusively(&path).unwrap_or(false)).then(|| read(&path))
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_second_one_learns_where_the_first_one_is() {
+    async fn a_second_one_learns_the_url_of_the_first() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(running(dir.path()), None);
         let first = UpLock::acquire(dir.path()).await.unwrap();

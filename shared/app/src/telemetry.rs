@@ -2,9 +2,10 @@
 
 use std::io::IsTerminal as _;
 
+use tracing::warn;
 use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberInitExt};
 
-use crate::config::LogConfig;
+use crate::config::Config;
 
 /// The AMQP library logs the bodies of messages that the broker returns: never, whatever the filter says.
 const BODIES: [&str; 1] = ["lapin::returned_messages=off"];
@@ -13,7 +14,8 @@ const BODIES: [&str; 1] = ["lapin::returned_messages=off"];
 ///
 /// # Panics
 /// When called twice.
-pub fn init(config: &LogConfig) {
+pub fn init(config: &Config) {
+    let Config { log: config, ignored, .. } = config;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(&config.filter));
     let filter = BODIES.into_iter().filter_map(|silent| silent.parse().ok()).fold(filter, EnvFilter::add_directive);
     let registry = tracing_subscriber::registry().with(filter);
@@ -25,5 +27,11 @@ pub fn init(config: &LogConfig) {
                 fmt::layer().with_ansi(std::io::stderr().is_terminal()).with_target(false).with_writer(std::io::stderr),
             )
             .init();
+    }
+    for setting in ignored {
+        warn!(
+            setting,
+            "this setting was removed and has no effect: delete it, the next version refuses to start with it"
+        );
     }
 }

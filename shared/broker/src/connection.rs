@@ -41,9 +41,8 @@ pub struct Broker {
     pub(crate) declare: bool,
     pub(crate) item_queues: Arc<[Cow<'static, str>]>,
     retry_delays: Vec<Duration>,
-    pub(crate) publish_twice: bool,
     pub(crate) answer_timeout: Duration,
-    heartbeat_s: u16,
+    heartbeat: Duration,
     pub(crate) epoch: Arc<Epoch>,
     ca_file: Option<PathBuf>,
     pub(crate) rejections: Rejections,
@@ -86,9 +85,8 @@ impl Broker {
             declare: settings.declare_topology,
             item_queues: queue::item_queues(settings.item_queues).into(),
             retry_delays: retry_delays,
-            publish_twice: settings.publish_twice,
-            answer_timeout: settings.answer_timeout(),
-            heartbeat_s: settings.heartbeat_s,
+            answer_timeout: settings.answer_timeout,
+            heartbeat: settings.heartbeat,
             epoch,
             ca_file: settings.ca_file.clone(),
             rejections,
@@ -118,7 +116,7 @@ impl Broker {
 
     async fn connect_to(&self, url: &SecretString, purpose: &str) -> Result<Link, BrokerError> {
         let mut uri: AMQPUri = url.expose_secret().parse().map_err(|_| BrokerError::Url)?;
-        uri.query.heartbeat = Some(self.heartbeat_s);
+        uri.query.heartbeat = Some(u16::try_from(self.heartbeat.as_secs()).unwrap_or(u16::MAX));
         uri.query.connection_timeout = Some(CONNECT_TIMEOUT_MS);
         let authorities = authorities(self.ca_file.as_ref()).await.map_err(BrokerError::Authorities)?;
         let tls = OwnedTLSConfig { cert_chain: authorities, ..OwnedTLSConfig::default() };

@@ -77,7 +77,6 @@ pub struct Publisher {
     channels: mpsc::Sender<Batch>,
     channel_count: usize,
     item_queues: Arc<[Cow<'static, str>]>,
-    twice: bool,
     rejections: Rejections,
 }
 
@@ -125,9 +124,6 @@ impl Publisher {
         }
         for message in &mut messages {
             message.spread_over(&self.item_queues);
-        }
-        if self.twice {
-            messages.extend(messages.clone());
         }
         // Spread evenly over the channels: each publishes and awaits its confirms for itself.
         let part = part(messages.len(), self.channel_count);
@@ -236,7 +232,6 @@ impl Broker {
             channels: sender,
             channel_count: count,
             item_queues: Arc::clone(&self.item_queues),
-            twice: self.publish_twice,
             rejections: self.rejections.clone(),
         }
     }

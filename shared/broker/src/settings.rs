@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use mailrun_core::{
     public_url::is_this_machine,
-    setting::{DAY, InvalidSetting},
+    setting::{DAY, InvalidSetting, ms, s},
 };
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
@@ -28,12 +28,12 @@ pub struct AmqpConfig {
     /// Whether processes declare the exchanges and queues when they connect. Set it to false where they have no right to,
     /// and run `mailrun setup` with a user who has.
     pub declare_topology: bool,
-    /// Publishes every message twice, to try that nothing is counted or sent twice for it.
-    pub publish_twice: bool,
     /// The broker must answer a publish, an ack or a declaration within this time.
-    pub answer_timeout_ms: u64,
+    #[serde(rename = "answer_timeout_ms", with = "ms")]
+    pub answer_timeout: Duration,
     /// How often both ends of a connection show that they live. One that was silent for twice as long is given up.
-    pub heartbeat_s: u16,
+    #[serde(rename = "heartbeat_s", with = "s")]
+    pub heartbeat: Duration,
 }
 
 impl Default for AmqpConfig {
@@ -45,9 +45,8 @@ impl Default for AmqpConfig {
             publish_lanes: 2,
             item_queues: 1,
             declare_topology: true,
-            publish_twice: false,
-            answer_timeout_ms: 30_000,
-            heartbeat_s: 15,
+            answer_timeout: Duration::from_millis(30_000),
+            heartbeat: Duration::from_secs(15),
         }
     }
 }
@@ -62,19 +61,13 @@ impl AmqpConfig {
         if !(1..=64).contains(&self.item_queues) {
             return Err(InvalidSetting::new("amqp.item_queues", "from 1 to 64"));
         }
-        if self.publish_lanes == 0 || self.heartbeat_s == 0 {
+        if self.publish_lanes == 0 || self.heartbeat.is_zero() {
             return Err(InvalidSetting::new("amqp.publish_lanes, amqp.heartbeat_s", "at least 1"));
         }
-        if self.answer_timeout().is_zero() || self.answer_timeout() > DAY {
+        if self.answer_timeout.is_zero() || self.answer_timeout > DAY {
             return Err(InvalidSetting::new("amqp.answer_timeout_ms", "from 1 to 86400000, which is a day"));
         }
         Ok(())
-    }
-
-    /// How long the broker may take to answer.
-    #[must_use]
-    pub fn answer_timeout(&self) -> Duration {
-        Duration::from_millis(self.answer_timeout_ms)
     }
 
     fn check_urls(&self) -> Result<(), InvalidSetting> {

@@ -125,6 +125,15 @@ impl CounterDelta {
         self.0[state as usize]
     }
 
+    /// The change from one count of each state to another.
+    pub(crate) fn between(from: [i32; ItemState::ALL.len()], to: [i32; ItemState::ALL.len()]) -> Self {
+        let mut delta = Self(to);
+        for (change, from) in delta.0.iter_mut().zip(from) {
+            *change -= from;
+        }
+        delta
+    }
+
     /// Adds another change to this one.
     pub fn add(&mut self, other: Self) {
         for (mine, theirs) in self.0.iter_mut().zip(other.0) {

@@ -2,6 +2,7 @@
 //! model checker runs over these very functions.
 
 pub mod address;
+pub mod agreement;
 pub mod claim;
 pub mod epoch;
 pub mod health;

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer, ser::SerializeMap as _};
+
+use crate::item::{CounterDelta, ItemState};
 
 /// What a person wants of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,36 +20,76 @@ pub enum Wanted {
 }
 
 /// How many of a run's items are in each state. They always add up to `total`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "each is the number of items in the state of that name")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
+    /// All items of the run.
     pub total: i32,
-    pub pending: i32,
-    pub retrying: i32,
-    pub cancelled: i32,
-    pub skipped: i32,
-    pub unknown: i32,
-    pub failed: i32,
-    pub sent: i32,
+    counts: [i32; ItemState::ALL.len()],
 }
 
 impl Counters {
+    /// The counters as the ledger has them, in the order of [`ItemState::ALL`]. What stands behind them counts states of a later
+    /// version: then [`Self::sum`] is less than `total`.
+    #[must_use]
+    pub fn new(total: i32, counts: &[i32]) -> Self {
+        let mut counters = Self { total, ..Self::default() };
+        for (counter, count) in counters.counts.iter_mut().zip(counts) {
+            *counter = *count;
+        }
+        counters
+    }
+
+    /// A run whose items are in these states.
+    #[must_use]
+    pub fn of_items(items: &[(ItemState, i32)]) -> Self {
+        let mut counters = Self::default();
+        for (state, count) in items {
+            counters.counts[*state as usize] += count;
+            counters.total += count;
+        }
+        counters
+    }
+
+    /// Items in this state.
+    #[must_use]
+    pub fn of(&self, state: ItemState) -> i32 {
+        self.counts[state as usize]
+    }
+
     /// Items that still have to be sent in the present pass.
     #[must_use]
     pub fn open(&self) -> i32 {
-        self.pending + self.retrying
+        ItemState::ALL.into_iter().filter(|state| state.is_open()).map(|state| self.of(state)).sum()
     }
 
     /// Items in any of these states.
     #[must_use]
     pub fn sum(&self) -> i32 {
-        self.open() + self.cancelled + self.skipped + self.unknown + self.failed + self.sent
+        self.counts.iter().sum()
     }
 
     /// Items that are settled, one way or another.
     #[must_use]
     pub fn settled(&self) -> i32 {
         self.total - self.open()
+    }
+
+    /// How they have to change to become `other`.
+    #[must_use]
+    pub fn delta(&self, other: &Self) -> CounterDelta {
+        CounterDelta::between(self.counts, other.counts)
+    }
+}
+
+/// `total`, and each state by its name.
+impl Serialize for Counters {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("total", &self.total)?;
+        for state in ItemState::ALL {
+            map.serialize_entry(state.name(), &self.of(state))?;
+        }
+        map.end()
     }
 }
 
@@ -74,7 +116,7 @@ impl Phase {
     #[must_use]
     pub fn of(wanted: Wanted, counters: &Counters) -> Self {
         match (wanted, counters.open()) {
-            (Wanted::Cancelled, 0) if counters.cancelled > 0 => Self::Cancelled,
+            (Wanted::Cancelled, 0) if counters.of(ItemState::Cancelled) > 0 => Self::Cancelled,
             (_, 0) => Self::Finished,
             (Wanted::Cancelled, _) => Self::Cancelling,
             (Wanted::Paused, _) => Self::Paused,
@@ -96,7 +138,7 @@ impl Phase {
 /// An item that waits for its next attempt on a rung of the retry schedule is in nobody's way, and does not count.
 #[must_use]
 pub fn outstanding(counters: &Counters, unreleased: i32) -> i32 {
-    (counters.pending - unreleased).max(0)
+    (counters.of(ItemState::Pending) - unreleased).max(0)
 }
 
 /// How fast a run goes, as the pump measures it: by what it has released and what is not outstanding any more.
@@ -205,7 +247,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn counters(pending: i32, sent: i32, cancelled: i32) -> Counters {
-        Counters { total: pending + sent + cancelled, pending, sent, cancelled, ..Counters::default() }
+        Counters::of_items(&[(ItemState::Pending, pending), (ItemState::Sent, sent), (ItemState::Cancelled, cancelled)])
     }
 
     #[test]
@@ -224,7 +266,7 @@ mod tests {
     fn what_is_not_released_is_not_outstanding() {
         assert_eq!(outstanding(&counters(100, 20, 0), 70), 30);
         assert_eq!(outstanding(&counters(0, 120, 0), 0), 0);
-        assert_eq!(outstanding(&Counters { total: 9, retrying: 9, ..Counters::default() }, 0), 0);
+        assert_eq!(outstanding(&Counters::of_items(&[(ItemState::Retrying, 9)]), 0), 0);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What is wrong with a setting.
+//! What settings have in common: durations, whose unit is in the key, and what is wrong with one.
 
 use std::time::Duration;
 
@@ -20,5 +20,50 @@ impl InvalidSetting {
     #[must_use]
     pub fn new(key: &'static str, reason: impl Into<String>) -> Self {
         Self { key, reason: reason.into() }
+    }
+}
+
+/// A duration in a key that ends in `_ms`.
+pub mod ms {
+    use std::time::Duration;
+
+    use serde::{Deserialize as _, Deserializer};
+
+    /// Reads milliseconds.
+    ///
+    /// # Errors
+    /// Where there is no whole number.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        u64::deserialize(deserializer).map(Duration::from_millis)
+    }
+}
+
+/// A duration in a key that ends in `_s`.
+pub mod s {
+    use std::time::Duration;
+
+    use serde::{Deserialize as _, Deserializer};
+
+    /// Reads seconds.
+    ///
+    /// # Errors
+    /// Where there is no whole number.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        u64::deserialize(deserializer).map(Duration::from_secs)
+    }
+}
+
+/// A duration in a key that ends in `_ms`, where there may be none.
+pub mod ms_if_any {
+    use std::time::Duration;
+
+    use serde::{Deserialize as _, Deserializer};
+
+    /// Reads milliseconds.
+    ///
+    /// # Errors
+    /// Where there is something else than a whole number.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+        Ok(Option::<u64>::deserialize(deserializer)?.map(Duration::from_millis))
     }
 }

@@ -106,7 +106,7 @@ pub async fn claim(
                LEFT JOIN suppressions s ON s.email = u.email
                WHERE ((i.attempt = asked.number AND i.state = 'pending')
                       OR (i.attempt < asked.number
-                          AND i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')))
+                          AND i.state = ANY(mailrun_unsent())))
                  AND (r.wanted IS NULL OR r.wanted IN ('running', 'cancelled'))
            ), claimed AS (
                INSERT INTO attempts (item_id, number, worker_id)
@@ -251,8 +251,7 @@ pub(super) struct Held {
     pub(super) item_id: i64,
     pub(super) number: i32,
     pub(super) worker_id: Option<i64>,
-    /// Whether its worker neither stopped nor died. A worker whose row was pruned is dead.
-    pub(super) alive: Option<bool>,
+    pub(super) alive: bool,
 }
 
 impl Held {
@@ -260,7 +259,7 @@ impl Held {
     fn owner(&self) -> Option<Owner> {
         self.worker_id.map(|id| match withheld(id) {
             Some(why) => Owner::Nobody(why),
-            None => Owner::Worker { id, fate: if self.alive == Some(true) { Fate::Alive } else { Fate::Dead } },
+            None => Owner::Worker { id, fate: if self.alive { Fate::Alive } else { Fate::Dead } },
         })
     }
 }
@@ -302,19 +301,19 @@ pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Fou
         state: Stored<ItemState>,
         wanted: Option<Stored<Wanted>>,
         worker_id: Option<i64>,
-        alive: Option<bool>,
+        alive: bool,
     }
     let asked = Columns::of(keys);
     let rows = sqlx::query_as!(
         Row,
         r#"SELECT i.run_id, asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: Stored<ItemState>",
                   r.wanted AS "wanted?: Stored<Wanted>", a.worker_id AS "worker_id?",
-                  (w.id IS NOT NULL AND w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
+                  w.id IS NOT NULL AS "alive!"
            FROM unnest($1::uuid[], $2::bigint[], $3::integer[]) AS asked (run_id, item_id, number)
            JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
            LEFT JOIN runs r ON r.id = i.run_id
            LEFT JOIN attempts a ON a.item_id = asked.item_id AND a.number = asked.number
-           LEFT JOIN workers w ON w.id = a.worker_id"#,
+           LEFT JOIN live_workers w ON w.id = a.worker_id"#,
         &asked.run_ids,
         &asked.item_ids,
         &asked.numbers,

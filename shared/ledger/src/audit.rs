@@ -8,7 +8,10 @@ use std::time::Duration;
 use sqlx::{Connection as _, PgConnection, PgPool, Postgres, Transaction};
 use uuid::Uuid;
 
-use super::stored::Stored;
+use super::{
+    counters::{self, Change},
+    stored::Stored,
+};
 use mailrun_core::{
     item::{ItemState, Standing},
     run::{Counters, Wanted},
@@ -51,19 +54,9 @@ impl Drift {
     #[must_use]
     pub fn wrong(&self) -> Vec<(&'static str, i32, i32)> {
         let (shown, counted) = (self.shown, self.counted);
-        [
-            ("total", shown.total, counted.total),
-            ("pending", shown.pending, counted.pending),
-            ("retrying", shown.retrying, counted.retrying),
-            ("cancelled", shown.cancelled, counted.cancelled),
-            ("skipped", shown.skipped, counted.skipped),
-            ("unknown", shown.unknown, counted.unknown),
-            ("failed", shown.failed, counted.failed),
-            ("sent", shown.sent, counted.sent),
-        ]
-        .into_iter()
-        .filter(|(_, shown, counted)| shown != counted)
-        .collect()
+        let states = ItemState::ALL.map(|state| (state.name(), shown.of(state), counted.of(state)));
+        let all = [("total", shown.total, counted.total)].into_iter().chain(states);
+        all.filter(|(_, shown, counted)| shown != counted).collect()
     }
 
     /// Whether the run is taken for finished and isn't, or the other way round.
@@ -85,24 +78,9 @@ impl Drift {
 /// The database's.
 pub async fn drift(conn: &mut PgConnection) -> sqlx::Result<Vec<Drift>> {
     let rows = sqlx::query!(
-        r#"WITH items AS (
-               SELECT run_id, count(*)::int AS total,
-                      (count(*) FILTER (WHERE state = 'pending'))::int AS pending,
-                      (count(*) FILTER (WHERE state = 'retrying'))::int AS retrying,
-                      (count(*) FILTER (WHERE state = 'cancelled'))::int AS cancelled,
-                      (count(*) FILTER (WHERE state = 'skipped'))::int AS skipped,
-                      (count(*) FILTER (WHERE state = 'unknown'))::int AS unknown,
-                      (count(*) FILTER (WHERE state = 'failed'))::int AS failed,
-                      (count(*) FILTER (WHERE state = 'sent'))::int AS sent
-               FROM run_items GROUP BY run_id
-           )
-           SELECT p.run_id, r.total AS accepted, p.finished_at IS NOT NULL AS "finished!",
-                  p.total, p.pending, p.retrying, p.cancelled, p.skipped, p.unknown, p.failed, p.sent,
-                  coalesce(i.total, 0) AS "i_total!", coalesce(i.pending, 0) AS "i_pending!",
-                  coalesce(i.retrying, 0) AS "i_retrying!", coalesce(i.cancelled, 0) AS "i_cancelled!",
-                  coalesce(i.skipped, 0) AS "i_skipped!", coalesce(i.unknown, 0) AS "i_unknown!",
-                  coalesce(i.failed, 0) AS "i_failed!", coalesce(i.sent, 0) AS "i_sent!"
-           FROM run_progress p JOIN runs r ON r.id = p.run_id LEFT JOIN items i ON i.run_id = p.run_id
+        r#"SELECT p.run_id, r.total AS accepted, p.finished_at IS NOT NULL AS "finished!", c.total AS "total!",
+                  c.counts AS "shown!", mailrun_count_items(p.run_id) AS "counted!"
+           FROM run_progress p JOIN run_counters c ON c.run_id = p.run_id JOIN runs r ON r.id = p.run_id
            ORDER BY r.created_at, r.id"#
     )
     .fetch_all(conn)
@@ -111,26 +89,8 @@ pub async fn drift(conn: &mut PgConnection) -> sqlx::Result<Vec<Drift>> {
         run_id: row.run_id,
         accepted: row.accepted,
         finished: row.finished,
-        shown: Counters {
-            total: row.total,
-            pending: row.pending,
-            retrying: row.retrying,
-            cancelled: row.cancelled,
-            skipped: row.skipped,
-            unknown: row.unknown,
-            failed: row.failed,
-            sent: row.sent,
-        },
-        counted: Counters {
-            total: row.i_total,
-            pending: row.i_pending,
-            retrying: row.i_retrying,
-            cancelled: row.i_cancelled,
-            skipped: row.i_skipped,
-            unknown: row.i_unknown,
-            failed: row.i_failed,
-            sent: row.i_sent,
-        },
+        shown: Counters::new(row.total, &row.shown),
+        counted: Counters::new(row.counted.iter().sum(), &row.counted),
     });
     let all = all.filter(|run| run.counted.total == run.counted.sum());
     Ok(all.filter(|run| run.shown != run.counted || run.ended_wrongly() || run.missing() != 0).collect())
@@ -152,26 +112,21 @@ pub async fn recount(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<()> 
     sqlx::query!("SELECT run_id FROM run_progress WHERE run_id = $1 FOR UPDATE", run_id)
         .fetch_optional(&mut *tx)
         .await?;
-    sqlx::query!(
-        "UPDATE run_progress p
-         SET total = c.total, pending = c.pending, retrying = c.retrying, cancelled = c.cancelled, skipped = c.skipped,
-             unknown = c.unknown, failed = c.failed, sent = c.sent, updated_at = clock_timestamp(),
-             finished_at = CASE WHEN c.pending + c.retrying = 0 THEN coalesce(p.finished_at, clock_timestamp()) END
-         FROM (SELECT count(*) AS total,
-                      count(*) FILTER (WHERE state = 'pending') AS pending,
-                      count(*) FILTER (WHERE state = 'retrying') AS retrying,
-                      count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
-                      count(*) FILTER (WHERE state = 'skipped') AS skipped,
-                      count(*) FILTER (WHERE state = 'unknown') AS unknown,
-                      count(*) FILTER (WHERE state = 'failed') AS failed,
-                      count(*) FILTER (WHERE state = 'sent') AS sent
-               FROM run_items WHERE run_id = $1) c
-         WHERE p.run_id = $1
-           AND c.total = c.pending + c.retrying + c.cancelled + c.skipped + c.unknown + c.failed + c.sent",
+    let Some(row) = sqlx::query!(
+        r#"SELECT total AS "total!", counts AS "shown!", mailrun_count_items(run_id) AS "counted!" FROM run_counters WHERE run_id = $1"#,
         run_id
     )
-    .execute(&mut *tx)
-    .await?;
+    .fetch_optional(&mut *tx)
+    .await?
+    else {
+        return Ok(());
+    };
+    let (shown, counted) =
+        (Counters::new(row.total, &row.shown), Counters::new(row.counted.iter().sum(), &row.counted));
+    if counted.total == counted.sum() {
+        let change = Change { items: shown.delta(&counted), total: counted.total - shown.total, repeats: 0 };
+        counters::change(&mut tx, run_id, &change).await?;
+    }
     tx.commit().await
 }
 
@@ -191,7 +146,7 @@ pub struct Flags {
 pub async fn flags(conn: &mut PgConnection) -> sqlx::Result<Flags> {
     sqlx::query_as!(
         Flags,
-        r#"SELECT count(*) FILTER (WHERE i.state = 'sent') AS "missing!", count(*) FILTER (WHERE i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')) AS "wrong!"
+        r#"SELECT count(*) FILTER (WHERE i.state = 'sent') AS "missing!", count(*) FILTER (WHERE i.state = ANY(mailrun_unsent())) AS "wrong!"
            FROM run_items i JOIN users u ON u.id = i.user_id
            WHERE i.active AND (u.emailed_at IS NOT NULL) <> (i.state = 'sent')
              AND NOT EXISTS (SELECT FROM run_items other WHERE other.user_id = i.user_id AND other.overtaken)"#
@@ -219,7 +174,7 @@ pub async fn correct_flags(pool: &PgPool) -> sqlx::Result<()> {
     sqlx::query!(
         "WITH wrong AS (
              SELECT u.id FROM run_items i JOIN users u ON u.id = i.user_id
-             WHERE i.active AND i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')
+             WHERE i.active AND i.state = ANY(mailrun_unsent())
                AND u.emailed_at IS NOT NULL
                AND NOT EXISTS (SELECT FROM run_items other WHERE other.user_id = i.user_id AND other.overtaken)
              ORDER BY i.id FOR UPDATE OF i
@@ -281,7 +236,7 @@ pub async fn without_progress(
                                WHERE q.finished_at IS NULL AND s.wanted = 'running') active
            WHERE p.finished_at IS NULL AND r.wanted = 'running'
              AND NOT mailrun_is_recent(p.updated_at, greatest($1, coalesce(3 * active.runs / $2::float8, 0)))
-             AND NOT EXISTS (SELECT FROM workers w WHERE w.stopped_at IS NULL AND w.lane_until > clock_timestamp())
+             AND NOT EXISTS (SELECT FROM live_workers w WHERE w.lane_until > clock_timestamp())
              AND (p.pending > 0
                   OR EXISTS (SELECT FROM run_items i WHERE i.run_id = r.id AND i.state = 'retrying'
                              AND (i.due_at IS NULL OR i.due_at < clock_timestamp() - make_interval(secs => $1))))
@@ -359,10 +314,10 @@ mod tests {
 
     #[test]
     fn each_difference_is_named() {
-        let counted = Counters { total: 9, pending: 1, sent: 8, ..Counters::default() };
+        let counted = Counters::of_items(&[(ItemState::Pending, 1), (ItemState::Sent, 8)]);
         let right = Drift { run_id: Uuid::nil(), accepted: 9, shown: counted, counted, finished: false };
         assert_eq!((right.wrong(), right.ended_wrongly(), right.missing()), (vec![], false, 0));
-        let shown = Counters { pending: 0, failed: 1, ..counted };
+        let shown = Counters::of_items(&[(ItemState::Failed, 1), (ItemState::Sent, 8)]);
         let wrong = Drift { accepted: 10, shown, finished: true, ..right };
         assert_eq!(wrong.wrong(), [("pending", 0, 1), ("failed", 1, 0)]);
         assert!(wrong.ended_wrongly(), "one is open");

@@ -31,8 +31,8 @@ const SETTLED: Duration = Duration::from_secs(5);
 pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
     let options =
         config.options().map_err(|reason| sqlx::Error::Configuration(format!("database.url: {reason}").into()))?;
-    let answer_ms = config.answer_timeout_ms.to_string();
-    let abandoned_ms = (2 * config.answer_timeout_ms).to_string();
+    let answer_ms = config.answer_timeout.as_millis().to_string();
+    let abandoned_ms = (2 * config.answer_timeout.as_millis()).to_string();
     let options = options.application_name(name).options([
         ("plan_cache_mode", "force_generic_plan"),
         ("jit", "off"),
@@ -48,7 +48,7 @@ pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
     let heard = silence.clone();
     Ok(PgPoolOptions::new()
         .max_connections(config.max_connections)
-        .acquire_timeout(Duration::from_millis(config.acquire_timeout_ms))
+        .acquire_timeout(config.acquire_timeout)
         // A lost connection is an error like others, and everyone tries again after one: no need to ask before each use.
         .test_before_acquire(false)
         // The pool makes sure of that by itself, but would wait for ever, and so would the place of this connection.

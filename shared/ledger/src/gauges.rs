@@ -29,31 +29,20 @@ pub struct Gauges {
 /// The database's.
 pub async fn read(conn: &mut PgConnection) -> sqlx::Result<Gauges> {
     let row = sqlx::query!(
-        r#"SELECT r.pending AS "pending!", r.retrying AS "retrying!", r.cancelled AS "cancelled!", r.skipped AS "skipped!",
-                  r.unknown AS "unknown!", r.failed AS "failed!", r.sent AS "sent!", r.open AS "open!",
+        r#"SELECT (SELECT coalesce(array_agg(summed.items ORDER BY summed.place), '{}')
+                   FROM (SELECT place, sum(items)::bigint AS items FROM run_counters, unnest(counts) WITH ORDINALITY AS c (items, place)
+                         GROUP BY place) summed) AS "items!",
+                  (SELECT count(*) FROM run_counters WHERE is_open) AS "open!",
                   o.messages AS "messages!", o.oldest AS "oldest!",
                   (SELECT count(*) FROM suppressions) AS "suppressions!",
                   (SELECT count(*) FROM relay_stops WHERE answered_at IS NULL) AS "relays_stopped!"
-           FROM (SELECT coalesce(sum(pending), 0) AS pending, coalesce(sum(retrying), 0) AS retrying,
-                        coalesce(sum(cancelled), 0) AS cancelled, coalesce(sum(skipped), 0) AS skipped,
-                        coalesce(sum(unknown), 0) AS unknown, coalesce(sum(failed), 0) AS failed,
-                        coalesce(sum(sent), 0) AS sent, count(*) FILTER (WHERE pending + retrying > 0) AS open
-                 FROM run_progress) r,
-                (SELECT count(*) AS messages,
+           FROM (SELECT count(*) AS messages,
                         coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::double precision AS oldest
                  FROM outbox WHERE published_at IS NULL) o"#
     )
     .fetch_one(conn)
     .await?;
-    let items = |state| match state {
-        ItemState::Pending => row.pending,
-        ItemState::Retrying => row.retrying,
-        ItemState::Cancelled => row.cancelled,
-        ItemState::Skipped => row.skipped,
-        ItemState::Unknown => row.unknown,
-        ItemState::Failed => row.failed,
-        ItemState::Sent => row.sent,
-    };
+    let items = |state| row.items.get(state as usize).copied().unwrap_or_default();
     Ok(Gauges {
         items: ItemState::ALL.map(|state| (state, items(state))),
         open_runs: row.open,

@@ -105,9 +105,9 @@ const TABLES: &[Table] = &[
     Table {
         name: "workers",
         insert: &[
-            (FanOut, "roles host pid permits"),
-            (Send, "roles host pid permits"),
-            (Progress, "roles host pid permits"),
+            (FanOut, "roles host pid permits settings"),
+            (Send, "roles host pid permits settings"),
+            (Progress, "roles host pid permits settings"),
         ],
         update: &[
             (FanOut, "heartbeat_at stopped_at died_at in_flight rebuilds lane_reason lane_until rejected"),
@@ -227,6 +227,9 @@ const TABLES: &[Table] = &[
     // What links are signed with: who has it can unsubscribe everybody.
     // Fan-out finds erased people by their tombstones, which are made with it.
     Table { name: "signing_key", readers: Some(&[Web, Send, FanOut]), filled_in: "single key", ..NONE },
+    // Views of tables above, each with the same readers.
+    Table { name: "live_workers", ..NONE },
+    Table { name: "run_counters", ..NONE },
     // Which migrations the schema has had.
     Table {
         name: "_sqlx_migrations",
@@ -295,7 +298,8 @@ async fn grant_once(pool: &PgPool, config: &RolesConfig) -> sqlx::Result<Granted
     }
     let database: String = sqlx::query_scalar("SELECT current_database()::text").fetch_one(&mut *tx).await?;
     let tables: Vec<String> = sqlx::query_scalar(
-        "SELECT tablename::text FROM pg_tables WHERE schemaname = current_schema() ORDER BY tablename",
+        "SELECT tablename::text FROM pg_tables WHERE schemaname = current_schema()
+         UNION ALL SELECT viewname::text FROM pg_views WHERE schemaname = current_schema()",
     )
     .fetch_all(&mut *tx)
     .await?;

@@ -5,6 +5,7 @@
 pub mod attempts;
 pub mod audit;
 mod connections;
+mod counters;
 pub mod durability;
 pub mod gauges;
 pub mod grants;

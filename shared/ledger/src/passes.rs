@@ -201,12 +201,11 @@ pub async fn begun_by(conn: &mut PgConnection, command_id: Uuid) -> sqlx::Result
 /// The database's.
 pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Situation>> {
     let row = sqlx::query!(
-        r#"SELECT r.wanted AS "wanted: Stored<Wanted>", r.sends_per_second, p.total, p.pending, p.retrying, p.cancelled,
-                  p.skipped, p.unknown, p.failed, p.sent, f.released, clock_timestamp() AS "now!",
+        r#"SELECT r.wanted AS "wanted: Stored<Wanted>", r.sends_per_second, p.total AS "total!", p.counts AS "counts!", f.released, clock_timestamp() AS "now!",
                   w.permits AS "permits!", w.in_flight AS "in_flight!"
-           FROM runs r JOIN run_progress p ON p.run_id = r.id JOIN run_passes f ON f.run_id = r.id AND f.number = 1
+           FROM runs r JOIN run_counters p ON p.run_id = r.id JOIN run_passes f ON f.run_id = r.id AND f.number = 1
            CROSS JOIN (SELECT coalesce(sum(permits), 0)::integer AS permits, coalesce(sum(in_flight), 0)::integer AS in_flight
-                       FROM workers WHERE stopped_at IS NULL AND died_at IS NULL) w
+                       FROM live_workers) w
            WHERE r.id = $1"#,
         run_id,
     )
@@ -215,16 +214,7 @@ pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Op
     Ok(row.map(|row| Situation {
         wanted: row.wanted.acted_on(),
         sends_per_second: row.sends_per_second,
-        counters: Counters {
-            total: row.total,
-            pending: row.pending,
-            retrying: row.retrying,
-            cancelled: row.cancelled,
-            skipped: row.skipped,
-            unknown: row.unknown,
-            failed: row.failed,
-            sent: row.sent,
-        },
+        counters: Counters::new(row.total, &row.counts),
         first_released: row.released,
         permits: row.permits,
         in_flight: row.in_flight,

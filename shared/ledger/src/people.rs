@@ -326,8 +326,8 @@ pub async fn unscrubbed(conn: &mut PgConnection) -> sqlx::Result<Vec<Unscrubbed>
         Unscrubbed,
         r#"SELECT u.id AS user_id, coalesce(array_agg(i.id) FILTER (WHERE i.id IS NOT NULL), '{}') AS "item_ids!",
                   coalesce(bool_or(EXISTS (
-                      SELECT FROM attempts a JOIN workers w ON w.id = a.worker_id
-                      WHERE a.item_id = i.id AND w.stopped_at IS NULL AND w.died_at IS NULL AND i.state <> 'sent'
+                      SELECT FROM attempts a JOIN live_workers w ON w.id = a.worker_id
+                      WHERE a.item_id = i.id AND i.state <> 'sent'
                         AND (a.number > i.attempt OR (a.number = i.attempt AND i.state = 'pending')))), false) AS "in_flight!"
            FROM users u LEFT JOIN run_items i ON i.user_id = u.id
            WHERE u.erased_at IS NOT NULL AND u.scrubbed_at IS NULL

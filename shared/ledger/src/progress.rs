@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::{
     audit,
+    counters::{self, Change},
     held_suppressions::{Missing, suppress_missing},
     people::{self, REPLY_ERASED},
     stored::{SqlState, Stored},
@@ -14,7 +15,7 @@ use super::{
 use crate::settings::SuppressionsConfig;
 use mailrun_core::outcome::DELETED;
 use mailrun_core::{
-    item::{CounterDelta, ItemState, Standing, merge},
+    item::{ItemState, Standing, merge},
     message::ItemResult,
 };
 
@@ -58,14 +59,6 @@ impl Item {
     fn is_sent_late(&self) -> bool {
         self.standing.state == ItemState::Sent && matches!(self.was.state, ItemState::Cancelled | ItemState::Skipped)
     }
-}
-
-/// How a batch changes a run.
-#[derive(Default)]
-struct Moved {
-    counters: CounterDelta,
-    /// Attempts that have to be made again.
-    repeats: i32,
 }
 
 /// How often a batch is merged anew because something that it depends on changed meanwhile.
@@ -122,7 +115,7 @@ async fn apply_once(
     let mut tx = conn.begin().await?;
     let mut items = read_items(&mut tx, results).await?;
     let mut applied = Applied::default();
-    let mut moved: BTreeMap<Uuid, Moved> = BTreeMap::new();
+    let mut moved: BTreeMap<Uuid, Change> = BTreeMap::new();
     for (index, Report { run_id, result }) in results.iter().enumerate() {
         let item = items.get_mut(&result.item_id).filter(|item| run_id.is_none_or(|run_id| run_id == item.run_id));
         let Some(item) = item else {
@@ -142,7 +135,7 @@ async fn apply_once(
         item.standing = next;
         item.winner = Some(index);
         let moved = moved.entry(item.run_id).or_default();
-        moved.counters.add(delta);
+        moved.items.add(delta);
         moved.repeats += i32::from(result.state == ItemState::Retrying);
     }
     if applied.changed > 0 {
@@ -315,39 +308,9 @@ async fn suppress(
     Ok(())
 }
 
-/// The hot rows of the whole pipeline: touched once a batch, and last, so that they are locked for the shortest time.
-async fn update_counters(conn: &mut PgConnection, runs: &BTreeMap<Uuid, Moved>) -> sqlx::Result<()> {
-    for (run_id, moved) in runs {
-        let of = |state| moved.counters.of(state);
-        sqlx::query!(
-            "WITH moved AS (
-                 UPDATE run_progress
-                 SET pending = pending + $2, retrying = retrying + $3, cancelled = cancelled + $4,
-                     skipped = skipped + $5, unknown = unknown + $6, failed = failed + $7, sent = sent + $8,
-                     repeats = repeats + $9,
-                     updated_at = clock_timestamp(),
-                     started_at = CASE WHEN finished_at IS NOT NULL AND pending + $2 + retrying + $3 > 0
-                                       THEN clock_timestamp() ELSE started_at END,
-                     finished_at = CASE WHEN pending + $2 + retrying + $3 = 0
-                                        THEN coalesce(finished_at, clock_timestamp()) END
-                 WHERE run_id = $1
-                 RETURNING total - pending - retrying AS settled
-             )
-             INSERT INTO run_samples (run_id, at, settled)
-             SELECT $1, date_trunc('second', clock_timestamp()), settled FROM moved
-             ON CONFLICT (run_id, at) DO UPDATE SET settled = excluded.settled",
-            run_id,
-            of(ItemState::Pending),
-            of(ItemState::Retrying),
-            of(ItemState::Cancelled),
-            of(ItemState::Skipped),
-            of(ItemState::Unknown),
-            of(ItemState::Failed),
-            of(ItemState::Sent),
-            moved.repeats,
-        )
-        .execute(&mut *conn)
-        .await?;
+async fn update_counters(conn: &mut PgConnection, runs: &BTreeMap<Uuid, Change>) -> sqlx::Result<()> {
+    for (run_id, change) in runs {
+        counters::change(conn, *run_id, change).await?;
     }
     Ok(())
 }

@@ -110,8 +110,8 @@ pub async fn step(pool: &PgPool, limit: i64) -> sqlx::Result<Option<Step>> {
         r#"SELECT i.id, i.user_id, claim.alive AS "alive?"
            FROM run_items i
            LEFT JOIN LATERAL (
-               SELECT w.id IS NOT NULL AND w.stopped_at IS NULL AND w.died_at IS NULL AS alive
-               FROM attempts a LEFT JOIN workers w ON w.id = a.worker_id
+               SELECT w.id IS NOT NULL AS alive
+               FROM attempts a LEFT JOIN live_workers w ON w.id = a.worker_id
                WHERE a.item_id = i.id AND a.worker_id > 0 AND i.state <> 'sent'
                  AND (a.number > i.attempt OR (a.number = i.attempt AND i.state = 'pending'))
                ORDER BY a.number DESC LIMIT 1
@@ -187,9 +187,9 @@ pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
     .await?;
     // A claim whose worker is not known counts as one of a dead worker, which it is.
     let workers = sqlx::query!(
-        "DELETE FROM workers WHERE id IN (SELECT id FROM workers
+        "DELETE FROM workers WHERE id IN (SELECT id FROM workers w
                                           WHERE heartbeat_at < now() - make_interval(secs => $1)
-                                            AND (stopped_at IS NOT NULL OR died_at IS NOT NULL)
+                                            AND NOT EXISTS (SELECT FROM live_workers l WHERE l.id = w.id)
                                           ORDER BY id LIMIT $2)",
         after,
         limit,

@@ -116,7 +116,7 @@ pub async fn settle_sent(conn: &mut PgConnection, sent: &[(Uuid, i64)]) -> sqlx:
             Item,
             r#"SELECT i.run_id, i.id, i.attempt, i.tries, i.replays, i.state AS "state: SqlState"
                FROM unnest($1::uuid[], $2::bigint[]) AS s (run_id, id) JOIN run_items i ON i.id = s.id AND i.run_id = s.run_id
-               WHERE i.state IN ('pending', 'retrying', 'cancelled', 'skipped', 'unknown', 'failed')"#,
+               WHERE i.state = ANY(mailrun_unsent())"#,
             &run_ids,
             &item_ids,
         )

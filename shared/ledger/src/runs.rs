@@ -121,18 +121,18 @@ async fn list_where(
     limit: i64,
 ) -> sqlx::Result<Vec<Progress>> {
     let rows = sqlx::query!(
-        r#"SELECT r.id, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Stored<Wanted>", p.total, p.pending, p.retrying, p.cancelled, p.skipped, p.unknown,
-                  p.failed, p.sent, p.started_at, p.updated_at, p.finished_at, clock_timestamp() AS "now!",
+        r#"SELECT r.id, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Stored<Wanted>", c.total AS "total!", c.counts AS "counts!",
+                  p.started_at, p.updated_at, p.finished_at, clock_timestamp() AS "now!",
                   coalesce((SELECT (max(s.settled) - min(s.settled))::float8
                                    / greatest(extract(epoch FROM max(s.at) - min(s.at))::float8, 1)
                             FROM run_samples s
                             WHERE s.run_id = r.id AND s.at > clock_timestamp() - make_interval(secs => $4)), 0) AS "rate!",
-                  (SELECT max(w.lane_reason) FROM workers w
-                   WHERE w.stopped_at IS NULL AND w.lane_until > clock_timestamp()) AS held_up
+                  (SELECT max(w.lane_reason) FROM live_workers w
+                   WHERE w.lane_until > clock_timestamp()) AS held_up
            FROM (SELECT * FROM runs
                  WHERE ($1::uuid IS NULL OR id = $1) AND ($2::timestamptz IS NULL OR created_at < $2)
                  ORDER BY created_at DESC, id DESC LIMIT $3) r
-           JOIN run_progress p ON p.run_id = r.id
+           JOIN run_progress p ON p.run_id = r.id JOIN run_counters c ON c.run_id = r.id
            ORDER BY r.created_at DESC, r.id DESC"#,
         run_id,
         before,
@@ -148,16 +148,7 @@ async fn list_where(
             created_at: row.created_at,
             later: row.wanted.later().map(str::to_owned),
             wanted: row.wanted.acted_on(),
-            counters: Counters {
-                total: row.total,
-                pending: row.pending,
-                retrying: row.retrying,
-                cancelled: row.cancelled,
-                skipped: row.skipped,
-                unknown: row.unknown,
-                failed: row.failed,
-                sent: row.sent,
-            },
+            counters: Counters::new(row.total, &row.counts),
             started_at: row.started_at,
             updated_at: row.updated_at,
             finished_at: row.finished_at,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mailrun_core::{
     public_url::is_this_machine,
-    setting::{DAY, InvalidSetting},
+    setting::{DAY, InvalidSetting, ms},
 };
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
@@ -21,14 +21,16 @@ pub struct DatabaseConfig {
     pub url: SecretString,
     /// Connections a process keeps at most.
     pub max_connections: u32,
-    /// How long a request for a connection may wait.
-    pub acquire_timeout_ms: u64,
+    /// How long a request for a connection of the pool may wait. Not a setting: the pages wait less long than workers.
+    #[serde(skip)]
+    pub acquire_timeout: Duration,
     /// Lets connections beyond this machine go unencrypted or unverified, as `url` says.
     pub allow_plaintext: bool,
     /// The roles that `mailrun setup` makes.
     pub roles: RolesConfig,
     /// PostgreSQL must answer a statement within this time. A connection on which it does not is given up.
-    pub answer_timeout_ms: u64,
+    #[serde(rename = "answer_timeout_ms", with = "ms")]
+    pub answer_timeout: Duration,
 }
 
 impl Default for DatabaseConfig {
@@ -36,19 +38,11 @@ impl Default for DatabaseConfig {
         Self {
             url: "postgres://mailrun@127.0.0.1:5432/mailrun".into(),
             max_connections: 10,
-            acquire_timeout_ms: 10_000,
+            acquire_timeout: Duration::from_secs(10),
             allow_plaintext: false,
             roles: RolesConfig::default(),
-            answer_timeout_ms: 30_000,
+            answer_timeout: Duration::from_millis(30_000),
         }
-    }
-}
-
-impl DatabaseConfig {
-    /// How long PostgreSQL may take to answer.
-    #[must_use]
-    pub fn answer_timeout(&self) -> Duration {
-        Duration::from_millis(self.answer_timeout_ms)
     }
 }
 
@@ -120,7 +114,7 @@ impl DatabaseConfig {
         if let Err(reason) = self.options() {
             return wrong("database.url", reason);
         }
-        if !(1..=DAY.as_millis()).contains(&u128::from(self.answer_timeout_ms)) {
+        if !(1..=DAY.as_millis()).contains(&self.answer_timeout.as_millis()) {
             return wrong("database.answer_timeout_ms", "from 1 to 86400000, which is a day");
         }
         self.roles.check()

@@ -157,8 +157,8 @@ pub async fn repairs(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Repairs> {
 /// The database's.
 pub async fn all_lanes_closed(conn: &mut PgConnection) -> sqlx::Result<bool> {
     sqlx::query_scalar!(
-        r#"SELECT coalesce(bool_and(coalesce(lane_until > clock_timestamp(), false)), false) AS "closed!" FROM workers
-           WHERE permits > 0 AND stopped_at IS NULL AND died_at IS NULL"#,
+        r#"SELECT coalesce(bool_and(coalesce(lane_until > clock_timestamp(), false)), false) AS "closed!" FROM live_workers
+           WHERE permits > 0"#,
     )
     .fetch_one(conn)
     .await
@@ -189,11 +189,11 @@ pub async fn open_items(
     let rows = sqlx::query!(
         r#"SELECT i.id, i.position, i.attempt, i.state AS "state: SqlState", i.tries, i.replays,
                   a.worker_id AS "worker_id?",
-                  (w.id IS NOT NULL AND w.stopped_at IS NULL AND w.died_at IS NULL) AS alive
+                  w.id IS NOT NULL AS "alive!"
            FROM run_items i
            LEFT JOIN attempts a ON a.item_id = i.id
                  AND a.number = i.attempt + CASE WHEN i.state = 'retrying' THEN 1 ELSE 0 END
-           LEFT JOIN workers w ON w.id = a.worker_id
+           LEFT JOIN live_workers w ON w.id = a.worker_id
            WHERE i.run_id = $1 AND i.position > $3 AND i.state IN ('pending', 'retrying')
              AND (i.due_at IS NULL OR i.due_at < clock_timestamp() - make_interval(secs => $2))
              AND (i.attempt > 1 OR i.state = 'retrying' OR a.worker_id IS NOT NULL

@@ -172,8 +172,7 @@ pub async fn read(pool: &PgPool, test_id: Uuid, dead_after: Duration) -> sqlx::R
         TestSend,
         r#"SELECT t.email, t.subject, t.body, t.state AS "state: Stored<TestState>", t.reason,
                   (t.claimed_at IS NOT NULL AND t.finished_at IS NULL AND NOT EXISTS (
-                       SELECT FROM workers w WHERE w.id = t.worker_id AND w.stopped_at IS NULL AND w.died_at IS NULL
-                         AND w.heartbeat_at > now() - make_interval(secs => $2))) AS "orphaned!"
+                       SELECT FROM live_workers w WHERE w.id = t.worker_id AND w.heartbeat_at > now() - make_interval(secs => $2))) AS "orphaned!"
            FROM test_sends t WHERE t.id = $1"#,
         test_id,
         dead_after.as_secs_f64()

@@ -3,24 +3,88 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use mailrun_core::observer::Beat;
-use sqlx::PgConnection;
+use mailrun_core::{
+    agreement::{Agreement, Difference},
+    observer::Beat,
+};
+use sqlx::{Connection as _, PgConnection, types::Json};
 
-/// Registers this process and returns its id, which is never used again. `permits` is how many sends it may have in
-/// flight.
-///
-/// # Errors
-/// The database's.
-pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32, permits: i32) -> sqlx::Result<i64> {
-    sqlx::query_scalar!(
-        "INSERT INTO workers (roles, host, pid, permits) VALUES ($1, $2, $3, $4) RETURNING id",
-        roles,
-        host,
-        pid,
-        permits
+/// What a worker says of itself when it registers.
+#[derive(Clone, Debug)]
+pub struct Registration<'a> {
+    /// Its roles, with commas between them.
+    pub roles: &'a str,
+    /// The machine it is on.
+    pub host: &'a str,
+    /// Its process there.
+    pub pid: i32,
+    /// How many sends it may have in flight.
+    pub permits: i32,
+    /// Its settings that have to agree with those of the others.
+    pub settings: &'a Agreement,
+}
+
+/// A live worker whose settings differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disagreeing {
+    /// Its heartbeat.
+    pub beat: Beat,
+    /// The machine it is on.
+    pub host: String,
+    /// Its process there.
+    pub pid: i32,
+    /// How long it may be silent until others declare it dead.
+    pub dead_after: Duration,
+    /// Where it differs.
+    pub differences: Vec<Difference>,
+}
+
+/// Two workers with different settings must not both find themselves alone.
+const REGISTRATION_LOCK: i64 = 0x6d61_696c_726f_7367;
+
+/// Registers this process and returns its id, which is never used again; or the live workers whose settings differ, and then it is
+/// not registered. Of workers that recorded no settings, or settings that can't be read, nothing is known.
+pub async fn register(
+    conn: &mut PgConnection,
+    worker: &Registration<'_>,
+) -> sqlx::Result<Result<i64, Vec<Disagreeing>>> {
+    let mut tx = conn.begin().await?;
+    sqlx::query!("SELECT pg_advisory_xact_lock($1)", REGISTRATION_LOCK).fetch_one(&mut *tx).await?;
+    let others = sqlx::query!(
+        r#"SELECT w.id, w.heartbeat_at, w.host, w.pid, w.settings AS "settings!"
+           FROM workers w JOIN live_workers l ON l.id = w.id WHERE w.settings IS NOT NULL"#
     )
-    .fetch_one(conn)
-    .await
+    .fetch_all(&mut *tx)
+    .await?;
+    let disagreeing: Vec<Disagreeing> = others
+        .into_iter()
+        .filter_map(|row| {
+            let theirs: Agreement = serde_json::from_value(row.settings).ok()?;
+            let differences = worker.settings.differences(&theirs);
+            (!differences.is_empty()).then(|| Disagreeing {
+                beat: Beat { worker_id: row.id, at: row.heartbeat_at },
+                host: row.host,
+                pid: row.pid,
+                dead_after: Duration::from_millis(theirs.dead_after_ms),
+                differences,
+            })
+        })
+        .collect();
+    if !disagreeing.is_empty() {
+        return Ok(Err(disagreeing));
+    }
+    let id = sqlx::query_scalar!(
+        "INSERT INTO workers (roles, host, pid, permits, settings) VALUES ($1, $2, $3, $4, $5) RETURNING id",
+        worker.roles,
+        worker.host,
+        worker.pid,
+        worker.permits,
+        Json(worker.settings) as _,
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(Ok(id))
 }
 
 /// The heartbeats of all workers that have neither stopped nor been declared dead.
@@ -28,12 +92,7 @@ pub async fn register(conn: &mut PgConnection, roles: &str, host: &str, pid: i32
 /// # Errors
 /// The database's.
 pub async fn beats(conn: &mut PgConnection) -> sqlx::Result<Vec<Beat>> {
-    sqlx::query_as!(
-        Beat,
-        "SELECT id AS worker_id, heartbeat_at AS at FROM workers WHERE stopped_at IS NULL AND died_at IS NULL"
-    )
-    .fetch_all(conn)
-    .await
+    sqlx::query_as!(Beat, r#"SELECT id AS "worker_id!", heartbeat_at AS "at!" FROM live_workers"#).fetch_all(conn).await
 }
 
 /// Declares workers dead whose heartbeat is still the one that was seen. Returns which of them are.

@@ -1,4 +1,4 @@
-//! Abuse reports (RFC 5965): a provider says that a recipient has called a mail spam.
+//! Abuse reports (RFC 5965): a provider reports that a recipient marked a mail as spam.
 
 use mail_parser::{Address as Addresses, Message, MessageParser, PartType};
 use mailrun_ledger::suppressions::Reason;
@@ -8,7 +8,7 @@ use super::{
     fields::{field, fields},
 };
 
-/// The recipients who complained. A report without a recipient, or of a type that is no complaint, claims nothing.
+/// The recipients who complained. A report without a recipient, or of another type, claims nothing.
 pub(super) fn claims(report: &str, mail: &Message<'_>) -> Vec<Claim> {
     let fields = fields(&mut report.lines());
     let kind = field(&fields, "Feedback-Type").unwrap_or_default();
@@ -20,14 +20,14 @@ pub(super) fn claims(report: &str, mail: &Message<'_>) -> Vec<Claim> {
         })
         .map(|(_, address)| address.trim_matches(['<', '>']).to_owned())
         .collect();
-    // Many providers leave the recipient out, and return the mail with its header.
+    // Many providers omit the recipient and return the mail with its header.
     if addresses.is_empty() {
         addresses = original_recipients(mail);
     }
     if addresses.is_empty() { Vec::new() } else { vec![Claim::new(addresses, reason, Some(kind))] }
 }
 
-/// None: this type is about authentication, or malware, or says that the mail is no spam after all.
+/// None: the type is about authentication or malware, or says that the mail is not spam.
 pub(super) fn reason(feedback_type: &str) -> Option<Reason> {
     let kind = feedback_type.split(['(', ';', ' ']).next().unwrap_or_default().to_ascii_lowercase();
     match kind.as_str() {
@@ -37,7 +37,7 @@ pub(super) fn reason(feedback_type: &str) -> Option<Reason> {
     }
 }
 
-/// Whom the returned mail was for.
+/// The recipients of the returned mail.
 fn original_recipients(mail: &Message<'_>) -> Vec<String> {
     let to = |header: Option<&Addresses<'_>>| -> Vec<String> {
         let addresses = header.into_iter().flat_map(Addresses::iter);
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn types_that_are_no_complaints_suppress_nobody() {
+    fn other_feedback_types_suppress_nobody() {
         for kind in ["abuse", "Abuse", "fraud", "other", "abuse (spam)"] {
             assert_eq!(reason(kind), Some(Reason::Complained), "{kind}");
         }

@@ -1,4 +1,4 @@
-//! What a report says about an address, and what that proves.
+//! What a report claims about an address, and what its evidence proves.
 
 use mailrun_core::{
     address::{Address, mailbox},
@@ -10,23 +10,23 @@ use uuid::Uuid;
 
 use super::fields::untyped;
 
-/// The details of a report are cut beyond this.
+/// Details are truncated to this length.
 pub(super) const MAX_DETAIL_CHARS: usize = 500;
 
-/// An address that is not to be written to again.
+/// An address to suppress.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Verdict {
-    /// In the form in which addresses are compared.
+pub(crate) struct ReportedAddress {
+    /// Normalised for comparison.
     pub(crate) email: String,
     pub(crate) reason: Reason,
-    /// In the reporter's words.
+    /// The reporter's text.
     pub(crate) detail: Option<String>,
-    /// The run whose message it is about, if the report proves that.
+    /// The run of the message, if the report proves it.
     pub(crate) run_id: Option<Uuid>,
 }
 
-impl Verdict {
-    /// About an address as it stands in a report, perhaps with a name. None: it is no address.
+impl ReportedAddress {
+    /// Parses an address from a report, which may include a name. None: it is not an address.
     pub(super) fn new(address: &str, reason: Reason, detail: Option<&str>) -> Option<Self> {
         let Address { email, .. } = address.parse().ok()?;
         let detail = detail.map(one_line).filter(|detail| !detail.is_empty());
@@ -34,18 +34,18 @@ impl Verdict {
     }
 }
 
-/// That an address is not to be written to again.
+/// A claim that an address must be suppressed.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Claim {
-    /// The address, in all forms in which the report names it: as it was written to, as it was forwarded, decoded or not.
+    /// The address in all forms that the report contains: original, forwarded, encoded and decoded.
     pub(crate) addresses: Vec<String>,
     pub(crate) reason: Reason,
-    /// In the reporter's words, on one line.
+    /// The reporter's text, on one line.
     pub(crate) detail: Option<String>,
 }
 
 impl Claim {
-    /// That there is no such mailbox, if the evidence proves it.
+    /// A nonexistent mailbox, if the evidence proves it.
     pub(super) fn bounced(addresses: Vec<String>, status: Option<&str>, diagnostic: Option<&str>) -> Option<Self> {
         let detail = diagnostic.filter(|text| !text.is_empty()).or(status);
         classify_report(status, diagnostic).suppresses().then(|| Self::new(addresses, Reason::Bounced, detail))
@@ -55,22 +55,21 @@ impl Claim {
         Self { addresses, reason, detail: detail.map(one_line).filter(|detail| !detail.is_empty()) }
     }
 
-    /// Whether it is about this address, as the ledger knows it.
+    /// Whether the claim is about this address of the ledger.
     pub(crate) fn is_about(&self, email: &str) -> bool {
         let Ok(ours) = mailbox(email) else { return false };
         self.addresses.iter().any(|address| mailbox(address).is_ok_and(|address| address == ours))
     }
 }
 
-/// A report that can't be read.
 #[derive(Debug, PartialEq, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct NotUnderstood(pub(super) &'static str);
+pub(crate) struct ReportError(pub(super) &'static str);
 
-/// Whether a bounce that a provider calls permanent is about the mailbox: what the mail server said may prove the contrary. Without
-/// its words, or if they are not recognised, the provider's word counts.
+/// Whether a bounce that a provider calls permanent is about the mailbox: the mail server's reply may disprove it. Without a
+/// reply, or with an unknown one, the provider's classification counts.
 pub(super) fn is_about_the_mailbox(status: Option<&str>, diagnostic: Option<&str>) -> bool {
-    // A permanent failure of which nothing else is known.
+    // A permanent failure without a known cause.
     let classified = classify_report(status.or(Some("5.0.0")), diagnostic.map(untyped));
     let says_nothing =
         status.is_none_or(|status| status.trim().is_empty()) && diagnostic.is_none_or(|text| text.trim().is_empty());
@@ -82,7 +81,7 @@ pub(super) fn one_line(text: &str) -> String {
     words.collect::<Vec<_>>().join(" ").chars().take(MAX_DETAIL_CHARS).collect()
 }
 
-/// The text at a path of keys.
+/// The string at a path of keys.
 pub(super) fn text<'a>(json: &'a Value, path: &[&str]) -> Option<&'a str> {
     path.iter().try_fold(json, |json, key| json.get(key))?.as_str()
 }

@@ -1,24 +1,24 @@
-//! Delivery status notifications (RFC 3464, RFC 6533): the part that machines read.
+//! The machine-readable part of delivery status notifications (RFC 3464, RFC 6533).
 
 use super::{
     claim::Claim,
     fields::{field, fields, untyped},
 };
 
-/// Recipients of a report that are looked at. A message of ours has one; a list behind that address may report several.
+/// Maximum recipients read from a report. Our messages have one; a mailing list behind it may report several.
 const MAX_RECIPIENTS: usize = 100;
 
-/// Whether a text is such a part, without a mail around it.
+/// Whether a text is such a part without a mail around it.
 pub(super) fn is_status(text: &str) -> bool {
     recipients(text).next().is_some()
 }
 
-/// The recipients for whom delivery has failed in a way that proves that there is no such mailbox.
+/// The recipients whose mailbox provably does not exist.
 pub(super) fn claims(status: &str) -> Vec<Claim> {
     recipients(status).take(MAX_RECIPIENTS).filter_map(|fields| claim(&fields)).collect()
 }
 
-/// The groups of fields that speak of a recipient.
+/// The per-recipient groups of fields.
 fn recipients(status: &str) -> impl Iterator<Item = Vec<(String, String)>> {
     let mut lines = status.lines();
     let groups = std::iter::from_fn(move || {
@@ -28,7 +28,7 @@ fn recipients(status: &str) -> impl Iterator<Item = Vec<(String, String)>> {
     groups.flat_map(split).filter(|fields| field(fields, "Action").is_some() && !addresses(fields).is_empty())
 }
 
-/// Some servers leave out the blank line between two recipients: the next one begins where a field comes again.
+/// Some servers omit the blank line between two recipients: a repeated field begins the next one.
 fn split(group: Vec<(String, String)>) -> Vec<Vec<(String, String)>> {
     const STARTS: [&str; 2] = ["Original-Recipient", "Final-Recipient"];
     let mut groups: Vec<Vec<(String, String)>> = vec![Vec::new()];
@@ -47,7 +47,7 @@ fn split(group: Vec<(String, String)>) -> Vec<Vec<(String, String)>> {
     groups
 }
 
-/// None: the mail was delivered, is delayed, or what hinders it says nothing about the mailbox.
+/// None: the mail was delivered or is delayed, or the failure says nothing about the mailbox.
 fn claim(fields: &[(String, String)]) -> Option<Claim> {
     let action = field(fields, "Action")?.split([' ', '(', ';']).next()?;
     if !action.eq_ignore_ascii_case("failed") {
@@ -57,7 +57,7 @@ fn claim(fields: &[(String, String)]) -> Option<Claim> {
     Claim::bounced(addresses(fields), field(fields, "Status"), diagnostic)
 }
 
-/// The original recipient is the one we wrote to; the final one may be what it is forwarded to.
+/// The original recipient is the one in our message; the final one may be a forwarding address.
 fn addresses(fields: &[(String, String)]) -> Vec<String> {
     let mut addresses = Vec::new();
     for value in ["Original-Recipient", "Final-Recipient"].into_iter().filter_map(|name| field(fields, name)) {
@@ -73,7 +73,7 @@ fn addresses(fields: &[(String, String)]) -> Vec<String> {
     addresses
 }
 
-/// `+2B` is a plus (RFC 3461, 4). Whether a plus is one of these is decided by comparison with the address of the message.
+/// `+2B` is a plus (RFC 3461, 4). Comparing with the message's address decides whether a plus is such a code.
 fn decoded_xtext(text: &str) -> String {
     decoded(text, "+", |rest| {
         let code = rest.get(..2).filter(|code| code.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'A'..=b'F')))?;
@@ -91,7 +91,7 @@ fn decoded_unicode(text: &str) -> String {
     })
 }
 
-/// Replaces each `mark` and what `decode` takes of the text behind it. What it does not understand stays.
+/// Replaces each `mark` and the text after it that `decode` accepts. Anything else is left unchanged.
 fn decoded(text: &str, mark: &str, decode: impl Fn(&str) -> Option<(char, usize)>) -> String {
     let mut decoded = String::with_capacity(text.len());
     let mut rest = text;
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_for_good_names_whom_we_wrote_to() {
+    fn a_permanent_failure_names_the_original_recipient() {
         let claims = claims_of("message/rfc822", POSTFIX);
         assert_eq!(claims.len(), 1);
         assert!(claims[0].is_about("nobody+list@example.org") && claims[0].is_about("forwarded@example.net"));
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_taken_apart_or_with_other_line_ends() {
+    fn parses_detached_parts_and_other_line_ends() {
         let crlf = POSTFIX.replace('\n', "\r\n");
         assert_eq!(claims_of("text/plain", &crlf), claims_of("message/rfc822", POSTFIX));
         let (_, body) = POSTFIX.split_once("\n\n").unwrap();
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn recipients_without_a_blank_line_between_them_are_several() {
+    fn separates_recipients_without_a_blank_line_between_them() {
         let status = "Final-Recipient: rfc822; a@x.org\nAction: failed\nStatus: 5.1.1\n\
              Original-Recipient: rfc822;c@x.org\nFinal-Recipient: rfc822; b@x.org\nAction: failed\nStatus: 5.7.1\n\
              Final-Recipient: rfc822; d@x.org\nAction: delayed\nStatus: 4.1.1\n";
@@ -159,14 +159,14 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_compared_in_every_form_that_it_may_have() {
+    fn compares_an_address_in_all_its_encodings() {
         let about = |value: &str, email| {
             let status =
                 format!("Original-Recipient: {value}\nFinal-Recipient: rfc822; x@y.org\nAction: failed\nStatus: 5.1.1");
             claims(&status)[0].is_about(email)
         };
         assert!(about("rfc822;a+2Bb+3Dc@x.org", "a+b=c@x.org"));
-        // A tag that looks like a code.
+        // A tag that looks like an xtext code.
         assert!(about("rfc822; a+40@x.org", "a+40@x.org"));
         assert!(about("RFC822;<A@X.org>", "a@x.org"));
         assert!(about("rfc822; a@x.org (Ann)", "a@x.org"));
@@ -178,19 +178,19 @@ mod tests {
     }
 
     #[test]
-    fn a_text_with_a_semicolon_has_no_type() {
+    fn text_with_a_semicolon_need_not_have_a_type() {
         assert_eq!(untyped("smtp; 550 no; never"), "550 no; never");
         assert_eq!(untyped("550 5.7.1 rejected; no such user"), "550 5.7.1 rejected; no such user");
     }
 
     proptest! {
         #[test]
-        fn whatever_comes_nothing_panics(content_type in "\\PC{0,40}", body in prop::collection::vec(any::<u8>(), 0..400)) {
+        fn no_input_panics(content_type in "\\PC{0,40}", body in prop::collection::vec(any::<u8>(), 0..400)) {
             let _ = read(Some(&content_type), &body);
         }
 
         #[test]
-        fn a_mail_that_is_cut_or_garbled_claims_little(
+        fn a_truncated_or_garbled_mail_yields_at_most_its_claims(
             from in 0usize..POSTFIX.len(), to in 0usize..POSTFIX.len(), with in prop::collection::vec(any::<u8>(), 0..20), end: bool,
         ) {
             let (from, to) = (from.min(to), if end { POSTFIX.len() } else { from.max(to) });
@@ -205,13 +205,13 @@ mod tests {
         }
 
         #[test]
-        fn decoding_any_address_ends(text in "([+\\\\x{}0-9A-Fa-z@é]|\\+2B|\\\\x\\{FC\\}){0,30}") {
+        fn decoding_any_address_terminates(text in "([+\\\\x{}0-9A-Fa-z@é]|\\+2B|\\\\x\\{FC\\}){0,30}") {
             let _ = (decoded_xtext(&text), decoded_unicode(&text));
         }
     }
 
     #[test]
-    fn a_mail_within_a_mail_within_a_mail_ends() {
+    fn nested_mails_are_bounded() {
         let parts =
             ["Content-Type: message/rfc822\r\n\r\n", "Content-Type: multipart/mixed; boundary=a\r\n\r\n--a\r\n"];
         for part in parts {

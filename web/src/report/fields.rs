@@ -1,6 +1,6 @@
-//! The fields of a header, and of the part of a report that machines read.
+//! The fields of a mail header and of the machine-readable part of a report.
 
-/// The fields of a header or of a machine-readable part, with their values on one line.
+/// The fields with their values unfolded.
 pub(super) fn fields(lines: &mut dyn Iterator<Item = &str>) -> Vec<(String, String)> {
     let mut fields: Vec<(String, String)> = Vec::new();
     for line in lines {
@@ -25,7 +25,7 @@ pub(super) fn field<'a>(fields: &'a [(String, String)], name: &str) -> Option<&'
     fields.iter().find(|field| field.0.eq_ignore_ascii_case(name)).map(|field| field.1.as_str())
 }
 
-/// `rfc822; ann@example.org` without its type. A text with a semicolon need not have one.
+/// `rfc822; ann@example.org` without its type. The type is optional.
 pub(super) fn untyped(value: &str) -> &str {
     let is_type = |kind: &str| kind.len() < 40 && kind.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
     match value.split_once(';') {

@@ -1,5 +1,5 @@
-//! Mails that came to the bounce address: reports of mail servers and providers, and what only looks like one. What a mail
-//! claims counts for nothing until it is compared with the message that it names: anybody can write to that address.
+//! Mails sent to the bounce address: reports of mail servers and providers, and other mail. A mail's claims count only after they
+//! are compared with the message that it names: anyone can write to that address.
 
 use std::borrow::Cow;
 
@@ -7,31 +7,30 @@ use mail_parser::{Message, MessageParser, MessagePart, MimeHeaders as _, PartTyp
 
 use super::{
     arf,
-    claim::{Claim, NotUnderstood},
+    claim::{Claim, ReportError},
     dsn, text,
 };
 
-/// A mail may hold a mail, which may hold a mail: each level has a Content-Type, and is let go of by recursion. A bounce, with the mail
-/// that it is about, has a handful.
+/// Mails may nest. Each level has a Content-Type, and dropping nested parts recurses, so the depth is bounded. A bounce with its
+/// original mail has a handful.
 const MAX_PARTS: usize = 200;
 
-/// What came back.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Returned {
-    /// What it claims about addresses; none: it is a notice of a delay, an automatic reply, or another mail.
+    /// Claims about addresses. Empty for a delay notice, an automatic reply, or another mail.
     pub(crate) claims: Vec<Claim>,
-    /// All its text, decoded: somewhere in it stands the id of the message that it is about.
+    /// All its text, decoded; it contains the id of the message that the mail is about.
     pub(crate) quoted: String,
 }
 
-pub(super) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Returned, NotUnderstood> {
+pub(super) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Returned, ReportError> {
     const FIELD: &[u8] = b"content-type";
     if body.windows(FIELD.len()).filter(|bytes| bytes.eq_ignore_ascii_case(FIELD)).nth(MAX_PARTS).is_some() {
-        return Err(NotUnderstood("it has more than 200 parts"));
+        return Err(ReportError("it has more than 200 parts"));
     }
     let reunited = reunited(content_type, body);
     let body = reunited.as_deref().unwrap_or(body);
-    let Some(mail) = MessageParser::default().parse(body) else { return Err(NotUnderstood("it is empty")) };
+    let Some(mail) = MessageParser::default().parse(body) else { return Err(ReportError("it is empty")) };
     let claims = if let Some(report) = part_of(&mail, &["feedback-report"]) {
         arf::claims(&content(report), &mail)
     } else if let Some(status) = part_of(&mail, &["delivery-status", "global-delivery-status"]) {
@@ -39,17 +38,17 @@ pub(super) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Returned, 
     } else if let Ok(fields) = std::str::from_utf8(body)
         && dsn::is_status(fields)
     {
-        // The part that machines read, without a mail around it.
+        // The machine-readable part, without a mail around it.
         dsn::claims(fields)
     } else if is_mail(&mail) {
         text::claims(&mail)
     } else {
-        return Err(NotUnderstood("it is neither JSON nor a mail"));
+        return Err(ReportError("it is neither JSON nor a mail message"));
     };
     Ok(Returned { claims, quoted: quoted(&mail, body) })
 }
 
-/// A mail that a program has taken apart: its first header went into the request's.
+/// Restores a mail whose first header a program has moved into the request's header.
 fn reunited(content_type: Option<&str>, body: &[u8]) -> Option<Vec<u8>> {
     let is_multipart =
         |kind: &str| kind.trim_start().get(..10).is_some_and(|start| start.eq_ignore_ascii_case("multipart/"));
@@ -59,12 +58,12 @@ fn reunited(content_type: Option<&str>, body: &[u8]) -> Option<Vec<u8>> {
     Some(mail)
 }
 
-/// Whether it has a header that every mail that was delivered has.
+/// Whether it has a header that every delivered mail has.
 fn is_mail(mail: &Message<'_>) -> bool {
     ["From", "Return-Path", "Received", "Date"].into_iter().any(|name| mail.header_raw(name).is_some())
 }
 
-/// The part of this kind of `message/…`.
+/// The `message/…` part of one of these subtypes.
 fn part_of<'a, 'x>(mail: &'a Message<'x>, kinds: &[&str]) -> Option<&'a MessagePart<'x>> {
     mail.parts.iter().find(|part| {
         part.content_type().is_some_and(|kind| {
@@ -78,7 +77,7 @@ fn content<'a>(part: &'a MessagePart<'_>) -> Cow<'a, str> {
     String::from_utf8_lossy(part.contents())
 }
 
-/// All text of a mail: as it came, and decoded where it was encoded.
+/// All text of a mail, raw and decoded.
 fn quoted(mail: &Message<'_>, body: &[u8]) -> String {
     let mut text = String::from_utf8_lossy(body).into_owned();
     add_decoded(mail, &mut text);

@@ -1,4 +1,4 @@
-//! Reads what mail providers and mail servers report of mails that went out: bounces and complaints. Pure.
+//! Parses the bounce and complaint reports of mail providers and mail servers. Pure functions.
 
 mod arf;
 mod claim;
@@ -17,39 +17,35 @@ use serde_json::Value;
 
 use self::sns::Envelope;
 pub(crate) use self::{
-    claim::{NotUnderstood, Verdict},
+    claim::{ReportError, ReportedAddress},
     mail::Returned,
 };
 
-/// What a report is about.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Report {
-    /// What a mail provider says of addresses; none, if it may pass, or is good news.
-    Provider(Vec<Verdict>),
-    /// A mail that came to the bounce address. Anybody can write there.
+    /// A mail provider's report about addresses. Empty if it is temporary or a success.
+    Provider(Vec<ReportedAddress>),
+    /// A mail to the bounce address. Anyone can write to it.
     Mail(Returned),
-    /// A message of Amazon SNS, which is to be verified.
+    /// A message of Amazon SNS, not yet verified.
     Sns(Box<Envelope>),
 }
 
-/// Whether a report is JSON. Amazon SNS calls its own text/plain.
+/// Whether a report is JSON. Amazon SNS sends JSON as text/plain.
 pub(crate) fn is_json(body: &[u8]) -> bool {
     body.trim_ascii_start().first() == Some(&b'{')
 }
 
-/// Reads a report by what it says; its content type only helps with a mail whose header stayed behind.
-///
-/// # Errors
-/// Why it can't be read.
-pub(crate) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Report, NotUnderstood> {
+/// Parses a report by its content; the content type only matters for a mail whose header was separated from it.
+pub(crate) fn read(content_type: Option<&str>, body: &[u8]) -> Result<Report, ReportError> {
     if is_json(body) {
-        let json = serde_json::from_slice(body).map_err(|_| NotUnderstood("it begins like JSON, and is none"))?;
+        let json = serde_json::from_slice(body).map_err(|_| ReportError("it is malformed JSON"))?;
         return read_json(json);
     }
     mail::read(content_type, body).map(Report::Mail)
 }
 
-fn read_json(json: Value) -> Result<Report, NotUnderstood> {
+fn read_json(json: Value) -> Result<Report, ReportError> {
     if postmark::is_one(&json) {
         postmark::read(&json).map(Report::Provider)
     } else if sns::is_one(&json) {
@@ -72,7 +68,7 @@ mod tests {
     };
 
     #[test]
-    fn what_is_no_report_is_refused() {
+    fn refuses_other_content() {
         for body in [
             "",
             "hello",
@@ -89,29 +85,29 @@ mod tests {
     }
 
     #[test]
-    fn all_spellings_of_a_domain_are_one_mailbox() {
+    fn normalises_internationalised_domains() {
         for email in ["ann@xn--bcher-kva.example", "ann@bücher.example", "Ann@BU\u{308}CHER.example"] {
-            assert_eq!(Verdict::new(email, Reason::Bounced, None).unwrap().email, "ann@xn--bcher-kva.example");
+            assert_eq!(ReportedAddress::new(email, Reason::Bounced, None).unwrap().email, "ann@xn--bcher-kva.example");
         }
     }
 
     #[test]
-    fn a_detail_is_one_line_of_bounded_length() {
-        let verdict = Verdict::new("Ann <Ann@X.org>", Reason::Bounced, Some(&"a\r\n b ".repeat(400))).unwrap();
-        assert_eq!(verdict.email, "ann@x.org");
-        let detail = verdict.detail.unwrap();
+    fn a_detail_is_one_bounded_line() {
+        let reported = ReportedAddress::new("Ann <Ann@X.org>", Reason::Bounced, Some(&"a\r\n b ".repeat(400))).unwrap();
+        assert_eq!(reported.email, "ann@x.org");
+        let detail = reported.detail.unwrap();
         assert!(detail.starts_with("a b a b") && detail.len() == MAX_DETAIL_CHARS, "{detail}");
-        assert_eq!(Verdict::new("nobody", Reason::Bounced, None), None);
+        assert_eq!(ReportedAddress::new("nobody", Reason::Bounced, None), None);
     }
 
     #[test]
-    fn a_detail_has_no_character_that_can_not_be_kept() {
-        let verdict = Verdict::new("a@x.org", Reason::Bounced, Some("550\0no\u{7}such user")).unwrap();
-        assert_eq!(verdict.detail.as_deref(), Some("550 no such user"));
+    fn a_detail_has_no_control_characters() {
+        let reported = ReportedAddress::new("a@x.org", Reason::Bounced, Some("550\0no\u{7}such user")).unwrap();
+        assert_eq!(reported.detail.as_deref(), Some("550 no such user"));
     }
 
     #[test]
-    fn what_a_server_said_overrides_the_provider() {
+    fn the_server_reply_overrides_the_provider() {
         for (status, diagnostic) in [
             (None, None),
             (Some(""), Some(" ")),
@@ -134,7 +130,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_report_of_any_json_is_understood_or_refused(
+        fn any_json_report_is_parsed_or_refused(
             which in 0usize..3, places in prop::collection::vec((any::<prop::sample::Index>(), prop::sample::select(&[
                 "{", "}", "[", "]", ":", ",", "\"", "\\", "\\u0000", "null", "5", "\"\"", "\"x\"", "Permanent", "true", "-1e999", "é",
             ][..]), 0usize..30), 0..4),
@@ -147,14 +143,14 @@ mod tests {
                 let at = place.index(body.len());
                 body.splice(at..(at + taken).min(body.len()), with.bytes());
             }
-            let verdicts = match read(Some("application/json"), &body) {
-                Ok(Report::Provider(verdicts)) => Ok(verdicts),
-                Ok(Report::Sns(envelope)) => envelope.verdicts(),
+            let reported = match read(Some("application/json"), &body) {
+                Ok(Report::Provider(reported)) => Ok(reported),
+                Ok(Report::Sns(envelope)) => envelope.reported(),
                 Ok(Report::Mail(returned)) => { prop_assert_eq!(returned.claims, []); Ok(Vec::new()) }
                 Err(reason) => Err(reason),
             };
-            match verdicts {
-                Ok(verdicts) => for Verdict { email, detail, .. } in verdicts {
+            match reported {
+                Ok(reported) => for ReportedAddress { email, detail, .. } in reported {
                     prop_assert_eq!(email.parse::<Address>().unwrap().email, email);
                     prop_assert!(!detail.unwrap_or_default().contains(char::is_control));
                 },
@@ -164,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn json_without_bottom_is_refused() {
+    fn refuses_deeply_nested_json() {
         assert!(read(None, "{\"a\":".repeat(200_000).as_bytes()).is_err());
     }
 }

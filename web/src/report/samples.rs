@@ -1,4 +1,4 @@
-//! Bounces of many kinds, each with what is to become of it: `samples/dsn.txt` and `samples/text.txt`.
+//! Sample bounces with their expected result: `samples/dsn.txt` and `samples/text.txt`.
 
 use std::{fs, path::Path};
 
@@ -43,7 +43,7 @@ fn all() -> Vec<Sample> {
 }
 
 impl Sample {
-    /// The whole mail.
+    /// The complete mail.
     fn mail(&self, message_id: &str) -> String {
         let text = self.text.replace("MESSAGE-ID", message_id);
         let (part, original) = match self.kind.as_str() {
@@ -73,7 +73,7 @@ impl Sample {
 }
 
 #[test]
-fn every_kind_of_bounce_suppresses_as_its_evidence_allows() {
+fn each_sample_suppresses_as_its_evidence_allows() {
     let samples = all();
     assert!(samples.len() >= 100, "{}", samples.len());
     let ids = MessageIds::new(&SigningKey::new(b"key".to_vec(), Uuid::nil()));
@@ -82,7 +82,7 @@ fn every_kind_of_bounce_suppresses_as_its_evidence_allows() {
         for ends in ["\n", "\r\n"] {
             let mail = sample.mail(&ids.write(NAMED, "millers.example")).replace('\n', ends);
             let Ok(Report::Mail(Returned { claims, quoted })) = read(None, mail.as_bytes()) else {
-                panic!("{} is not understood", sample.name)
+                panic!("{} is not parsed", sample.name)
             };
             let found = claims.iter().find(|claim| claim.is_about("ann@example.com")).map(|claim| claim.reason);
             if found != sample.expected {
@@ -95,7 +95,7 @@ fn every_kind_of_bounce_suppresses_as_its_evidence_allows() {
 }
 
 #[test]
-fn an_encoded_part_names_our_message_as_well() {
+fn finds_our_message_in_encoded_parts() {
     use base64::{Engine as _, engine::general_purpose::STANDARD};
     let ids = MessageIds::new(&SigningKey::new(b"key".to_vec(), Uuid::nil()));
     let original = format!("Message-ID: <{}>\nTo: ann@example.com\n\nHello\n", ids.write(NAMED, "millers.example"));

@@ -1,4 +1,4 @@
-//! What Amazon SNS wraps around a report, and the text that it signs.
+//! The envelope in which Amazon SNS delivers a report, and the text that it signs.
 //!
 //! <https://docs.aws.amazon.com/sns/latest/dg/sns-verify-signature-of-message.html>
 
@@ -6,11 +6,11 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    claim::{NotUnderstood, Verdict, text},
+    claim::{ReportError, ReportedAddress, text},
     ses,
 };
 
-/// A message of Amazon SNS. Nothing in it is to be believed before its signature is verified.
+/// A message of Amazon SNS. Nothing in it is trusted before its signature is verified.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Envelope {
@@ -18,11 +18,11 @@ pub(crate) struct Envelope {
     pub(crate) kind: Kind,
     pub(crate) topic_arn: String,
     pub(crate) signature_version: String,
-    /// In base64.
+    /// Base64.
     pub(crate) signature: String,
     #[serde(rename = "SigningCertURL")]
     pub(crate) signing_cert_url: String,
-    /// What one opens to let SNS send reports here.
+    /// Opening this URL confirms a subscription.
     #[serde(rename = "SubscribeURL")]
     pub(crate) subscribe_url: Option<String>,
     pub(crate) message: String,
@@ -32,14 +32,13 @@ pub(crate) struct Envelope {
     pub(crate) token: Option<String>,
 }
 
-/// What SNS wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub(crate) enum Kind {
-    /// It passes a message on.
+    /// Delivers a message.
     Notification,
-    /// It asks whether it may.
+    /// Asks to confirm a subscription.
     SubscriptionConfirmation,
-    /// It will not any more.
+    /// A subscription ended.
     UnsubscribeConfirmation,
 }
 
@@ -53,7 +52,7 @@ impl Kind {
     }
 }
 
-/// Whether a JSON is of Amazon SNS. Reports of SES that come without SNS have no `Type`.
+/// Whether JSON is a message of Amazon SNS. Reports of SES without SNS have no `Type`.
 pub(super) fn is_one(json: &Value) -> bool {
     text(json, &["Type"]).is_some_and(|kind| {
         [Kind::Notification, Kind::SubscriptionConfirmation, Kind::UnsubscribeConfirmation]
@@ -62,12 +61,12 @@ pub(super) fn is_one(json: &Value) -> bool {
     })
 }
 
-pub(super) fn read(json: Value) -> Result<Envelope, NotUnderstood> {
-    serde_json::from_value(json).map_err(|_| NotUnderstood("the message of Amazon SNS is not complete"))
+pub(super) fn read(json: Value) -> Result<Envelope, ReportError> {
+    serde_json::from_value(json).map_err(|_| ReportError("the Amazon SNS message is incomplete"))
 }
 
 impl Envelope {
-    /// What is signed: the fields in this order, each name and each value on a line.
+    /// The signed text: the fields in this order, each name and each value on a line.
     pub(crate) fn signed_text(&self) -> String {
         let kind = self.kind.name();
         let about = match self.kind {
@@ -87,15 +86,12 @@ impl Envelope {
         fields.map(|(name, value)| format!("{name}\n{value}\n")).collect()
     }
 
-    /// The report of Amazon SES in it; none, if it is no JSON: SES says so when it is set up.
-    ///
-    /// # Errors
-    /// Why it can't be read.
-    pub(crate) fn verdicts(&self) -> Result<Vec<Verdict>, NotUnderstood> {
+    /// The report of Amazon SES in the message. Empty if it is not JSON: SES sends such a message when it is set up.
+    pub(crate) fn reported(&self) -> Result<Vec<ReportedAddress>, ReportError> {
         match self.kind {
             Kind::Notification if self.message.trim_start().starts_with('{') => {
                 let event = serde_json::from_str(&self.message)
-                    .map_err(|_| NotUnderstood("the notification's Message is not the JSON of Amazon SES"))?;
+                    .map_err(|_| ReportError("the notification's Message is not Amazon SES JSON"))?;
                 ses::read(&event)
             }
             _ => Ok(Vec::new()),
@@ -108,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_signed_has_its_order() {
+    fn the_signed_fields_are_ordered() {
         let notification: Envelope = serde_json::from_str(include_str!("fixtures/sns_bounce.json")).unwrap();
         let signed = notification.signed_text();
         assert!(
@@ -130,12 +126,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_json_reports_nothing() {
+    fn a_message_that_is_not_json_reports_nothing() {
         let notification: Envelope = serde_json::from_str(include_str!("fixtures/sns_bounce.json")).unwrap();
-        assert_eq!(notification.verdicts().unwrap().len(), 2);
+        assert_eq!(notification.reported().unwrap().len(), 2);
         let hello = Envelope { message: "Successfully validated".into(), ..notification.clone() };
-        assert_eq!(hello.verdicts(), Ok(Vec::new()));
+        assert_eq!(hello.reported(), Ok(Vec::new()));
         let deep = Envelope { message: "{\"a\":".repeat(200_000), ..notification };
-        assert!(deep.verdicts().is_err());
+        assert!(deep.reported().is_err());
     }
 }

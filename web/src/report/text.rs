@@ -1,23 +1,23 @@
-//! Bounces that only people were meant to read: qmail's (QSBMF), Exim's, and others of their kind.
+//! Human-readable bounces: those of qmail (QSBMF), Exim, and similar ones.
 //!
-//! They name each address at the beginning of a line, and say below or beside it what the other server said. The returned
-//! message follows behind a line that says so.
+//! They name each address at the beginning of a line, followed by the other server's reply. The returned message comes after a
+//! separator line.
 
 use mail_parser::{Address as Addresses, Message};
 use mailrun_core::address::Address;
 
 use super::claim::Claim;
 
-/// More addresses than this are not looked at.
+/// Maximum addresses read from a bounce.
 const MAX_ADDRESSES: usize = 100;
-/// What a server said is cut beyond this.
+/// A server's reply is truncated to this length.
 const MAX_DIAGNOSTIC_BYTES: usize = 4_000;
-/// A failed delivery that a server does not describe further is permanent, and of no known cause (RFC 3463, 3.1).
+/// The status of a failure that a server does not describe further: permanent, cause unknown (RFC 3463, 3.1).
 const NO_CAUSE: &str = "5.0.0";
 
-/// Who sends bounces.
+/// The local parts that bounces are sent from.
 const SENDERS: [&str; 6] = ["mailer-daemon", "postmaster", "maildaemon", "mail-daemon", "mdaemon", "mailerdaemon"];
-/// Said of mail that may still arrive.
+/// Phrases of delay notices: the mail may still arrive.
 const DELAYED: [&str; 13] = [
     "delayed mail",
     "message delayed",
@@ -33,7 +33,7 @@ const DELAYED: [&str; 13] = [
     "will keep trying",
     "not need to resend",
 ];
-/// Words of a line of dashes behind which the returned message stands.
+/// Phrases in a dashed line that precedes the returned message.
 const COPY: [&str; 8] = [
     "copy of",
     "original message",
@@ -44,13 +44,13 @@ const COPY: [&str; 8] = [
     "header of",
     "returned message",
 ];
-/// Commands that are answered before a recipient is named.
+/// Commands before a recipient is named.
 const BEFORE_RECIPIENT: [&str; 7] =
     ["mail from", "sender verify", "ehlo", "helo", "initial connection", "server greeting", "starttls"];
-/// Commands that are answered for a recipient, or for the message.
+/// Commands about a recipient or the message.
 const WITH_RECIPIENT: [&str; 3] = ["rcpt to", "end of data", "data command"];
 
-/// Addresses that a bounce says do not exist. None: it is no bounce, or proves nothing of the kind.
+/// The addresses that a bounce says do not exist. Empty if it is not a bounce, or proves nothing about a mailbox.
 pub(super) fn claims(mail: &Message<'_>) -> Vec<Claim> {
     let failed = mail.header_raw("X-Failed-Recipients");
     let text = mail.body_text(0).unwrap_or_default();
@@ -60,7 +60,7 @@ pub(super) fn claims(mail: &Message<'_>) -> Vec<Claim> {
     }
     let mut failures = failures(&text);
     if failures.is_empty() {
-        // Exim names them in the header as well.
+        // Exim also names them in the header.
         let addresses: Vec<_> =
             failed.into_iter().flat_map(|list| list.split(',')).map(|one| one.trim().to_owned()).collect();
         if !addresses.is_empty() {
@@ -70,7 +70,7 @@ pub(super) fn claims(mail: &Message<'_>) -> Vec<Claim> {
     failures.into_iter().filter_map(Failure::claim).collect()
 }
 
-/// The empty envelope sender, or the name of a mail server's.
+/// Whether the envelope sender is empty or the sender is a mail server.
 fn is_from_a_server(mail: &Message<'_>) -> bool {
     let is_empty = mail.header_raw("Return-Path").is_some_and(|path| path.trim() == "<>");
     let senders = [mail.from(), mail.sender()].into_iter().flatten().flat_map(Addresses::iter);
@@ -86,7 +86,7 @@ fn is_delayed(subject: &str, text: &str) -> bool {
         || DELAYED.iter().any(|phrase| subject.contains(phrase) || text.contains(phrase))
 }
 
-/// The lines above the returned message.
+/// The lines before the returned message.
 fn before_copy(text: &str) -> String {
     let is_copy = |line: &str| {
         let dashed = line.trim_start().starts_with("---");
@@ -99,15 +99,15 @@ fn before_copy(text: &str) -> String {
     text.lines().take_while(|line| !is_copy(line)).collect::<Vec<_>>().join("\n")
 }
 
-/// What a bounce says of an address.
+/// What a bounce says about an address.
 #[derive(Debug, Default, PartialEq)]
 struct Failure {
-    /// The address, and the one that it was made from.
+    /// The address, and the one that it was generated from.
     addresses: Vec<String>,
     lines: Vec<String>,
 }
 
-/// The addresses at the beginning of lines, each with the lines that belong to it.
+/// The addresses at the beginning of lines, each with the lines that follow it.
 fn failures(text: &str) -> Vec<Failure> {
     let mut failures: Vec<Failure> = Vec::new();
     for line in text.lines() {
@@ -132,7 +132,7 @@ fn failures(text: &str) -> Vec<Failure> {
     failures
 }
 
-/// `<ann@example.org>: host … said`, `  ann@example.org`: the address, and what stands behind it.
+/// `<ann@example.org>: host … said`, `  ann@example.org`: the address, and the rest of the line.
 fn leading_address(line: &str) -> Option<(String, &str)> {
     let line = line.trim_start_matches([' ', '\t', '*', '-', '>', '\u{b7}', '\u{2022}']);
     let (word, rest) = line.split_at(line.find(char::is_whitespace).unwrap_or(line.len()));
@@ -148,7 +148,7 @@ fn leading_address(line: &str) -> Option<(String, &str)> {
 }
 
 impl Failure {
-    /// With several addresses, what comes behind a blank line belongs to none or to all of them.
+    /// With several addresses, text after a blank line belongs to none or to all of them.
     fn end_at_blank_line(&mut self) {
         let begin = usize::from(self.lines.first().is_some_and(String::is_empty));
         if let Some(end) = self.lines.iter().skip(begin).position(|line| line.trim().is_empty()) {
@@ -171,7 +171,7 @@ impl Failure {
     }
 }
 
-/// Where the other server's reply begins: three digits of a failure, which stand alone.
+/// Where the other server's reply begins: a three-digit failure code that stands alone.
 fn reply_at(said: &str) -> Option<usize> {
     let bytes = said.as_bytes();
     let is_word =
@@ -184,7 +184,7 @@ fn reply_at(said: &str) -> Option<usize> {
     })
 }
 
-/// Whether what was answered came before a recipient was named, so that it speaks of us.
+/// Whether the reply came before a recipient was named, so that it is about the sender.
 fn is_answer_before_recipient(said: &str, reply: usize) -> bool {
     let said = said.to_ascii_lowercase();
     let (before, after) = said.split_at(reply);
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_found_at_the_beginning_of_a_line() {
+    fn finds_an_address_at_the_beginning_of_a_line() {
         let found = |line| leading_address(line).map(|(address, rest)| (address, rest.to_owned()));
         let ann = |rest: &str| Some(("ann@example.org".to_owned(), rest.to_owned()));
         assert_eq!(found("<ann@example.org>: host mx said: 550"), ann("host mx said: 550"));
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_is_found_where_it_stands_alone() {
+    fn finds_a_reply_code_that_stands_alone() {
         let reply = |said: &'static str| reply_at(said).map(|place| &said[place..]);
         assert_eq!(reply("Remote host said: 550 5.1.1 no such user"), Some("550 5.1.1 no such user"));
         assert_eq!(reply("host mx [192.0.2.5]: 550-no"), Some("550-no"));
@@ -240,7 +240,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read(text in "([a-z@.<>:() \\n-]|5[0-9]{2}|a@x\\.org|généré|\\n){0,60}") {
+        fn any_text_is_parsed(text in "([a-z@.<>:() \\n-]|5[0-9]{2}|a@x\\.org|généré|\\n){0,60}") {
             for failure in failures(&before_copy(&text)) {
                 let _ = failure.claim();
             }

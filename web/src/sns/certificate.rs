@@ -1,4 +1,4 @@
-//! The certificates of Amazon SNS: where they may come from, and who must have signed them.
+//! Certificates of Amazon SNS: allowed addresses, and verification by the certificate authorities.
 
 use std::path::Path;
 
@@ -11,12 +11,12 @@ use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
 use super::error::{Refusal, SnsError};
 
-/// A certificate, verified.
+/// A verified certificate.
 pub(super) struct Chain {
     pub(super) leaf: CertificateDer<'static>,
 }
 
-/// The address of a certificate, if it is one of Amazon SNS: `https` on `sns.<region>.amazonaws.com` (or `.com.cn`).
+/// Parses a certificate's URL. It must be one of Amazon SNS: `https` on `sns.<region>.amazonaws.com` (or `.com.cn`).
 pub(super) fn address(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
     let plain = url.scheme() == "https"
@@ -39,7 +39,7 @@ fn region(host: &str) -> Option<&str> {
     is_region.then_some(region)
 }
 
-/// The names that a certificate of SNS may have.
+/// The names allowed in a certificate of SNS.
 fn names(url: &Url) -> Vec<String> {
     let host = url.host_str().unwrap_or_default();
     let end = if host.ends_with(".cn") { "amazonaws.com.cn" } else { "amazonaws.com" };
@@ -49,18 +49,15 @@ fn names(url: &Url) -> Vec<String> {
         .to_vec()
 }
 
-/// Who must have signed a certificate.
+/// The trusted certificate authorities.
 pub(super) struct Authority(Vec<TrustAnchor<'static>>);
 
 impl Authority {
-    /// Whom this system trusts; the same once more, for encryption.
-    ///
-    /// # Errors
-    /// When it trusts nobody.
+    /// The system's authorities, also as a root store for TLS.
     pub(super) fn of_system() -> Result<(Self, RootCertStore), SnsError> {
         let certificates = rustls_native_certs::load_native_certs().certs;
         let mut roots = RootCertStore::empty();
-        // Systems have some that are malformed; the others are enough.
+        // Systems contain some malformed ones; the others are enough.
         roots.add_parsable_certificates(certificates.clone());
         if roots.is_empty() {
             return Err(SnsError::NoAuthorities);
@@ -72,9 +69,9 @@ impl Authority {
         Self(certificates.iter().filter_map(|one| Some(anchor_from_trusted_cert(one).ok()?.to_owned())).collect())
     }
 
-    /// Verifies the chain in a file that was fetched from `url`: the first certificate is the one that signs messages.
+    /// Verifies the chain in a file fetched from `url`: the first certificate is the one that signs messages.
     pub(super) fn chain(&self, pem: &[u8], url: &Url) -> Result<Chain, Refusal> {
-        let unreadable = Refusal::Certificate("it can't be read");
+        let unreadable = Refusal::Certificate("it cannot be parsed");
         let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
         let certificates = certificates.map_err(|_| unreadable.clone())?;
         let (leaf, between) = certificates.split_first().ok_or(unreadable.clone())?;
@@ -89,21 +86,18 @@ impl Authority {
                 None,
                 None,
             )
-            .map_err(|_| Refusal::Certificate("no authority of this system has signed it, or it has expired"))?;
+            .map_err(|_| Refusal::Certificate("no trusted authority signed it, or it has expired"))?;
         let is_named = names(url).into_iter().any(|name| {
             ServerName::try_from(name).is_ok_and(|name| certificate.verify_is_valid_for_subject_name(&name).is_ok())
         });
         if !is_named {
-            return Err(Refusal::Certificate("it has another name"));
+            return Err(Refusal::Certificate("its name is not one of Amazon SNS"));
         }
         Ok(Chain { leaf: leaf.clone() })
     }
 }
 
-/// The certificates in a file.
-///
-/// # Errors
-/// When there is none.
+/// The certificates in a file. An empty file is an error.
 pub(super) fn of_file(path: &Path) -> Result<Vec<CertificateDer<'static>>, SnsError> {
     let wrong = |reason: String| SnsError::Certificates { path: path.to_owned(), reason };
     let certificates = CertificateDer::pem_file_iter(path).map_err(|error| wrong(error.to_string()))?;
@@ -119,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_addresses_of_amazon_sns_are_fetched() {
+    fn accepts_only_urls_of_amazon_sns() {
         for url in [
             "https://sns.eu-west-1.amazonaws.com/SimpleNotificationService-0123.pem",
             "https://sns.cn-north-1.amazonaws.com.cn/SimpleNotificationService-0123.pem",

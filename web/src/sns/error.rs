@@ -1,34 +1,34 @@
-//! Why messages of Amazon SNS can't be verified, or are not accepted.
+//! Why messages of Amazon SNS cannot be verified, or are refused.
 
 use std::path::PathBuf;
 
-/// Why Amazon SNS can't be verified as configured.
+/// Why the verifier cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SnsError {
-    /// A file with certificates.
-    #[error("web.sns_certificates: {path} has no certificate that can be read: {reason}")]
+    /// A configured certificate file is unusable.
+    #[error("web.sns_certificates: {path} has no readable certificate: {reason}")]
     Certificates {
-        /// Where it should be.
+        /// The configured file.
         path: PathBuf,
-        /// What is wrong.
+        /// Why it is unusable.
         reason: String,
     },
-    /// The system trusts nobody.
+    /// The system has no certificate authorities.
     #[error(
         "web.sns_topics: this system has no certificate authorities; install ca-certificates, or set web.sns_certificates"
     )]
     NoAuthorities,
-    /// The library.
-    #[error("the connection to Amazon SNS can't be encrypted: {0}")]
+    /// The TLS library's error.
+    #[error("cannot set up TLS for Amazon SNS: {0}")]
     Tls(#[from] tokio_rustls::rustls::Error),
 }
 
-/// Why a message is not accepted.
+/// Why a message is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
-    #[error("its topic is not named in web.sns_topics")]
+    #[error("its topic is not in web.sns_topics")]
     Topic,
-    #[error("its SigningCertURL is not an address of Amazon SNS")]
+    #[error("its SigningCertURL is not a URL of Amazon SNS")]
     CertificateUrl,
     #[error("its certificate is not one of Amazon SNS: {0}")]
     Certificate(&'static str),
@@ -36,7 +36,7 @@ pub(crate) enum Refusal {
     Version,
     #[error("its signature does not match")]
     Signature,
-    /// It may be accepted later.
-    #[error("its certificate can't be fetched: {0}")]
+    /// Temporary: the message may be accepted later.
+    #[error("its certificate cannot be fetched: {0}")]
     Unreachable(String),
 }

@@ -1,4 +1,4 @@
-//! Fetches a certificate over HTTPS: one GET, without redirects, of a bounded size and in bounded time.
+//! Fetches a certificate over HTTPS: one GET without redirects, bounded in size and time.
 
 use std::{error::Error, io, pin::Pin, sync::Arc, time::Duration};
 
@@ -16,29 +16,25 @@ use url::Url;
 /// A file with a chain has a few kilobytes.
 const MAX_BYTES: usize = 100_000;
 const TIME_LIMIT: Duration = Duration::from_secs(10);
-/// Strangers may cause requests to Amazon, but not many at a time.
-const AT_ONCE: usize = 2;
+/// Anyone can cause requests to Amazon, so few run at a time.
+const MAX_CONCURRENT: usize = 2;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 type Fetched = Pin<Box<dyn Future<Output = Result<Vec<u8>, BoxError>> + Send>>;
-/// Fetches what is at an address.
 pub(super) type Fetcher = Box<dyn Fn(Url) -> Fetched + Send + Sync>;
 
-/// Fetches from servers with a certificate from one of `roots`.
-///
-/// # Errors
-/// The library's.
+/// Fetches from servers with a certificate of one of `roots`.
 pub(super) fn over_https(roots: RootCertStore) -> Result<Fetcher, tokio_rustls::rustls::Error> {
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_root_certificates(roots)
         .with_no_client_auth();
     let connector = TlsConnector::from(Arc::new(config));
-    let turns = Arc::new(Semaphore::new(AT_ONCE));
+    let permits = Arc::new(Semaphore::new(MAX_CONCURRENT));
     Ok(Box::new(move |url| {
-        let (connector, turns) = (connector.clone(), Arc::clone(&turns));
+        let (connector, permits) = (connector.clone(), Arc::clone(&permits));
         Box::pin(async move {
-            let _turn = turns.try_acquire().map_err(|_| io::Error::other("others are being fetched"))?;
+            let _permit = permits.try_acquire().map_err(|_| io::Error::other("too many fetches in progress"))?;
             timeout(TIME_LIMIT, get(&connector, &url)).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
         })
     }))
@@ -52,15 +48,15 @@ async fn get(connector: &TlsConnector, url: &Url) -> Result<Vec<u8>, BoxError> {
     let request = Request::get(url.path()).header(HOST, host).body(Empty::<Bytes>::new())?;
     let answer = async {
         let answer = requests.send_request(request).await?;
-        // A redirect is as wrong as anything else.
+        // Redirects are refused like any other status.
         if answer.status() != StatusCode::OK {
-            return Err(io::Error::other(format!("the answer is {}", answer.status())).into());
+            return Err(io::Error::other(format!("the response is {}", answer.status())).into());
         }
         Ok(Limited::new(answer.into_body(), MAX_BYTES).collect().await?.to_bytes().to_vec())
     };
     tokio::pin!(answer);
     tokio::select! {
-        // The answer may be complete when the connection ends.
+        // The response may be complete when the connection ends.
         biased;
         answer = &mut answer => answer,
         ended = connection => {

@@ -1,4 +1,4 @@
-//! Whether a message is from Amazon SNS, and from one of our topics: its topic, its certificate and its signature.
+//! Verifies that a message is from Amazon SNS and one of our topics, by topic, certificate and signature.
 
 mod certificate;
 mod error;
@@ -24,7 +24,7 @@ use self::{
     fetch::Fetcher,
 };
 
-/// Certificates that are remembered. SNS has one at a time in each region.
+/// Certificates cached. SNS uses one at a time in each region.
 const REMEMBERED: u64 = 16;
 const REMEMBERED_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -35,17 +35,14 @@ pub(crate) struct Verifier {
 }
 
 enum Certificates {
-    /// Those of a file: nothing is fetched.
+    /// From a file: nothing is fetched.
     Given(Vec<CertificateDer<'static>>),
-    /// The one at the message's address, if an authority has signed it.
+    /// From the message's URL, if an authority signed it.
     Fetched { fetcher: Fetcher, authority: Authority, known: Cache<Url, Arc<Chain>> },
 }
 
 impl Verifier {
     /// None: no topic is configured.
-    ///
-    /// # Errors
-    /// When the certificates or the system's authorities can't be read.
     pub(crate) fn new(config: &WebConfig) -> Result<Option<Self>, SnsError> {
         if config.sns_topics.is_empty() {
             return Ok(None);
@@ -65,9 +62,9 @@ impl Verifier {
         Self { topics, certificates: Certificates::Fetched { fetcher, authority, known } }
     }
 
-    /// Whether a message is signed by Amazon SNS and belongs to one of our topics.
+    /// Verifies that Amazon SNS signed the message and that its topic is configured.
     pub(crate) async fn verify(&self, envelope: &Envelope) -> Result<(), Refusal> {
-        // First: a stranger's topic causes no request.
+        // First, so that another topic causes no request.
         if !self.topics.contains(&envelope.topic_arn) {
             return Err(Refusal::Topic);
         }
@@ -97,7 +94,7 @@ impl Verifier {
     }
 }
 
-/// RSA with SHA-1, which signature version 1 uses, and which certificates may not use any more.
+/// RSA with SHA-1, for signature version 1. It is no longer allowed in certificates.
 #[derive(Debug)]
 struct RsaSha1;
 
@@ -113,7 +110,7 @@ impl SignatureVerificationAlgorithm for RsaSha1 {
     }
 
     fn signature_alg_id(&self) -> AlgorithmIdentifier {
-        // sha1WithRSAEncryption (RFC 4055, 5), with a NULL behind it.
+        // sha1WithRSAEncryption (RFC 4055, 5), followed by a NULL.
         AlgorithmIdentifier::from_slice(&[0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x05, 0x05, 0x00])
     }
 }

@@ -1,4 +1,4 @@
-//! A certificate authority of our own in place of the system's, and its files in place of Amazon's.
+//! Tests with our own certificate authority instead of the system's, and its files instead of Amazon's.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -14,7 +14,7 @@ use super::*;
 const TOPIC: &str = "arn:aws:sns:eu-west-1:123456789012:bounces";
 const NAME: &str = "sns.eu-west-1.amazonaws.com";
 const KEY: &str = include_str!("test_key.pem");
-/// Made with the same key: `openssl dgst -sha1 -sign`.
+/// Created with the same key: `openssl dgst -sha1 -sign`.
 const SHA1_SIGNATURE: &str = include_str!("test_sha1.txt");
 
 fn envelope() -> Envelope {
@@ -52,7 +52,7 @@ impl Authorities {
         Authority::of(&[self.root.der().clone()])
     }
 
-    /// The certificate that signs messages, without those between.
+    /// The signing certificate, without intermediates.
     fn leaf(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> String {
         let mut params = CertificateParams::new([name.to_owned()]).unwrap();
         params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
@@ -60,13 +60,13 @@ impl Authorities {
         params.signed_by(&KeyPair::from_pem(KEY).unwrap(), &self.between).unwrap().pem()
     }
 
-    /// The file as it is served.
+    /// The file as served.
     fn file(&self, name: &str) -> String {
         format!("{}{}", self.leaf(name, |_| {}), self.between.pem())
     }
 }
 
-/// Serves `file` whatever is asked for, and counts how often.
+/// Serves `file` for every URL and counts the fetches.
 fn verifier(authority: Authority, file: String) -> (Verifier, Arc<AtomicUsize>) {
     let fetches = Arc::new(AtomicUsize::new(0));
     let fetcher: Fetcher = Box::new({
@@ -120,7 +120,7 @@ async fn a_changed_message_is_refused() {
 }
 
 #[tokio::test]
-async fn another_topic_and_another_address_cause_no_request() {
+async fn other_topics_and_urls_cause_no_request() {
     let authorities = Authorities::new();
     let (verifier, fetches) = verifier(authorities.authority(), authorities.file(NAME));
     let foreign = Envelope { topic_arn: TOPIC.replace("123456789012", "210987654321"), ..envelope() };
@@ -133,11 +133,11 @@ async fn another_topic_and_another_address_cause_no_request() {
 }
 
 #[tokio::test]
-async fn a_certificate_needs_an_authority_a_name_and_time() {
+async fn a_certificate_needs_an_authority_a_name_and_a_valid_time() {
     let authorities = Authorities::new();
     let message = signed(envelope());
     for (authority, file) in [
-        // Of another authority; of one that is not between; of another name; expired; not a certificate.
+        // Another authority; a missing intermediate; two other names; expired; not a certificate.
         (Authorities::new().authority(), authorities.file(NAME)),
         (authorities.authority(), authorities.leaf(NAME, |_| {})),
         (authorities.authority(), authorities.file("sns.us-east-1.amazonaws.com")),
@@ -154,7 +154,7 @@ async fn a_certificate_needs_an_authority_a_name_and_time() {
             let refused = verifier.verify(&message).await.unwrap_err();
             assert!(matches!(refused, Refusal::Certificate(_)), "{refused}");
         }
-        assert_eq!(fetches.load(Ordering::Relaxed), 2, "a certificate that was refused is not remembered");
+        assert_eq!(fetches.load(Ordering::Relaxed), 2, "a refused certificate is not cached");
     }
     for name in ["sns.amazonaws.com", "sns-signing.eu-west-1.amazonaws.com"] {
         let (verifier, _) = verifier(authorities.authority(), authorities.file(name));
@@ -163,15 +163,15 @@ async fn a_certificate_needs_an_authority_a_name_and_time() {
 }
 
 #[tokio::test]
-async fn what_can_not_be_fetched_may_come_again() {
-    let fetcher: Fetcher = Box::new(|_| Box::pin(async { Err("the answer is 302 Found".into()) }));
+async fn a_failed_fetch_is_temporary() {
+    let fetcher: Fetcher = Box::new(|_| Box::pin(async { Err("the response is 302 Found".into()) }));
     let verifier = Verifier::fetching(vec![TOPIC.into()], Authorities::new().authority(), fetcher);
     let refused = verifier.verify(&signed(envelope())).await.unwrap_err();
-    assert_eq!(refused, Refusal::Unreachable("the answer is 302 Found".into()));
+    assert_eq!(refused, Refusal::Unreachable("the response is 302 Found".into()));
 }
 
 #[tokio::test]
-async fn certificates_of_a_file_are_trusted_and_nothing_is_fetched() {
+async fn configured_certificates_are_trusted_without_a_fetch() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("sns.pem");
     let config = |path: &std::path::Path| WebConfig {
@@ -182,7 +182,7 @@ async fn certificates_of_a_file_are_trusted_and_nothing_is_fetched() {
     assert!(matches!(Verifier::new(&config(&path)), Err(SnsError::Certificates { .. })));
     std::fs::write(&path, "nonsense").unwrap();
     assert!(matches!(Verifier::new(&config(&path)), Err(SnsError::Certificates { .. })));
-    // Two, as while Amazon changes them.
+    // Two certificates, as during a rotation by Amazon.
     let authorities = Authorities::new();
     std::fs::write(&path, authorities.between.pem() + &authorities.leaf("any", |_| {})).unwrap();
     let verifier = Verifier::new(&config(&path)).unwrap().unwrap();

@@ -49,7 +49,7 @@ impl Simulated {
             file.map(Arc::new).map_err(|error| SimulatedError { path: path.clone(), error })
         };
         Ok(Self {
-            latency: Duration::from_millis(config.latency_ms),
+            latency: config.latency,
             down_every: config.down_every,
             flaky_every: config.flaky_every,
             journal: config.journal.as_ref().map(open).transpose()?,

@@ -1,29 +1,26 @@
-//! The ceiling: what the servers allow when the same durable writes are done in bulk and nothing is decided.
+//! The ceiling: the rate that the servers allow when the same durable writes are done in bulk and without decisions.
 
 use anyhow::Result;
 use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use super::{
-    conveyor::Sizes,
+    bare_pipeline::Sizes,
     people,
     place::Place,
-    raw::{Raw, carry, insert_run},
+    raw::{Raw, insert_run, process},
 };
 
-/// Batches as large as Mailrun's with its default settings. Two senders for each of its sending processes: one waits for the
-/// servers while the other works.
+/// Batches of the size of Mailrun's defaults. Two senders for each of its sending processes: one waits for the servers while the other
+/// works.
 const SIZES: Sizes = Sizes { burst: 512, batch: 200, publishers: 2, senders: 4, window: 5_000 };
 
-/// Submits `items` people with one COPY, and carries them.
-///
-/// # Errors
-/// Any trouble with the servers.
+/// Submits `items` people with one COPY, and processes them.
 pub(super) async fn measure(place: &Place<'_>, items: usize) -> Result<Raw> {
-    carry(place, items, SIZES, submit).await
+    process(place, items, SIZES, submit).await
 }
 
-/// A run with all its rows, in one transaction: no addresses read, no duplicates looked for, everybody new.
+/// A run with all its rows in one transaction: no parsing, no check for duplicates, only new people.
 async fn submit(conn: &mut PgConnection, run_id: Uuid, items: usize) -> Result<()> {
     let rows = people("guest", items);
     let mut tx = conn.begin().await?;

@@ -1,45 +1,45 @@
-//! Where the time goes: CPU seconds and peak memory of every process that takes part, from `/proc`.
+//! CPU seconds and peak memory of all participating processes, from `/proc`.
 
-use std::{fs, ops::Sub};
+use std::ops::Sub;
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use crate::local::Services;
-use mailrun_stack::Stack;
+use mailrun_stack::{
+    Stack,
+    proc::{self, Process, seconds},
+};
 
-/// CPU seconds by part, in user and kernel mode.
+/// CPU seconds in user and kernel mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Cpu {
     /// RabbitMQ.
     pub(super) broker: f64,
     /// PostgreSQL.
     pub(super) database: f64,
-    /// The pages and the relay.
+    /// The web server with the outbox publisher.
     pub(super) web: f64,
-    /// The pump.
+    /// Fan-out.
     pub(super) fan_out: f64,
-    /// The senders, together.
+    /// All senders together.
     pub(super) send: f64,
-    /// The counters.
+    /// The progress worker.
     pub(super) progress: f64,
     /// This process.
     pub(super) bench: f64,
-    /// Everybody else on this machine, who should be quiet.
+    /// All other processes of this machine, which should be idle.
     pub(super) others: f64,
 }
 
 impl Cpu {
-    /// What the parts have used up to now. Without services, theirs is nothing.
-    ///
-    /// # Errors
-    /// Where there is no `/proc`, or a server is restarting.
+    /// The CPU seconds used so far. Without `services`, theirs are 0. Requires `/proc` and running servers.
     pub(super) fn now(stack: &Stack, services: Option<&Services>) -> Result<Self> {
-        let all = processes()?;
+        let all = proc::all().context("the bench requires /proc (Linux)")?;
         let server = |pid: Option<u32>, name: &str| {
             pid.map(|pid| tree(&all, pid)).with_context(|| format!("{name} is not running"))
         };
-        let pids = stack.pids().context("the state of the private servers can't be read")?;
+        let pids = stack.pids().context("cannot read the state of the private servers")?;
         let mut cpu = Self {
             broker: server(pids.rabbitmq, "RabbitMQ")?,
             database: server(pids.postgres, "PostgreSQL")?,
@@ -51,8 +51,7 @@ impl Cpu {
                 *part += tree(&all, pid);
             }
         }
-        let machine = fs::read_to_string("/proc/stat").ok().and_then(|stat| busy(&stat));
-        cpu.others = machine.context("/proc/stat can't be read")? - cpu.total();
+        cpu.others = seconds(proc::busy().context("cannot read /proc/stat")?) - cpu.total();
         Ok(cpu)
     }
 
@@ -66,7 +65,7 @@ impl Cpu {
         }
     }
 
-    /// The parts that are measured, with their names.
+    /// The measured parts with their names.
     pub(super) fn parts(&self) -> [(&'static str, f64); 7] {
         [
             ("broker", self.broker),
@@ -79,17 +78,17 @@ impl Cpu {
         ]
     }
 
-    /// The parts that are measured, together.
+    /// The sum of the measured parts.
     pub(super) fn total(&self) -> f64 {
         self.parts().iter().map(|(_, seconds)| seconds).sum()
     }
 
-    /// Whether others took so much of the machine that the figures say little.
+    /// Whether other processes used so much of the machine that the results are not meaningful.
     pub(super) fn is_disturbed(&self) -> bool {
         self.others > 0.1 * self.total()
     }
 
-    /// The part that `pick` makes of each part of `all`.
+    /// Applies `pick` to each part of `all`.
     pub(super) fn by_part(all: &[Self], pick: impl Fn(Vec<f64>) -> f64) -> Self {
         let of = |part: fn(&Self) -> f64| pick(all.iter().map(part).collect());
         Self {
@@ -113,18 +112,18 @@ impl Sub for Cpu {
     }
 }
 
-/// The most memory that a process of each role has used, in bytes.
+/// Peak memory by role, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Memory {
     pub(super) web: u64,
     pub(super) fan_out: u64,
-    /// The greatest of the senders.
+    /// The maximum of the senders.
     pub(super) send: u64,
     pub(super) progress: u64,
 }
 
 impl Memory {
-    /// Up to now.
+    /// The peak so far.
     pub(super) fn now(services: &Services) -> Self {
         let mut memory = Self::default();
         for (name, pid) in services.pids() {
@@ -134,13 +133,12 @@ impl Memory {
                 "progress" => &mut memory.progress,
                 _ => &mut memory.send,
             };
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            *part = peak(&status).unwrap_or(0).max(*part);
+            *part = proc::peak_memory(pid).unwrap_or(0).max(*part);
         }
         memory
     }
 
-    /// The greater of both, role by role.
+    /// The maximum of both, for each role.
     pub(super) fn max(self, other: Self) -> Self {
         Self {
             web: self.web.max(other.web),
@@ -151,45 +149,7 @@ impl Memory {
     }
 }
 
-/// `VmHWM` in bytes.
-fn peak(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
-}
-
-/// One line of `/proc/<pid>/stat`; times in clock ticks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Process {
-    pid: u32,
-    parent: u32,
-    own: u64,
-    /// Of its children that have ended, and of theirs.
-    ended_children: u64,
-}
-
-fn processes() -> Result<Vec<Process>> {
-    let all = fs::read_dir("/proc").context("the bench reads /proc, which only Linux has")?;
-    // A process may end between listing and reading.
-    Ok(all
-        .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("stat")).ok())
-        .filter_map(|stat| process(&stat))
-        .collect())
-}
-
-fn process(stat: &str) -> Option<Process> {
-    // The name stands in brackets, and may hold anything, brackets included.
-    let (pid, rest) = stat.split_once(" (")?;
-    let fields: Vec<&str> = rest.rsplit_once(") ")?.1.split(' ').collect();
-    let ticks = |index: usize| fields.get(index)?.parse::<u64>().ok();
-    Some(Process {
-        pid: pid.parse().ok()?,
-        parent: fields.get(1)?.parse().ok()?,
-        own: ticks(11)? + ticks(12)?,
-        ended_children: ticks(13)? + ticks(14)?,
-    })
-}
-
-/// CPU seconds of a process, its descendants, and those of them that have ended.
+/// CPU seconds of a process and its descendants, including ended ones.
 fn tree(all: &[Process], root: u32) -> f64 {
     let mut ticks = 0;
     let mut open = vec![root];
@@ -205,32 +165,15 @@ fn own(all: &[Process], pid: u32) -> f64 {
     seconds(all.iter().filter(|process| process.pid == pid).map(|process| process.own).sum())
 }
 
-/// CPU seconds of the whole machine, from the first line of `/proc/stat`: user, nice, system, and after idle and iowait the
-/// interrupts.
-fn busy(stat: &str) -> Option<f64> {
-    let line = stat.lines().next()?.strip_prefix("cpu ")?;
-    let ticks: Vec<u64> = line.split_whitespace().filter_map(|ticks| ticks.parse().ok()).collect();
-    Some(seconds([0, 1, 2, 5, 6].iter().filter_map(|index| ticks.get(*index)).sum()))
-}
-
-fn seconds(ticks: u64) -> f64 {
-    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_read_whatever_the_name_is() {
-        let line = "42 (a) b (c) S 7 42 42 0 -1 4194560 100 200 0 0 11 22 33 44 20 0 1 0 5 6 7\n";
-        assert_eq!(process(line), Some(Process { pid: 42, parent: 7, own: 33, ended_children: 77 }));
-        assert_eq!(process("42 (short) S 7"), None);
-    }
-
-    #[test]
-    fn a_tree_counts_descendants_and_the_dead_once() {
-        let process = |pid, parent, own, ended_children| Process { pid, parent, own, ended_children };
+    fn a_tree_counts_descendants_and_ended_ones_once() {
+        let program = String::new;
+        let process =
+            |pid, parent, own, ended_children| Process { pid, parent, program: program(), own, ended_children };
         let all = [process(1, 0, 1, 0), process(2, 1, 10, 1000), process(3, 2, 100, 0), process(4, 1, 7, 7)];
         assert_eq!(tree(&all, 2), seconds(1110));
         assert_eq!(own(&all, 2), seconds(10));
@@ -238,22 +181,8 @@ mod tests {
     }
 
     #[test]
-    fn the_machine_is_busy_when_it_is_not_idle() {
-        assert_eq!(busy("cpu  1 2 3 1000 1000 4 5 9 0 0\ncpu0 7 7 7\n"), Some(seconds(15)));
+    fn is_disturbed_if_others_use_a_tenth() {
         let (quiet, loud) = (Cpu { broker: 2.0, others: 0.1, ..Cpu::default() }, Cpu { others: 0.1, ..Cpu::default() });
         assert!(!quiet.is_disturbed() && loud.is_disturbed());
-    }
-
-    #[test]
-    fn the_peak_is_in_bytes() {
-        assert_eq!(peak("Name:\tx\nVmHWM:\t   12 kB\nVmRSS:\t 3 kB\n"), Some(12 * 1024));
-        assert_eq!(peak(""), None);
-    }
-
-    #[test]
-    fn this_process_has_used_memory_and_time() {
-        let all = processes().unwrap();
-        assert!(all.iter().any(|process| process.pid == std::process::id()));
-        assert!(peak(&fs::read_to_string("/proc/self/status").unwrap()).unwrap() > 0);
     }
 }

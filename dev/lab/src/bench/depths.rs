@@ -1,4 +1,4 @@
-//! How deep the queues get: RabbitMQ is to hold no more of a run than its window.
+//! Queue depths: RabbitMQ must not hold more of a run than its window.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -11,10 +11,10 @@ use tokio::time::sleep;
 
 use super::place::Place;
 
-/// Each look costs the broker next to nothing; more of them would cost the measurement something.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Each check costs the broker almost nothing; more frequent ones would affect the measurement.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Messages that waited on a queue, not counting those that somebody had in hand.
+/// Ready messages on a queue, without those delivered and unacknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Depths {
     pub(super) items: u32,
@@ -22,46 +22,41 @@ pub(super) struct Depths {
 }
 
 impl Depths {
-    /// The greater of both, queue by queue.
+    /// The maximum of both, for each queue.
     pub(super) fn max(self, other: Self) -> Self {
         Self { items: self.items.max(other.items), results: self.results.max(other.results) }
     }
 }
 
-/// Looks at the queues of a place.
-pub(super) struct Lead {
+/// Measures the queues of a place.
+pub(super) struct DepthProbe {
     channel: Channel,
     _connection: Connection,
-    /// The most that was seen.
+    /// The maximum so far.
     pub(super) deepest: Depths,
 }
 
-impl Lead {
-    /// # Errors
-    /// The broker's.
+impl DepthProbe {
     pub(super) async fn connect(place: &Place<'_>) -> Result<Self> {
         let (connection, channel) = place.channel().await?;
         Ok(Self { channel, _connection: connection, deepest: Depths::default() })
     }
 
-    /// Looks again and again until `work` is done.
-    ///
-    /// # Errors
-    /// Those of `work`, and the broker's.
+    /// Polls until `work` is done.
     pub(super) async fn during<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             done = work => done,
-            Err(error) = self.look_on() => Err(error),
+            Err(error) = self.poll() => Err(error),
         }
     }
 
-    async fn look_on(&mut self) -> Result<Infallible> {
+    async fn poll(&mut self) -> Result<Infallible> {
         loop {
             let (items, results) = (depth(&self.channel, ITEMS).await, depth(&self.channel, RESULTS).await);
-            let lost = "RabbitMQ does not tell how deep a queue is";
+            let lost = "RabbitMQ does not report the depth of a queue";
             let now = Depths { items: items.context(lost)?, results: results.context(lost)? };
             self.deepest = self.deepest.max(now);
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 }

@@ -1,6 +1,5 @@
-//! Runs in a row on one installation: what becomes of the rates, the pages and the tables when nothing is emptied in between,
-//! and, if asked for, while somebody holds an old snapshot that keeps dead rows from being cleaned away, and while old runs
-//! are deleted.
+//! Consecutive runs on one installation: how the rates, the pages and the tables develop when nothing is emptied in between, and on
+//! request while a session holds an old snapshot, which prevents vacuuming dead rows, and while old runs are deleted.
 
 use std::{
     cell::Cell,
@@ -24,30 +23,30 @@ use super::{
 };
 use crate::people::people_at;
 
-/// A page is opened so often after each run.
+/// How often a page is opened after each run.
 const OPENED: usize = 20;
 const TABLES: [&str; 6] = ["users", "run_items", "attempts", "run_progress", "run_samples", "outbox"];
-/// What is in the text of a claim and of no other statement of the senders.
+/// Text that occurs only in the senders' claim statement.
 const CLAIM: &str = "INSERT INTO attempts";
-/// Runs are deleted that were over for so long: not the one that is under way.
+/// Deletes runs that finished this long ago: not the one in progress.
 const OVER_FOR: Duration = Duration::from_secs(2);
-/// A step of that takes some milliseconds.
+/// Time limit for a step of that, which takes some milliseconds.
 const STEP: Duration = Duration::from_secs(30);
 
-/// What is asked for.
+/// The requested measurements.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Asked {
+pub(super) struct Extras {
     pub(super) runs: u32,
     pub(super) old_snapshot: bool,
     pub(super) prune: bool,
 }
 
-/// One of the runs, and what the installation looks like after it.
+/// One of the runs, and the state of the installation after it.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct Link {
+pub(super) struct ConsecutiveRun {
     /// Its number, or what is special about it.
     name: String,
-    /// From the POST's answer to the end.
+    /// From the response to the POST until the end.
     items_per_second: f64,
     submit_seconds: f64,
     /// Medians of opening the results page and the list of runs.
@@ -55,36 +54,33 @@ pub(super) struct Link {
     runs_page_milliseconds: f64,
     /// A mean; null without `pg_stat_statements`.
     claim_milliseconds: Option<f64>,
-    /// Invitations of earlier runs that were deleted meanwhile, if any were to be.
+    /// Invitations of earlier runs deleted meanwhile, if requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pruned_items: Option<u64>,
     tables: Vec<Table>,
 }
 
-/// A table with its indexes, as the statistics tell it: they lag by a second or more.
+/// A table with its indexes, by PostgreSQL's statistics, which lag by a second or more.
 #[derive(Clone, Debug, Serialize)]
 struct Table {
     name: &'static str,
     bytes: i64,
     dead_tuples: i64,
-    /// How often it was vacuumed up to now.
+    /// How often it was vacuumed so far.
     vacuums: i64,
 }
 
-/// Sends runs of `items` other people each: so many, then one during an old snapshot and one after it, then one while those
-/// before it are deleted, if that is asked for.
-///
-/// # Errors
-/// When something does not start, or not everybody was emailed.
+/// Sends consecutive runs of `items` new people each; on request, then one during an old snapshot and one after it, and one while
+/// earlier runs are deleted.
 pub(super) async fn measure(
     place: &Place<'_>,
     settings: &Settings<'_>,
     items: usize,
-    asked: Asked,
-) -> Result<Vec<Link>> {
+    extras: Extras,
+) -> Result<Vec<ConsecutiveRun>> {
     let mut conn = place.database().await?;
     let mailrun = Mailrun::start(place, settings, Setup::default()).await?;
-    let measured = send_all(place, &mailrun, &mut conn, items, asked).await;
+    let measured = send_all(place, &mailrun, &mut conn, items, extras).await;
     mailrun.services.stop().await;
     measured
 }
@@ -94,20 +90,20 @@ async fn send_all(
     mailrun: &Mailrun,
     conn: &mut PgConnection,
     items: usize,
-    asked: Asked,
-) -> Result<Vec<Link>> {
+    extras: Extras,
+) -> Result<Vec<ConsecutiveRun>> {
     place.quiet(conn).await?;
-    let mut links = Vec::new();
-    let mut add = |link: Link| {
-        eprintln!("{link}");
-        links.push(link);
+    let mut runs_done = Vec::new();
+    let mut add = |run: ConsecutiveRun| {
+        eprintln!("{run}");
+        runs_done.push(run);
     };
-    for number in 1..=asked.runs {
+    for number in 1..=extras.runs {
         add(send(mailrun, conn, items, number.to_string()).await?);
     }
-    if asked.old_snapshot {
+    if extras.old_snapshot {
         let mut old = place.database().await?;
-        // With an id of its own, as a transaction that has written: it holds back more than one that only reads.
+        // With its own transaction id, like a transaction that has written: it holds back more than a reader.
         sqlx::raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM runs; SELECT pg_current_xact_id()")
             .execute(&mut old)
             .await?;
@@ -115,20 +111,20 @@ async fn send_all(
         sqlx::raw_sql("ROLLBACK").execute(&mut old).await?;
         add(send(mailrun, conn, items, "after it".to_owned()).await?);
     }
-    if asked.prune {
+    if extras.prune {
         let pool = PgPool::connect(&place.database_url()).await?;
         sleep(OVER_FOR).await;
         let pruned = Cell::new(0);
-        let link = tokio::select! {
-            link = send(mailrun, conn, items, "prune".to_owned()) => link?,
+        let run = tokio::select! {
+            run = send(mailrun, conn, items, "prune".to_owned()) => run?,
             Err(error) = prune_on(&pool, &pruned) => return Err(error),
         };
-        add(Link { pruned_items: Some(pruned.get()), ..link });
+        add(ConsecutiveRun { pruned_items: Some(pruned.get()), ..run });
     }
-    Ok(links)
+    Ok(runs_done)
 }
 
-/// Deletes what is over, again and again, and counts the invitations.
+/// Repeatedly deletes finished runs, and counts their invitations.
 async fn prune_on(pool: &PgPool, pruned: &Cell<u64>) -> Result<Infallible> {
     loop {
         let before = pruned.get();
@@ -137,8 +133,8 @@ async fn prune_on(pool: &PgPool, pruned: &Cell<u64>) -> Result<Infallible> {
     }
 }
 
-async fn send(mailrun: &Mailrun, conn: &mut PgConnection, items: usize, name: String) -> Result<Link> {
-    // Each run's addresses come in all over the index, as anybody's do.
+async fn send(mailrun: &Mailrun, conn: &mut PgConnection, items: usize, name: String) -> Result<ConsecutiveRun> {
+    // The addresses of each run are spread over the index, like those of real lists.
     let domain = format!("run-{}.example.org", name.replace(' ', "-"));
     let form = mailrun.visitor.fill_in(&people_at(&domain, "guest", items)).await?;
     let before = Statements::with(conn, CLAIM).await;
@@ -148,7 +144,7 @@ async fn send(mailrun: &Mailrun, conn: &mut PgConnection, items: usize, name: St
     let drain = run.finished_after(conn).await?.saturating_sub(run.answered);
     let after = Statements::with(conn, CLAIM).await;
     let claims = after.zip(before).map(|(after, before)| after - before);
-    let link = Link {
+    let run = ConsecutiveRun {
         items_per_second: items as f64 / drain.as_secs_f64(),
         submit_seconds: run.answered.as_secs_f64(),
         results_page_milliseconds: open(mailrun, &run.url).await?,
@@ -158,7 +154,7 @@ async fn send(mailrun: &Mailrun, conn: &mut PgConnection, items: usize, name: St
         tables: tables(conn).await?,
         name,
     };
-    Ok(link)
+    Ok(run)
 }
 
 /// The median time of opening a page, in milliseconds.
@@ -187,13 +183,13 @@ async fn tables(conn: &mut PgConnection) -> Result<Vec<Table>> {
     Ok(tables)
 }
 
-impl fmt::Display for Link {
+impl fmt::Display for ConsecutiveRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bytes: i64 = self.tables.iter().map(|table| table.bytes).sum();
         let dead: i64 = self.tables.iter().map(|table| table.dead_tuples).sum();
         write!(
             f,
-            "In a row, {}: {:.0} items a second, POST {:.2} s, results page {:.1} ms, list of runs {:.1} ms, ",
+            "Consecutive run {}: {:.0} items per second, POST {:.2} s, results page {:.1} ms, list of runs {:.1} ms, ",
             self.name,
             self.items_per_second,
             self.submit_seconds,
@@ -201,11 +197,11 @@ impl fmt::Display for Link {
             self.runs_page_milliseconds
         )?;
         if let Some(claim) = self.claim_milliseconds {
-            write!(f, "a claim {claim:.2} ms, ")?;
+            write!(f, "claim {claim:.2} ms, ")?;
         }
         write!(f, "{} MiB, {dead} dead rows", bytes / (1024 * 1024))?;
         match self.pruned_items {
-            Some(items) => write!(f, ", {items} old invitations deleted meanwhile"),
+            Some(items) => write!(f, ", {items} old invitations deleted during the run"),
             None => Ok(()),
         }
     }

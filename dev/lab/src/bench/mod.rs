@@ -1,11 +1,11 @@
-//! `mailrun bench`: how fast Mailrun is on this machine, beside what its servers allow, and beside the naive way.
+//! `mailrun bench`: how fast Mailrun is on this machine, compared with what its servers allow and with the naive implementation.
 //!
-//! All is measured in one run, in turns, on the same private servers: the ceiling (`ceiling.rs`), Mailrun itself
-//! (`pipeline.rs`) and the naive pipeline (`naive.rs`). Absolute numbers say more about the machine than about Mailrun; the
-//! ratios hold elsewhere too. Nothing else should run meanwhile.
+//! Everything is measured in turns on the same private servers: the ceiling (`ceiling.rs`), Mailrun itself (`pipeline.rs`) and the
+//! naive pipeline (`naive.rs`). Absolute rates say more about the machine than about Mailrun; the ratios also hold elsewhere. Nothing
+//! else should run meanwhile.
 
+mod bare_pipeline;
 mod ceiling;
-mod conveyor;
 mod cpu;
 mod depths;
 mod in_a_row;
@@ -28,121 +28,118 @@ use mailrun_app::{config::Config, shutdown};
 
 use self::{
     cpu::Cpu,
-    in_a_row::Asked,
+    in_a_row::Extras,
     pipeline::{Piped, Setup},
     place::Place,
-    report::{Figures, Latency, Round, median},
+    report::{Latency, Results, Round, median},
     small_run::Behind,
 };
 use crate::people::people;
 use mailrun_stack::{self, Stack};
 
-/// The naive pipeline gets so many times fewer people, since it is so much slower.
+/// The naive pipeline gets this many times fewer people, because it is much slower.
 const NAIVE_SHARE: usize = 20;
 const NAIVE_LEAST: usize = 1_000;
 
-/// What `bench` can be asked for.
+/// Options of `mailrun bench`.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
-    /// How many fictional people a measurement invites.
+    /// Number of fictional people per measurement
     #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(1_000..=1_000_000))]
     recipients: u32,
-    /// How often everything is measured; medians are quoted.
+    /// Number of rounds; medians are reported
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     repeat: u32,
-    /// Print one JSON object with the figures on standard output, and nothing else.
+    /// Print one JSON object with the results on standard output, and nothing else
     #[arg(long)]
     json: bool,
-    /// Measure as well how long a run of 10 takes behind a big one.
+    /// Also measure how long a run of 10 takes behind a large one
     #[arg(long)]
     small_run: bool,
-    /// How many people the big one has.
+    /// Number of people in the large run
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(1_000..=1_000_000))]
     behind: u32,
-    /// Measure as well with a mail server that takes so long for each mail; may be given several times.
+    /// Also measure with a relay that takes this long for each mail; can be repeated
     #[arg(long)]
     latency_ms: Vec<u64>,
-    /// Measure as well with so many sending processes, say 1,2,4.
+    /// Also measure with these numbers of sending processes, for example 1,2,4
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
     senders: Vec<u32>,
-    /// Measure as well with so many people who watch the run on its page.
+    /// Also measure with this number of people watching the run's page
     #[arg(long, value_parser = clap::value_parser!(u32).range(2..=20_000))]
     watchers: Option<u32>,
-    /// Measure as well so many runs, one after the other, on one installation.
+    /// Also measure this number of consecutive runs on one installation
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000))]
     in_a_row: Option<u32>,
-    /// And then one run while a session holds an old snapshot, and one after it.
+    /// Then measure a run while a session holds an old snapshot, and one after it
     #[arg(long, requires = "in_a_row")]
     old_snapshot: bool,
-    /// And then one run while those before it are deleted.
+    /// Then measure a run while earlier ones are deleted
     #[arg(long, requires = "in_a_row")]
     prune: bool,
 }
 
-/// What all measurements of Mailrun are run with.
+/// The settings of all measurements.
 struct Settings<'a> {
     config: &'a Config,
     file: Option<&'a Path>,
     home: &'a Path,
 }
 
-/// Measures, and prints the figures.
-///
-/// # Errors
-/// When a server or a service does not start, or anything is lost on the way.
+/// Measures, and prints the results. Fails if a server or a service does not start, or an invitation is lost.
 pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Result<()> {
     let home = mailrun_stack::home();
     if let Some(url) = mailrun_stack::running(&home).and_then(|running| running.web_url) {
-        eprintln!("A Mailrun runs here, and will disturb the figures: {url}");
+        eprintln!("Warning: a running Mailrun will disturb the results: {url}");
     }
-    let stop = shutdown::on_signal().context("the signals can't be caught")?;
+    let stop = shutdown::on_signal().context("cannot catch signals")?;
     let program = std::env::current_exe().context("the path of this program is unknown")?;
-    let stack = Stack::start(&home, &program, Duration::ZERO, |step| eprintln!("{step} …")).await?;
+    let stack = Stack::start(&home, &program, Duration::ZERO, |step| eprintln!("{step}…")).await?;
     let settings = Settings { config: &config, file, home: &home };
     let measured = stop.run_until_cancelled(Box::pin(measure(&stack, &settings, options))).await;
     for purpose in PURPOSES {
         Place::drop_leftover(&stack, purpose).await?;
     }
     stack.stop().await?;
-    let figures = measured.context("the bench was stopped before its end")??;
+    let results = measured.context("the bench was interrupted")??;
     if options.json {
-        println!("{}", serde_json::to_string(&figures)?);
+        println!("{}", serde_json::to_string(&results)?);
     } else {
-        print!("{}", figures.table());
+        print!("{}", results.table());
     }
     Ok(())
 }
 
-/// The names of the places that are worked in.
+/// The names of the places used.
 const PURPOSES: [&str; 6] = ["ceiling", "pipeline", "naive", "small-run", "in-a-row", "watchers"];
-/// With a slow mail server, a measurement is made to last so long at most, if nothing but the mail server is slow.
+/// With a slow relay, limits the duration of a measurement if nothing else is slow.
 const LATENCY_SECONDS: f64 = 10.0;
 
-async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Options) -> Result<Figures> {
+async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Options) -> Result<Results> {
     let items = usize::try_from(options.recipients)?;
     let mut rounds = Vec::new();
     for number in 1..=options.repeat {
         eprintln!("Round {number} of {}", options.repeat);
         rounds.push(round(stack, settings, items).await?);
     }
-    let mut figures = Figures::of(&rounds);
+    let mut results = Results::of(&rounds);
     for latency_ms in &options.latency_ms {
-        figures.slow_mail.push(latency(stack, settings, options, *latency_ms, figures.conveyor_ceiling()).await?);
+        results.slow_mail.push(latency(stack, settings, options, *latency_ms, results.drain_ceiling()).await?);
     }
-    figures.senders = senders::measure(stack, settings, options).await?;
+    results.senders = senders::measure(stack, settings, options).await?;
     if let Some(watchers) = options.watchers {
-        figures.watchers = Some(watchers::measure(stack, settings, items, usize::try_from(watchers)?).await?);
+        results.watchers = Some(watchers::measure(stack, settings, items, usize::try_from(watchers)?).await?);
     }
     if let Some(runs) = options.in_a_row {
         let place = Place::create(stack, "in-a-row").await?;
-        let asked = Asked { runs, old_snapshot: options.old_snapshot, prune: options.prune };
-        figures.in_a_row = in_a_row::measure(&place, settings, items, asked).await?;
+        let extras = Extras { runs, old_snapshot: options.old_snapshot, prune: options.prune };
+        results.in_a_row = in_a_row::measure(&place, settings, items, extras).await?;
         place.drop().await?;
     }
     if options.small_run {
-        figures.behind(&small_run(stack, settings, usize::try_from(options.behind)?).await?);
+        results.behind(&small_run(stack, settings, usize::try_from(options.behind)?).await?);
     }
-    Ok(figures)
+    Ok(results)
 }
 
 async fn round(stack: &Stack, settings: &Settings<'_>, items: usize) -> Result<Round> {
@@ -164,7 +161,7 @@ async fn round(stack: &Stack, settings: &Settings<'_>, items: usize) -> Result<R
 fn tell(what: &str, items_per_second: f64, cpu: &Cpu) {
     eprintln!("  {what:<8} {items_per_second:>7.0} items/s");
     if cpu.is_disturbed() {
-        eprintln!("  disturbed: others used {:.1} CPU seconds meanwhile, beside {:.1}", cpu.others, cpu.total());
+        eprintln!("  disturbed: other processes used {:.1} CPU seconds, the bench {:.1}", cpu.others, cpu.total());
     }
 }
 
@@ -175,7 +172,7 @@ async fn mailrun(stack: &Stack, settings: &Settings<'_>, items: usize, setup: Se
     Ok(piped)
 }
 
-/// Items a second from the POST's answer to the end; a median.
+/// Items per second from the response to the POST until the end; a median.
 async fn drain_rate(
     stack: &Stack,
     settings: &Settings<'_>,
@@ -202,11 +199,11 @@ async fn latency(
     let items = items_within(by_permits, options);
     let rate = drain_rate(stack, settings, options, items, setup).await?;
     let measured = Latency::new(latency_ms, items, rate, by_permits, ceiling);
-    eprintln!("With {latency_ms} ms for each mail: {:.0} items/s", measured.items_per_second());
+    eprintln!("With {latency_ms} ms per mail: {:.0} items/s", measured.items_per_second());
     Ok(measured)
 }
 
-/// As many people as a measurement at this rate may have, if nothing but the mail server is slow.
+/// The number of people for a measurement at this rate, if only the relay is slow.
 fn items_within(by_permits: f64, options: &Options) -> usize {
     (by_permits * LATENCY_SECONDS).clamp(1_000.0, f64::from(options.recipients)) as usize
 }

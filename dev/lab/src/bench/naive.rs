@@ -1,26 +1,23 @@
-//! The naive pipeline: the same work one item at a time. A transaction a person, a confirm a message, an ack a delivery, a
-//! result message and a counter's update an item.
+//! The naive pipeline: the same work one item at a time, with a transaction per person, a confirm per message, an ack per delivery, and
+//! a result message and a counter update per item.
 
 use anyhow::Result;
 use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use super::{
-    conveyor::Sizes,
+    bare_pipeline::Sizes,
     people,
     place::Place,
-    raw::{Raw, carry, insert_run},
+    raw::{Raw, insert_run, process},
 };
 
 /// As many processes as Mailrun has.
 const SIZES: Sizes = Sizes { burst: 1, batch: 1, publishers: 1, senders: 2, window: 5_000 };
 
-/// Submits `items` people one by one, and carries them one by one.
-///
-/// # Errors
-/// Any trouble with the servers.
+/// Submits `items` people one by one, and processes them one by one.
 pub(super) async fn measure(place: &Place<'_>, items: usize) -> Result<Raw> {
-    carry(place, items, SIZES, submit).await
+    process(place, items, SIZES, submit).await
 }
 
 /// A run with all its rows: one transaction for each person and their item.

@@ -1,4 +1,4 @@
-//! Mailrun itself: the real processes, a run submitted through the real form, timed from the POST to the run's end.
+//! Mailrun itself: the real processes and a run submitted through the real form, timed from the POST until the run's end.
 
 use std::{
     ffi::OsString,
@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     Settings,
     cpu::{Cpu, Memory},
-    depths::{Depths, Lead},
+    depths::{DepthProbe, Depths},
     people,
     place::Place,
     writes::Writes,
@@ -25,39 +25,39 @@ use crate::{
     visitor::{Form, Progress, Visitor},
 };
 
-/// As often as the page asks, or a little more.
+/// As often as the page polls, or slightly more often.
 pub(super) const POLL: Duration = Duration::from_millis(100);
 
-/// How a Mailrun is set up for a measurement.
+/// The set-up of Mailrun for a measurement.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
     /// Sending processes.
     pub(super) senders: usize,
-    /// The mail server takes so long for each mail.
+    /// The relay's latency per mail.
     pub(super) latency: Duration,
 }
 
 impl Default for Setup {
-    /// As `mailrun up` starts it, with a mail server that answers at once.
+    /// As `mailrun up` starts it, with a relay that replies immediately.
     fn default() -> Self {
         Self { senders: SENDERS, latency: Duration::ZERO }
     }
 }
 
 impl Setup {
-    /// Items a second that the permits of all senders together allow.
+    /// Items per second that the permits of all senders allow.
     pub(super) fn bound(&self, config: &Config) -> f64 {
         (self.senders * config.send.permits) as f64 / self.latency.as_secs_f64()
     }
 }
 
-/// What it took.
+/// The measurement.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Piped {
     pub(super) items: usize,
-    /// From the POST to its answer.
+    /// From the POST to its response.
     pub(super) submit: Duration,
-    /// From the POST to the moment that the ledger names as the run's end.
+    /// From the POST to the run's end according to the ledger.
     pub(super) all: Duration,
     pub(super) cpu: Cpu,
     pub(super) writes: Writes,
@@ -71,28 +71,26 @@ impl Piped {
         self.items as f64 / self.all.as_secs_f64()
     }
 
-    /// From the POST's answer to the end.
+    /// From the response to the POST until the end.
     pub(super) fn drain_items_per_second(&self) -> f64 {
         self.items as f64 / self.all.saturating_sub(self.submit).as_secs_f64()
     }
 }
 
-/// Sends one run of `items` invitations through a Mailrun that is set up so.
-///
-/// # Errors
-/// When something does not start, or not everybody was emailed in the end.
+/// Sends one run of `items` invitations through Mailrun with this set-up. Fails if anything does not start, or not everybody was
+/// emailed.
 pub(super) async fn measure(place: &Place<'_>, settings: &Settings<'_>, items: usize, setup: Setup) -> Result<Piped> {
     let mut conn = place.database().await?;
     let mailrun = Mailrun::start(place, settings, setup).await?;
     place.quiet(&mut conn).await?;
-    let mut lead = Lead::connect(place).await?;
-    let measured = lead.during(send(place, &mailrun, &mut conn, items)).await;
+    let mut probe = DepthProbe::connect(place).await?;
+    let measured = probe.during(send(place, &mailrun, &mut conn, items)).await;
     let memory = Memory::now(&mailrun.services);
     mailrun.services.stop().await;
     let (submit, all, cpu, before, wal_bytes) = measured?;
-    // The services' sessions have ended, and with that have told how many transactions they had.
+    // The services' sessions have ended, and have therefore reported their transactions.
     let writes = Writes { wal_bytes, ..Writes::now(&mut conn).await? - before };
-    Ok(Piped { items, submit, all, cpu, writes, memory, deepest: lead.deepest })
+    Ok(Piped { items, submit, all, cpu, writes, memory, deepest: probe.deepest })
 }
 
 async fn send(
@@ -112,27 +110,24 @@ async fn send(
     Ok((run.answered, run.finished_after(conn).await?, cpu, before, wal_bytes))
 }
 
-/// A Mailrun that runs.
+/// A running Mailrun.
 pub(super) struct Mailrun {
     pub(super) services: Services,
     pub(super) visitor: Visitor,
 }
 
-/// A run that was accepted.
+/// An accepted run.
 pub(super) struct Run {
     pub(super) url: String,
     id: Uuid,
     /// Seconds since 1970, by this machine's clock, which is the ledger's.
     posted_at: f64,
-    /// From the POST to its answer.
+    /// From the POST to its response.
     pub(super) answered: Duration,
 }
 
 impl Mailrun {
-    /// With a mail server that refuses nothing.
-    ///
-    /// # Errors
-    /// What did not start.
+    /// Starts Mailrun with a relay that refuses nothing.
     pub(super) async fn start(place: &Place<'_>, settings: &Settings<'_>, setup: Setup) -> Result<Self> {
         let mut environment = place.environment();
         environment.extend(settings.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
@@ -151,31 +146,23 @@ impl Mailrun {
         Ok(Self { services, visitor })
     }
 
-    /// Presses *Send Invites*.
-    ///
-    /// # Errors
-    /// When the form is not accepted.
+    /// Submits the form.
     pub(super) async fn submit(&self, form: Form) -> Result<Run> {
         let posted_at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
         let started = Instant::now();
         let url = self.visitor.send(form).await?;
         let answered = started.elapsed();
-        let id = url.rsplit('/').next().and_then(|id| id.parse().ok()).with_context(|| format!("{url} is no run"))?;
+        let id =
+            url.rsplit('/').next().and_then(|id| id.parse().ok()).with_context(|| format!("{url} is not a run"))?;
         Ok(Run { url, id, posted_at, answered })
     }
 
-    /// Asks once.
-    ///
-    /// # Errors
-    /// When the page does not answer.
+    /// Gets the progress once.
     pub(super) async fn progress(&self, run: &Run) -> Result<Progress> {
         self.visitor.progress(&run.url).await
     }
 
-    /// Asks every `poll` until the run is over.
-    ///
-    /// # Errors
-    /// When the page does not answer.
+    /// Polls until the run is over.
     pub(super) async fn until_over(&self, run: &Run, poll: Duration) -> Result<Progress> {
         loop {
             let progress = self.progress(run).await?;
@@ -188,10 +175,7 @@ impl Mailrun {
 }
 
 impl Run {
-    /// From the POST to the end of the run, by the ledger, for a run that is over.
-    ///
-    /// # Errors
-    /// The database's.
+    /// From the POST to the end of a finished run, according to the ledger.
     pub(super) async fn finished_after(&self, conn: &mut PgConnection) -> Result<Duration> {
         let finished_at: f64 = sqlx::query_scalar(
             "SELECT extract(epoch FROM finished_at)::double precision FROM run_progress WHERE run_id = $1",
@@ -199,7 +183,7 @@ impl Run {
         .bind(self.id)
         .fetch_one(conn)
         .await?;
-        Duration::try_from_secs_f64(finished_at - self.posted_at).context("the clock was set back")
+        Duration::try_from_secs_f64(finished_at - self.posted_at).context("the clock was set backwards")
     }
 }
 

@@ -1,4 +1,4 @@
-//! One measurement without Mailrun: a submission and the bare conveyor, timed.
+//! One measurement without Mailrun: a submission and the bare pipeline, timed.
 
 use std::time::{Duration, Instant};
 
@@ -7,20 +7,20 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{
-    conveyor::{Conveyor, Sizes},
+    bare_pipeline::{BarePipeline, Sizes},
     cpu::Cpu,
     place::Place,
     writes::Writes,
 };
 
-/// What it took.
+/// The measurement.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Raw {
     pub(super) items: usize,
     /// Until the run was committed.
     pub(super) submit: Duration,
-    /// From then on until the last item was counted.
-    pub(super) conveyor: Duration,
+    /// From then until the last item was counted.
+    pub(super) drain: Duration,
     pub(super) cpu: Cpu,
     pub(super) writes: Writes,
 }
@@ -28,19 +28,16 @@ pub(super) struct Raw {
 impl Raw {
     /// From the beginning to the end.
     pub(super) fn items_per_second(&self) -> f64 {
-        self.items as f64 / (self.submit + self.conveyor).as_secs_f64()
+        self.items as f64 / (self.submit + self.drain).as_secs_f64()
     }
 
     /// Without the submission.
-    pub(super) fn conveyor_items_per_second(&self) -> f64 {
-        self.items as f64 / self.conveyor.as_secs_f64()
+    pub(super) fn drain_items_per_second(&self) -> f64 {
+        self.items as f64 / self.drain.as_secs_f64()
     }
 }
 
-/// Inserts a run of `items` people, whose rows follow.
-///
-/// # Errors
-/// The database's.
+/// Inserts a run of `items` people; its items are inserted separately.
 pub(super) async fn insert_run(conn: &mut PgConnection, run_id: Uuid, items: usize) -> Result<()> {
     let total = i32::try_from(items)?;
     sqlx::query("INSERT INTO runs (id, subject, body, total) VALUES ($1, 'You are invited!', 'Join us.', $2)")
@@ -56,25 +53,22 @@ pub(super) async fn insert_run(conn: &mut PgConnection, run_id: Uuid, items: usi
     Ok(())
 }
 
-/// Submits a run with `submit`, carries it over a conveyor of these `sizes`, and makes sure that all was counted.
-///
-/// # Errors
-/// Any trouble with the servers.
-pub(super) async fn carry(
+/// Submits a run with `submit`, processes it with a bare pipeline of these `sizes`, and checks that all items were counted.
+pub(super) async fn process(
     place: &Place<'_>,
     items: usize,
     sizes: Sizes,
     submit: impl AsyncFnOnce(&mut PgConnection, Uuid, usize) -> Result<()>,
 ) -> Result<Raw> {
     let mut conn = place.database().await?;
-    let conveyor = Conveyor::connect(place, sizes).await?;
+    let pipeline = BarePipeline::connect(place, sizes).await?;
     let run_id = Uuid::new_v4();
     place.quiet(&mut conn).await?;
     let (cpu, writes) = (Cpu::now(place.stack, None)?, Writes::now(&mut conn).await?);
     let started = Instant::now();
     submit(&mut conn, run_id, items).await?;
     let submitted = started.elapsed();
-    conveyor.carry(run_id, items).await?;
+    pipeline.process(run_id, items).await?;
     let all = started.elapsed();
     let (cpu, writes) = (Cpu::now(place.stack, None)? - cpu, Writes::now(&mut conn).await? - writes);
     let counted: i64 = sqlx::query_scalar(
@@ -87,6 +81,6 @@ pub(super) async fn carry(
     .bind(run_id)
     .fetch_one(&mut conn)
     .await?;
-    ensure!(usize::try_from(counted)? == items, "the conveyor carried {counted} of {items} items");
-    Ok(Raw { items, submit: submitted, conveyor: all - submitted, cpu, writes })
+    ensure!(usize::try_from(counted)? == items, "the bare pipeline counted {counted} of {items} items");
+    Ok(Raw { items, submit: submitted, drain: all - submitted, cpu, writes })
 }

@@ -1,4 +1,4 @@
-//! The figures: medians over the rounds, the ratios between them, and how they are shown.
+//! The results: medians over the rounds, their ratios, and their output.
 
 use std::fmt::Write as _;
 
@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     cpu::{Cpu, Memory},
     depths::Depths,
-    in_a_row::Link,
+    in_a_row::ConsecutiveRun,
     pipeline::Piped,
     raw::Raw,
     senders::Senders,
@@ -23,38 +23,38 @@ pub(super) struct Round {
     pub(super) naive: Raw,
 }
 
-/// What is reported. Rates and times are medians; a ratio is one of medians. Rates count from the POST to the run's end,
-/// unless they say otherwise.
+/// The report. Rates and times are medians; a ratio is one of medians. Rates count from the POST to the run's end, unless stated
+/// otherwise.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct Figures {
+pub(super) struct Results {
     recipients: usize,
     rounds: usize,
-    /// What the servers allow, submission included.
+    /// What the servers allow, including the submission.
     ceiling_items_per_second: f64,
-    /// Mailrun.
+    /// Mailrun's rate.
     pipeline_items_per_second: f64,
     /// Mailrun's share of the ceiling.
     ratio: f64,
-    /// One item at a time.
+    /// The rate of one item at a time.
     naive_items_per_second: f64,
-    /// How many times faster than that Mailrun is.
+    /// How many times faster Mailrun is.
     naive_ratio: f64,
-    /// From the POST to its answer.
+    /// From the POST to its response.
     submit_seconds: f64,
-    /// A bare COPY and insert of the same rows.
+    /// COPY and INSERT of the same rows.
     ceiling_submit_seconds: f64,
-    /// The POST's share of the rate of that.
+    /// That time divided by the POST's.
     submit_ratio: f64,
-    /// Mailrun from the POST's answer on.
+    /// Mailrun's rate after the response to the POST.
     drain_items_per_second: f64,
-    /// The bare conveyor without its submission.
+    /// The bare pipeline without its submission.
     conveyor_ceiling_items_per_second: f64,
     drain_ratio: f64,
     /// Of Mailrun's measurement, by part.
     cpu_seconds: Cpu,
     /// Of the ceiling's measurement, by part.
     ceiling_cpu_seconds: Cpu,
-    /// Mailrun's, in a thousandth of a second.
+    /// Mailrun's, in milliseconds.
     cpu_milliseconds_per_thousand_items: f64,
     ceiling_cpu_milliseconds_per_thousand_items: f64,
     wal_bytes_per_item: f64,
@@ -62,38 +62,38 @@ pub(super) struct Figures {
     commits_per_item: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     statements_per_item: Option<f64>,
-    /// The most over all rounds.
+    /// The maximum of all rounds.
     peak_memory_bytes: Memory,
-    /// The most messages that were seen waiting over all rounds.
+    /// The maximum observed in all rounds.
     deepest_queues: Depths,
-    /// Each round's rates, to see how far they lie apart.
+    /// Each round's rates, to show their spread.
     ceiling_rounds: Vec<f64>,
     pipeline_rounds: Vec<f64>,
     naive_rounds: Vec<f64>,
-    /// With a mail server that takes its time.
+    /// With a slow relay.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) slow_mail: Vec<Latency>,
     /// With other numbers of sending processes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) senders: Vec<Senders>,
-    /// With people who watch it.
+    /// With people watching the page.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) watchers: Option<Watched>,
-    /// One after the other on one installation.
+    /// Consecutive runs on one installation.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(super) in_a_row: Vec<Link>,
+    pub(super) in_a_row: Vec<ConsecutiveRun>,
     #[serde(flatten)]
     small: Option<Small>,
 }
 
-/// Mailrun with a mail server that takes its time.
+/// Mailrun with a slow relay.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(super) struct Latency {
     latency_ms: u64,
     recipients: usize,
-    /// From the POST's answer on.
+    /// After the response to the POST.
     items_per_second: f64,
-    /// Sends in flight at most, divided by the latency; or the ceiling, if that is lower.
+    /// The maximum number of concurrent sends divided by the latency; or the ceiling, if it is lower.
     bound_items_per_second: f64,
     ratio: f64,
 }
@@ -110,22 +110,22 @@ impl Latency {
     }
 }
 
-/// Small runs behind a big one.
+/// Small runs behind a large one.
 #[derive(Clone, Debug, Serialize)]
 struct Small {
     /// From a small run's POST to its end.
     behind_a_million_seconds: f64,
     behind_a_million_worst_seconds: f64,
     small_runs: usize,
-    /// The size of the big one, if it is no million.
+    /// The size of the large run.
     behind_recipients: usize,
-    /// The big run's, after the last small one and while they came.
+    /// The large run's rate after the last small one and during the small ones.
     behind_alone_items_per_second: f64,
     behind_beside_items_per_second: f64,
 }
 
-impl Figures {
-    /// Of at least one round.
+impl Results {
+    /// Requires at least one round.
     pub(super) fn of(rounds: &[Round]) -> Self {
         let over = |figure: &dyn Fn(&Round) -> f64| rounds.iter().map(figure).collect::<Vec<f64>>();
         let middle = |figure: &dyn Fn(&Round) -> f64| median(over(figure));
@@ -137,7 +137,7 @@ impl Figures {
         let submit_seconds = middle(&|round| round.pipeline.submit.as_secs_f64());
         let ceiling_submit_seconds = middle(&|round| round.ceiling.submit.as_secs_f64());
         let drain = middle(&|round| round.pipeline.drain_items_per_second());
-        let conveyor = middle(&|round| round.ceiling.conveyor_items_per_second());
+        let bare_drain = middle(&|round| round.ceiling.drain_items_per_second());
         let cpu_of = |cpu: fn(&Round) -> Cpu| {
             let all: Vec<Cpu> = rounds.iter().map(cpu).collect();
             Cpu::by_part(&all, median)
@@ -161,8 +161,8 @@ impl Figures {
             ceiling_submit_seconds,
             submit_ratio: ceiling_submit_seconds / submit_seconds,
             drain_items_per_second: drain,
-            conveyor_ceiling_items_per_second: conveyor,
-            drain_ratio: drain / conveyor,
+            conveyor_ceiling_items_per_second: bare_drain,
+            drain_ratio: drain / bare_drain,
             cpu_seconds,
             ceiling_cpu_seconds,
             cpu_milliseconds_per_thousand_items: per_thousand(cpu_seconds),
@@ -187,11 +187,11 @@ impl Figures {
     }
 
     /// What the servers allow without the submission.
-    pub(super) fn conveyor_ceiling(&self) -> f64 {
+    pub(super) fn drain_ceiling(&self) -> f64 {
         self.conveyor_ceiling_items_per_second
     }
 
-    /// Adds small runs behind a big one.
+    /// Adds small runs behind a large one.
     pub(super) fn behind(&mut self, behind: &Behind) {
         self.small = Some(Small {
             behind_a_million_seconds: median(behind.seconds.clone()),
@@ -203,17 +203,17 @@ impl Figures {
         });
     }
 
-    /// For people.
+    /// The text output.
     pub(super) fn table(&self) -> String {
         let mut text = String::new();
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         let _ = self.write_table(&mut text);
         text
     }
 
     fn write_table(&self, text: &mut String) -> std::fmt::Result {
         writeln!(text, "{} people, medians of {} rounds\n", self.recipients, self.rounds)?;
-        writeln!(text, "{:24}{:>12}{:>12}{:>12}", "items a second", "ceiling", "Mailrun", "naive")?;
+        writeln!(text, "{:24}{:>12}{:>12}{:>12}", "items per second", "ceiling", "Mailrun", "naive")?;
         writeln!(
             text,
             "{:24}{:>12.0}{:>12.0}{:>12.0}",
@@ -225,12 +225,12 @@ impl Figures {
         writeln!(
             text,
             "{:24}{:>12.0}{:>12.0}",
-            "  from its answer", self.conveyor_ceiling_items_per_second, self.drain_items_per_second
+            "  from its response", self.conveyor_ceiling_items_per_second, self.drain_items_per_second
         )?;
         writeln!(text, "{:24}{:>12.2}{:>12.2}", "POST, seconds", self.ceiling_submit_seconds, self.submit_seconds)?;
         writeln!(
             text,
-            "\nMailrun has {:.0} % of the ceiling, and is {:.1} times faster than the naive way.\n",
+            "\nMailrun reaches {:.0} % of the ceiling, and is {:.1} times faster than the naive pipeline.\n",
             self.ratio * 100.0,
             self.naive_ratio
         )?;
@@ -241,17 +241,17 @@ impl Figures {
             writeln!(text, "{:24}{ceiling:>12.2}{mailrun:>12.2}", format!("  {part}"))?;
         }
         let totals = (self.ceiling_cpu_seconds.total(), self.cpu_seconds.total());
-        writeln!(text, "{:24}{:>12.2}{:>12.2}", "  together", totals.0, totals.1)?;
+        writeln!(text, "{:24}{:>12.2}{:>12.2}", "  total", totals.0, totals.1)?;
         let others = (self.ceiling_cpu_seconds.others, self.cpu_seconds.others);
-        writeln!(text, "{:24}{:>12.2}{:>12.2}", "  others meanwhile", others.0, others.1)?;
+        writeln!(text, "{:24}{:>12.2}{:>12.2}", "  other processes", others.0, others.1)?;
         writeln!(
             text,
             "{:24}{:>12.0}{:>12.0}",
-            "WAL bytes an item", self.ceiling_wal_bytes_per_item, self.wal_bytes_per_item
+            "WAL bytes per item", self.ceiling_wal_bytes_per_item, self.wal_bytes_per_item
         )?;
-        writeln!(text, "{:24}{:>12}{:>12.3}", "commits an item", "", self.commits_per_item)?;
+        writeln!(text, "{:24}{:>12}{:>12.3}", "commits per item", "", self.commits_per_item)?;
         if let Some(statements) = self.statements_per_item {
-            writeln!(text, "{:24}{:>12}{statements:>12.3}", "statements an item", "")?;
+            writeln!(text, "{:24}{:>12}{statements:>12.3}", "statements per item", "")?;
         }
         let megabytes = |bytes: u64| bytes / (1024 * 1024);
         let memory = self.peak_memory_bytes;
@@ -264,11 +264,11 @@ impl Figures {
             megabytes(memory.progress)
         )?;
         let Depths { items, results } = self.deepest_queues;
-        writeln!(text, "Most messages waiting: {items} items, {results} with results")?;
+        writeln!(text, "Deepest queues: {items} items, {results} results")?;
         for slow in &self.slow_mail {
             writeln!(
                 text,
-                "With {} ms for each mail: {:.0} items a second, {:.0} % of what the permits or the ceiling allow",
+                "With {} ms per mail: {:.0} items per second, {:.0} % of what the permits or the ceiling allow",
                 slow.latency_ms,
                 slow.items_per_second,
                 slow.ratio * 100.0
@@ -280,13 +280,13 @@ impl Figures {
         if let Some(watched) = &self.watchers {
             writeln!(text, "{watched}")?;
         }
-        for link in &self.in_a_row {
-            writeln!(text, "{link}")?;
+        for run in &self.in_a_row {
+            writeln!(text, "{run}")?;
         }
         if let Some(small) = &self.small {
             writeln!(
                 text,
-                "A run of 10 behind a run of {}: {:.2} s, at worst {:.2} s; the big run had {:.0} items a second alone, {:.0} beside",
+                "A run of 10 behind a run of {}: {:.2} s, at most {:.2} s; large run: {:.0} items per second alone, {:.0} during small runs",
                 small.behind_recipients,
                 small.behind_a_million_seconds,
                 small.behind_a_million_worst_seconds,
@@ -298,7 +298,7 @@ impl Figures {
     }
 }
 
-/// The middle value, or the mean of both middle values; of nothing, not a number.
+/// The median; of no values, not a number.
 pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     match (values.get((values.len().saturating_sub(1)) / 2), values.get(values.len() / 2)) {
@@ -321,7 +321,7 @@ mod tests {
         let raw = |seconds: f64| Raw {
             items: 1_000,
             submit: Duration::from_secs_f64(seconds / 4.0),
-            conveyor: Duration::from_secs_f64(seconds * 0.75),
+            drain: Duration::from_secs_f64(seconds * 0.75),
             cpu,
             writes,
         };
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_median_is_in_the_middle() {
+    fn the_median_is_the_middle_value() {
         assert_eq!(median(vec![9.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(vec![4.0, 1.0, 2.0, 9.0]), 3.0);
         assert_eq!(median(vec![7.0]), 7.0);
@@ -346,43 +346,43 @@ mod tests {
     }
 
     #[test]
-    fn ratios_are_those_of_medians() {
-        let figures = Figures::of(&[round(1.0, 2.0, 40.0), round(1.0, 4.0, 20.0), round(0.1, 2.0, 20.0)]);
-        assert_eq!((figures.recipients, figures.rounds), (1_000, 3));
-        assert_eq!((figures.ceiling_items_per_second, figures.pipeline_items_per_second), (1_000.0, 500.0));
-        assert_eq!((figures.ratio, figures.naive_ratio), (0.5, 10.0));
+    fn ratios_are_ratios_of_medians() {
+        let results = Results::of(&[round(1.0, 2.0, 40.0), round(1.0, 4.0, 20.0), round(0.1, 2.0, 20.0)]);
+        assert_eq!((results.recipients, results.rounds), (1_000, 3));
+        assert_eq!((results.ceiling_items_per_second, results.pipeline_items_per_second), (1_000.0, 500.0));
+        assert_eq!((results.ratio, results.naive_ratio), (0.5, 10.0));
         // The POST takes half of 2 s, the bare submission a quarter of 1 s.
-        assert_eq!((figures.submit_seconds, figures.submit_ratio), (1.0, 0.25));
-        assert_eq!(figures.drain_items_per_second, 1_000.0);
-        assert_eq!(figures.cpu_seconds.database, 2.0);
-        assert_eq!((figures.wal_bytes_per_item, figures.commits_per_item), (3.0, 0.01));
-        assert_eq!(figures.cpu_milliseconds_per_thousand_items, 5_000.0);
+        assert_eq!((results.submit_seconds, results.submit_ratio), (1.0, 0.25));
+        assert_eq!(results.drain_items_per_second, 1_000.0);
+        assert_eq!(results.cpu_seconds.database, 2.0);
+        assert_eq!((results.wal_bytes_per_item, results.commits_per_item), (3.0, 0.01));
+        assert_eq!(results.cpu_milliseconds_per_thousand_items, 5_000.0);
     }
 
     #[test]
-    fn a_slow_mail_server_is_bound_by_the_permits_or_the_ceiling() {
+    fn a_slow_relay_is_bounded_by_the_permits_or_the_ceiling() {
         assert_eq!(Latency::new(50, 1_000, 1_280.0, 2_560.0, 20_000.0).ratio, 0.5);
         assert_eq!(Latency::new(1, 1_000, 10_000.0, 128_000.0, 20_000.0).ratio, 0.5);
     }
 
     #[test]
-    fn what_was_not_asked_for_is_not_reported() {
-        let mut figures = Figures::of(&[round(1.0, 2.0, 40.0)]);
-        let json = |figures: &Figures| serde_json::to_value(figures).unwrap();
-        assert_eq!(json(&figures).get("behind_a_million_seconds"), None);
-        assert_eq!(json(&figures).get("statements_per_item"), None);
-        assert!(!figures.table().contains("behind"));
+    fn omits_what_was_not_requested() {
+        let mut results = Results::of(&[round(1.0, 2.0, 40.0)]);
+        let json = |results: &Results| serde_json::to_value(results).unwrap();
+        assert_eq!(json(&results).get("behind_a_million_seconds"), None);
+        assert_eq!(json(&results).get("statements_per_item"), None);
+        assert!(!results.table().contains("behind"));
         let seconds = vec![0.1, 0.3, 0.2];
-        figures.behind(&Behind { behind: 1_000_000, seconds, alone: 9_000.0, beside: 8_000.0 });
-        assert_eq!(json(&figures)["behind_a_million_seconds"], Value::from(0.2));
-        assert!(figures.table().contains("A run of 10 behind a run of 1000000: 0.20 s"));
+        results.behind(&Behind { behind: 1_000_000, seconds, alone: 9_000.0, beside: 8_000.0 });
+        assert_eq!(json(&results)["behind_a_million_seconds"], Value::from(0.2));
+        assert!(results.table().contains("A run of 10 behind a run of 1000000: 0.20 s"));
     }
 
     #[test]
-    fn the_table_says_the_ratios() {
-        let table = Figures::of(&[round(1.0, 2.0, 40.0)]).table();
+    fn the_table_contains_the_ratios() {
+        let table = Results::of(&[round(1.0, 2.0, 40.0)]).table();
         assert!(
-            table.contains("Mailrun has 50 % of the ceiling, and is 20.0 times faster than the naive way."),
+            table.contains("Mailrun reaches 50 % of the ceiling, and is 20.0 times faster than the naive pipeline."),
             "{table}"
         );
     }

@@ -1,4 +1,4 @@
-//! A small run behind a big one: how long a handful of people wait while a long list is under way.
+//! A small run behind a large one: how long a few people wait while a long list is being sent.
 
 use std::time::{Duration, Instant};
 
@@ -14,34 +14,31 @@ use super::{
 
 /// People in a small run.
 const SMALL: usize = 10;
-/// From the first item of the big run to the first measurement.
+/// From the first item of the large run to the first measurement.
 const SETTLE: Duration = Duration::from_secs(3);
-/// The big run is alone for so long, and then beside small runs for at least as long, in turns: noise that lasts for
-/// seconds falls on both.
+/// The large run is alone for this long, then beside small runs for at least as long, alternating, so that noise of some seconds affects
+/// both.
 const STRETCH: Duration = Duration::from_secs(3);
-/// Pairs of such stretches; fewer if the big run is over before.
+/// Pairs of such periods; fewer if the large run ends earlier.
 const ROUNDS: usize = 6;
 /// Between two small runs.
 const PAUSE: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(20);
 
-/// How the small runs fared, and the big one.
+/// The measurements of the small runs and the large one.
 #[derive(Clone, Debug)]
 pub(super) struct Behind {
-    /// People in the big run.
+    /// People in the large run.
     pub(super) behind: usize,
     /// From each small run's POST to its end.
     pub(super) seconds: Vec<f64>,
-    /// The big run's rate while it was alone.
+    /// The large run's rate while it was alone.
     pub(super) alone: f64,
-    /// Its rate while small ones came.
+    /// Its rate during the small runs.
     pub(super) beside: f64,
 }
 
-/// Submits `behind` people, then small runs while they are under way. The big run is not waited for.
-///
-/// # Errors
-/// When the big run is over before a single small one.
+/// Submits `behind` people, then small runs meanwhile. Does not wait for the large run; fails if it ends before a small one.
 pub(super) async fn measure(place: &Place<'_>, settings: &Settings<'_>, behind: usize) -> Result<Behind> {
     let mut conn = place.database().await?;
     let mailrun = Mailrun::start(place, settings, Setup::default()).await?;
@@ -56,12 +53,12 @@ async fn submit(mailrun: &Mailrun, conn: &mut PgConnection, behind: usize) -> Re
     while settled(mailrun, &big).await? == 0 {
         sleep(POLL).await;
     }
-    // A fresh million keeps the database busy by itself for a moment.
+    // A new run of a million keeps the database busy for a moment.
     sleep(SETTLE).await;
     let mut seconds = Vec::new();
     let (mut alone, mut beside) = (Stretches::default(), Stretches::default());
     for round in 0..ROUNDS {
-        // Once this way round, once the other: a drift cancels out.
+        // In alternating order, so that a drift cancels out.
         for small in if round % 2 == 0 { [false, true] } else { [true, false] } {
             let (from, begun) = (settled(mailrun, &big).await?, Instant::now());
             if small {
@@ -88,12 +85,12 @@ async fn submit(mailrun: &Mailrun, conn: &mut PgConnection, behind: usize) -> Re
 fn finish(behind: usize, seconds: Vec<f64>, alone: &Stretches, beside: &Stretches) -> Result<Behind> {
     ensure!(
         !seconds.is_empty() && alone.items > 0 && beside.items > 0,
-        "the run of {behind} was over before it was measured: ask for a larger one with --behind"
+        "the run of {behind} ended before it was measured: use a larger --behind"
     );
     Ok(Behind { behind, seconds, alone: alone.rate(), beside: beside.rate() })
 }
 
-/// Sends to a handful of people, and tells how long they waited after the POST.
+/// Sends to a few people and returns how long they waited after the POST.
 async fn small_run(mailrun: &Mailrun, conn: &mut PgConnection, name: &str) -> Result<f64> {
     let form = mailrun.visitor.fill_in(&people(name, SMALL)).await?;
     let run = mailrun.submit(form).await?;
@@ -102,7 +99,7 @@ async fn small_run(mailrun: &Mailrun, conn: &mut PgConnection, name: &str) -> Re
     Ok(run.finished_after(conn).await?.as_secs_f64())
 }
 
-/// What a run did in several stretches of time.
+/// Items and time of a run in several periods.
 #[derive(Default)]
 struct Stretches {
     items: u64,
@@ -115,7 +112,7 @@ impl Stretches {
         self.time += time;
     }
 
-    /// Items a second.
+    /// Items per second.
     fn rate(&self) -> f64 {
         self.items as f64 / self.time.as_secs_f64()
     }

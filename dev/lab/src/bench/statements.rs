@@ -1,10 +1,10 @@
-//! How often a statement ran and how long it took, from `pg_stat_statements`, if the server has loaded it.
+//! Counts and durations of statements, from `pg_stat_statements`, if the server has loaded it.
 
 use std::ops::Sub;
 
 use sqlx::PgConnection;
 
-/// Up to a moment, in one database; the difference of two is what happened between them.
+/// The statistics of one database at one moment; subtracting two gives those between them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Statements {
     pub(super) calls: i64,
@@ -12,7 +12,7 @@ pub(super) struct Statements {
 }
 
 impl Statements {
-    /// Those with `text` in them; none where there are no such statistics.
+    /// The statements that contain `text`; none without these statistics.
     pub(super) async fn with(conn: &mut PgConnection, text: &str) -> Option<Self> {
         let (calls, milliseconds) = sqlx::query_as(
             "SELECT coalesce(sum(calls), 0)::bigint, coalesce(sum(total_exec_time), 0)::double precision
@@ -26,7 +26,7 @@ impl Statements {
         Some(Self { calls, milliseconds })
     }
 
-    /// Of one call, if there was one.
+    /// The mean per call, if there was one.
     pub(super) fn mean_milliseconds(&self) -> Option<f64> {
         (self.calls > 0).then(|| self.milliseconds / self.calls as f64)
     }

@@ -1,7 +1,7 @@
-//! Watchers: many open results pages while a run is under way, what they cost, and how old the numbers are that they show.
+//! Watchers: the cost of many open results pages during a run, and the age of the numbers they show.
 //!
-//! A run of one watcher, one of many, and one of a single page beside a probe that asks all the time. The watchers poll as
-//! `web/static/results.js` does, each over a connection of its own that is made before the run.
+//! One run with one watcher, one with many, and one with a single page and a fast probe. The watchers poll like
+//! `web/static/results.js`, each over its own connection, opened before the run.
 
 use std::{
     fmt,
@@ -32,30 +32,30 @@ use super::{
 use crate::visitor::{Progress, login};
 use mailrun_stack::Stack;
 
-/// The page's: from an answer to the next poll.
+/// The page's interval from a response to the next poll.
 const LIVE: Duration = Duration::from_millis(300);
-/// The page's first wait after an error, and how long it waits for an answer.
+/// The page's first wait after an error, and its timeout.
 const AFTER_ERROR: Duration = Duration::from_secs(1);
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two polls of the probe.
 const PROBE: Duration = Duration::from_millis(20);
-/// Files that a process has open beside the watchers' connections.
+/// Open files of a process besides the watchers' connections.
 const OTHER_FILES: u64 = 500;
-/// What is in the text of the polls' query and of no other.
-const LOOK: &str = "FROM run_samples s";
+/// Text that occurs only in the polls' query.
+const POLL_QUERY: &str = "FROM run_samples s";
 
-/// What one watcher, many and a probe saw.
+/// The results with one watcher, with many, and with a probe.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Watched {
-    /// Of what many polls cost beyond those of one watcher; null where there were no more.
+    /// Web's CPU time per poll beyond those of one watcher; null without more polls.
     web_cpu_microseconds_per_poll: Option<f64>,
     one: Audience,
     many: Audience,
-    /// One page, and a probe that asks every 20 ms.
+    /// One page and a probe that polls every 20 ms.
     probed: Audience,
 }
 
-/// A run and those who watched it, from the POST's answer to the end.
+/// A run with its watchers, from the response to the POST until the end.
 #[derive(Clone, Debug, Serialize)]
 struct Audience {
     watchers: usize,
@@ -63,25 +63,22 @@ struct Audience {
     seconds: f64,
     polls: usize,
     errors: usize,
-    /// From a question to its answer, as the bench sees it, which shares the processors with the servers.
+    /// From request to response as the bench measures it, which shares the processors with the servers.
     poll_p50_ms: Option<f64>,
     poll_p99_ms: Option<f64>,
-    /// How long ago as many mails had been claimed as the answer tells, while the run is under way.
+    /// The age of a response's numbers while the run is in progress: how long ago that many items had been claimed.
     age_p50_ms: Option<f64>,
     age_p99_ms: Option<f64>,
-    /// All of this database's meanwhile: the run's own, and the polls'.
+    /// All transactions of this database: the run's and the polls'.
     commits: i64,
     /// Queries of the polls alone; null without `pg_stat_statements`.
     progress_queries: Option<i64>,
     cpu_seconds: Cpu,
 }
 
-/// Measures with one watcher, with `watchers`, and with a probe.
-///
-/// # Errors
-/// When so many connections are not allowed, something does not start, or not everybody was emailed.
+/// Measures with one watcher, with `watchers`, and with a probe. Fails if the system does not allow that many connections.
 pub(super) async fn measure(stack: &Stack, settings: &Settings<'_>, items: usize, watchers: usize) -> Result<Watched> {
-    // The pages inherit it.
+    // The web server inherits it.
     allow_files(u64::try_from(watchers)? + OTHER_FILES)?;
     let one = watch(stack, settings, items, vec![LIVE]).await?;
     let many = watch(stack, settings, items, vec![LIVE; watchers]).await?;
@@ -91,7 +88,7 @@ pub(super) async fn measure(stack: &Stack, settings: &Settings<'_>, items: usize
     Ok(Watched { web_cpu_microseconds_per_poll: more.map(|more| web * 1e6 / more as f64), one, many, probed })
 }
 
-/// Raises the number of files that may be open to what is needed.
+/// Raises the limit of open files.
 fn allow_files(needed: u64) -> Result<()> {
     let mut limit = getrlimit(Resource::Nofile);
     if limit.current.is_none_or(|current| current >= needed) {
@@ -100,13 +97,13 @@ fn allow_files(needed: u64) -> Result<()> {
     let most = limit.maximum.unwrap_or(u64::MAX);
     ensure!(
         most >= needed,
-        "{needed} open files are needed and {most} allowed: raise `ulimit -Hn`, or ask for fewer watchers"
+        "{needed} open files are needed but only {most} allowed: raise `ulimit -Hn`, or use fewer watchers"
     );
     limit.current = Some(needed);
-    setrlimit(Resource::Nofile, limit).context("the number of open files can't be raised")
+    setrlimit(Resource::Nofile, limit).context("raising the limit of open files failed")
 }
 
-/// One run, with a watcher for each of the pauses.
+/// One run with a watcher for each of the pauses.
 async fn watch(stack: &Stack, settings: &Settings<'_>, items: usize, pauses: Vec<Duration>) -> Result<Audience> {
     let place = Place::create(stack, "watchers").await?;
     let mut conn = place.database().await?;
@@ -114,7 +111,7 @@ async fn watch(stack: &Stack, settings: &Settings<'_>, items: usize, pauses: Vec
     let watched = watch_run(&place, &mailrun, &mut conn, settings.config, items, pauses).await;
     mailrun.services.stop().await;
     let (mut audience, before) = watched?;
-    // The services' sessions have ended, and with that have told how many transactions they had.
+    // The services' sessions have ended, and have therefore reported their transactions.
     audience.commits = (Writes::now(&mut conn).await? - before).commits;
     drop(conn);
     place.drop().await?;
@@ -134,24 +131,25 @@ async fn watch_run(
     let watchers = pauses.len();
     let mut watching = Vec::with_capacity(watchers);
     for pause in pauses {
-        watching.push(Watcher { line: Line::connect(address).await?, pause, polls: Vec::new(), errors: 0 });
+        watching.push(Watcher { connection: KeepAlive::connect(address).await?, pause, polls: Vec::new(), errors: 0 });
     }
     let form = mailrun.visitor.fill_in(&people("guest", items)).await?;
     place.quiet(conn).await?;
     let run = mailrun.submit(form).await?;
     let (started, before) = (Instant::now(), Writes::now(conn).await?);
-    let looks = Statements::with(conn, LOOK).await;
+    let before_polls = Statements::with(conn, POLL_QUERY).await;
     let cpu = Cpu::now(place.stack, Some(&mailrun.services))?;
-    let question = question(config, address, &run);
+    let request = request(config, address, &run);
     let mut all = JoinSet::new();
     for (number, watcher) in watching.into_iter().enumerate() {
         let offset = LIVE.mul_f64(number as f64 / watchers as f64);
-        all.spawn(watcher.poll(address.to_owned(), question.clone(), offset));
+        all.spawn(watcher.poll(address.to_owned(), request.clone(), offset));
     }
     let watched = all.join_all().await;
     let seconds = started.elapsed().as_secs_f64();
     let cpu_seconds = Cpu::now(place.stack, Some(&mailrun.services))? - cpu;
-    let progress_queries = Statements::with(conn, LOOK).await.zip(looks).map(|(now, then)| (now - then).calls);
+    let progress_queries =
+        Statements::with(conn, POLL_QUERY).await.zip(before_polls).map(|(now, then)| (now - then).calls);
     let end = mailrun.progress(&run).await?;
     ensure!(end.sent == items as u64, "{} of {items} invitations were sent: {}", end.sent, run.url);
     let drain = run.finished_after(conn).await?.saturating_sub(run.answered);
@@ -182,68 +180,68 @@ async fn claims(conn: &mut PgConnection) -> Result<Vec<f64>> {
     Ok(sqlx::query_scalar(claims).fetch_all(conn).await?)
 }
 
-/// How old the numbers of each answer were, in milliseconds, while the run was under way.
+/// The age of each response's numbers, in milliseconds, while the run was in progress.
 fn ages(polls: &[Poll], claims: &[f64]) -> Vec<f64> {
     let under_way = polls.iter().filter(|poll| poll.settled > 0 && poll.settled < claims.len());
     under_way.filter_map(|poll| Some((poll.at - claims.get(poll.settled - 1)?) * 1e3)).collect()
 }
 
-/// The values that half and 99 of a hundred are not above.
+/// The 50th and the 99th percentile. Not from a histogram: the values are exact, and an age may be negative.
 fn percentiles(mut values: Vec<f64>) -> (Option<f64>, Option<f64>) {
     values.sort_by(f64::total_cmp);
     let at = |share: f64| values.get(((values.len() as f64 * share).ceil() as usize).saturating_sub(1)).copied();
     (at(0.5), at(0.99))
 }
 
-/// A poll, whole: the same for all watchers.
-fn question(config: &Config, address: &str, run: &Run) -> String {
+/// The request of a poll, the same for all watchers.
+fn request(config: &Config, address: &str, run: &Run) -> String {
     let path = run.url.trim_start_matches("http://").trim_start_matches(address);
     let login = login(config).map(|login| format!("Authorization: {login}\r\n")).unwrap_or_default();
     format!("GET {path}/progress HTTP/1.1\r\nHost: {address}\r\n{login}\r\n")
 }
 
-/// One answer.
+/// One response.
 #[derive(Clone, Copy, Debug)]
 struct Poll {
     took: Duration,
-    /// When it was there, in seconds since 1970.
+    /// When it arrived, in seconds since 1970.
     at: f64,
-    /// Items that are settled, by what it tells.
+    /// Settled items in it.
     settled: usize,
 }
 
-/// Somebody with the results page open.
+/// An open results page.
 struct Watcher {
-    line: Line,
+    connection: KeepAlive,
     pause: Duration,
     polls: Vec<Poll>,
     errors: usize,
 }
 
 impl Watcher {
-    /// Polls until the run is over, from `offset` on.
-    async fn poll(mut self, address: String, question: String, offset: Duration) -> Self {
+    /// Polls until the run is over, starting after `offset`.
+    async fn poll(mut self, address: String, request: String, offset: Duration) -> Self {
         sleep(offset).await;
         loop {
-            match timeout(PATIENCE, self.ask(&question)).await {
+            match timeout(TIMEOUT, self.ask(&request)).await {
                 Ok(Ok(true)) => return self,
                 Ok(Ok(false)) => sleep(self.pause).await,
                 Ok(Err(_)) | Err(_) => {
                     self.errors += 1;
                     sleep(AFTER_ERROR).await;
                     // If that fails too, so does the next poll.
-                    if let Ok(line) = Line::connect(&address).await {
-                        self.line = line;
+                    if let Ok(connection) = KeepAlive::connect(&address).await {
+                        self.connection = connection;
                     }
                 }
             }
         }
     }
 
-    /// Asks once, and tells whether the run is over.
-    async fn ask(&mut self, question: &str) -> Result<bool> {
+    /// Polls once and returns whether the run is over.
+    async fn ask(&mut self, request: &str) -> Result<bool> {
         let started = Instant::now();
-        let answer = self.line.ask(question).await?;
+        let answer = self.connection.ask(request).await?;
         let took = started.elapsed();
         let at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
         let progress: Progress = serde_json::from_slice(&answer)?;
@@ -252,29 +250,29 @@ impl Watcher {
     }
 }
 
-/// A connection that is kept: as little of HTTP as costs the bench next to nothing, beside the servers it measures.
-struct Line(BufStream<TcpStream>);
+/// A persistent connection with a minimal HTTP client, which costs the bench almost nothing beside the servers it measures.
+struct KeepAlive(BufStream<TcpStream>);
 
-impl Line {
+impl KeepAlive {
     async fn connect(address: &str) -> Result<Self> {
-        let stream = TcpStream::connect(address).await.context("the pages can't be reached")?;
+        let stream = TcpStream::connect(address).await.context("cannot connect to the web server")?;
         stream.set_nodelay(true)?;
-        // Thousands of them are open.
+        // Small buffers, because thousands are open.
         Ok(Self(BufStream::with_capacity(2048, 512, stream)))
     }
 
-    async fn ask(&mut self, question: &str) -> Result<Vec<u8>> {
-        self.0.write_all(question.as_bytes()).await?;
+    async fn ask(&mut self, request: &str) -> Result<Vec<u8>> {
+        self.0.write_all(request.as_bytes()).await?;
         self.0.flush().await?;
         let mut line = String::new();
         self.0.read_line(&mut line).await?;
-        ensure!(line.starts_with("HTTP/1.1 200"), "the page did not answer: {line}");
+        ensure!(line.starts_with("HTTP/1.1 200"), "unexpected response: {line}");
         let mut length = 0;
         while line != "\r\n" {
             line.clear();
-            ensure!(self.0.read_line(&mut line).await? > 0, "the answer was cut off");
-            if let Some(told) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                length = told.trim().parse()?;
+            ensure!(self.0.read_line(&mut line).await? > 0, "the response was cut off");
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse()?;
             }
         }
         let mut body = vec![0; length];
@@ -288,7 +286,7 @@ impl fmt::Display for Audience {
         let shown = |figure: Option<f64>| figure.map_or("-".to_owned(), |figure| format!("{figure:.1}"));
         write!(
             f,
-            "Watched by {}: {:.0} items a second, {} polls, {} errors, answered in {} ms (p99 {}), numbers {} ms old (p99 {}), {} commits",
+            "{} watchers: {:.0} items per second, {} polls, {} errors, response {} ms (p99 {}), age {} ms (p99 {}), {} commits",
             self.watchers,
             self.items_per_second,
             self.polls,
@@ -310,8 +308,8 @@ impl fmt::Display for Watched {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}\n{}\nWith a probe every 20 ms: {}", self.one, self.many, self.probed)?;
         match self.web_cpu_microseconds_per_poll {
-            Some(cpu) => write!(f, "A poll costs web {cpu:.0} CPU microseconds"),
-            None => write!(f, "Too few polls to say what one costs"),
+            Some(cpu) => write!(f, "One poll costs the web server {cpu:.0} CPU microseconds"),
+            None => write!(f, "Too few polls to determine the cost of one"),
         }
     }
 }
@@ -328,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn percentiles_are_values_that_were_seen() {
+    fn percentiles_are_observed_values() {
         assert_eq!(percentiles((1..=100).map(f64::from).collect()), (Some(50.0), Some(99.0)));
         assert_eq!(percentiles(Vec::new()), (None, None));
     }

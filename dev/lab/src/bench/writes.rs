@@ -1,4 +1,4 @@
-//! What a measurement makes the database write: WAL, commits and statements.
+//! The database writes of a measurement: WAL, commits and statements.
 
 use std::ops::Sub;
 
@@ -7,22 +7,19 @@ use sqlx::PgConnection;
 
 use super::statements::Statements;
 
-/// What the database has written up to a moment; the difference of two is what it wrote between them.
+/// The writes up to one moment; subtracting two gives those between them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Writes {
-    /// Bytes of WAL, of the whole server: nothing else writes while the bench runs.
+    /// Bytes of WAL of the whole server: nothing else writes while the bench runs.
     pub(super) wal_bytes: i64,
     /// Transactions of this database. Sessions report theirs with a delay of up to a second, or when they end.
     pub(super) commits: i64,
-    /// Statements in this database, if `pg_stat_statements` is there.
+    /// Statements in this database, if `pg_stat_statements` is loaded.
     pub(super) statements: Option<i64>,
 }
 
 impl Writes {
-    /// Up to now.
-    ///
-    /// # Errors
-    /// The database's.
+    /// The writes so far.
     pub(super) async fn now(conn: &mut PgConnection) -> Result<Self> {
         let (wal_bytes, commits) = sqlx::query_as(
             "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint, xact_commit

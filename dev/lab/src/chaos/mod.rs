@@ -1,19 +1,19 @@
-//! `mailrun chaos`: breaks things while a run is under way, and judges what became of every recipient.
+//! `mailrun chaos`: injects faults while a run is in progress, and checks the outcome of every recipient.
 //!
-//! Each fault has a run of its own, on a private stack of its own: the real processes, a real SMTP conversation for each
-//! mail, and a list that is submitted through the real form. What is drawn is drawn from a seed (`plan.rs`), a fault is
-//! undone by nobody but itself (`fault.rs`), and the end is judged against what the mail server saw (`judge.rs`).
+//! Each fault has its own run on its own private stack: the real processes, a real SMTP session for each mail, and a list submitted
+//! through the real form. Random choices are drawn from a seed (`plan.rs`), each fault undoes itself (`fault/`), and the outcome is
+//! compared with what the mail server received (`check.rs`).
 
+mod check;
 mod fault;
-mod judge;
 mod plan;
-mod proxy;
+pub mod proxy;
 mod report;
 mod revision;
 mod site;
+mod smtp_faults;
 mod upgrade;
 mod watch;
-mod weather;
 
 use std::{
     path::{Path, PathBuf},
@@ -40,9 +40,9 @@ use tokio::{
 use uuid::Uuid;
 
 use self::{
-    judge::{Remains, judge, remains},
+    check::{Remains, check, remains},
     plan::{Choice, Moment, Plan, Strike},
-    report::{Figures, Report},
+    report::{Counts, Report},
     revision::Revision,
     site::Site,
     watch::{Stage, follow},
@@ -54,70 +54,67 @@ use crate::{
 };
 use mailrun_stack::{self, Nodes, Stack};
 
-/// A run that is not over after this time, and a little more for each recipient, is stuck.
-const PATIENCE: Duration = Duration::from_secs(180);
-const PATIENCE_EACH: Duration = Duration::from_millis(10);
-/// The form is sent again for so long.
+/// A run that is not over after this time, plus some for each recipient, is stuck.
+const RUN_TIMEOUT: Duration = Duration::from_secs(180);
+const TIMEOUT_PER_RECIPIENT: Duration = Duration::from_millis(10);
+/// How long the form is submitted repeatedly.
 const FORM: Duration = Duration::from_secs(120);
-/// The pause between two visits of the pages.
+/// Between two visits of the pages.
 const VISIT_EVERY: Duration = Duration::from_secs(1);
-/// One try may take so long.
+/// Time limit of one submission.
 const FORM_TRY: Duration = Duration::from_secs(30);
 
-/// What `chaos` can be asked for.
+/// Options of `mailrun chaos`.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
-    /// How many fictional people each run invites.
+    /// Number of fictional people in each run
     #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
     recipients: u32,
-    /// What shall go wrong; several with commas between them.
+    /// Faults to inject, separated by commas
     #[arg(long, value_enum, value_delimiter = ',', default_value = "all")]
     fault: Vec<Choice>,
-    /// The revision whose installation the fault `upgrade` begins with: a commit, a branch or a tag of this checkout.
+    /// For the fault `upgrade`, the revision to upgrade from: a commit, a branch or a tag of this checkout
     #[arg(long)]
     from: Option<String>,
-    /// Draws the moments and all that is left to chance; without it, another one each time.
+    /// Seed of all random choices; by default, a new one each time
     #[arg(long)]
     seed: Option<u64>,
-    /// Send again what is unknown: then people get two mails, and the judgement must find that.
+    /// Set send.on_unknown to resend: people then receive two mails, which the check must detect
     #[arg(long)]
     resend: bool,
-    /// Print one JSON object with the figures on standard output, and nothing else.
+    /// Print one JSON object with the results on standard output, and nothing else
     #[arg(long)]
     json: bool,
 }
 
-/// What all runs are made with.
+/// The settings of all runs.
 struct Setting<'a> {
     config: &'a Config,
     file: Option<&'a Path>,
     logs: PathBuf,
     recipients: u32,
     resend: bool,
-    /// What an upgrade begins with.
+    /// The program that an upgrade starts from.
     revision: Option<Revision>,
 }
 
-/// Breaks, judges, and prints the figures.
-///
-/// # Errors
-/// When something does not start, or a promise was broken.
+/// Injects faults, checks, and prints the results. Fails if something does not start, or a guarantee was broken.
 pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Result<()> {
-    let stop = shutdown::on_signal().context("the signals can't be caught")?;
+    let stop = shutdown::on_signal().context("cannot catch signals")?;
     let program = own_program()?;
     let revision = match &options.from {
         Some(name) if options.fault.iter().any(|choice| matches!(choice, Choice::Upgrade | Choice::All)) => {
             let built = stop.run_until_cancelled(Revision::build(name, &mailrun_stack::home_of_checkout())).await;
-            Some(built.context("the fault bench was stopped before its end")??)
+            Some(built.context("the fault bench was interrupted")??)
         }
-        Some(_) => bail!("--from is for the fault upgrade: add --fault upgrade"),
+        Some(_) => bail!("--from requires --fault upgrade"),
         None if options.fault.contains(&Choice::Upgrade) => {
-            bail!("the fault upgrade takes --from with the revision to upgrade from")
+            bail!("the fault upgrade requires --from with the revision to upgrade from")
         }
         None => None,
     };
     let seed = options.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
-    // Not the stack of the checkout: its servers are not to be killed.
+    // Not the checkout's stack: its servers must not be killed.
     let home = std::env::temp_dir().join(format!("mailrun-chaos-{}", Uuid::new_v4().simple()));
     let Options { recipients, resend, .. } = *options;
     let order = revision.as_ref().map(|revision| revision.order);
@@ -129,7 +126,7 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
         if plans.is_empty() {
             continue;
         }
-        let tell = |step: &str| eprintln!("{step} …");
+        let tell = |step: &str| eprintln!("{step}…");
         let stack = match Stack::start_nodes(&home, &program, Duration::ZERO, nodes, tell).await {
             Ok(stack) => stack,
             Err(error) => {
@@ -138,9 +135,9 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
                 return Err(error.into());
             }
         };
-        let judged = stop.run_until_cancelled(Box::pin(all(&stack, &setting, plans, seed, &mut report))).await;
+        let checked = stop.run_until_cancelled(Box::pin(all(&stack, &setting, plans, seed, &mut report))).await;
         stack.stop().await?;
-        judged.context("the fault bench was stopped before its end")?;
+        checked.context("the fault bench was interrupted")?;
     }
     let good = !report.is_bad();
     if !good {
@@ -153,12 +150,12 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
         print!("{report}");
     }
     if !good {
-        bail!("a promise was broken; --seed {seed} repeats what was done");
+        bail!("a guarantee was broken; repeat with --seed {seed}");
     }
     Ok(())
 }
 
-/// Removes the stack's folder, but for what is to be kept. What stays after all does no harm.
+/// Removes the stack's folder, except what must be kept. Leftovers are harmless.
 fn clear(home: &Path, keep: Option<&PathBuf>) {
     if keep.is_none() {
         let _ = std::fs::remove_dir_all(home);
@@ -177,51 +174,51 @@ async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, 
     for plan in plans {
         let name = plan.name();
         eprintln!("{name}: inviting {} people", setting.recipients);
-        let figures = match one(stack, setting, plan, seed).await {
-            Ok(figures) => figures,
+        let counts = match one(stack, setting, plan, seed).await {
+            Ok(counts) => counts,
             Err(error) => {
-                // The others are judged all the same.
+                // The other runs are still checked.
                 let why = format!("{error:#}");
-                eprintln!("{name}: no judgement, which counts as stuck: {why}");
-                report.add_without_judgement(name, setting.recipients, why);
+                eprintln!("{name}: not checked, counts as stuck: {why}");
+                report.add_unchecked(name, setting.recipients, why);
                 continue;
             }
         };
         eprintln!(
-            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, suppressed without evidence {}, while paused {}, over the rate {}, left {}, stuck {}, died {}; put back {}, buried {}, rebuilt {}; stood still for {:.1} s, and for {:.1} s with nothing wrong",
-            figures.faults,
-            figures.sent,
-            figures.failed,
-            figures.unknown,
-            figures.lost,
-            figures.doubled,
-            figures.untold,
-            figures.drift,
-            figures.suppressed_without_evidence,
-            figures.sent_while_paused,
-            figures.over_rate,
-            figures.left,
-            figures.stuck,
-            figures.died,
-            figures.put_back,
-            figures.buried,
-            figures.rebuilds,
-            figures.longest_stall_seconds,
-            figures.longest_recovery_seconds
+            "{name}: {} faults; {} sent, {} failed, {} unknown; lost {}, doubled {}, untold {}, drift {}, suppressed without evidence {}, sent while paused {}, over the rate limit {}, left {}, stuck {}, died {}; republished {}, buried {}, rebuilt {}; longest stall {:.1} s, without a fault {:.1} s",
+            counts.faults,
+            counts.sent,
+            counts.failed,
+            counts.unknown,
+            counts.lost,
+            counts.doubled,
+            counts.untold,
+            counts.drift,
+            counts.suppressed_without_evidence,
+            counts.sent_while_paused,
+            counts.over_rate,
+            counts.left,
+            counts.stuck,
+            counts.died,
+            counts.put_back,
+            counts.buried,
+            counts.rebuilds,
+            counts.longest_stall_seconds,
+            counts.longest_recovery_seconds
         );
-        report.add(name, figures);
+        report.add(name, counts);
     }
 }
 
-/// What has struck: of each fault its beginning and its end.
+/// The faults so far, each with its beginning and end.
 #[derive(Default)]
-struct Struck {
+struct Injected {
     times: Mutex<Vec<(Instant, Instant)>>,
-    /// What had to happen, and could not be done.
+    /// Required changes that failed.
     missing: AtomicU64,
 }
 
-impl Struck {
+impl Injected {
     fn add(&self, begun: Instant) {
         self.all().push((begun, Instant::now()));
     }
@@ -231,15 +228,15 @@ impl Struck {
     }
 }
 
-/// One run under one plan.
-async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Result<Figures> {
+/// One run with one plan.
+async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Result<Counts> {
     let site = Box::pin(Site::create(stack, setting, plan)).await?;
-    let struck = Struck::default();
+    let injected = Injected::default();
     let (stage, stages) = channel(Stage::default());
     let posted_at = Instant::now();
     let strikes = plan.strikes(seed);
     let strikes = async {
-        let strikes = strikes.into_iter().map(|strike| carry_out(&site, strike, posted_at, stages.clone(), &struck));
+        let strikes = strikes.into_iter().map(|strike| carry_out(&site, strike, posted_at, stages.clone(), &injected));
         if plan.is_in_turn() {
             for strike in strikes {
                 Box::pin(strike).await;
@@ -249,86 +246,85 @@ async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Res
         }
     };
     let followed = async {
-        let seen = async {
+        let observed = async {
             let (run_id, form) = submit(&site, setting.recipients).await?;
-            let limit = PATIENCE + PATIENCE_EACH * setting.recipients;
+            let limit = RUN_TIMEOUT + TIMEOUT_PER_RECIPIENT * setting.recipients;
             let followed = follow(&site.pool, run_id, limit, &stage);
             if !plan.upgrades() {
                 return anyhow::Ok((run_id, followed.await, 0));
             }
             tokio::pin!(followed);
-            let (seen, wrong) = visit(&site, run_id, &form, followed).await;
-            Ok((run_id, seen, wrong))
+            let (observed, wrong) = visit(&site, run_id, &form, followed).await;
+            Ok((run_id, observed, wrong))
         };
-        let seen = seen.await;
-        // Whoever still waits for his moment has missed it.
+        let observed = observed.await;
+        // Faults still waiting for their moment are too late.
         stage.send_modify(|stage| stage.over = true);
-        seen
+        observed
     };
     let (_, followed) = Box::pin(futures::future::join(strikes, followed)).await;
-    let (run_id, seen, wrong) = followed?;
-    let mut stuck = u64::from(seen.over_at.is_none()) + wrong;
+    let (run_id, observed, wrong) = followed?;
+    let mut stuck = u64::from(observed.over_at.is_none()) + wrong;
     let remains = remains(&site, run_id).await.unwrap_or_else(|error| {
-        eprintln!("  the queues can't be looked at: {error:#}");
+        eprintln!("  reading the queues failed: {error:#}");
         stuck += 1;
         Remains::default()
     });
-    let (weather, limit) = (Arc::clone(&site.weather), site.limit);
+    let (smtp_faults, limit) = (Arc::clone(&site.smtp_faults), site.limit);
     let died = if plan.lets_processes_live() { site.deaths().into() } else { 0 };
     let (site, in_good_order) = site.stop().await;
-    let verdict = judge(&site.pool, &site.sink, run_id, setting.recipients, &weather.erased()).await?;
+    let checked = check(&site.pool, &site.sink, run_id, setting.recipients, &smtp_faults.erased()).await?;
     site.drop().await?;
-    let kept = limit.zip(weather.meter.get()).map(|(limit, meter)| meter.judge(allowed(limit))).unwrap_or_default();
+    let kept = limit.zip(smtp_faults.meter.get()).map(|(limit, meter)| meter.check(allowed(limit))).unwrap_or_default();
     if limit.is_some() {
         eprintln!("  {kept:?}");
     }
-    stuck += struck.missing.load(Ordering::Relaxed);
-    let struck = struck.all();
-    let over_at = seen.over_at.unwrap_or_else(Instant::now);
-    // What was there to the end has no end to recover from.
-    let passed: Vec<_> = struck.iter().filter(|(_, end)| *end < over_at).copied().collect();
+    stuck += injected.missing.load(Ordering::Relaxed);
+    let injected = injected.all();
+    let over_at = observed.over_at.unwrap_or_else(Instant::now);
+    // A fault of the whole run has no end to recover from.
+    let passed: Vec<_> = injected.iter().filter(|(_, end)| *end < over_at).copied().collect();
     let last = passed.iter().map(|(_, end)| *end).max();
-    let (after, bound) = (seen.longest_stall_outside(&passed), plan.bound());
-    Ok(Figures {
+    let (after, bound) = (observed.longest_stall_outside(&passed), plan.bound());
+    Ok(Counts {
         recipients: setting.recipients.into(),
-        faults: struck.len() as u64,
-        lost: verdict.account.lost,
-        doubled: verdict.account.doubled,
-        sent: verdict.account.sent,
-        failed: verdict.account.failed,
-        unknown: verdict.account.unknown,
-        untold: verdict.account.untold,
-        drift: verdict.drift,
-        suppressed_without_evidence: verdict.suppressed_without_evidence,
-        sent_while_paused: weather.offered_while_paused(),
+        faults: injected.len() as u64,
+        lost: checked.deliveries.lost,
+        doubled: checked.deliveries.doubled,
+        sent: checked.deliveries.sent,
+        failed: checked.deliveries.failed,
+        unknown: checked.deliveries.unknown,
+        untold: checked.deliveries.untold,
+        drift: checked.drift,
+        suppressed_without_evidence: checked.suppressed_without_evidence,
+        sent_while_paused: smtp_faults.offered_while_paused(),
         over_rate: kept.over as u64,
         discarded_windows: kept.discarded as u64,
         left: remains.messages,
         outdated_dead_letters: remains.outdated_dead_letters,
-        put_back: verdict.repairs.put_back,
-        buried: verdict.repairs.buried,
-        rebuilds: verdict.repairs.rebuilds,
+        put_back: checked.repairs.put_back,
+        buried: checked.repairs.buried,
+        rebuilds: checked.repairs.rebuilds,
         stuck: stuck + remains.busy_workers + u64::from(!in_good_order),
         died,
         seconds: (over_at - posted_at).as_secs_f64(),
         late: u64::from(after > bound),
-        longest_stall_seconds: seen.longest_stall().as_secs_f64(),
+        longest_stall_seconds: observed.longest_stall().as_secs_f64(),
         longest_recovery_seconds: after.as_secs_f64(),
         recovery_bound_seconds: bound.as_secs_f64(),
         recovery_seconds: last.map_or(0.0, |last| over_at.saturating_duration_since(last).as_secs_f64()),
     })
 }
 
-/// What a limit allows in any second: a tenth more while a hiccup is made up for, what may be late by `fan_out.rate_burst_ms`, and one
-/// at either end.
+/// The maximum in any second under a limit: a tenth more to catch up after a delay, what may be late by `fan_out.rate_burst_ms`, and
+/// one at either end.
 fn allowed(limit: u32) -> usize {
-    let burst = Rate::new(i32::try_from(limit).unwrap_or(i32::MAX))
-        .within(Duration::from_millis(FanOutConfig::default().rate_burst_ms));
+    let burst = Rate::new(i32::try_from(limit).unwrap_or(i32::MAX)).within(FanOutConfig::default().rate_burst);
     limit as usize + limit.div_ceil(10) as usize + usize::try_from(burst).unwrap_or_default() + 2
 }
 
-/// Uses the pages, whichever program they are of, until the run has been `followed` to its end: reads them, and sends the same
-/// form again, which must make no other run. How many answers were wrong; none is no wrong one, since pages are replaced.
+/// Uses the pages, of either program, until the run has been `followed` to its end: reads them, and submits the same form again, which
+/// must not create another run. Returns the number of wrong responses; a missing response is not wrong, because the web server is replaced.
 async fn visit<T>(
     site: &Site<'_>,
     run_id: Uuid,
@@ -338,7 +334,7 @@ async fn visit<T>(
     let pages = ["/", "/runs", &format!("/runs/{run_id}"), &format!("/runs/{run_id}/progress"), "/suppressions"];
     let mut wrong = 0;
     let mut tell = |what: &str, answer: String| {
-        eprintln!("  {what} answers {answer}");
+        eprintln!("  {what} returned {answer}");
         wrong += 1;
     };
     loop {
@@ -364,7 +360,7 @@ async fn visit<T>(
     }
 }
 
-/// Sends the form until it is accepted: always the same one, so that it makes one run however often it arrives.
+/// Submits the same form until it is accepted, so that it creates one run however often it arrives.
 async fn submit(site: &Site<'_>, recipients: u32) -> Result<(Uuid, Form)> {
     let emails = people("guest", usize::try_from(recipients)?);
     let end = Instant::now() + FORM;
@@ -377,27 +373,33 @@ async fn submit(site: &Site<'_>, recipients: u32) -> Result<(Uuid, Form)> {
             };
             site.visitor.send(form.again()?).await
         });
-        match answer.await.context("no answer").flatten() {
+        match answer.await.context("no response").flatten() {
             Ok(url) => {
                 let id = url.rsplit('/').next().and_then(|id| id.parse().ok());
-                let id = id.with_context(|| format!("{url} is no run"))?;
-                return Ok((id, form.context("no form was filled in")?));
+                let id = id.with_context(|| format!("{url} is not a run"))?;
+                return Ok((id, form.context("the form was not filled in")?));
             }
             Err(error) if Instant::now() > end => return Err(error),
             Err(error) => {
-                eprintln!("  the form is sent again: {error:#}");
+                eprintln!("  submitting again: {error:#}");
                 sleep(Duration::from_millis(200)).await;
             }
         }
     }
 }
 
-/// Waits for a strike's moment and lets it happen, unless the run is over by then.
-async fn carry_out(site: &Site<'_>, strike: Strike, posted_at: Instant, mut stages: Receiver<Stage>, struck: &Struck) {
+/// Waits for a fault's moment and injects it, unless the run is over.
+async fn carry_out(
+    site: &Site<'_>,
+    strike: Strike,
+    posted_at: Instant,
+    mut stages: Receiver<Stage>,
+    injected: &Injected,
+) {
     match strike.moment {
         Moment::AfterPost(delay) => tokio::time::sleep_until(posted_at + delay).await,
         Moment::Settled(share) => {
-            // The sender lives for as long as the run is followed.
+            // The sender lives as long as the run is followed.
             let reached = stages.wait_for(|stage| stage.over || stage.settled >= share).await;
             if reached.map_or(true, |stage| stage.over) {
                 return;
@@ -407,21 +409,21 @@ async fn carry_out(site: &Site<'_>, strike: Strike, posted_at: Instant, mut stag
     let (name, begun) = (strike.what.name(), Instant::now());
     eprintln!("  {name} at {:.1} s", posted_at.elapsed().as_secs_f64());
     let mut rng = StdRng::seed_from_u64(strike.seed);
-    let struck_by = strike.what.strike(site, &mut rng, &stages);
+    let injecting = strike.what.strike(site, &mut rng, &stages);
     let done = if strike.what.is_whole() {
         let mut until = stages.clone();
         tokio::select! {
-            done = struck_by => done,
+            done = injecting => done,
             _ = until.wait_for(|stage| stage.over) => Ok(()),
         }
     } else {
-        struck_by.await
+        injecting.await
     };
     match done {
-        Ok(()) => struck.add(begun),
+        Ok(()) => injected.add(begun),
         Err(error) => {
-            eprintln!("  {name} did not happen: {error:#}");
-            struck.missing.fetch_add(u64::from(strike.what.must_happen()), Ordering::Relaxed);
+            eprintln!("  {name} failed: {error:#}");
+            injected.missing.fetch_add(u64::from(strike.what.must_happen()), Ordering::Relaxed);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What is done to a run, and when: drawn from a seed, so that a run can be repeated.
+//! The faults of a run and their moments, drawn from a seed, so that a run can be repeated.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -16,27 +16,27 @@ use super::{
     watch::Stage,
 };
 
-/// Faults strike before this share of a run is settled, so that the run is still under way.
+/// Faults are injected before this share of a run is settled, so that the run is still in progress.
 const LATEST: f64 = 0.9;
 const UPGRADE: &str = "upgrade";
-/// The form is sent within this time, mostly.
+/// The form is usually submitted within this time.
 const SUBMISSION_MS: u64 = 300;
 
-/// What one run has to stand.
+/// The faults of one run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Plan {
     /// One fault, several times.
     One(Fault),
-    /// All that can be mixed, in any order, some at the same moment.
+    /// All faults that can be combined, in any order, some simultaneously.
     Mixed,
-    /// The installation is upgraded meanwhile, from an older revision.
+    /// An upgrade from an older revision.
     Upgrade(Order),
 }
 
-/// What can be asked for on the command line.
+/// A choice on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Choice {
-    /// Each fault in a run of its own, then all of them in one.
+    /// Each fault in its own run, then all of them in one.
     All,
     /// One of these runs.
     Plan(Plan),
@@ -55,20 +55,20 @@ impl ValueEnum for Choice {
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
         match self {
-            Self::All => Some(PossibleValue::new("all").help("Each fault in a run of its own, then `mixed`")),
+            Self::All => Some(PossibleValue::new("all").help("Each fault in its own run, then `mixed`")),
             Self::Plan(Plan::Mixed) => Some(PossibleValue::new("mixed").help("All faults of a single node in one run")),
             Self::Plan(Plan::One(fault)) => fault.to_possible_value(),
-            // The order is the revision's.
+            // The revision determines the order.
             Self::Plan(Plan::Upgrade(_)) => None,
             Self::Upgrade => Some(PossibleValue::new(UPGRADE).help(
-                "The processes of the revision --from are replaced by this program, one after another; `all` includes it if --from is given",
+                "Replace the processes of the revision --from by this program, one after another; included in `all` if --from is given",
             )),
         }
     }
 }
 
 impl Choice {
-    /// The runs that are asked for. `order`: that of the revision to upgrade from, if one is named.
+    /// The chosen runs. `order`: that of the revision to upgrade from, if given.
     pub(super) fn plans(self, order: Option<Order>) -> Vec<Plan> {
         let upgrade = order.map(Plan::Upgrade);
         match self {
@@ -82,25 +82,25 @@ impl Choice {
     }
 }
 
-/// When a fault strikes.
+/// When a fault is injected.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Moment {
-    /// So long after the form was sent, whether it has been answered by then or not.
+    /// This long after the submission, with or without a response.
     AfterPost(Duration),
     /// When this share of the run is settled.
     Settled(f64),
 }
 
-/// A fault, once.
+/// One occurrence of a fault.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Strike {
     pub(super) what: What,
     pub(super) moment: Moment,
-    /// What the fault leaves to chance is drawn from this.
+    /// Seed of the fault's own random choices.
     pub(super) seed: u64,
 }
 
-/// What is done to a run at a moment.
+/// What happens at a moment.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum What {
     Fault(Fault),
@@ -109,7 +109,7 @@ pub(super) enum What {
 }
 
 impl What {
-    /// What the bench says of it.
+    /// Its name in the output.
     pub(super) fn name(&self) -> String {
         match self {
             Self::Fault(fault) => fault.name(),
@@ -117,20 +117,17 @@ impl What {
         }
     }
 
-    /// Whether it is there from the beginning of a run to its end.
+    /// Whether it lasts during the whole run.
     pub(super) fn is_whole(&self) -> bool {
         matches!(self, Self::Fault(fault) if fault.weight() == Weight::Whole)
     }
 
-    /// Whether a promise is broken if it can't be done.
+    /// Whether its failure breaks a guarantee.
     pub(super) fn must_happen(&self) -> bool {
         matches!(self, Self::Change(_))
     }
 
-    /// Makes it happen: see [`Fault::strike`].
-    ///
-    /// # Errors
-    /// When it could not be made to happen.
+    /// Carries it out: see [`Fault::strike`].
     pub(super) async fn strike(&self, site: &Site<'_>, rng: &mut StdRng, stages: &Receiver<Stage>) -> Result<()> {
         match self {
             Self::Fault(fault) => fault.strike(site, rng, stages).await,
@@ -149,7 +146,7 @@ impl Plan {
         }
     }
 
-    /// Whether every message of its run is published twice, which is a setting of the services.
+    /// Whether each message of its run is published twice, which is a setting of the services.
     pub(super) fn publishes_twice(self) -> bool {
         matches!(self, Self::One(Fault::DuplicateMessages) | Self::Mixed)
     }
@@ -159,38 +156,38 @@ impl Plan {
         matches!(self, Self::One(Fault::LimitedDeferrals) | Self::Mixed)
     }
 
-    /// For so long its run may stand still at most when no fault is under way.
+    /// The maximum stall of its run outside of faults.
     pub(super) fn bound(self) -> Duration {
         match self {
             Self::One(fault) => fault.bound(),
             Self::Mixed => Fault::value_variants().iter().map(|fault| fault.bound()).max().unwrap_or_default(),
-            // Its steps end processes in good order.
+            // Its steps end processes cleanly.
             Self::Upgrade(_) => Fault::TermSend.bound(),
         }
     }
 
-    /// Whether what strikes waits until the one before is over. A node must be back before the next one dies, or else two are
-    /// down and the queues have no majority; an upgrade has an order.
+    /// Whether each fault waits until the previous one is over. A node must be back before the next one dies, otherwise two are down and the
+    /// queues have no majority; an upgrade has an order.
     pub(super) fn is_in_turn(self) -> bool {
         self.needs_cluster() || self.upgrades()
     }
 
-    /// Whether the run begins with an older program.
+    /// Whether the run starts with an older program.
     pub(super) fn upgrades(self) -> bool {
         matches!(self, Self::Upgrade(_))
     }
 
-    /// Whether a process that ends unasked is a fault of ours.
+    /// Whether an unexpected end of a process is our fault.
     pub(super) fn lets_processes_live(self) -> bool {
         self.upgrades()
     }
 
-    /// Whether its run takes a cluster of RabbitMQ.
+    /// Whether its run requires a RabbitMQ cluster.
     pub(super) fn needs_cluster(self) -> bool {
         matches!(self, Self::One(fault) if fault.needs_cluster())
     }
 
-    /// The faults of its run. The same seed gives the same ones.
+    /// The faults of its run. The same seed yields the same ones.
     pub(super) fn strikes(self, seed: u64) -> Vec<Strike> {
         let mut rng = StdRng::seed_from_u64(seed);
         match self {
@@ -202,14 +199,14 @@ impl Plan {
                 };
                 let mut strikes: Vec<Strike> = (0..times)
                     .map(|number| {
-                        // One in each part of the run, anywhere within it.
+                        // One in each part of the run, at a random place in it.
                         let place = f64::from(number) + rng.random_range(0.1..0.9);
                         let moment = Moment::Settled(LATEST * place / f64::from(times));
                         strike(&mut rng, fault, moment)
                     })
                     .collect();
                 if fault.strikes_the_form() {
-                    // The form itself must survive it.
+                    // The submission itself must survive it.
                     let moment = after_post(&mut rng);
                     strikes.push(strike(&mut rng, fault, moment));
                 }
@@ -218,7 +215,7 @@ impl Plan {
             Self::Upgrade(order) => {
                 let mut steps: Vec<What> = changes(order, &mut rng).into_iter().map(What::Change).collect();
                 if order == Order::Any {
-                    // What the pages ask for by a message, while processes of both programs are there.
+                    // Commands of the web server, while processes of both programs run.
                     steps.insert(rng.random_range(1..steps.len()), What::Fault(Fault::PauseRun));
                 }
                 let times = steps.len() as f64;
@@ -257,7 +254,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_seed_always_gives_the_same_strikes_and_they_come_while_the_run_is_under_way() {
+    fn a_seed_yields_the_same_strikes_during_the_run() {
         for plan in Choice::All.plans(Some(Order::Documented)).into_iter().chain([Plan::Upgrade(Order::Any)]) {
             for seed in 0..50 {
                 let strikes = plan.strikes(seed);
@@ -274,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn an_upgrade_takes_a_revision_and_its_steps_come_in_order() {
+    fn an_upgrade_requires_a_revision_and_has_ordered_steps() {
         let upgrades = |choice: Choice, order| choice.plans(order).into_iter().filter(|plan| plan.upgrades()).count();
         assert_eq!((upgrades(Choice::All, None), upgrades(Choice::All, Some(Order::Any))), (0, 1));
         assert_eq!(upgrades(Choice::Plan(Plan::Mixed), Some(Order::Any)), 0);

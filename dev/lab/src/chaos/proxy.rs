@@ -1,8 +1,9 @@
-//! The network between our processes and one server: a TCP proxy that can cut, delay and swallow.
+//! The network between our processes and one server: a TCP proxy that can cut, delay, hold, drop and filter traffic.
 
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,26 +18,34 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// Bytes that travel together.
+/// Maximum bytes forwarded at once.
 const CHUNK: usize = 64 * 1024;
-/// After an error of the listening socket, mostly too many open files.
+/// Pause after an error of the listening socket, usually too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How the network is.
+/// Filters the bytes that a server sends over one connection: gets each chunk, and returns the bytes to forward.
+pub type Filter = Box<dyn FnMut(&[u8]) -> Vec<u8> + Send>;
+
+/// Creates the filter of each connection.
+type NewFilter = Arc<dyn Fn() -> Option<Filter> + Send + Sync>;
+
+/// The state of the network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Network {
     /// How often all connections were cut.
     cuts: u32,
-    /// How long bytes travel, each way.
+    /// The delay each way.
     delay: Duration,
-    /// How many holes there have been.
+    /// How many holes were opened so far.
     holes: u32,
-    /// How many there are.
+    /// How many are open.
     open_holes: u32,
+    /// Whether bytes are held.
+    is_held: bool,
 }
 
 /// A proxy in front of one server.
-pub(super) struct Proxy {
+pub struct Proxy {
     address: SocketAddr,
     network: watch::Sender<Network>,
     tasks: TaskTracker,
@@ -44,47 +53,71 @@ pub(super) struct Proxy {
 }
 
 impl Proxy {
-    /// Starts one in front of `server`.
-    ///
-    /// # Errors
-    /// When no port is free.
-    pub(super) async fn start(server: SocketAddr) -> io::Result<Self> {
+    /// Starts a proxy in front of `server`.
+    pub async fn start(server: SocketAddr) -> io::Result<Self> {
+        Self::new(server, Arc::new(|| None)).await
+    }
+
+    /// The same, with a filter for each connection.
+    pub async fn filtered(
+        server: SocketAddr,
+        new_filter: impl Fn() -> Filter + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        Self::new(server, Arc::new(move || Some(new_filter()))).await
+    }
+
+    async fn new(server: SocketAddr, new_filter: NewFilter) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let (network, now) = watch::channel(Network::default());
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        tasks.spawn(stop.clone().run_until_cancelled_owned(accept(listener, server, now, tasks.clone(), stop.clone())));
+        let accepting = accept(listener, server, new_filter, now, tasks.clone(), stop.clone());
+        tasks.spawn(stop.clone().run_until_cancelled_owned(accepting));
         Ok(Self { address, network, tasks, stop })
     }
 
-    /// Where our processes find the server.
-    pub(super) fn address(&self) -> SocketAddr {
+    /// The address at which clients reach the server.
+    pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Cuts all connections: both ends are told, as by a machine that has just restarted.
-    pub(super) fn cut(&self) {
+    /// Cuts all connections: both ends are notified, as by a machine that has just restarted.
+    pub fn cut(&self) {
         self.network.send_modify(|network| network.cuts += 1);
     }
 
-    /// Bytes that arrive in this time are on their way for `delay`, and what follows waits behind them.
-    pub(super) async fn slow(&self, delay: Duration, time: Duration) {
+    /// Delays bytes that arrive during `time` by `delay`; later bytes wait behind them.
+    pub async fn slow(&self, delay: Duration, time: Duration) {
         self.network.send_modify(|network| network.delay += delay);
         sleep(time).await;
         self.network.send_modify(|network| network.delay -= delay);
     }
 
-    /// For this time all bytes are lost, and nobody is told. A connection that was there then is dead for ever, and looks
-    /// open from both ends.
-    pub(super) async fn hole(&self, time: Duration) {
+    /// Drops all bytes for this time without notice. Existing connections stay dead, and look open from both ends.
+    pub async fn hole(&self, time: Duration) {
         self.network
             .send_modify(|network| (network.holes, network.open_holes) = (network.holes + 1, network.open_holes + 1));
         sleep(time).await;
         self.network.send_modify(|network| network.open_holes -= 1);
     }
 
-    /// Ends it, with all connections.
-    pub(super) async fn stop(self) {
+    /// Holds all bytes until [`Self::release`].
+    pub fn hold(&self) {
+        self.network.send_modify(|network| network.is_held = true);
+    }
+
+    /// Forwards the held bytes.
+    pub fn release(&self) {
+        self.network.send_modify(|network| network.is_held = false);
+    }
+
+    /// Whether bytes are held.
+    pub fn is_held(&self) -> bool {
+        self.network.borrow().is_held
+    }
+
+    /// Stops the proxy and its connections.
+    pub async fn stop(self) {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
@@ -94,6 +127,7 @@ impl Proxy {
 async fn accept(
     listener: TcpListener,
     server: SocketAddr,
+    new_filter: NewFilter,
     network: watch::Receiver<Network>,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -101,27 +135,33 @@ async fn accept(
     loop {
         match listener.accept().await {
             Ok((client, _)) => {
-                tasks.spawn(stop.clone().run_until_cancelled_owned(serve(client, server, network.clone())));
+                let serving = serve(client, server, new_filter(), network.clone());
+                tasks.spawn(stop.clone().run_until_cancelled_owned(serving));
             }
             Err(_) => sleep(PAUSE).await,
         }
     }
 }
 
-/// Carries one connection until both ends have closed it, or it is cut.
-async fn serve(mut client: TcpStream, server: SocketAddr, mut network: watch::Receiver<Network>) {
+/// Forwards one connection until both ends have closed it, or it is cut.
+async fn serve(
+    mut client: TcpStream,
+    server: SocketAddr,
+    filter: Option<Filter>,
+    mut network: watch::Receiver<Network>,
+) {
     let born = *network.borrow_and_update();
     if born.open_holes > 0 {
         return swallow(&mut client).await;
     }
-    // Nobody is there: the client is told by the end of its connection.
+    // The server does not listen: the client's connection is closed.
     let Ok(mut server) = TcpStream::connect(server).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let was_cut = {
         let ((from_client, to_client), (from_server, to_server)) = (client.split(), server.split());
         let carried = futures::future::join(
-            carry(from_client, to_server, network.clone(), born),
-            carry(from_server, to_client, network.clone(), born),
+            forward(from_client, to_server, None, network.clone(), born),
+            forward(from_server, to_client, filter, network.clone(), born),
         );
         tokio::select! {
             _ = carried => false,
@@ -129,22 +169,33 @@ async fn serve(mut client: TcpStream, server: SocketAddr, mut network: watch::Re
         }
     };
     if was_cut {
-        // They get a reset.
+        // Both ends get a reset.
         let _ = (client.set_zero_linger(), server.set_zero_linger());
     }
 }
 
-/// Carries one direction. The end is passed on as well, but not by a connection that was in a hole.
-async fn carry(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, network: watch::Receiver<Network>, born: Network) {
+/// Forwards one direction. Also forwards its end, except on a connection that was in a hole.
+async fn forward(
+    mut from: ReadHalf<'_>,
+    mut to: WriteHalf<'_>,
+    mut filter: Option<Filter>,
+    mut network: watch::Receiver<Network>,
+    born: Network,
+) {
     let mut chunk = vec![0; CHUNK];
-    let is_dead = || network.borrow().holes != born.holes;
-    // An error is an end as well.
+    let now = network.clone();
+    let is_dead = || now.borrow().holes != born.holes;
+    // An error also ends it.
     while let Ok(length @ 1..) = from.read(&mut chunk).await {
         let delay = network.borrow().delay;
         if delay > Duration::ZERO {
             sleep(delay).await;
         }
-        if !is_dead() && to.write_all(&chunk[..length]).await.is_err() {
+        if network.wait_for(|network| !network.is_held).await.is_err() {
+            return;
+        }
+        let filtered = filter.as_mut().map(|filter| filter(&chunk[..length]));
+        if !is_dead() && to.write_all(filtered.as_deref().unwrap_or(&chunk[..length])).await.is_err() {
             return;
         }
     }
@@ -153,7 +204,7 @@ async fn carry(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, network: watch::Re
     }
 }
 
-/// Reads for as long as somebody writes.
+/// Reads and discards until the other end closes.
 async fn swallow(client: &mut TcpStream) {
     let mut chunk = vec![0; CHUNK];
     while let Ok(1..) = client.read(&mut chunk).await {}
@@ -163,7 +214,7 @@ async fn swallow(client: &mut TcpStream) {
 mod tests {
     use super::*;
 
-    /// A server that says everything again.
+    /// An echo server.
     async fn echo() -> SocketAddr {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -185,7 +236,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_are_carried_until_they_are_cut() {
+    async fn forwards_connections_until_they_are_cut() {
         let proxy = Proxy::start(echo().await).await.unwrap();
         let mut client = TcpStream::connect(proxy.address()).await.unwrap();
         assert!(answers(&mut client).await);
@@ -198,7 +249,42 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_hole_swallows_what_was_there_and_what_comes_and_then_lets_others_through() {
+    async fn a_filter_keeps_its_state_for_each_connection() {
+        let new_filter = || -> Filter {
+            let mut number = 0;
+            Box::new(move |bytes| {
+                number += 1;
+                [bytes, &[number]].concat()
+            })
+        };
+        let proxy = Proxy::filtered(echo().await, new_filter).await.unwrap();
+        for _ in 0..2 {
+            let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+            for number in 1..3 {
+                client.write_all(b"a").await.unwrap();
+                let mut answer = [0; 2];
+                client.read_exact(&mut answer).await.unwrap();
+                assert_eq!(answer, [b'a', number]);
+            }
+        }
+        proxy.stop().await;
+    }
+
+    #[tokio::test]
+    async fn held_bytes_arrive_after_the_release() {
+        let proxy = Proxy::start(echo().await).await.unwrap();
+        let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+        assert!(answers(&mut client).await);
+        proxy.hold();
+        let mut answer = Box::pin(answers(&mut client));
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut answer).await.is_err());
+        proxy.release();
+        assert!(answer.await);
+        proxy.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_hole_drops_old_and_new_connections_and_then_forwards_again() {
         let proxy = Proxy::start(echo().await).await.unwrap();
         let mut old = TcpStream::connect(proxy.address()).await.unwrap();
         assert!(answers(&mut old).await);
@@ -207,7 +293,7 @@ mod tests {
         assert!(futures::poll!(&mut hole).is_pending());
         let mut new = TcpStream::connect(proxy.address()).await.unwrap();
         new.write_all(b"hello").await.unwrap();
-        // Nothing tells that the connection was accepted; it comes before the next one, which is served when the hole is over.
+        // Nothing reports that the connection was accepted; it precedes the next one, which is served when the hole is closed.
         tokio::task::yield_now().await;
         hole.await;
         let mut later = TcpStream::connect(proxy.address()).await.unwrap();
@@ -216,7 +302,7 @@ mod tests {
         old.shutdown().await.unwrap();
         let mut answer = [0; 1];
         let silent = tokio::time::timeout(Duration::from_millis(100), old.read(&mut answer)).await;
-        assert!(silent.is_err(), "not even the end gets through");
+        assert!(silent.is_err(), "not even the end is forwarded");
         proxy.stop().await;
     }
 }

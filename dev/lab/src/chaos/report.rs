@@ -1,65 +1,65 @@
-//! The figures of a fault bench, as a table and as JSON.
+//! The results of a fault bench, as a table and as JSON.
 
 use std::{collections::BTreeMap, fmt};
 
 use serde::Serialize;
 
-/// What came out of one run, or of all together.
+/// The results of one run, or of all together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub(super) struct Figures {
+pub(super) struct Counts {
     pub(super) recipients: u64,
-    /// How many faults struck.
+    /// Faults injected.
     pub(super) faults: u64,
-    /// Neither delivered nor told of: not in the ledger, open for ever, or shown as sent and not delivered.
+    /// Neither delivered nor reported: not in the ledger, never settled, or recorded as sent and not delivered.
     pub(super) lost: u64,
-    /// Mails to somebody who had got one.
+    /// Mails to people who already had one.
     pub(super) doubled: u64,
     pub(super) sent: u64,
     pub(super) failed: u64,
-    /// Shown as perhaps sent.
+    /// Recorded as unknown.
     pub(super) unknown: u64,
-    /// Delivered, and shown as not sent.
+    /// Delivered, and recorded as not sent.
     pub(super) untold: u64,
-    /// Counters that differ from what they count.
+    /// Counters that differ from the items.
     pub(super) drift: u64,
     /// People suppressed without evidence about their mailbox.
     pub(super) suppressed_without_evidence: u64,
-    /// Mails that were offered while the run was paused.
+    /// Mails offered while the run was paused.
     pub(super) sent_while_paused: u64,
-    /// Seconds in which more was offered than the rate limit allows.
+    /// Seconds over the rate limit.
     pub(super) over_rate: u64,
-    /// Seconds that were not judged, since the machine did not keep time in them.
+    /// Seconds excluded because the machine stalled in them.
     pub(super) discarded_windows: u64,
     /// Messages left on queues that should be empty.
     pub(super) left: u64,
-    /// Dead letters of items that were sent after all; they do nothing.
+    /// Dead letters of items that were sent since; they have no effect.
     pub(super) outdated_dead_letters: u64,
-    /// Messages that the sweeper put back.
+    /// Messages republished by the sweeper.
     pub(super) put_back: u64,
     /// Claims of dead workers that it gave up.
     pub(super) buried: u64,
-    /// Consumers' connections that a watchdog built anew.
+    /// Consumer connections rebuilt by a watchdog.
     pub(super) rebuilds: u64,
-    /// Runs that did not end, and workers that did not.
+    /// Runs and workers that did not end.
     pub(super) stuck: u64,
-    /// Processes that ended unasked in a run in which none was ended.
+    /// Processes that ended unexpectedly in a run without faults of processes.
     pub(super) died: u64,
-    /// Runs that stood still for longer than they may when no fault is under way.
+    /// Runs that stalled longer than allowed outside of faults.
     pub(super) late: u64,
-    /// From the form to the end.
+    /// From the submission to the end.
     pub(super) seconds: f64,
-    /// The longest time for which no counter changed.
+    /// The longest time without a change of the counters.
     pub(super) longest_stall_seconds: f64,
-    /// The longest time for which no counter changed while no fault was under way.
+    /// The longest time without a change of the counters outside of faults.
     pub(super) longest_recovery_seconds: f64,
-    /// So long it may be.
+    /// Its limit.
     pub(super) recovery_bound_seconds: f64,
     /// From the end of the last fault to the end of the run.
     pub(super) recovery_seconds: f64,
 }
 
-impl Figures {
-    /// Whether a promise was broken.
+impl Counts {
+    /// Whether a guarantee was broken.
     pub(super) fn is_bad(&self) -> bool {
         self.lost
             + self.doubled
@@ -107,26 +107,26 @@ impl Figures {
     }
 }
 
-/// The report of a fault bench: sums over its runs, and of the times the longest.
+/// The report of a fault bench: sums over its runs, and the maximum of times.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Report {
     seed: u64,
     #[serde(flatten)]
-    all: Figures,
-    /// Why there is no judgement of a run, by its fault. Before the long table: the first lines of a report are read first.
+    all: Counts,
+    /// Runs that could not be checked, with the reason, by fault. Before the long table, because the first lines are read first.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     no_judgement: BTreeMap<String, String>,
-    by_fault: BTreeMap<String, Figures>,
+    by_fault: BTreeMap<String, Counts>,
     #[serde(skip)]
     order: Vec<String>,
 }
 
 impl Report {
-    /// Of no run yet.
+    /// A report without runs.
     pub(super) fn new(seed: u64) -> Self {
         Self {
             seed,
-            all: Figures::default(),
+            all: Counts::default(),
             no_judgement: BTreeMap::new(),
             by_fault: BTreeMap::new(),
             order: Vec::new(),
@@ -134,19 +134,19 @@ impl Report {
     }
 
     /// Adds a run.
-    pub(super) fn add(&mut self, name: String, figures: Figures) {
-        self.all = self.all.and(&figures);
+    pub(super) fn add(&mut self, name: String, counts: Counts) {
+        self.all = self.all.and(&counts);
         self.order.push(name.clone());
-        self.by_fault.insert(name, figures);
+        self.by_fault.insert(name, counts);
     }
 
-    /// Adds a run of so many recipients that could not be judged, which counts as stuck.
-    pub(super) fn add_without_judgement(&mut self, name: String, recipients: u32, why: String) {
+    /// Adds a run that could not be checked, which counts as stuck.
+    pub(super) fn add_unchecked(&mut self, name: String, recipients: u32, why: String) {
         self.no_judgement.insert(name.clone(), why);
-        self.add(name, Figures { recipients: recipients.into(), stuck: 1, ..Figures::default() });
+        self.add(name, Counts { recipients: recipients.into(), stuck: 1, ..Counts::default() });
     }
 
-    /// Whether a promise was broken.
+    /// Whether a guarantee was broken.
     pub(super) fn is_bad(&self) -> bool {
         self.all.is_bad()
     }
@@ -166,14 +166,14 @@ impl fmt::Display for Report {
             "drift",
             "left",
             "stuck",
-            "put back",
+            "republ.",
             "stall",
             "after",
             "bound",
             "to end"
         )?;
         let rows = self.order.iter().filter_map(|name| Some((name.as_str(), self.by_fault.get(name)?)));
-        for (name, one) in rows.chain([("all together", &self.all)]) {
+        for (name, one) in rows.chain([("total", &self.all)]) {
             writeln!(
                 f,
                 "{name:<22} {:>10} {:>6} {:>5} {:>7} {:>7} {:>6} {:>5} {:>5} {:>8} {:>6.1} s {:>6.1} s {:>4.0} s {:>6.1} s",
@@ -193,7 +193,7 @@ impl fmt::Display for Report {
             )?;
         }
         for (name, why) in &self.no_judgement {
-            writeln!(f, "{name}: no judgement, which counts as stuck: {why}")?;
+            writeln!(f, "{name}: not checked, counts as stuck: {why}")?;
         }
         writeln!(f, "seed {}", self.seed)
     }
@@ -204,18 +204,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_add_up_and_the_longest_time_stays() {
+    fn counts_are_summed_and_times_are_maxima() {
         let mut report = Report::new(7);
-        let one = Figures { recipients: 10, longest_stall_seconds: 2.0, ..Figures::default() };
+        let one = Counts { recipients: 10, longest_stall_seconds: 2.0, ..Counts::default() };
         report.add("kill-send".into(), one);
-        report.add("mixed".into(), Figures { lost: 1, longest_stall_seconds: 1.0, ..one });
+        report.add("mixed".into(), Counts { lost: 1, longest_stall_seconds: 1.0, ..one });
         assert_eq!((report.all.recipients, report.all.lost, report.all.longest_stall_seconds), (20, 1, 2.0));
         assert!(report.is_bad());
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!((&json["seed"], &json["by_fault"]["mixed"]["lost"]), (&7.into(), &1.into()));
         assert_eq!(report.to_string().lines().count(), 5);
 
-        report.add_without_judgement("kill-node".into(), 10, "no node answers".into());
+        report.add_unchecked("kill-node".into(), 10, "no node answers".into());
         assert_eq!((report.all.recipients, report.all.stuck), (30, 1));
         let json = serde_json::to_string(&report).unwrap();
         assert!(json.contains(r#""no_judgement":{"kill-node":"no node answers"}"#), "{json}");

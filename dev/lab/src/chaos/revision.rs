@@ -1,5 +1,5 @@
-//! An older revision of Mailrun, to upgrade from: checked out in a git worktree and built there. Both stay, so that the second
-//! time costs nothing.
+//! An older revision of Mailrun to upgrade from: checked out in a git worktree and built there. Both are kept, so that the next time is
+//! fast.
 
 use std::{
     collections::VecDeque,
@@ -14,11 +14,11 @@ use tokio::{
     process::Command,
 };
 
-/// A revision that has one of these files understands messages of other versions, later ones included.
+/// A revision with one of these files can parse messages of other versions, including later ones.
 const MARKS: [&str; 2] = ["shared/core/tests/golden.rs", "shared/tests/golden.rs"];
-/// So many lines of a build that failed are shown.
+/// How many lines of a failed build are shown.
 const LAST_LINES: usize = 20;
-/// Variables that are meant for this program, or for its own build.
+/// Variables meant for this program or its own build.
 const NOT_PASSED_ON: [&str; 7] = [
     "CARGO_BUILD_TARGET_DIR",
     "CARGO_TARGET_DIR",
@@ -29,40 +29,37 @@ const NOT_PASSED_ON: [&str; 7] = [
     "SQLX_OFFLINE",
 ];
 
-/// In which order an installation can be upgraded from a revision.
+/// The order in which an installation can be upgraded from a revision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
-    /// Only as `docs/upgrading.md` says: progress, fan-out, senders, pages.
+    /// Only in the order of `docs/upgrading.md`: progress, fan-out, senders, web.
     Documented,
-    /// In any order, and back as well.
+    /// In any order, and also back.
     Any,
 }
 
-/// An older revision that is built.
+/// A built older revision.
 pub(super) struct Revision {
     pub(super) program: PathBuf,
     pub(super) order: Order,
 }
 
 impl Revision {
-    /// Checks `name` out below `home`, the folder of the private servers, and builds it.
-    ///
-    /// # Errors
-    /// When this is no git checkout, there is no such revision, or it can't be built.
+    /// Checks out `name` below `home`, the folder of the private servers, and builds it.
     pub(super) async fn build(name: &str, home: &Path) -> Result<Self> {
         let checkout = git(Path::new("."), ["rev-parse", "--show-toplevel"]).await;
         let checkout =
-            PathBuf::from(checkout.context("--from takes a git checkout of Mailrun: run this inside of one")?);
+            PathBuf::from(checkout.context("--from requires a git checkout of Mailrun: run this inside one")?);
         let commit = format!("{name}^{{commit}}");
         let commit = git(&checkout, ["rev-parse", "--verify", "--end-of-options", &commit]).await;
-        let commit = commit.with_context(|| format!("{name} is no revision of {}", checkout.display()))?;
+        let commit = commit.with_context(|| format!("{name} is not a revision of {}", checkout.display()))?;
         let folder = home.join("revisions").join(&commit);
         let source = folder.join("source");
         check_out(&checkout, &commit, &source).await?;
         let target = folder.join("target");
         let short = commit.get(..7).unwrap_or(&commit);
-        eprintln!("building {short} in {}; the first time takes some minutes …", source.display());
-        build(&source, &target).await.with_context(|| format!("{short} can't be built"))?;
+        eprintln!("building {short} in {}; the first time takes some minutes…", source.display());
+        build(&source, &target).await.with_context(|| format!("building {short} failed"))?;
         let order = if MARKS.iter().any(|mark| source.join(mark).exists()) { Order::Any } else { Order::Documented };
         Ok(Self { program: target.join("debug").join("mailrun"), order })
     }
@@ -79,25 +76,25 @@ async fn check_out(checkout: &Path, commit: &str, source: &Path) -> Result<()> {
         );
         return Ok(());
     }
-    // One that was deleted by hand is still known to git.
+    // Git still knows a worktree that was deleted manually.
     git(checkout, ["worktree", "prune"]).await?;
     let arguments = ["worktree", "add", "--detach", "--quiet"].map(OsStr::new);
     git(checkout, arguments.into_iter().chain([source.as_os_str(), OsStr::new(commit)])).await?;
     Ok(())
 }
 
-/// What git prints.
+/// Runs git and returns its output.
 async fn git<I: IntoIterator<Item = impl AsRef<OsStr>>>(folder: &Path, arguments: I) -> Result<String> {
     let mut command = Command::new("git");
     command.arg("-C").arg(folder).args(arguments);
-    let output = without_ours(&mut command).stdin(Stdio::null()).output().await.context("git can't be started")?;
+    let output = without_ours(&mut command).stdin(Stdio::null()).output().await.context("cannot start git")?;
     if !output.status.success() {
         bail!("git: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-/// Builds the program, and passes on what cargo says meanwhile.
+/// Builds the program, forwarding cargo's messages.
 async fn build(source: &Path, target: &Path) -> Result<()> {
     let mut command = Command::new("cargo");
     command
@@ -105,8 +102,8 @@ async fn build(source: &Path, target: &Path) -> Result<()> {
         .args(["build", "--locked", "--package", "mailrun", "--bin", "mailrun", "--target-dir"])
         .arg(target);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-    let mut cargo = without_ours(&mut command).spawn().context("cargo can't be started")?;
-    let stderr = cargo.stderr.take().context("cargo's messages can't be read")?;
+    let mut cargo = without_ours(&mut command).spawn().context("cannot start cargo")?;
+    let stderr = cargo.stderr.take().context("cannot read cargo's messages")?;
     let mut last: VecDeque<String> = VecDeque::new();
     let mut lines = BufReader::new(stderr).lines();
     while let Some(line) = lines.next_line().await? {
@@ -138,10 +135,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn says_what_is_wrong_with_a_revision() {
+    async fn explains_invalid_revisions() {
         let home = tempfile::tempdir().unwrap();
-        assert!(why("no-such-revision", home.path()).await.contains("no-such-revision is no revision"));
-        assert!(why("--help", home.path()).await.contains("--help is no revision"));
+        assert!(why("no-such-revision", home.path()).await.contains("no-such-revision is not a revision"));
+        assert!(why("--help", home.path()).await.contains("--help is not a revision"));
         let source = home.path().join("source");
         std::fs::create_dir(&source).unwrap();
         let error = check_out(Path::new("."), "0000", &source).await.unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! A Mailrun of its own for one run: an empty database and virtual host, the real processes, and a mail server.
+//! An installation for one run: an empty database and virtual host, the real processes, and a mail server.
 
 use std::{
     ffi::OsString,
@@ -24,56 +24,59 @@ use tokio::{
 };
 use url::Url;
 
-use super::{Setting, fault::send_signal, plan::Plan, proxy::Proxy, revision::Revision, weather::Weather};
+use super::{Setting, fault::send_signal, plan::Plan, proxy::Proxy, revision::Revision, smtp_faults::SmtpFaults};
 use crate::{
+    doubler::Doubler,
     local::{SENDERS, Services, own_program, to_sink},
     visitor::Visitor,
 };
 use mailrun_sink::{self, RateMeter, Sink};
 use mailrun_stack::Stack;
 
-/// A worker that has not been heard of for so long is dead.
+/// The heartbeat timeout of workers.
 pub(super) const DEAD_AFTER: Duration = Duration::from_secs(3);
-/// A run whose counters have not moved for so long is looked at.
+/// When a run counts as stalled.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(3);
 /// The retry schedule.
-const RUNGS_MS: [u64; 4] = [300, 600, 1_500, 3_000];
-/// Nobody waits longer than this for an answer of RabbitMQ, of PostgreSQL or of the mail server.
+const RETRY_DELAYS_MS: [u64; 4] = [300, 600, 1_500, 3_000];
+/// The timeout for answers of RabbitMQ, PostgreSQL and the mail server.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
-/// Connections to RabbitMQ show so often that they live.
+/// The heartbeat interval of connections to RabbitMQ.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(4);
 /// Connections of one sender.
 const CONNECTIONS: u32 = 20;
-/// What the mail server takes for each mail; more for a short list, which would be over before anything could happen.
+/// The mail server's latency per mail; more for a short list, which would otherwise end too soon.
 const LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=400;
-/// A short list is made to last so long.
+/// The intended duration of a short list.
 const SHORTEST_MS: u32 = 8_000;
-/// What strikes in turn takes some seconds each time.
+/// For plans whose faults wait for each other, which takes some seconds each.
 const IN_TURN_LATENCY_MS: std::ops::RangeInclusive<u32> = 20..=2_000;
 const IN_TURN_SHORTEST_MS: u32 = 60_000;
-/// What the bounce hook wants to be told.
+/// The key of the bounce hook.
 pub(super) const HOOK_KEY: &str = "the-key-of-the-fault-bench";
-/// Who ends in good order does so within this time; the rest is killed after a little more.
+/// Services end cleanly within this time, and are killed after slightly more.
 const GOOD_ORDER: Duration = Duration::from_secs(30);
-/// Where the pages listen: nobody else is given one of these by chance.
+/// Ports of the web server, outside the range assigned to other sockets.
 const PORTS: std::ops::Range<u16> = 20_000..30_000;
 
-/// A Mailrun of its own.
+/// An installation.
 pub(super) struct Site<'a> {
     pub(super) stack: &'a Stack,
     pub(super) sink: Sink,
-    pub(super) weather: Arc<Weather>,
+    pub(super) smtp_faults: Arc<SmtpFaults>,
     pub(super) pool: PgPool,
     pub(super) visitor: Visitor,
-    /// Our processes reach RabbitMQ through it.
+    /// Between our processes and RabbitMQ.
     pub(super) to_broker: Proxy,
-    /// They reach PostgreSQL through it.
+    /// Between them and PostgreSQL.
     pub(super) to_database: Proxy,
-    /// The senders reach the mail server through it.
+    /// Between the senders and the mail server.
     pub(super) to_mail: Proxy,
-    /// What an upgrade begins with.
+    /// Publishes each message a second time, if the plan requires it.
+    _doubler: Option<Doubler>,
+    /// The program that an upgrade starts from.
     pub(super) revision: Option<&'a Revision>,
-    /// The rate limit of the installation, in sends a second.
+    /// The installation's rate limit, in sends per second.
     pub(super) limit: Option<u32>,
     name: String,
     /// Of the services.
@@ -81,16 +84,13 @@ pub(super) struct Site<'a> {
     services: Services,
 }
 
-/// A limit with which a list takes some twenty seconds.
+/// A limit with which a list takes about twenty seconds.
 fn limit(recipients: u32) -> u32 {
     (recipients / 20).max(20)
 }
 
 impl<'a> Site<'a> {
-    /// Creates it on `stack`.
-    ///
-    /// # Errors
-    /// What did not start.
+    /// Creates an installation on `stack`.
     pub(super) async fn create(stack: &'a Stack, setting: &'a Setting<'_>, plan: Plan) -> Result<Self> {
         let name = format!("chaos-{}", plan.name());
         let log = setting.logs.join(format!("services-{}.log", plan.name()));
@@ -101,15 +101,15 @@ impl<'a> Site<'a> {
         let latency_ms = shortest_ms * CONNECTIONS * SENDERS as u32 / setting.recipients.max(1);
         let latency = Duration::from_millis(latency_ms.clamp(*latencies_ms.start(), *latencies_ms.end()).into());
         let sink = Sink::start(mailrun_sink::Options { latency, keep: 0, ..mailrun_sink::Options::default() }).await?;
-        let weather = Arc::new(Weather::default());
-        let _ = weather.meter.set(RateMeter::start());
+        let smtp_faults = Arc::new(SmtpFaults::default());
+        let _ = smtp_faults.meter.set(RateMeter::start());
         let limit = plan.is_limited().then(|| limit(setting.recipients));
-        weather.defers.store(limit.is_some(), Ordering::Relaxed);
-        sink.set_rule(weather.rule());
+        smtp_faults.defers.store(limit.is_some(), Ordering::Relaxed);
+        sink.set_rule(smtp_faults.rule());
 
         let (to_database, database_url) = through_proxy(&stack.database_url(&name)).await?;
         let (to_broker, first_node) = through_proxy(&stack.amqp_url(&name)).await?;
-        // No fault of the network strikes a cluster, so its other nodes are reached directly.
+        // No network fault affects a cluster, so its other nodes are reached directly.
         let other_nodes = stack.amqp_urls(&name).into_iter().skip(1);
         let amqp_urls: Vec<String> = [first_node].into_iter().chain(other_nodes).collect();
         let to_mail = Proxy::start(sink.address()).await?;
@@ -117,15 +117,19 @@ impl<'a> Site<'a> {
             vec![("DATABASE_URL".into(), database_url.into()), ("AMQP_URL".into(), amqp_urls.join(",").into())];
         environment.extend(setting.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
         environment.extend(to_sink(to_mail.address()));
-        environment.extend(settings(plan.publishes_twice(), setting.resend));
+        environment.extend(settings(setting.resend));
         let limited = limit.map(|limit| ("MAILRUN_FAN_OUT__SENDS_PER_SECOND".into(), limit.to_string().into()));
         environment.extend(limited);
         let mut config = setting.config.clone();
-        // Not the next free port from 8080 on: pages that were killed must find theirs free again.
-        config.web.listen = free_address().context("no port is free for the pages")?;
+        // Not the next free port from 8080: a killed web server must find its port free again.
+        config.web.listen = free_address().context("no free port for the web server")?;
         let revision = setting.revision.as_ref().filter(|_| plan.upgrades());
         let program = revision.map_or_else(own_program, |revision| Ok(revision.program.clone()))?;
         let services = Services::start(program, &config, environment.clone(), SENDERS, None, log, |_| {}).await?;
+        let doubler = match plan.publishes_twice() {
+            true => Some(Doubler::start(&stack.amqp_url(&name), &queues()).await?),
+            false => None,
+        };
         let options: PgConnectOptions = stack.database_url(&name).parse()?;
         let pool = PgPoolOptions::new()
             .max_connections(8)
@@ -135,12 +139,13 @@ impl<'a> Site<'a> {
         Ok(Self {
             stack,
             sink,
-            weather,
+            smtp_faults,
             pool,
             visitor,
             to_broker,
             to_database,
             to_mail,
+            _doubler: doubler,
             revision,
             limit,
             name,
@@ -149,17 +154,17 @@ impl<'a> Site<'a> {
         })
     }
 
-    /// The name of its database and of its virtual host.
+    /// The name of its database and virtual host.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Where the pages are.
+    /// The URL of the pages.
     pub(super) fn web_url(&self) -> &str {
         &self.services.web_url
     }
 
-    /// How the bench itself reaches the database.
+    /// The bench's own connection to the database.
     pub(super) fn database(&self) -> PgConnectOptions {
         PgConnectOptions::clone(&self.pool.connect_options())
     }
@@ -169,66 +174,50 @@ impl<'a> Site<'a> {
         self.services.pids().map(|(name, _)| name.to_owned()).collect()
     }
 
-    /// A connection of its own, with a channel.
-    ///
-    /// # Errors
-    /// The broker's.
+    /// Opens a connection with a channel.
     pub(super) async fn channel(&self) -> Result<(Connection, Channel)> {
         let properties = ConnectionProperties::default().with_connection_name("mailrun chaos".into());
         let url = self.stack.amqp_url(&self.name);
         let connection = Connection::connect(&url, properties);
-        let connection = timeout(Duration::from_secs(10), connection).await.context("RabbitMQ does not answer")??;
+        let connection = timeout(Duration::from_secs(10), connection).await.context("RabbitMQ does not respond")??;
         let channel = connection.create_channel().await?;
         Ok((connection, channel))
     }
 
-    /// Runs one of Mailrun's commands with the services' settings, on this database, which need not be the services'. It may
-    /// take so long.
-    ///
-    /// # Errors
-    /// When it fails, or does not end in time.
+    /// Runs a command of Mailrun with the services' settings on this database, which may be another one. Fails if it takes longer than
+    /// `limit`.
     pub(super) async fn run(&self, database: &str, args: &[&str], limit: Duration) -> Result<()> {
         let mut command = Command::new(own_program()?);
         command.args(args).envs(self.environment.iter().map(|(key, value)| (key, value)));
         command.env("DATABASE_URL", self.stack.database_url(database));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
-        let ended =
-            timeout(limit, command.status()).await.with_context(|| format!("mailrun {args:?} does not end"))??;
+        let ended = timeout(limit, command.status()).await.with_context(|| format!("mailrun {args:?} timed out"))??;
         anyhow::ensure!(ended.success(), "mailrun {args:?} failed");
         Ok(())
     }
 
-    /// Ends a service in good order, and starts it from another program.
-    ///
-    /// # Errors
-    /// When it does not end or start.
+    /// Ends a service cleanly, and starts it with another program.
     pub(super) async fn replace(&self, service: &str, program: &Path) -> Result<()> {
         self.services.replace(service, program).await
     }
 
-    /// How often services ended unasked.
+    /// How often services ended unexpectedly.
     pub(super) fn deaths(&self) -> u32 {
         self.services.deaths()
     }
 
-    /// The process of a service.
-    ///
-    /// # Errors
-    /// When there is none of this name.
+    /// The process id of a service.
     pub(super) fn pid(&self, service: &str) -> Result<u32> {
         let pid = self.services.pids().find_map(|(name, pid)| (name == service).then_some(pid));
         pid.with_context(|| format!("there is no service {service}"))
     }
 
-    /// Sends a signal to a service.
-    ///
-    /// # Errors
-    /// When it has just ended.
+    /// Sends a signal to a service. Fails if it has just ended.
     pub(super) fn signal(&self, service: &str, signal: Signal) -> Result<()> {
         send_signal(self.pid(service)?, std::process::id(), signal)
     }
 
-    /// Stops the services; says whether all of them ended in good order.
+    /// Stops the services; returns whether all of them ended cleanly.
     pub(super) async fn stop(self) -> (Stopped<'a>, bool) {
         let Self { stack, sink, pool, to_broker, to_database, to_mail, name, services, .. } = self;
         let began = Instant::now();
@@ -242,7 +231,7 @@ impl<'a> Site<'a> {
     }
 }
 
-/// A site whose services have ended. What they have done is still there.
+/// An installation whose services have ended. Its data is still there.
 pub(super) struct Stopped<'a> {
     stack: &'a Stack,
     pub(super) sink: Sink,
@@ -251,10 +240,7 @@ pub(super) struct Stopped<'a> {
 }
 
 impl Stopped<'_> {
-    /// Drops it with all it holds.
-    ///
-    /// # Errors
-    /// What could not be dropped.
+    /// Drops it with its contents.
     pub(super) async fn drop(self) -> Result<()> {
         self.pool.close().await;
         self.stack.drop_vhost(&self.name).await?;
@@ -262,23 +248,23 @@ impl Stopped<'_> {
     }
 }
 
-/// The queues of the retry schedule.
-pub(super) fn rungs() -> Vec<String> {
-    RUNGS_MS.map(|ms| retry_queue(Duration::from_millis(ms))).to_vec()
+/// The retry queues.
+pub(super) fn retry_queues() -> Vec<String> {
+    RETRY_DELAYS_MS.map(|ms| retry_queue(Duration::from_millis(ms))).to_vec()
 }
 
 /// The queues that messages of a run pass through.
 pub(super) fn queues() -> Vec<String> {
-    [RUNS, RUNS_WAIT, RUNS_PAUSED, ITEMS, RESULTS].map(str::to_owned).into_iter().chain(rungs()).collect()
+    [RUNS, RUNS_WAIT, RUNS_PAUSED, ITEMS, RESULTS].map(str::to_owned).into_iter().chain(retry_queues()).collect()
 }
 
-/// Short times, so that what takes a minute by the default settings takes seconds here. The rules are the same. A setting that
-/// older programs refuse does not belong here, since upgrades begin with them.
-fn settings(publish_twice: bool, resend: bool) -> Vec<(OsString, OsString)> {
+/// Short times, so that what takes a minute with the defaults takes seconds here. The rules are the same. Settings that older programs
+/// refuse do not belong here, because upgrades start with them.
+fn settings(resend: bool) -> Vec<(OsString, OsString)> {
     let answer_ms = ANSWER.as_millis().to_string();
-    let rungs = RUNGS_MS.map(|ms| ms.to_string()).join(",");
+    let delays = RETRY_DELAYS_MS.map(|ms| ms.to_string()).join(",");
     let settings = [
-        ("RETRY__RUNGS_MS", rungs),
+        ("RETRY__RUNGS_MS", delays),
         ("HEARTBEAT__INTERVAL_MS", "300".into()),
         ("HEARTBEAT__DEAD_AFTER_MS", DEAD_AFTER.as_millis().to_string()),
         ("SWEEP__INTERVAL_MS", "500".into()),
@@ -291,21 +277,20 @@ fn settings(publish_twice: bool, resend: bool) -> Vec<(OsString, OsString)> {
         ("AMQP__ANSWER_TIMEOUT_MS", answer_ms),
         ("AMQP__HEARTBEAT_S", HEARTBEAT.as_secs().to_string()),
         ("WEB__HOOK_KEY", HOOK_KEY.into()),
-        ("AMQP__PUBLISH_TWICE", publish_twice.to_string()),
     ];
     settings.into_iter().map(|(key, value)| (format!("MAILRUN_{key}").into(), value.into())).collect()
 }
 
-/// Starts a proxy in front of the server that `url` names, and returns the address with which it is reached through that.
+/// Starts a proxy in front of the server of `url`, and returns the URL through the proxy.
 async fn through_proxy(url: &str) -> Result<(Proxy, String)> {
     let mut url: Url = url.parse()?;
-    let port = url.port().context("the address has no port")?;
+    let port = url.port().context("the URL has no port")?;
     let proxy = Proxy::start((Ipv4Addr::LOCALHOST, port).into()).await?;
-    url.set_port(Some(proxy.address().port())).ok().context("the address can have no port")?;
+    url.set_port(Some(proxy.address().port())).ok().context("the URL cannot have a port")?;
     Ok((proxy, url.into()))
 }
 
-/// A loopback address that nobody uses, outside the range that the system gives to outgoing connections.
+/// A free loopback address, outside the range that the system assigns to outgoing connections.
 fn free_address() -> Option<SocketAddr> {
     let mut rng = rand::rng();
     std::iter::repeat_with(|| SocketAddr::from((Ipv4Addr::LOCALHOST, rng.random_range(PORTS))))

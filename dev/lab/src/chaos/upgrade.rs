@@ -1,4 +1,4 @@
-//! The upgrade of a running installation: in which order its processes are replaced, one after another.
+//! The upgrade of a running installation: the order in which its processes are replaced.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -8,9 +8,9 @@ use rand::{rngs::StdRng, seq::SliceRandom as _};
 use super::{fault::senders, revision::Order, site::Site};
 use crate::local::own_program;
 
-/// The database is migrated within this time.
+/// Time limit of the migration.
 const SET_UP: Duration = Duration::from_secs(120);
-/// So many processes are put back to the old program, and upgraded again.
+/// How many processes are downgraded and upgraded again.
 const PUT_BACK: usize = 3;
 
 /// One step of an upgrade.
@@ -18,9 +18,9 @@ const PUT_BACK: usize = 3;
 pub(super) enum Change {
     /// The new program's `setup`: migrations and queues.
     SetUp,
-    /// This process by the new program.
+    /// Replace this process with the new program.
     Forward(String),
-    /// This process by the old program, on the new schema.
+    /// Replace this process with the old program, on the new schema.
     Back(String),
 }
 
@@ -54,25 +54,22 @@ fn in_any_order(mut services: Vec<String>, rng: &mut StdRng) -> Vec<Change> {
 }
 
 impl Change {
-    /// What the bench says of it.
+    /// Its name in the output.
     pub(super) fn name(&self) -> String {
         match self {
-            Self::SetUp => "setup by the new program".to_owned(),
+            Self::SetUp => "setup with the new program".to_owned(),
             Self::Forward(service) => format!("{service} to the new program"),
             Self::Back(service) => format!("{service} back to the old program"),
         }
     }
 
-    /// Makes it.
-    ///
-    /// # Errors
-    /// When a process does not end in good order, or something can't be started.
+    /// Carries it out.
     pub(super) async fn make(&self, site: &Site<'_>) -> Result<()> {
         match self {
             Self::SetUp => site.run(site.name(), &["setup"], SET_UP).await,
             Self::Forward(service) => site.replace(service, &own_program()?).await,
             Self::Back(service) => {
-                let revision = site.revision.context("there is no older program")?;
+                let revision = site.revision.context("no older program")?;
                 site.replace(service, &revision.program).await
             }
         }
@@ -86,16 +83,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_documented_order_is_kept() {
+    fn keeps_the_documented_order() {
         let changes = changes(Order::Documented, &mut StdRng::seed_from_u64(7));
         let names: Vec<String> = changes.iter().map(Change::name).collect();
         let to_new = |service: &str| format!("{service} to the new program");
         let services = ["progress", "fan-out", "send-1", "send-2", "web"].map(to_new);
-        assert_eq!((names[0].as_str(), &names[1..]), ("setup by the new program", &services[..]));
+        assert_eq!((names[0].as_str(), &names[1..]), ("setup with the new program", &services[..]));
     }
 
     #[test]
-    fn in_any_order_each_process_ends_with_the_new_program_and_some_are_put_back() {
+    fn in_any_order_all_processes_end_with_the_new_program_and_some_are_downgraded() {
         for seed in 0..50 {
             let changes = changes(Order::Any, &mut StdRng::seed_from_u64(seed));
             assert_eq!(changes[0], Change::SetUp, "the schema comes first");

@@ -1,4 +1,4 @@
-//! Follows a run from outside: how far it is, how long its counters stood still, and when it was over.
+//! Follows a run from outside: its progress, its longest stall, and its end.
 
 use std::time::Duration;
 
@@ -9,44 +9,43 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// How often the counters are looked at.
+/// How often the counters are polled.
 const POLL: Duration = Duration::from_millis(50);
-/// A database that is being killed may leave a question unanswered.
+/// Timeout of a query: a database that is being killed may not answer.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// How far a run is.
+/// The progress of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Stage {
-    /// The settled share of it, from 0 to 1.
+    /// The settled share, from 0 to 1.
     pub(super) settled: f64,
     /// Whether it is over.
     pub(super) over: bool,
 }
 
-/// What was seen of a run.
+/// Observations of a run.
 #[derive(Clone, Debug)]
-pub(super) struct Seen {
-    /// When it was over; none: it was not, in the time it had.
+pub(super) struct Observed {
+    /// When it was over; none if it was not over in time.
     pub(super) over_at: Option<Instant>,
-    /// When a counter changed, and the beginning and the end of it all.
+    /// When a counter changed, including the beginning and the end.
     pub(super) moments: Vec<Instant>,
 }
 
-impl Seen {
-    /// The longest time for which no counter changed.
+impl Observed {
+    /// The longest time without a change of the counters.
     pub(super) fn longest_stall(&self) -> Duration {
         self.longest_stall_outside(&[])
     }
 
-    /// The longest time for which no counter changed although none of these faults, each with its beginning and its end,
-    /// was under way.
+    /// The longest time without a change of the counters outside of these faults, each with its beginning and end.
     pub(super) fn longest_stall_outside(&self, faults: &[(Instant, Instant)]) -> Duration {
         let stalls = self.moments.iter().zip(self.moments.iter().skip(1));
         stalls.map(|(from, to)| longest_outside(*from, *to, faults)).max().unwrap_or_default()
     }
 }
 
-/// The longest part between `from` and `to` that is outside of all `faults`.
+/// The longest part between `from` and `to` outside of all `faults`.
 fn longest_outside(from: Instant, to: Instant, faults: &[(Instant, Instant)]) -> Duration {
     let within = faults.iter().filter(|(begin, end)| *begin < to && *end > from);
     let mut within: Vec<(Instant, Instant)> = within.copied().collect();
@@ -59,13 +58,13 @@ fn longest_outside(from: Instant, to: Instant, faults: &[(Instant, Instant)]) ->
     longest.max(to.saturating_duration_since(free_since))
 }
 
-/// Follows a run until it is over, or `limit` has passed; `stage` always says how far it is.
-pub(super) async fn follow(pool: &PgPool, run_id: Uuid, limit: Duration, stage: &watch::Sender<Stage>) -> Seen {
+/// Follows a run until it is over, or `limit` has passed; `stage` always has its progress.
+pub(super) async fn follow(pool: &PgPool, run_id: Uuid, limit: Duration, stage: &watch::Sender<Stage>) -> Observed {
     let end = Instant::now() + limit;
     let mut moments = vec![Instant::now()];
     let mut before = None;
     loop {
-        // A database that does not answer is a time without progress like any other.
+        // A database that does not answer counts as time without progress.
         if let Ok(Ok(Some(now))) = timeout(ANSWER, counters(pool, run_id)).await {
             if before != Some(now) {
                 moments.push(Instant::now());
@@ -74,12 +73,12 @@ pub(super) async fn follow(pool: &PgPool, run_id: Uuid, limit: Duration, stage: 
             let over = now.finished;
             stage.send_replace(Stage { settled: f64::from(now.settled) / f64::from(now.total.max(1)), over });
             if over {
-                return Seen { over_at: Some(Instant::now()), moments };
+                return Observed { over_at: Some(Instant::now()), moments };
             }
         }
         if Instant::now() > end {
             moments.push(Instant::now());
-            return Seen { over_at: None, moments };
+            return Observed { over_at: None, moments };
         }
         sleep(POLL).await;
     }
@@ -108,19 +107,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stall_counts_as_such_while_no_fault_is_under_way() {
+    fn only_stalls_outside_of_faults_count() {
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
-        let seen = Seen { over_at: Some(at(30)), moments: [0, 1, 11, 12, 30].map(at).to_vec() };
+        let seen = Observed { over_at: Some(at(30)), moments: [0, 1, 11, 12, 30].map(at).to_vec() };
         let outside = |faults: &[(u64, u64)]| {
             let faults: Vec<_> = faults.iter().map(|(from, to)| (at(*from), at(*to))).collect();
             seen.longest_stall_outside(&faults).as_secs()
         };
         assert_eq!(seen.longest_stall().as_secs(), 18);
-        assert_eq!(outside(&[(13, 20)]), 10, "what is left of the longest one is as long as the other");
+        assert_eq!(outside(&[(13, 20)]), 10, "the rest of the longest one equals the other");
         assert_eq!(outside(&[(13, 25), (2, 4), (3, 8)]), 5);
         assert_eq!(outside(&[(14, 29), (15, 16), (0, 11)]), 2);
-        assert_eq!(outside(&[(13, 13)]), 17, "it strikes and is over");
+        assert_eq!(outside(&[(13, 13)]), 17, "a fault without duration");
         assert_eq!(outside(&[(0, 30)]), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! The demo with real mail: a mail server of its own, with the latency of one far away, and the same *Internet Down*.
+//! The demo with real mail: its own mail server, with the latency of a distant one, and the same *Internet Down*.
 
 use std::{
     ffi::OsString,
@@ -19,39 +19,39 @@ use mailrun_lab::{
 };
 use mailrun_sink::{self, Action, Sink, Stage};
 
-/// Every so manieth guest is refused until the mail server recovers, as by the simulated mailer.
+/// Every Nth guest is refused until the mail server recovers, like with the simulated mailer.
 const DOWN_EVERY: u32 = 100;
 
-/// Who carries the demo's mail.
+/// The mailer of the demo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Mailer {
-    /// Nobody: sends are simulated, as the settings say.
+    /// Sends are simulated, as configured
     Simulated,
-    /// A mail server on this machine that accepts mail by SMTP, and delivers none.
+    /// A mail server on this machine that accepts mail by SMTP and delivers none
     Smtp,
 }
 
-/// What `demo` can be asked for with a mail server.
+/// Options of `mailrun demo` with a mail server.
 #[derive(Args, Clone, Copy, Debug)]
-// Without a group: it would have the name of that of the demo's own options.
+// Without a group: it would have the same name as that of the demo's own options.
 #[group(skip)]
 pub(super) struct Options {
-    /// Who carries the mail.
+    /// How mail is sent
     #[arg(long, value_enum, default_value_t = Mailer::Simulated)]
     mailer: Mailer,
-    /// smtp: the mail server takes so long for each mail.
+    /// smtp: latency of the mail server per mail
     #[arg(long, default_value_t = 50)]
     latency_ms: u32,
-    /// smtp: connections to the mail server, of all workers together.
+    /// smtp: connections to the mail server, of all workers together
     #[arg(long, default_value_t = 80, value_parser = clap::value_parser!(u32).range(2..=400))]
     connections: u32,
-    /// smtp: the run's rate limit, in sends a second; 0: none.
+    /// smtp: the run's rate limit in sends per second; 0: none
     #[arg(long, default_value_t = 1_000)]
     rate: u32,
 }
 
 impl Options {
-    /// The mail server, if there is to be one.
+    /// Starts the mail server, if one is requested.
     pub(super) async fn start(&self) -> Result<Option<Server>> {
         if self.mailer == Mailer::Simulated {
             return Ok(None);
@@ -76,10 +76,10 @@ impl Options {
         Ok(Some(Server { sink, options: *self, down, sends }))
     }
 
-    /// A Mailrun that runs already has its own idea of who carries the mail.
+    /// A running Mailrun already has its own mailer.
     pub(super) fn refuse_a_running_mailrun(&self) -> Result<()> {
         if self.mailer == Mailer::Smtp {
-            bail!("a Mailrun runs here, and sends as it was started; stop it, and ask for the demo again");
+            bail!("the running Mailrun uses its own mailer; stop it and run the demo again");
         }
         Ok(())
     }
@@ -90,7 +90,7 @@ fn is_unlucky(recipient: &str) -> bool {
     guest_number(recipient).is_some_and(|number| number.is_multiple_of(DOWN_EVERY))
 }
 
-/// Mails that the workers have begun to hand over, refused ones too: a rate limit is about them.
+/// Mails that the workers began to hand over, including refused ones: a rate limit applies to them.
 #[derive(Debug, Default)]
 struct Sends(Mutex<Option<(Instant, Instant, u32)>>);
 
@@ -102,7 +102,7 @@ impl Sends {
         *seen = Some((first, now, count + 1));
     }
 
-    /// Sends a second, from the first to the last.
+    /// Sends per second, from the first to the last.
     fn rate(&self) -> Option<f64> {
         let (first, last, count) = (*self.0.lock().unwrap_or_else(PoisonError::into_inner))?;
         let seconds = (last - first).as_secs_f64();
@@ -118,25 +118,25 @@ pub(super) struct Server {
     sends: Arc<Sends>,
 }
 
-/// What it saw.
+/// Its observations.
 #[derive(Debug, Serialize)]
-pub(super) struct Figures {
-    /// Different mails that arrived.
+pub(super) struct Results {
+    /// Distinct mails received.
     received: u64,
-    /// Those of them that arrived more than once.
+    /// Mails received more than once.
     received_twice: u64,
-    /// The run's rate limit, in sends a second; null: none.
+    /// The run's rate limit in sends per second; null: none.
     rate_set: Option<u32>,
-    /// Sends a second that the mail server saw, from the first to the last of the first pass.
+    /// Sends per second that the mail server observed, from the first to the last of the first pass.
     rate_got: Option<f64>,
-    /// The most connections that were open at the same time.
+    /// The most connections open at the same time.
     connections: usize,
-    /// Connections divided by latency: what they allow without a limit.
+    /// Connections divided by latency: the maximum without a rate limit.
     bound_items_per_second: f64,
 }
 
 impl Server {
-    /// What makes the workers send to it.
+    /// Settings that make the workers use it.
     pub(super) fn settings(&self) -> Vec<(OsString, OsString)> {
         let connections = self.options.connections as usize / SENDERS;
         let mut settings = to_sink(self.sink.address());
@@ -144,26 +144,26 @@ impl Server {
         settings
     }
 
-    /// The rate limit to ask for.
+    /// The requested rate limit.
     pub(super) fn rate_set(&self) -> Option<u32> {
         Some(self.options.rate).filter(|rate| *rate > 0)
     }
 
-    /// Sends a second, so far.
+    /// Sends per second so far.
     pub(super) fn rate_got(&self) -> Option<f64> {
         self.sends.rate()
     }
 
-    /// The Internet is back.
+    /// Ends *Internet Down*.
     pub(super) fn recover(&self) {
         self.down.store(false, Ordering::Relaxed);
     }
 
-    /// What it has seen.
-    pub(super) fn figures(&self, rate_got: Option<f64>) -> Figures {
+    /// Its observations.
+    pub(super) fn results(&self, rate_got: Option<f64>) -> Results {
         let latency = f64::from(self.options.latency_ms.max(1)) / 1_000.0;
         let connections = self.options.connections as usize / SENDERS * SENDERS;
-        Figures {
+        Results {
             received: self.sink.received(),
             received_twice: self.sink.received_twice(),
             rate_set: self.rate_set(),
@@ -174,8 +174,8 @@ impl Server {
     }
 }
 
-impl Figures {
-    /// Everybody got one mail.
+impl Results {
+    /// Checks that everyone received one mail.
     pub(super) fn check(&self, recipients: u32) -> Result<()> {
         ensure!(
             self.received == u64::from(recipients) && self.received_twice == 0,

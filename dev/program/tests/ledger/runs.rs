@@ -33,7 +33,7 @@ fn shows_a_runs_progress() {
         let shown = progress(ledger, run.id).await.unwrap().unwrap();
         let counters = shown.counters;
         assert_eq!(
-            (counters.total, counters.pending, counters.retrying, counters.sent, counters.failed),
+            (counters.total, counters.of(Pending), counters.of(Retrying), counters.of(Sent), counters.of(Failed)),
             (4, 1, 1, 1, 1)
         );
         assert_eq!((shown.run_id, shown.wanted, shown.later.as_deref()), (run.id, Wanted::Running, None));

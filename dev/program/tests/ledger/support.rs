@@ -11,6 +11,7 @@ use std::{
 };
 
 use mailrun_core::{
+    agreement::Agreement,
     item::{ItemState, Key, Standing},
     message::{ItemMessage, ItemResult},
     run::Wanted,
@@ -22,7 +23,7 @@ use mailrun_ledger::{
     receipts::Receipt,
     settings::{DatabaseConfig, SuppressionsConfig},
     stored::{SqlState, SqlWanted},
-    workers,
+    workers::{self, Registration},
 };
 use mailrun_stack::{Stack, ensure_servers, home};
 use sqlx::{AssertSqlSafe, Connection as _, Decode, PgConnection, PgPool, Postgres, Type, postgres::PgPoolOptions};
@@ -411,7 +412,19 @@ pub async fn idle_for(conn: &mut PgConnection, run_id: Uuid, seconds: u32) {
 
 /// A sender that is alive.
 pub async fn worker(conn: &mut PgConnection) -> i64 {
-    workers::register(conn, "send", "host", 1, 10).await.unwrap()
+    let worker = Registration { roles: "send", host: "host", pid: 1, permits: 10, settings: &settings() };
+    workers::register(conn, &worker).await.unwrap().unwrap()
+}
+
+/// The settings that have to agree.
+pub fn settings() -> Agreement {
+    Agreement {
+        retry_delays_ms: vec![100, 200],
+        heartbeat_interval_ms: 1_000,
+        dead_after_ms: 8_000,
+        sends_per_second: None,
+        item_queues: 1,
+    }
 }
 
 /// Declares a worker dead.

@@ -2,14 +2,17 @@
 
 use std::time::Duration;
 
-use mailrun_ledger::workers::{all, beats, declare_dead, heartbeat, register, stop};
+use mailrun_core::agreement::Agreement;
+use mailrun_ledger::workers::{Registration, all, beats, declare_dead, heartbeat, register, stop};
 
-use crate::support::{execute, in_database, in_transaction, until_one_waits, value, worker};
+use crate::support::{execute, in_database, in_transaction, kill, settings, until_one_waits, value, worker};
 
 #[test]
 fn a_worker_registers_beats_and_stops() {
     in_transaction(async |conn| {
-        let id = register(conn, "send,progress", "host", 42, 7).await.unwrap();
+        let registration =
+            Registration { roles: "send,progress", host: "host", pid: 42, permits: 7, settings: &settings() };
+        let id = register(conn, &registration).await.unwrap().unwrap();
         assert_eq!(beats(conn).await.unwrap()[0].worker_id, id);
         let closed = Some(("421 try later".to_owned(), Duration::from_secs(60)));
         assert!(heartbeat(conn, id, 3, 1, closed, Some("mailrun.items: full".into())).await.unwrap());
@@ -27,6 +30,32 @@ fn a_worker_registers_beats_and_stops() {
         let worker = all(conn).await.unwrap().remove(0);
         assert_eq!((worker.stopped, worker.dead, worker.closed, worker.rejected), (true, false, None, None));
         assert!(beats(conn).await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_worker_with_other_settings_than_a_live_one_is_not_registered() {
+    in_transaction(async |conn| {
+        let live = worker(conn).await;
+        let settings = Agreement { item_queues: 2, ..settings() };
+        let other = Registration { roles: "send", host: "other", pid: 2, permits: 1, settings: &settings };
+        let disagreeing = register(conn, &other).await.unwrap().unwrap_err();
+        assert_eq!((disagreeing[0].beat.worker_id, disagreeing[0].dead_after), (live, Duration::from_secs(8)));
+        assert_eq!(disagreeing[0].differences[0].key, "amqp.item_queues");
+        assert_eq!(all(conn).await.unwrap().len(), 1);
+        kill(conn, live).await;
+        register(conn, &other).await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_worker_of_a_version_without_settings_agrees_with_every_other() {
+    in_transaction(async |conn| {
+        worker(conn).await;
+        execute(conn, "UPDATE workers SET settings = NULL").await;
+        let settings = Agreement { item_queues: 2, ..settings() };
+        let other = Registration { roles: "send", host: "other", pid: 2, permits: 1, settings: &settings };
+        register(conn, &other).await.unwrap().unwrap();
     });
 }
 

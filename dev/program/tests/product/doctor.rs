@@ -95,11 +95,11 @@ async fn what_was_broken_is_named_and_repaired() {
     let id = run.rsplit('/').next().unwrap();
     for (check, words) in [
         ("counters", id),
-        ("counters", "sent is 1,977, and there are 1,980; the run is not taken for finished"),
+        ("counters", "sent is 1,977, but there are 1,980; the run does not count as finished"),
         ("people", "2 people are wrongly marked"),
         ("queues", "mailrun.retry.200ms is missing"),
         ("outbox", "its type is not known"),
-        ("dead letters", "1 letter is outdated"),
+        ("dead letters", "1 dead letter is outdated"),
     ] {
         assert!(found(&report, check, words), "{check}, {words}: {report}");
     }
@@ -109,10 +109,7 @@ async fn what_was_broken_is_named_and_repaired() {
     let (good, report) = doctor(&world, &["--fix"], &[]);
     assert!(good && report["findings"].as_array().unwrap().len() == 5, "{report}");
     let remarks = assert_well(&world)["remarks"].to_string();
-    assert!(
-        remarks.contains("1 message is no invitation of anybody's"),
-        "the outbox's row is a dead letter now: {remarks}"
-    );
+    assert!(remarks.contains("1 message is poison"), "the outbox's row is a dead letter now: {remarks}");
     world.counters_equal_counts().await;
     let wrong = "SELECT count(*) FROM users u JOIN run_items i ON i.user_id = u.id
                  WHERE (u.emailed_at IS NOT NULL) <> (i.state = 'sent')";
@@ -127,17 +124,17 @@ async fn what_was_broken_is_named_and_repaired() {
     );
 
     let (good, text) = world.output(&["doctor"], &[]);
-    assert!(good && text.ends_with("All is well.\n"), "{text}");
+    assert!(good && text.ends_with("No faults found.\n"), "{text}");
 
     // One of the servers is away: that is told, and the other one is looked at all the same.
     execute(&world, "UPDATE users SET emailed_at = NULL WHERE email = 'guest-000001@example.org'").await;
     let (_, report) = doctor(&world, &[], &[("AMQP_URL", "amqp://127.0.0.1:1/none")]);
-    assert!(found(&report, "RabbitMQ", "can't be used") && found(&report, "people", "1 person"), "{report}");
+    assert!(found(&report, "RabbitMQ", "is unavailable") && found(&report, "people", "1 person"), "{report}");
     // A process that connects meanwhile would declare it again.
     world.terminate_all();
     world.channel().await.queue_delete("mailrun.retry.200ms".into(), Default::default()).await.unwrap();
     let (_, report) = doctor(&world, &[], &[("DATABASE_URL", "postgres://127.0.0.1:1/none")]);
-    assert!(found(&report, "PostgreSQL", "can't be used") && found(&report, "queues", "200ms"), "{report}");
+    assert!(found(&report, "PostgreSQL", "is unavailable") && found(&report, "queues", "200ms"), "{report}");
 }
 
 #[tokio::test]
@@ -174,8 +171,8 @@ async fn the_claims_of_a_killed_worker_are_settled() {
     world.kill(victim);
     until("the doctor takes the worker for dead", async || {
         let (_, report) = doctor(&world, &[], &[]);
-        found(&report, "claims", "5 invitations are claimed by a worker that died")
-            && found(&report, "workers", "no worker for send lives")
+        found(&report, "claims", "5 invitations are claimed by a dead worker")
+            && found(&report, "workers", "no live worker for send")
     })
     .await;
     let (good, report) = doctor(&world, &["--fix"], &[]);
@@ -195,7 +192,7 @@ async fn what_a_purge_took_is_put_back() {
     let run = world.invite(&people(50)).await;
     until("the relay has handed it over", async || waiting(&world, "mailrun.runs").await == 1).await;
     purge(&world, "mailrun.runs").await;
-    until("the doctor misses it", async || found(&doctor(&world, &[], &[]).1, "runs", "Its message is on no queue"))
+    until("the doctor misses it", async || found(&doctor(&world, &[], &[]).1, "runs", "Its command is on no queue"))
         .await;
     doctor(&world, &["--fix"], &[]);
     let pump = world.worker("fan-out");
@@ -205,7 +202,7 @@ async fn what_a_purge_took_is_put_back() {
     until("the step is committed", async || number(&world, released).await == 50).await;
     world.kill(pump);
     purge(&world, "mailrun.items").await;
-    until("the doctor misses them", async || found(&doctor(&world, &[], &[]).1, "runs", "50 invitations wait in vain"))
+    until("the doctor misses them", async || found(&doctor(&world, &[], &[]).1, "runs", "50 invitations are stuck"))
         .await;
     doctor(&world, &["--fix"], &[]);
     assert_eq!(waiting(&world, "mailrun.items").await, 50);

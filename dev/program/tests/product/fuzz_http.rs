@@ -446,10 +446,7 @@ impl Fuzz {
 }
 
 fn escape(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .map(|byte| if byte.is_ascii_alphanumeric() { char::from(*byte).to_string() } else { format!("%{byte:02X}") })
-        .collect()
+    percent_encoding::percent_encode(bytes, percent_encoding::NON_ALPHANUMERIC).to_string()
 }
 
 /// What holds for every answer.
@@ -598,5 +595,5 @@ async fn no_request_breaks_the_pages_or_leaves_something_half_written() {
     .await;
 
     assert!(world.is_running(0), "the pages have ended");
-    assert!(!world.log().contains("panicked") && !world.log().contains("a query failed"), "an error of ours");
+    assert!(!world.log().contains("panicked") && !world.log().contains("query failed"), "an error of ours");
 }

@@ -10,66 +10,11 @@ use std::{
 
 use crate::support::{World, people, until};
 use mailrun_broker::depth;
+use mailrun_lab::chaos::proxy::Proxy;
 use mailrun_sink::{Action, Options, Rule, Sink, Stage};
 use reqwest::Url;
 use rustix::process::Signal;
 use serde_json::Value;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{
-        TcpListener, TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
-    sync::watch,
-};
-
-/// A way to a server, through which nothing comes while it is closed. What is on its way by then comes when it is open again.
-#[derive(Clone)]
-struct Gate {
-    address: SocketAddr,
-    open: Arc<watch::Sender<bool>>,
-}
-
-impl Gate {
-    async fn before(server: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let open = Arc::new(watch::Sender::new(true));
-        let now = open.subscribe();
-        tokio::spawn(async move {
-            loop {
-                let (client, _) = listener.accept().await.unwrap();
-                let Ok(server) = TcpStream::connect(server).await else { continue };
-                let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-                tokio::spawn(carry(from_client, to_server, now.clone()));
-                tokio::spawn(carry(from_server, to_client, now.clone()));
-            }
-        });
-        Self { address, open }
-    }
-
-    fn close(&self) {
-        self.open.send_replace(false);
-    }
-
-    fn open(&self) {
-        self.open.send_replace(true);
-    }
-
-    fn is_closed(&self) -> bool {
-        !*self.open.borrow()
-    }
-}
-
-async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut open: watch::Receiver<bool>) {
-    let mut chunk = vec![0; 16 * 1024];
-    while let Ok(length @ 1..) = from.read(&mut chunk).await {
-        if open.wait_for(|open| *open).await.is_err() || to.write_all(&chunk[..length]).await.is_err() {
-            return;
-        }
-    }
-    let _ = to.shutdown().await;
-}
 
 async fn number(world: &World, query: &'static str) -> i64 {
     sqlx::query_scalar(query).fetch_one(&world.pool).await.unwrap()
@@ -116,12 +61,12 @@ async fn the_doctor_finds_an_idle_worker_that_is_of_no_use() {
     assert!(well, "{report}");
     sqlx::query("DELETE FROM workers").execute(&world.pool).await.unwrap();
     let (well, report) = world.output(&["doctor", "--json"], &[]);
-    assert!(!well && report.contains("a process reads mailrun.items that is no living worker"), "{report}");
+    assert!(!well && report.contains("mailrun.items has a consumer that is not a live worker"), "{report}");
     // One that is of use does not hide it.
     world.worker("send");
     until_read(&world, "mailrun.items", 2).await;
     let (well, report) = world.output(&["doctor", "--json"], &[]);
-    assert!(!well && report.contains("a process reads mailrun.items that is no living worker"), "{report}");
+    assert!(!well && report.contains("mailrun.items has a consumer that is not a live worker"), "{report}");
 }
 
 /// So many items are released and not counted at most.
@@ -199,24 +144,24 @@ async fn what_was_sent_before_an_end_in_good_order_is_known_even_if_its_results_
     world.nobody_got_two();
 }
 
-/// A mail server behind a gate, which closes when the first recipient is named: nobody hears whether that was in order.
-async fn mail_server() -> (Sink, Gate) {
+/// A mail server behind a proxy, which holds everything from the first RCPT on: its reply does not arrive.
+async fn mail_server() -> (Sink, Arc<Proxy>) {
     let sink = Sink::start(Options::default()).await.unwrap();
-    let gate = Gate::before(sink.address()).await;
-    let (door, was_closed) = (gate.clone(), AtomicBool::new(false));
+    let proxy = Arc::new(Proxy::start(sink.address()).await.unwrap());
+    let (to_mail, was_held) = (Arc::clone(&proxy), AtomicBool::new(false));
     let rule: Rule = Arc::new(move |stage, _| {
-        if matches!(stage, Stage::Rcpt(_)) && !was_closed.swap(true, Ordering::Relaxed) {
-            door.close();
+        if matches!(stage, Stage::Rcpt(_)) && !was_held.swap(true, Ordering::Relaxed) {
+            to_mail.hold();
         }
         Action::GoOn
     });
     sink.set_rule(rule);
-    (sink, gate)
+    (sink, proxy)
 }
 
 /// Everything but senders, which will send again what is unknown.
-async fn world_that_sends_through(gate: &Gate) -> World {
-    let relay = format!("smtp://{}?tls=none", gate.address);
+async fn world_that_sends_through(proxy: &Proxy) -> World {
+    let relay = format!("smtp://{}?tls=none", proxy.address());
     let mut world = World::new(&[
         ("MAILRUN_MAILER__KIND", "smtp"),
         ("MAILRUN_MAILER__SMTP__RELAYS", &relay),
@@ -243,18 +188,18 @@ async fn a_sender_that_is_cut_off_from_the_ledger_sends_nothing_more() {
     let mut world = world_that_sends_through(&mail).await;
     let sound = world.stack.database_url(&world.name);
     let mut url: Url = sound.parse().unwrap();
-    let ledger = Gate::before(SocketAddr::from(([127, 0, 0, 1], url.port().unwrap()))).await;
-    url.set_port(Some(ledger.address.port())).unwrap();
+    let ledger = Proxy::start(SocketAddr::from(([127, 0, 0, 1], url.port().unwrap()))).await.unwrap();
+    url.set_port(Some(ledger.address().port())).unwrap();
     world.set("DATABASE_URL", url.to_string());
     let cut_off = world.worker("send");
     world.set("DATABASE_URL", sound);
     let run = world.invite(&people(20)).await;
-    until("mails are under way", async || mail.is_closed()).await;
-    ledger.close();
+    until("mails are under way", async || mail.is_held()).await;
+    ledger.hold();
     until_given_up(&world, &run).await;
     // Now it hears that it may go on.
-    mail.open();
-    ledger.open();
+    mail.release();
+    ledger.release();
     assert!(!world.until_ended(cut_off).await, "it finds out that it was declared dead");
     assert_eq!(sink.received(), 0, "{}", world.log());
     world.worker("send");
@@ -269,10 +214,10 @@ async fn a_sender_that_was_stopped_for_longer_than_it_may_sends_nothing_more() {
     let mut world = world_that_sends_through(&mail).await;
     let frozen = world.worker("send");
     let run = world.invite(&people(20)).await;
-    until("mails are under way", async || mail.is_closed()).await;
+    until("mails are under way", async || mail.is_held()).await;
     world.signal(frozen, Signal::STOP);
     until_given_up(&world, &run).await;
-    mail.open();
+    mail.release();
     // Another one sends everything, also what the first had begun.
     world.worker("send");
     let end = world.until_over(&run).await;

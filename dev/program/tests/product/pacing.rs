@@ -71,7 +71,7 @@ async fn a_deferred_recipient_does_not_stop_a_limited_run() {
     let end = world.until_over(&run).await;
     assert_eq!((&end["sent"], sink.received(), sink.received_twice()), (&30.into(), 30, 0));
     assert_eq!(meter.offered().len(), 32);
-    assert_eq!(meter.judge(allowed(10)).over, 0, "{:?}", meter.judge(allowed(10)));
+    assert_eq!(meter.check(allowed(10)).over, 0, "{:?}", meter.check(allowed(10)));
 }
 
 #[tokio::test]
@@ -88,7 +88,7 @@ async fn retries_and_dead_letters_that_are_moved_keep_the_limit() {
     let run = world.invite(&people(200)).await;
     let end = world.until_over(&run).await;
     assert_eq!((&end["sent"], &end["failed"]), (&160.into(), &40.into()));
-    let kept = meter.judge(allowed(60));
+    let kept = meter.check(allowed(60));
     assert!(kept.over == 0 && kept.windows > 0, "{kept:?}");
 
     // As the console's "Move messages" does it.
@@ -104,7 +104,7 @@ async fn retries_and_dead_letters_that_are_moved_keep_the_limit() {
     }
     world.until_progress(&run, "all sent", |progress| progress["sent"] == 200).await;
     assert!(moved_at.elapsed() > Duration::from_millis(500), "40 at 60 a second");
-    let kept = meter.judge(allowed(60));
+    let kept = meter.check(allowed(60));
     assert!(kept.over == 0 && meter.offered().len() == 40, "{kept:?}");
 }
 
@@ -129,7 +129,7 @@ async fn senders_that_were_away_send_no_burst() {
     world.worker("send");
     let end = world.until_over(&run).await;
     assert_eq!((&end["sent"], sink.received_twice()), (&300.into(), 0));
-    let kept = meter.judge(allowed(40));
+    let kept = meter.check(allowed(40));
     assert!(kept.over == 0 && meter.offered().len() > stopped, "{kept:?}");
 }
 
@@ -158,7 +158,7 @@ async fn senders_that_were_killed_and_come_back_later_send_no_burst() {
     // What the killed ones were about to send is unknown, and may have arrived.
     let (sent, unknown) = (end["sent"].as_i64().unwrap(), end["unknown"].as_i64().unwrap());
     assert_eq!((sent + unknown, sink.received_twice()), (200, 0));
-    let kept = meter.judge(allowed(20));
+    let kept = meter.check(allowed(20));
     assert!(kept.over == 0 && kept.windows > 0, "{kept:?}");
 }
 

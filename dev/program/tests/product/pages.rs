@@ -104,7 +104,7 @@ async fn a_slip_of_the_finger_invites_nobody_and_a_test_leaves_the_form_as_it_is
     until("the test has a tab of its own", async || page.windows().await.unwrap().len() == 2).await;
     let windows = page.windows().await.unwrap();
     page.switch_to_window(windows[1].clone()).await.unwrap();
-    until("it says that the test is sent", async || text(&page, "h1").await == "The test is sent").await;
+    until("it says that the test is sent", async || text(&page, "h1").await == "Test sent").await;
 
     page.switch_to_window(windows[0].clone()).await.unwrap();
     assert_eq!(field("emails").await.prop("value").await.unwrap().unwrap(), "ann@example.org");

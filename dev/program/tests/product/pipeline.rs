@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use crate::support::{World, people, until};
 use futures::future::join_all;
+use mailrun_core::queue;
+use mailrun_lab::doubler::Doubler;
 use mailrun_ledger::sweep::Repairs;
 use serde_json::Value;
 use sqlx::AssertSqlSafe;
@@ -35,7 +37,9 @@ async fn a_thousand_are_invited_ten_fail_and_retry_sends_them() {
 
 #[tokio::test]
 async fn every_message_doubled_changes_nothing_for_many_workers() {
-    let mut world = World::new(&[("MAILRUN_AMQP__PUBLISH_TWICE", "true")]).await;
+    let mut world = World::new(&[]).await;
+    let queues = [queue::RUNS, queue::ITEMS, queue::RESULTS].map(str::to_owned);
+    let _doubler = Doubler::start(&world.stack.amqp_url(&world.name), &queues).await.unwrap();
     world.worker("fan-out");
     for roles in ["send", "send", "send", "progress", "progress"] {
         world.worker(roles);
@@ -403,7 +407,7 @@ async fn exactly_what_was_purged_is_put_back_and_nothing_of_a_sound_run() {
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (990, 10, 0));
     assert_eq!(world.repairs(&run).await, Repairs { put_back: purged.into(), ..Repairs::default() });
     let page = world.client.get(&run).send().await.unwrap().text().await.unwrap();
-    assert!(page.contains("The sweeper put back"), "{page}");
+    assert!(page.contains("The sweeper republished"), "{page}");
     world.nobody_got_two();
 }
 

@@ -92,7 +92,7 @@ async fn a_mail_server_that_dies_and_returns_costs_nobody_an_invitation() {
     let run = world.invite(&people(1500)).await;
     world.until_progress(&run, "under way", |progress| count(progress, "sent") > 300).await;
     sink.set_down(true).await.unwrap();
-    let is_told = |progress: &Value| progress["note"].as_str().unwrap().contains("The mail server takes nothing");
+    let is_told = |progress: &Value| progress["note"].as_str().unwrap().contains("the relay is not accepting mail");
     let held_up = world.until_progress(&run, "told why it stands still", is_told).await;
     assert!(held_up["over"] == false, "{held_up}");
     sink.set_down(false).await.unwrap();
@@ -197,7 +197,7 @@ async fn the_rate_that_was_set_is_the_rate_that_the_server_sees() {
         }
         assert_eq!((sink.received(), sink.received_twice()), (2200 * round, 0));
         // A tenth more while a hiccup is made up for, and what may come late at once.
-        let kept = meter.judge(150 + 15 + 30 + 2);
+        let kept = meter.check(150 + 15 + 30 + 2);
         assert_eq!(kept.over, 0, "{kept:?}");
         seconds.extend(meter.seconds());
         if seconds.len() >= ENOUGH_SECONDS {

@@ -88,18 +88,18 @@ async fn one_click_unsubscribes_and_later_runs_leave_the_person_out() {
     for _ in 0..2 {
         let (status, page) = one_click(&world, &link).await;
         assert_eq!(status, 200);
-        assert!(page.contains("You are unsubscribed"), "{page}");
+        assert!(page.contains("<h1>Unsubscribed"), "{page}");
     }
     assert_eq!(pairs(&suppressed(&world).await), [("ann@example.org", "unsubscribed")]);
-    assert!(world.client.get(&link).send().await.unwrap().text().await.unwrap().contains("unsubscribed already"));
+    assert!(world.client.get(&link).send().await.unwrap().text().await.unwrap().contains("Already unsubscribed"));
 
     let (status, page) = one_click(&world, &format!("{}/u/AAAAAAAAACq7AzdmFRcHJIe4zqRIXDj4", world.web)).await;
     assert_eq!(status, 404);
-    assert!(page.contains("This link is not complete"), "{page}");
+    assert!(page.contains("Incomplete link"), "{page}");
     sqlx::query("DELETE FROM run_items").execute(&world.pool).await.unwrap();
     let (status, page) = one_click(&world, &link).await;
     assert_eq!(status, 410);
-    assert!(page.contains("found any more"), "{page}");
+    assert!(page.contains("Invitation not found"), "{page}");
     for path in ["/", "/runs", "/suppressions"] {
         let url = format!("{}{path}", world.web);
         assert_eq!(world.client.get(url).send().await.unwrap().status(), 401, "{path}");
@@ -109,7 +109,7 @@ async fn one_click_unsubscribes_and_later_runs_leave_the_person_out() {
     let run = world.invite("ann@example.org\ncarol@example.org").await;
     assert_eq!(world.until_over(&run).await["total"], 1);
     let results = world.client.get(&run).send().await.unwrap().text().await.unwrap();
-    assert!(results.contains("Not to be written to"), "{results}");
+    assert!(results.contains("suppression list"), "{results}");
     let left_out: i32 =
         sqlx::query_scalar("SELECT suppressed FROM runs WHERE total = 1").fetch_one(&world.pool).await.unwrap();
     assert_eq!(left_out, 1);
@@ -180,13 +180,13 @@ async fn a_list_tells_who_is_not_written_to() {
     let over = world.until_over(&run).await;
     assert_eq!((over["total"].as_i64(), over["sent"].as_i64()), (Some(1), Some(1)));
     let results = world.client.get(&run).send().await.unwrap().text().await.unwrap();
-    assert!(results.contains("Not to be written to"), "{results}");
+    assert!(results.contains("suppression list"), "{results}");
     let (status, refused) = world.submit(&world.token().await, "ann@example.org").await.unwrap_err();
     assert_eq!(status, 422);
-    assert!(refused.contains("Nobody in the list can be invited.") && refused.contains("not to be written to"));
+    assert!(refused.contains("Nobody in the list can be invited.") && refused.contains("on the suppression list"));
 
     let list = page(&world, "/suppressions").await;
-    assert!(list.contains("ann@example.org") && list.contains("Added by hand"), "{list}");
+    assert!(list.contains("ann@example.org") && list.contains("Added manually"), "{list}");
     let number: i64 = sqlx::query_scalar("SELECT number FROM suppressions").fetch_one(&world.pool).await.unwrap();
     assert_eq!(post(&world, &format!("/suppressions/{number}/remove"), &[]).await.status(), 303);
     let run = world.invite("ann@example.org").await;
@@ -239,16 +239,16 @@ async fn bounces_need_the_key_and_suppress() {
     // It names no message of ours.
     let mail = include_str!("../../../../web/src/report/fixtures/postfix.eml");
     let taken = report(mail).bearer_auth(KEY).send().await.unwrap();
-    assert_eq!(taken.text().await.unwrap(), "Taken. Not written to any more: 0, new: 0.\n");
+    assert_eq!(taken.text().await.unwrap(), "Accepted. Suppressed addresses: 0, new: 0.\n");
     assert_eq!(suppressed(&world).await, []);
 
     assert_eq!(report(postmark).basic_auth("mailrun", Some(KEY)).send().await.unwrap().status(), 200);
     let complaint = include_str!("../../../../web/src/report/fixtures/ses_complaint.json");
     let taken = report(complaint).bearer_auth(KEY).send().await.unwrap();
-    assert_eq!(taken.text().await.unwrap(), "Taken. Not written to any more: 1, new: 1.\n");
+    assert_eq!(taken.text().await.unwrap(), "Accepted. Suppressed addresses: 1, new: 1.\n");
     // A first reason stays.
     let again = report(&complaint.replace("abuse", "fraud")).bearer_auth(KEY).send().await.unwrap();
-    assert_eq!(again.text().await.unwrap(), "Taken. Not written to any more: 1, new: 0.\n");
+    assert_eq!(again.text().await.unwrap(), "Accepted. Suppressed addresses: 1, new: 0.\n");
     let expected = [("john@example.com", "bounced"), ("richard@example.com", "complained")];
     assert_eq!(pairs(&suppressed(&world).await), expected);
 
@@ -289,7 +289,7 @@ async fn messages_of_amazon_sns_need_a_signature_and_no_key() {
     let (status, noted) = report(confirmation.to_owned()).await;
     assert!(status == 200 && noted.contains("open the SubscribeURL"), "{status} {noted}");
     assert!(world.log().contains("https://sns.eu-west-1.amazonaws.com/?Action=ConfirmSubscription"));
-    assert_eq!(report(sns_bounce()).await, (200, "Taken. Not written to any more: 2, new: 2.\n".to_owned()));
+    assert_eq!(report(sns_bounce()).await, (200, "Accepted. Suppressed addresses: 2, new: 2.\n".to_owned()));
     let expected = [("jane@example.com", "bounced"), ("richard@example.com", "bounced")];
     assert_eq!(pairs(&suppressed(&world).await), expected);
 }
@@ -344,7 +344,7 @@ async fn a_test_is_sent_once_and_invites_nobody() {
     let answer = post(&world, "/tests", &form).await;
     assert_eq!(answer.status(), 303);
     let test = answer.headers()[LOCATION].to_str().unwrap().to_owned();
-    until("the test is sent", async || page(&world, &test).await.contains("The test is sent")).await;
+    until("the test is sent", async || page(&world, &test).await.contains("Test sent")).await;
     let script = page(&world, &test).await;
     let (_, script) = script.split_once("/static/test.js").unwrap();
     let script = page(&world, &format!("/static/test.js{}", script.split_once('"').unwrap().0)).await;
@@ -355,7 +355,7 @@ async fn a_test_is_sent_once_and_invites_nobody() {
     world.publish("mailrun.tests", format!(r#"{{"test_id":"{id}"}}"#).as_bytes()).await;
     let second = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
     assert_ne!(second, test, "one that is over may be asked for again");
-    until("the second test is sent", async || page(&world, &second).await.contains("The test is sent")).await;
+    until("the second test is sent", async || page(&world, &second).await.contains("Test sent")).await;
     assert_eq!(world.handed_over().len(), 2);
     let known: i64 = sqlx::query_scalar("SELECT count(*) FROM users").fetch_one(&world.pool).await.unwrap();
     assert_eq!(known, 0, "nobody is invited by a test");
@@ -378,9 +378,9 @@ async fn a_test_waits_for_a_sender_and_a_second_click_is_the_same() {
     let first = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
     let second = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
     assert_eq!(first, second);
-    assert!(page(&world, &first).await.contains("on its way to the mail server"));
+    assert!(page(&world, &first).await.contains("Sending the test"));
     world.worker("send");
-    until("the test is sent", async || page(&world, &first).await.contains("The test is sent")).await;
+    until("the test is sent", async || page(&world, &first).await.contains("Test sent")).await;
 }
 
 #[tokio::test]
@@ -396,21 +396,18 @@ async fn an_operator_lists_adds_and_removes() {
             .unwrap();
         (output.status.success(), String::from_utf8(output.stdout).unwrap())
     };
-    assert_eq!(run(&["list"]), (true, "Nobody is on the list.\n".into()));
+    assert_eq!(run(&["list"]), (true, "The suppression list is empty.\n".into()));
     let (ok, said) = run(&["add", "Ann@example.org", "bob@example.org"]);
     assert!(ok);
-    assert_eq!(said, "2 addresses are not written to any more.\n");
+    assert_eq!(said, "2 addresses are suppressed.\n");
     assert!(!run(&["add", "carol@example.org", "nobody"]).0);
-    assert_eq!(
-        run(&["add", "ann@example.org"]).1,
-        "0 addresses are not written to any more; 1 was on the list before.\n"
-    );
+    assert_eq!(run(&["add", "ann@example.org"]).1, "0 addresses are suppressed; 1 was suppressed before.\n");
     assert_eq!(
         run(&["remove", "bob@example.org", "dora@example.org"]).1,
-        "1 address is off the list, and can be invited again; 1 was not on it.\n"
+        "1 address is removed from the list and can be invited again; 1 was not on the list.\n"
     );
     let (_, list) = run(&[]);
-    assert!(list.contains("ann@example.org") && list.ends_with("One address is not written to.\n"), "{list}");
+    assert!(list.contains("ann@example.org") && list.ends_with("1 address is suppressed.\n"), "{list}");
 }
 
 #[tokio::test]

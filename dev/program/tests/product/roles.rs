@@ -134,7 +134,7 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     let answer = world.client.post(format!("{}/tests", world.web)).form(&test).send().await.unwrap();
     let test = format!("{}{}", world.web, answer.headers()["location"].to_str().unwrap());
     until("the test is sent", async || {
-        world.client.get(&test).send().await.unwrap().text().await.unwrap().contains("The test is sent")
+        world.client.get(&test).send().await.unwrap().text().await.unwrap().contains("Test sent")
     })
     .await;
     roles.operate(&["suppressions", "add", "bob@example.org"]);

@@ -96,17 +96,17 @@ async fn nothing_was_kept_is_said_only_when_it_is_certain() {
     mode.store(CUT_BEFORE, Ordering::SeqCst);
     let (status, said) = world.submit(&token, "ann@example.org").await.unwrap_err();
     assert_eq!(status, 503);
-    assert!(said.contains("Nothing was kept"), "{said}");
+    assert!(said.contains("Nothing was saved"), "{said}");
 
     let unknown = "It is not known whether the list was accepted. Send it again: nobody will be mailed twice.";
     mode.store(CUT_AT_COMMIT, Ordering::SeqCst);
     for attempt in ["the commit's answer is lost", "the database is away, and the first click may have been accepted"] {
         let (status, said) = world.submit(&token, "ann@example.org").await.unwrap_err();
         assert_eq!(status, 503, "{attempt}");
-        assert!(said.contains(unknown) && !said.contains("Nothing was kept"), "{attempt}: {said}");
+        assert!(said.contains(unknown) && !said.contains("Nothing was saved"), "{attempt}: {said}");
     }
     let (_, said) = world.submit("00000000-0000-4000-8000-000000000007", "bob@example.org").await.unwrap_err();
-    assert!(said.contains("Nothing was kept"), "another list was never accepted: {said}");
+    assert!(said.contains("Nothing was saved"), "another list was never accepted: {said}");
 
     mode.store(PASS, Ordering::SeqCst);
     let run = world.submit(&token, "ann@example.org").await.unwrap();

@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashSet,
-    io,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -11,14 +10,8 @@ use std::{
 };
 
 use crate::support::{World, people, until};
+use mailrun_lab::chaos::proxy::{Filter, Proxy};
 use reqwest::Url;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, copy},
-    net::{
-        TcpListener, TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
-};
 
 const METHOD_FRAME: u8 = 1;
 const BODY_FRAME: u8 = 3;
@@ -28,36 +21,24 @@ const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
 const BASIC_CONSUME_OK: [u8; 4] = [0, 60, 0, 21];
 
 /// A way to the broker.
-struct Proxy {
-    port: u16,
+struct Way {
+    proxy: Proxy,
     deaf: Arc<Mutex<Vec<Arc<AtomicBool>>>>,
     mute: Arc<AtomicBool>,
 }
 
-impl Proxy {
+impl Way {
     async fn to(broker: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let deaf = Arc::new(Mutex::new(Vec::new()));
-        let connections = Arc::clone(&deaf);
-        let mute = Arc::new(AtomicBool::new(false));
-        let muted = Arc::clone(&mute);
-        tokio::spawn(async move {
-            loop {
-                let (client, _) = listener.accept().await.unwrap();
-                let Ok(server) = TcpStream::connect(("127.0.0.1", broker)).await else { continue };
-                let deaf = Arc::new(AtomicBool::new(false));
-                connections.lock().unwrap().push(Arc::clone(&deaf));
-                let (mut from_client, to_client) = client.into_split();
-                let (from_server, mut to_server) = server.into_split();
-                tokio::spawn(async move {
-                    let _ = copy(&mut from_client, &mut to_server).await;
-                    let _ = to_server.shutdown().await;
-                });
-                tokio::spawn(pass(from_server, to_client, deaf, Arc::clone(&muted)));
-            }
-        });
-        Self { port, deaf, mute }
+        let deaf: Arc<Mutex<Vec<Arc<AtomicBool>>>> = Arc::default();
+        let mute: Arc<AtomicBool> = Arc::default();
+        let (connections, muted) = (Arc::clone(&deaf), Arc::clone(&mute));
+        let new_filter = move || {
+            let deaf: Arc<AtomicBool> = Arc::default();
+            connections.lock().unwrap().push(Arc::clone(&deaf));
+            filter(deaf, Arc::clone(&muted))
+        };
+        let proxy = Proxy::filtered(([127, 0, 0, 1], broker).into(), new_filter).await.unwrap();
+        Self { proxy, deaf, mute }
     }
 
     /// Whether those who ask for messages are kept waiting for the answer, though the broker gives it.
@@ -74,52 +55,53 @@ impl Proxy {
 }
 
 /// Passes the broker's frames on; while it is deaf, all but deliveries, and while it is mute, all but consumers' beginnings.
-async fn pass(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    deaf: Arc<AtomicBool>,
-    mute: Arc<AtomicBool>,
-) -> io::Result<()> {
-    let mut swallowing = HashSet::new();
-    loop {
-        let mut frame = vec![0; FRAME_HEADER];
-        from.read_exact(&mut frame).await?;
-        let channel = u16::from_be_bytes([frame[1], frame[2]]);
-        let size = u32::from_be_bytes([frame[3], frame[4], frame[5], frame[6]]);
-        // One more byte ends the frame.
-        frame.resize(FRAME_HEADER + size as usize + 1, 0);
-        from.read_exact(&mut frame[FRAME_HEADER..]).await?;
-        if frame[0] == METHOD_FRAME {
-            swallowing.remove(&channel);
-            if frame[FRAME_HEADER..].starts_with(&BASIC_DELIVER) && deaf.load(Ordering::Relaxed) {
-                swallowing.insert(channel);
+fn filter(deaf: Arc<AtomicBool>, mute: Arc<AtomicBool>) -> Filter {
+    let (mut received, mut swallowing) = (Vec::new(), HashSet::new());
+    Box::new(move |bytes| {
+        received.extend_from_slice(bytes);
+        let mut passed = Vec::new();
+        while received.len() >= FRAME_HEADER {
+            let channel = u16::from_be_bytes([received[1], received[2]]);
+            let size = u32::from_be_bytes([received[3], received[4], received[5], received[6]]);
+            // One more byte ends the frame.
+            let end = FRAME_HEADER + size as usize + 1;
+            if received.len() < end {
+                break;
             }
-            if frame[FRAME_HEADER..].starts_with(&BASIC_CONSUME_OK) && mute.load(Ordering::Relaxed) {
-                continue;
+            let frame: Vec<u8> = received.drain(..end).collect();
+            if frame[0] == METHOD_FRAME {
+                swallowing.remove(&channel);
+                if frame[FRAME_HEADER..].starts_with(&BASIC_DELIVER) && deaf.load(Ordering::Relaxed) {
+                    swallowing.insert(channel);
+                }
+                if frame[FRAME_HEADER..].starts_with(&BASIC_CONSUME_OK) && mute.load(Ordering::Relaxed) {
+                    continue;
+                }
+            }
+            // A delivery's header and body follow it on its channel.
+            if frame[0] > BODY_FRAME || !swallowing.contains(&channel) {
+                passed.extend(frame);
             }
         }
-        // A delivery's header and body follow it on its channel.
-        if frame[0] > BODY_FRAME || !swallowing.contains(&channel) {
-            to.write_all(&frame).await?;
-        }
-    }
+        passed
+    })
 }
 
 /// Workers that reach the broker through a proxy.
-async fn world(settings: &[(&str, &str)]) -> (World, Proxy) {
+async fn world(settings: &[(&str, &str)]) -> (World, Way) {
     let (mut world, proxy) = world_without_workers(settings).await;
     world.workers();
     until_consumed(&world).await;
     (world, proxy)
 }
 
-async fn world_without_workers(settings: &[(&str, &str)]) -> (World, Proxy) {
+async fn world_without_workers(settings: &[(&str, &str)]) -> (World, Way) {
     let mut world = World::new(settings).await;
     let mut url: Url = world.stack.amqp_url(&world.name).parse().unwrap();
-    let proxy = Proxy::to(url.port().unwrap()).await;
-    url.set_port(Some(proxy.port)).unwrap();
+    let way = Way::to(url.port().unwrap()).await;
+    url.set_port(Some(way.proxy.address().port())).unwrap();
     world.set("AMQP_URL", url.to_string());
-    (world, proxy)
+    (world, way)
 }
 
 /// Until each queue that is worked on has the one consumer that it should have.

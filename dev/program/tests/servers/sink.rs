@@ -162,7 +162,7 @@ async fn one_message_to_two_is_two_deliveries_and_the_same_again_is_one_twice() 
     client.expect(&format!("{MESSAGE}."), "250").await;
     assert_eq!((sink.received(), sink.received_twice(), sink.rate()), (2, 0, None));
     assert!(client.send(MESSAGE).await.starts_with("250"));
-    let figures = sink.mailbox().figures();
+    let figures = sink.mailbox().counts();
     assert_eq!((figures.deliveries, figures.received, figures.received_twice), (3, 2, 1));
     assert!(sink.rate().unwrap() > 0.0);
 }
@@ -407,7 +407,7 @@ async fn slow_answers_are_waited_for_side_by_side() {
     }
     assert!(begun.elapsed() >= latency);
     assert!(begun.elapsed() < 25 * latency, "one after the other takes 50 times as long");
-    assert_eq!((sink.received(), sink.mailbox().figures().deliveries), (1, 50));
+    assert_eq!((sink.received(), sink.mailbox().counts().deliveries), (1, 50));
 }
 
 /// A certificate for localhost, and a client that trusts it.

@@ -20,7 +20,12 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 
 use mailrun_broker::Broker;
-use mailrun_core::{health::Health, public_url::PublicUrl, setting::DAY};
+use mailrun_core::{
+    agreement::Agreement,
+    health::Health,
+    public_url::PublicUrl,
+    setting::{DAY, ms},
+};
 
 pub use mailrun_broker::settings::AmqpConfig;
 pub use mailrun_core::{outcome::OnUnknown, setting::InvalidSetting};
@@ -67,6 +72,9 @@ pub struct Config {
     /// Which servers are named, and not only assumed.
     #[serde(skip)]
     pub named: Named,
+    /// Settings that were found and have no effect any more.
+    #[serde(skip)]
+    pub ignored: Vec<&'static str>,
 }
 
 /// Which servers the settings name, whether in the file or in the environment.
@@ -103,9 +111,11 @@ pub struct WebConfig {
     pub max_connections: usize,
     /// The head of a request must have arrived after this time, counted from the begin of the connection or from the answer before:
     /// so it is also how long a connection may be idle.
-    pub header_timeout_ms: u64,
+    #[serde(rename = "header_timeout_ms", with = "ms")]
+    pub header_timeout: Duration,
     /// A connection that is older ends with the request that it serves.
-    pub connection_age_ms: u64,
+    #[serde(rename = "connection_age_ms", with = "ms")]
+    pub connection_age: Duration,
     /// What a mail provider has to know to report bounces and complaints; none: nobody may.
     pub hook_key: Option<SecretString>,
     /// The topics of Amazon SNS whose messages are accepted, as ARNs.
@@ -126,8 +136,8 @@ impl Default for WebConfig {
             public_url: None,
             trusted_proxies: Vec::new(),
             max_connections: 512,
-            header_timeout_ms: 20_000,
-            connection_age_ms: 300_000,
+            header_timeout: Duration::from_millis(20_000),
+            connection_age: Duration::from_millis(300_000),
             hook_key: None,
             sns_topics: Vec::new(),
             sns_certificates: Vec::new(),
@@ -141,7 +151,8 @@ impl Default for WebConfig {
 pub struct FanOutConfig {
     /// So much of a run may be released and not yet tried: what it gets through in this time. It is how long a pause takes
     /// to act, and how long a small run waits behind a big one.
-    pub window_ms: u64,
+    #[serde(rename = "window_ms", with = "ms")]
+    pub window: Duration,
     /// But never more items of a run than this: it bounds the queue of items.
     pub window_items: i32,
     /// While so many items of a run wait for their next attempt, nothing more of it is released: it bounds the queues of
@@ -153,18 +164,19 @@ pub struct FanOutConfig {
     pub sends_per_second: Option<i32>,
     /// Under a rate limit a send may be late by this time. Later, it gets another send time: so what was held up does not go out
     /// in one burst.
-    pub rate_burst_ms: u64,
+    #[serde(rename = "rate_burst_ms", with = "ms")]
+    pub rate_burst: Duration,
 }
 
 impl Default for FanOutConfig {
     fn default() -> Self {
         Self {
-            window_ms: 500,
+            window: Duration::from_millis(500),
             window_items: 10_000,
             deferred_items: 20_000,
             chunk_items: 5_000,
             sends_per_second: None,
-            rate_burst_ms: 200,
+            rate_burst: Duration::from_millis(200),
         }
     }
 }
@@ -178,14 +190,13 @@ pub struct SendConfig {
     pub permits: usize,
     /// Unacknowledged deliveries the broker hands out ahead.
     pub prefetch: u16,
-    /// Deliveries claimed by one statement at most.
-    pub claim_batch: usize,
     /// Results in one message at most.
     pub result_batch: usize,
     /// Whether an attempt with an unknown end waits for a person, or is sent again.
     pub on_unknown: OnUnknown,
     /// How long a shutdown waits for the sends in flight.
-    pub shutdown_deadline_ms: u64,
+    #[serde(rename = "shutdown_deadline_ms", with = "ms")]
+    pub shutdown_deadline: Duration,
 }
 
 impl Default for SendConfig {
@@ -193,31 +204,20 @@ impl Default for SendConfig {
         Self {
             permits: 200,
             prefetch: 400,
-            claim_batch: 200,
             result_batch: 200,
             on_unknown: OnUnknown::Hold,
-            shutdown_deadline_ms: 30_000,
+            shutdown_deadline: Duration::from_millis(30_000),
         }
     }
 }
 
 /// `[retry]`
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RetryConfig {
-    /// Tries within one attempt, a moment apart, before the item goes to a rung.
-    pub in_process_tries: u32,
-    /// The first of those moments; the next ones double.
-    pub in_process_first_ms: u64,
     /// The rungs: how long an item waits before its second, third, … try. After the last one it is dead.
     /// None: what suits the mailer.
     pub rungs_ms: Option<Vec<u64>>,
-}
-
-impl Default for RetryConfig {
-    fn default() -> Self {
-        Self { in_process_tries: 1, in_process_first_ms: 20, rungs_ms: None }
-    }
 }
 
 /// `[progress]`
@@ -239,16 +239,16 @@ impl Default for ProgressConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct SweepConfig {
     /// How often to look.
-    pub interval_ms: u64,
+    #[serde(rename = "interval_ms", with = "ms")]
+    pub interval: Duration,
     /// A run whose counters have not moved for so long may be missing something.
-    pub stalled_after_ms: u64,
-    /// Items put back in one go.
-    pub batch_items: i64,
+    #[serde(rename = "stalled_after_ms", with = "ms")]
+    pub stalled_after: Duration,
 }
 
 impl Default for SweepConfig {
     fn default() -> Self {
-        Self { interval_ms: 2_000, stalled_after_ms: 15_000, batch_items: 1_000 }
+        Self { interval: Duration::from_millis(2_000), stalled_after: Duration::from_millis(15_000) }
     }
 }
 
@@ -257,14 +257,13 @@ impl Default for SweepConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct WatchdogConfig {
     /// A consumer that has got nothing for so long, although there is something for it, gets a new connection.
-    pub idle_after_ms: u64,
-    /// So does one that has messages in hand and has finished none for so long: longer than any send can take.
-    pub stuck_after_ms: u64,
+    #[serde(rename = "idle_after_ms", with = "ms")]
+    pub idle_after: Duration,
 }
 
 impl Default for WatchdogConfig {
     fn default() -> Self {
-        Self { idle_after_ms: 10_000, stuck_after_ms: 1_380_000 }
+        Self { idle_after: Duration::from_millis(10_000) }
     }
 }
 
@@ -274,13 +273,11 @@ impl Default for WatchdogConfig {
 pub struct RetentionConfig {
     /// Runs are deleted when they were over for so many days; 0: never.
     pub keep_days: u32,
-    /// How often to look for them.
-    pub interval_s: u64,
 }
 
 impl Default for RetentionConfig {
     fn default() -> Self {
-        Self { keep_days: 0, interval_s: 3_600 }
+        Self { keep_days: 0 }
     }
 }
 
@@ -297,14 +294,16 @@ impl RetentionConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct HeartbeatConfig {
     /// How often a worker says that it lives.
-    pub interval_ms: u64,
+    #[serde(rename = "interval_ms", with = "ms")]
+    pub interval: Duration,
     /// A worker that has not said so for this long is dead to the others, and to itself.
-    pub dead_after_ms: u64,
+    #[serde(rename = "dead_after_ms", with = "ms")]
+    pub dead_after: Duration,
 }
 
 impl Default for HeartbeatConfig {
     fn default() -> Self {
-        Self { interval_ms: 1_000, dead_after_ms: 8_000 }
+        Self { interval: Duration::from_millis(1_000), dead_after: Duration::from_millis(8_000) }
     }
 }
 
@@ -325,7 +324,8 @@ pub struct MailerConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct SimulatedConfig {
     /// How long each send takes.
-    pub latency_ms: u64,
+    #[serde(rename = "latency_ms", with = "ms")]
+    pub latency: Duration,
     /// Every so manieth email of a run meets *Internet Down* until a person replays it; 0: none.
     pub down_every: i32,
     /// Every so manieth email of a run fails at its first try, and passes at the next; 0: none.
@@ -336,7 +336,7 @@ pub struct SimulatedConfig {
 
 impl Default for SimulatedConfig {
     fn default() -> Self {
-        Self { latency_ms: 0, down_every: 100, flaky_every: 150, journal: None }
+        Self { latency: Duration::from_millis(0), down_every: 100, flaky_every: 150, journal: None }
     }
 }
 
@@ -375,6 +375,17 @@ pub enum ConfigError {
     Value(#[from] InvalidSetting),
 }
 
+/// Takes a key such as `send.claim_batch` out of a table. False: it is not in it.
+fn take(table: &mut config::Map<String, config::Value>, key: &str) -> bool {
+    match key.split_once('.') {
+        None => table.remove(key).is_some(),
+        Some((section, rest)) => match table.get_mut(section).map(|section| &mut section.kind) {
+            Some(config::ValueKind::Table(section)) => take(section, rest),
+            _ => false,
+        },
+    }
+}
+
 /// A syntax error shows the line it is in, which may hold a password.
 fn without_lines_of_the_file(error: &config::ConfigError) -> String {
     let text = error.to_string();
@@ -388,6 +399,18 @@ fn without_lines_of_the_file(error: &config::ConfigError) -> String {
 const MIN_HOOK_KEY_BYTES: usize = 16;
 /// The environment's settings: `MAILRUN_SEND__PERMITS=10` is `permits` in `[send]`.
 const PREFIX: &str = "MAILRUN_";
+
+/// Settings that earlier versions had. For one release they are read and ignored, with a warning, so that an upgrade starts.
+const REMOVED: [&str; 8] = [
+    "amqp.publish_twice",
+    "database.acquire_timeout_ms",
+    "retention.interval_s",
+    "retry.in_process_first_ms",
+    "retry.in_process_tries",
+    "send.claim_batch",
+    "sweep.batch_items",
+    "watchdog.stuck_after_ms",
+];
 
 /// Settings that are lists, separated by commas.
 const LISTS: [&str; 6] = [
@@ -451,7 +474,10 @@ impl Config {
         let settings = builder.build()?;
         let named = |key| settings.get::<config::Value>(key).is_ok();
         let named = Named { database: named("database.url"), broker: named("amqp.urls") };
-        let config = Self { named, ..settings.try_deserialize()? };
+        let mut table = settings.cache.into_table()?;
+        let ignored = REMOVED.into_iter().filter(|key| take(&mut table, key)).collect();
+        let known: Self = config::Value::new(None, config::ValueKind::Table(table)).try_deserialize()?;
+        let config = Self { named, ignored, ..known };
         config.check()?;
         Ok(config)
     }
@@ -495,6 +521,19 @@ impl Config {
         self.retry.rungs_ms.as_deref().unwrap_or(suits).iter().copied().map(Duration::from_millis).collect()
     }
 
+    /// The settings that have to be the same in every worker.
+    #[must_use]
+    pub fn agreement(&self) -> Agreement {
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        Agreement {
+            retry_delays_ms: self.rungs().into_iter().map(ms).collect(),
+            heartbeat_interval_ms: ms(self.heartbeat.interval),
+            dead_after_ms: ms(self.heartbeat.dead_after),
+            sends_per_second: self.fan_out.sends_per_second,
+            item_queues: self.amqp.item_queues,
+        }
+    }
+
     /// The rungs of every mailer there is, and those of the settings: each needs its queue, since who declares the queues may
     /// know nothing of the mailer that the senders use.
     #[must_use]
@@ -509,8 +548,8 @@ impl Config {
         self.amqp.check()?;
         self.web.check_password()?;
         if !(1..=100_000).contains(&self.web.max_connections)
-            || self.web.header_timeout_ms == 0
-            || self.web.connection_age_ms == 0
+            || self.web.header_timeout.is_zero()
+            || self.web.connection_age.is_zero()
         {
             return wrong(
                 "web",
@@ -529,8 +568,8 @@ impl Config {
         if self.send.prefetch == 0 || self.send.prefetch > 2_000 {
             return wrong("send.prefetch", "from 1 to 2000, the most a quorum queue allows");
         }
-        if self.send.claim_batch == 0 || self.send.result_batch == 0 || self.progress.batch_messages == 0 {
-            return wrong("send.claim_batch, send.result_batch, progress.batch_messages", "at least 1");
+        if self.send.result_batch == 0 || self.progress.batch_messages == 0 {
+            return wrong("send.result_batch, progress.batch_messages", "at least 1");
         }
         if !(1..=5_000).contains(&self.fan_out.chunk_items)
             || self.fan_out.window_items < 1
@@ -541,29 +580,21 @@ impl Config {
         if self.fan_out.sends_per_second.is_some_and(|limit| limit < 1) {
             return wrong("fan_out.sends_per_second", "at least 1; leave it out for no limit");
         }
-        if self.heartbeat.interval_ms == 0
-            || self.heartbeat.dead_after_ms < self.heartbeat.interval_ms.saturating_mul(3)
-        {
+        if self.heartbeat.interval.is_zero() || self.heartbeat.dead_after < self.heartbeat.interval.saturating_mul(3) {
             return wrong(
                 "heartbeat.dead_after_ms",
                 "at least three times interval_ms, so that one lost heartbeat kills nobody",
             );
         }
-        if self.sweep.interval_ms == 0 || self.retention.interval_s == 0 {
-            return wrong("sweep.interval_ms, retention.interval_s", "at least 1");
+        if self.sweep.interval.is_zero() {
+            return wrong("sweep.interval_ms", "at least 1");
         }
-        if self.watchdog.idle_after_ms < 100 || self.watchdog.stuck_after_ms < self.watchdog.idle_after_ms {
-            return wrong("watchdog", "idle_after_ms is at least 100, and stuck_after_ms no less than that");
+        if !(100..=600_000).contains(&self.watchdog.idle_after.as_millis()) {
+            return wrong("watchdog.idle_after_ms", "from 100 to 600000");
         }
         let rungs = self.rungs();
         if !(1..=20).contains(&rungs.len()) || rungs.contains(&Duration::ZERO) {
             return wrong("retry.rungs_ms", "1 to 20 waits of at least 1 ms each");
-        }
-        if self.retry.in_process_tries > 5 || self.retry.in_process_first_ms > 100 {
-            return wrong(
-                "retry",
-                "in_process_tries is at most 5 and in_process_first_ms at most 100: longer waits belong on a rung",
-            );
         }
         self.mailer.smtp.check(self.mailer.kind)
     }
@@ -598,9 +629,16 @@ mod tests {
         .unwrap();
         assert_eq!(config.send.permits, 7);
         assert_eq!(config.rungs(), [5, 10].map(Duration::from_millis));
-        assert_eq!(config.mailer.simulated.latency_ms, 3);
+        assert_eq!(config.mailer.simulated.latency, Duration::from_millis(3));
         assert_eq!(config.amqp.urls.len(), 2);
         assert_eq!(config.amqp.urls[1].expose_secret(), "amqps://b");
+    }
+
+    #[test]
+    fn a_removed_setting_is_ignored_and_named() {
+        let config = read(&[("MAILRUN_SEND__CLAIM_BATCH", "9"), ("MAILRUN_AMQP__PUBLISH_TWICE", "true")]).unwrap();
+        assert_eq!(config.ignored, ["amqp.publish_twice", "send.claim_batch"]);
+        assert!(read(&[("MAILRUN_SEND__CLAIM_BATCHES", "9")]).is_err(), "one that never was is refused");
     }
 
     #[test]
@@ -622,8 +660,8 @@ mod tests {
     #[test]
     fn a_flag_and_a_list_are_read_from_the_environment() {
         let config =
-            read(&[("MAILRUN_AMQP__PUBLISH_TWICE", "true"), ("MAILRUN_AMQP__URLS", "amqps://a,amqps://b")]).unwrap();
-        assert!(config.amqp.publish_twice);
+            read(&[("MAILRUN_AMQP__ALLOW_PLAINTEXT", "true"), ("MAILRUN_AMQP__URLS", "amqps://a,amqps://b")]).unwrap();
+        assert!(config.amqp.allow_plaintext);
         assert_eq!(config.amqp.urls.len(), 2);
     }
 

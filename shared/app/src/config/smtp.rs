@@ -3,13 +3,16 @@
 use std::{fmt, path::PathBuf, time::Duration};
 
 use email_address::{EmailAddress, Options};
+use mailrun_core::setting::{ms, ms_if_any};
 use secrecy::SecretString;
 use serde::Deserialize;
 
 use super::{ConfigError, InvalidSetting, relay::Relay};
 
 /// No step of an attempt may take longer.
-const MAX_TIMEOUT_MS: u64 = 900_000;
+const MAX_TIMEOUT: Duration = Duration::from_secs(900);
+/// DATA is answered within two minutes, RFC 5321, 4.5.3.2.
+const LONGEST_DATA: Duration = Duration::from_secs(120);
 
 /// Who carries the mail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -51,18 +54,24 @@ pub struct SmtpConfig {
     /// A connection is given up after so many messages.
     pub messages_per_connection: u32,
     /// A connection that nothing was sent on for so long is given up.
-    pub idle_ms: u64,
+    #[serde(rename = "idle_ms", with = "ms")]
+    pub idle: Duration,
     /// A relay must accept a connection, and again agree on its encryption, within this time.
-    pub connect_timeout_ms: u64,
+    #[serde(rename = "connect_timeout_ms", with = "ms")]
+    pub connect_timeout: Duration,
     /// A relay must greet within this time; none: as for a command.
-    pub greeting_timeout_ms: Option<u64>,
+    #[serde(rename = "greeting_timeout_ms", with = "ms_if_any")]
+    pub greeting_timeout: Option<Duration>,
     /// A relay must answer each command within this time. This limit and those of DATA and the message are by default those of
     /// RFC 5321, 4.5.3.2.
-    pub command_timeout_ms: u64,
+    #[serde(rename = "command_timeout_ms", with = "ms")]
+    pub command_timeout: Duration,
     /// A relay must answer DATA within this time; none: as for another command, and within two minutes.
-    pub data_timeout_ms: Option<u64>,
+    #[serde(rename = "data_timeout_ms", with = "ms_if_any")]
+    pub data_timeout: Option<Duration>,
     /// A relay must take a message in within this time, and answer it within the same time again.
-    pub message_timeout_ms: u64,
+    #[serde(rename = "message_timeout_ms", with = "ms")]
+    pub message_timeout: Duration,
     /// The largest message, headers and all.
     pub max_message_bytes: usize,
     /// Connections of one process that send to the same recipient's domain, at most; 0: as many as there are.
@@ -103,12 +112,12 @@ impl Default for SmtpConfig {
             relays: Vec::new(),
             connections: 20,
             messages_per_connection: 100,
-            idle_ms: 30_000,
-            connect_timeout_ms: 10_000,
-            greeting_timeout_ms: None,
-            command_timeout_ms: 300_000,
-            data_timeout_ms: None,
-            message_timeout_ms: 600_000,
+            idle: Duration::from_millis(30_000),
+            connect_timeout: Duration::from_millis(10_000),
+            greeting_timeout: None,
+            command_timeout: Duration::from_millis(300_000),
+            data_timeout: None,
+            message_timeout: Duration::from_millis(600_000),
             max_message_bytes: 1024 * 1024,
             per_domain: 0,
             hello: None,
@@ -201,20 +210,14 @@ impl SmtpConfig {
 
     /// How long a relay may take to greet.
     #[must_use]
-    pub fn greeting_timeout_ms(&self) -> u64 {
-        self.greeting_timeout_ms.unwrap_or(self.command_timeout_ms)
+    pub fn greeting_timeout(&self) -> Duration {
+        self.greeting_timeout.unwrap_or(self.command_timeout)
     }
 
     /// How long a relay may take to answer DATA.
     #[must_use]
-    pub fn data_timeout_ms(&self) -> u64 {
-        self.data_timeout_ms.unwrap_or(self.command_timeout_ms.min(120_000))
-    }
-
-    /// How long an idle connection is kept.
-    #[must_use]
-    pub fn idle(&self) -> Duration {
-        Duration::from_millis(self.idle_ms)
+    pub fn data_timeout(&self) -> Duration {
+        self.data_timeout.unwrap_or(self.command_timeout.min(LONGEST_DATA))
     }
 
     pub(super) fn check(&self, kind: MailerKind) -> Result<(), ConfigError> {
@@ -226,20 +229,20 @@ impl SmtpConfig {
         if !(1..=1_000).contains(&self.connections) {
             return wrong("mailer.smtp.connections", "from 1 to 1000");
         }
-        if self.messages_per_connection == 0 || self.max_message_bytes == 0 || self.idle_ms == 0 {
+        if self.messages_per_connection == 0 || self.max_message_bytes == 0 || self.idle.is_zero() {
             return wrong(
                 "mailer.smtp.messages_per_connection, mailer.smtp.max_message_bytes, mailer.smtp.idle_ms",
                 "at least 1",
             );
         }
         let limits = [
-            self.connect_timeout_ms,
-            self.greeting_timeout_ms(),
-            self.command_timeout_ms,
-            self.data_timeout_ms(),
-            self.message_timeout_ms,
+            self.connect_timeout,
+            self.greeting_timeout(),
+            self.command_timeout,
+            self.data_timeout(),
+            self.message_timeout,
         ];
-        if limits.iter().any(|limit_ms| !(1..=MAX_TIMEOUT_MS).contains(limit_ms)) {
+        if limits.iter().any(|limit| limit.is_zero() || *limit > MAX_TIMEOUT) {
             return wrong(
                 "mailer.smtp.connect_timeout_ms, greeting_timeout_ms, command_timeout_ms, data_timeout_ms, message_timeout_ms",
                 "from 1 to 900000, since an attempt has 20 minutes in all",

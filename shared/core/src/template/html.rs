@@ -5,15 +5,17 @@ use std::mem::take;
 use pulldown_cmark::{CowStr, Event, LinkType, Options, Parser, Tag, TagEnd, TextMergeStream, html::push_html};
 
 use super::{
-    links::veil_links,
-    veil::{link, unveil, veil},
+    Escape, Segments,
+    links::hide_links,
+    syntax::{Field, Piece},
+    words::{Part, Words},
 };
 
 /// Where a link or an image may lead; anything else is shown as text.
 const SCHEMES: [&str; 3] = ["https://", "http://", "mailto:"];
 
 /// Readers drop style sheets more often than attributes, so what matters stands in attributes.
-const HEAD: &str = r#"<!DOCTYPE html>
+pub const HEAD: &str = r#"<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -42,61 +44,81 @@ img { max-width: 100%; height: auto; }
 const FOOT: &str = "</td></tr>\n";
 const END: &str = "</table>\n</td></tr>\n</table>\n</body>\n</html>\n";
 
-/// The page: `markdown` with veiled values, `subject` as its title, and a line with the address `footer`, if there is one.
-/// `unsubscribe_url` is a link wherever it stands.
-pub fn page(subject: &str, markdown: &str, unsubscribe_url: Option<&str>, footer: Option<&str>) -> String {
-    let mut page = String::with_capacity(2_048 + 2 * markdown.len());
-    page.push_str(HEAD);
-    escape(&mut page, subject);
-    page.push_str(BODY);
+/// The page from the end of its title on, with a line to unsubscribe with if that is asked for. `body` is what `pieces` are of.
+pub fn page(body: &str, pieces: &[Piece<'_>], footer: bool) -> Segments {
     let options = Options::ENABLE_STRIKETHROUGH | Options::ENABLE_TABLES;
-    let markdown = veil_links(markdown, options);
-    push_html(&mut page, harmless(&markdown, options, unsubscribe_url).into_iter());
-    page.push_str(FOOT);
-    if let Some(url) = footer {
-        page.push_str(r#"<tr><td class="foot" align="center" style="padding:16px;color:#6e6e73;font:13px/1.5 -apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif;"><a href=""#);
-        escape(&mut page, url);
-        page.push_str("\" style=\"color:#6e6e73;\">Unsubscribe</a></td></tr>\n");
+    let mut words = Words::new(body);
+    let mut markdown = String::with_capacity(body.len());
+    for piece in pieces {
+        match piece {
+            Piece::Text(text) => markdown.push_str(text),
+            Piece::Value(_) | Piece::Default(_) => markdown.push_str(&words.for_value(piece)),
+        }
     }
-    page.push_str(END);
+    let markdown = hide_links(&markdown, options, &mut words);
+    let mut card = String::with_capacity(2 * markdown.len());
+    push_html(&mut card, harmless(&markdown, options, &words).into_iter());
+
+    let mut page = Segments::default();
+    page.push_text(BODY);
+    words.push_segments(&card, &mut page);
+    page.push_text(FOOT);
+    if footer {
+        page.push_text(r#"<tr><td class="foot" align="center" style="padding:16px;color:#6e6e73;font:13px/1.5 -apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif;"><a href=""#);
+        page.push_value(Field::UnsubscribeUrl, Escape::Attribute);
+        page.push_text("\" style=\"color:#6e6e73;\">Unsubscribe</a></td></tr>\n");
+    }
+    page.push_text(END);
     page
 }
 
 /// What is written, with every tag shown as text, and lines broken as in the plain part.
-fn harmless<'a>(markdown: &'a str, options: Options, unsubscribe_url: Option<&str>) -> Vec<Event<'a>> {
-    let unsubscribe = unsubscribe_url.map(veil);
+fn harmless<'a>(markdown: &'a str, options: Options, words: &Words<'_>) -> Vec<Event<'a>> {
     let mut shown = Vec::new();
     // Of links and images within each other, whether they are shown as such.
     let mut linked: Vec<bool> = Vec::new();
+    // The text of an image is written in an attribute.
+    let mut images = 0_usize;
     let parser = Parser::new_ext(markdown, options);
     let as_text = parser.map(|event| match event {
         Event::Html(text) | Event::InlineHtml(text) => Event::Text(text),
         event => event,
     });
     for event in TextMergeStream::new(as_text) {
+        let escape = if images > 0 { Escape::Attribute } else { Escape::Html };
+        match &event {
+            Event::Start(Tag::Image { .. }) => images += 1,
+            Event::End(TagEnd::Image) => images = images.saturating_sub(1),
+            _ => {}
+        }
         match event {
-            Event::Text(text) if linked.is_empty() => push_text(&mut shown, &text, unsubscribe.as_deref()),
-            Event::Text(text) => shown.push(Event::Text(unveil(&text).into())),
-            Event::Code(text) => shown.push(Event::Code(unveil(&text).into())),
+            Event::Text(text) if linked.is_empty() => push_text(&mut shown, &text, words),
+            Event::Text(text) => shown.push(Event::Text(words.to_html(&text, escape).into())),
+            Event::Code(text) => shown.push(Event::Code(words.to_html(&text, escape).into())),
             Event::SoftBreak => shown.push(Event::HardBreak),
             // The tags of a block of HTML are text by now; around them stands an ordinary paragraph.
             Event::Start(Tag::HtmlBlock) => shown.push(Event::Start(Tag::Paragraph)),
             Event::End(TagEnd::HtmlBlock) => shown.push(Event::End(TagEnd::Paragraph)),
             Event::Start(Tag::Link { link_type, dest_url, title, id }) => {
-                let dest_url = address(&dest_url, link_type);
+                let dest_url = address(&dest_url, link_type, words);
                 linked.push(dest_url.is_some());
                 if let Some(dest_url) = dest_url {
-                    let title = unveil(&title).into();
+                    let title = words.to_html(&title, Escape::Attribute).into();
                     // An address of mail gets its scheme above, once.
                     let link_type = if link_type == LinkType::Email { LinkType::Autolink } else { link_type };
                     shown.push(Event::Start(Tag::Link { link_type, dest_url, title, id }));
                 }
             }
             Event::Start(Tag::Image { link_type, dest_url, title, id }) => {
-                let dest_url = address(&dest_url, link_type);
+                let dest_url = address(&dest_url, link_type, words);
                 linked.push(dest_url.is_some());
                 if let Some(dest_url) = dest_url {
-                    shown.push(Event::Start(Tag::Image { link_type, dest_url, title: unveil(&title).into(), id }));
+                    shown.push(Event::Start(Tag::Image {
+                        link_type,
+                        dest_url,
+                        title: words.to_html(&title, Escape::Attribute).into(),
+                        id,
+                    }));
                 }
             }
             Event::End(TagEnd::Link | TagEnd::Image) => {
@@ -115,46 +137,50 @@ fn harmless<'a>(markdown: &'a str, options: Options, unsubscribe_url: Option<&st
 }
 
 /// Where a link leads, if it may lead there.
-fn address(destination: &str, link_type: LinkType) -> Option<CowStr<'static>> {
-    let mut destination = unveil(destination);
-    if link_type == LinkType::Email {
-        destination.insert_str(0, "mailto:");
-    }
-    let known = SCHEMES
-        .iter()
-        .any(|scheme| destination.get(..scheme.len()).is_some_and(|beginning| beginning.eq_ignore_ascii_case(scheme)));
-    (known && !destination.chars().any(char::is_control)).then(|| destination.into())
+fn address(destination: &str, link_type: LinkType, words: &Words<'_>) -> Option<CowStr<'static>> {
+    let scheme = if link_type == LinkType::Email { "mailto:" } else { "" };
+    let destination = format!("{scheme}{destination}");
+    let may_lead_there = has_known_scheme(&destination, words) && !destination.chars().any(char::is_control);
+    may_lead_there.then(|| words.to_html(&destination, Escape::Href).into())
 }
 
-/// Shows a text, and makes links of those that its author wrote out and of the unsubscribe address. A link within a value is
-/// none: a name on a list must not lead anybody anywhere.
-fn push_text(shown: &mut Vec<Event<'_>>, text: &str, unsubscribe: Option<&str>) {
-    let mut plain = String::new();
-    let mut rest = text;
-    while let Some(next) = rest.chars().next() {
-        let out = unsubscribe.filter(|url| rest.starts_with(url)).map(|url| (unveil(url), url.len()));
-        let Some((url, length)) = out.or_else(|| link(rest)) else {
-            plain.push(next);
-            rest = &rest[next.len_utf8()..];
-            continue;
-        };
-        shown.push(Event::Text(unveil(&take(&mut plain)).into()));
-        let url: CowStr<'static> = url.into();
-        let link = Tag::Link { link_type: LinkType::Inline, dest_url: url.clone(), title: "".into(), id: "".into() };
-        shown.extend([Event::Start(link), Event::Text(url), Event::End(TagEnd::Link)]);
-        rest = &rest[length..];
-    }
-    shown.push(Event::Text(unveil(&plain).into()));
-}
-
-fn escape(out: &mut String, text: &str) {
-    for character in text.chars() {
-        match character {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            character => out.push(character),
+/// Whether the author chose the scheme, and not a value: a name on a list must not lead anybody anywhere.
+fn has_known_scheme(destination: &str, words: &Words<'_>) -> bool {
+    let mut beginning = String::new();
+    for part in words.split(destination) {
+        match part {
+            Part::Value(index, _) if beginning.is_empty() && words.is_unsubscribe_url(index) => return true,
+            Part::Value(index, _) => match words.value(index) {
+                Some(Piece::Default(text)) => beginning.push_str(text),
+                _ => break,
+            },
+            Part::Text(text) | Part::Link(text) => beginning.push_str(text),
         }
     }
+    SCHEMES
+        .iter()
+        .any(|scheme| beginning.get(..scheme.len()).is_some_and(|beginning| beginning.eq_ignore_ascii_case(scheme)))
+}
+
+/// Shows a text, and makes links of those that its author wrote out and of the unsubscribe address. A link within a value is none.
+fn push_text(shown: &mut Vec<Event<'_>>, text: &str, words: &Words<'_>) {
+    let mut plain = String::new();
+    for part in words.split(text) {
+        let (address, url) = match part {
+            Part::Text(text) => {
+                plain.push_str(text);
+                continue;
+            }
+            Part::Value(index, _) if !words.is_unsubscribe_url(index) => {
+                plain.push_str(&words.in_html(index, Escape::Html));
+                continue;
+            }
+            Part::Value(index, _) => (words.in_html(index, Escape::Href), words.in_html(index, Escape::Html)),
+            Part::Link(url) => (words.to_html(url, Escape::Href), words.to_html(url, Escape::Html)),
+        };
+        shown.push(Event::Text(take(&mut plain).into()));
+        let link = Tag::Link { link_type: LinkType::Inline, dest_url: address.into(), title: "".into(), id: "".into() };
+        shown.extend([Event::Start(link), Event::Text(url.into()), Event::End(TagEnd::Link)]);
+    }
+    shown.push(Event::Text(plain.into()));
 }

@@ -5,7 +5,7 @@ use std::{borrow::Cow, ops::Range};
 
 use pulldown_cmark::{Event, Options, Parser, Tag, TagEnd};
 
-use super::veil::{unveil, veil_link};
+use super::words::Words;
 
 /// What a written-out link begins with.
 const SCHEMES: [&str; 2] = ["https://", "http://"];
@@ -14,22 +14,22 @@ const MAX_LINK_BYTES: usize = 4_096;
 /// What ends a sentence is no part of the link before it.
 const AFTER_A_LINK: &str = ".,;:!?'。，、！？：；）】》」』”’…";
 
-/// The text with every written-out link hidden from Markdown. Links in code stay code, and what Markdown reads as a link already
-/// is left alone.
-pub fn veil_links(markdown: &str, options: Options) -> Cow<'_, str> {
+/// The text with a word for every written-out link. Links in code stay code, and what Markdown reads as a link already is left
+/// alone.
+pub fn hide_links<'m>(markdown: &'m str, options: Options, words: &mut Words<'_>) -> Cow<'m, str> {
     if schemes(markdown).next().is_none() {
         return Cow::Borrowed(markdown);
     }
-    let mut veiled = String::with_capacity(4 * markdown.len());
+    let mut hidden = String::with_capacity(markdown.len());
     let mut done = 0;
     for Link { range, literal } in find(markdown, options) {
-        veiled.push_str(&markdown[done..range.start]);
-        let url = unveil(&markdown[range.clone()]);
-        veiled.push_str(&veil_link(&if literal { url } else { without_escapes(&url) }));
+        hidden.push_str(&markdown[done..range.start]);
+        let url = &markdown[range.clone()];
+        hidden.push_str(&words.for_link(if literal { url.to_owned() } else { without_escapes(url) }));
         done = range.end;
     }
-    veiled.push_str(&markdown[done..]);
-    Cow::Owned(veiled)
+    hidden.push_str(&markdown[done..]);
+    Cow::Owned(hidden)
 }
 
 /// A written-out link.
@@ -215,7 +215,7 @@ mod tests {
                 end = link.range.end;
                 prop_assert!(text.is_char_boundary(link.range.start) && text.is_char_boundary(end));
             }
-            veil_links(&text, options);
+            hide_links(&text, options, &mut Words::new(&text));
         }
     }
 }

@@ -1,38 +1,60 @@
-//! What a run says to everybody, with places for what differs from one recipient to the next: read once, rendered for each.
+//! What a run says to everybody, with places for what differs from one recipient to the next: parsed once, joined for each.
 //!
 //! The text is plain and may use Markdown; from it come the two parts of an invitation. Values are never Markdown, and
 //! neither the text nor a value is ever HTML.
 
 mod html;
 mod links;
-mod veil;
+mod syntax;
+mod words;
 
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value, context, syntax::SyntaxConfig};
+use std::sync::Arc;
 
-/// The names that may stand between `{{` and `}}`.
-const PLACEHOLDERS: [&str; 3] = ["name", "email", "unsubscribe_url"];
-/// What may stand between `{%` and `%}`. Loops and variables could make a text of any size out of a line.
-const STATEMENTS: [&str; 4] = ["if", "elif", "else", "endif"];
-/// Steps that a rendering may take; a text with a hundred placeholders takes about a thousand.
-const FUEL: u64 = 1_000_000;
-/// The engine reads what stands in a tag by recursion, so a long one could use up the stack.
-const MAX_TAG_BYTES: usize = 500;
-/// Each is one level deeper for the engine, and it sets no limit of its own.
-const MAX_ELIFS: usize = 50;
+use syntax::{Field, Piece, Present};
+
 /// The longest subject, rendered. Readers show less than a hundred, and a header line ends at 998 bytes.
 const MAX_SUBJECT_CHARS: usize = 250;
-
-/// The names under which the environment holds the parts.
-const SUBJECT: &str = "subject";
-const TEXT: &str = "text";
-const HTML: &str = "html";
 
 /// An invitation's subject and text.
 #[derive(Clone, Debug)]
 pub struct Template {
     subject: String,
     body: String,
-    compiled: Environment<'static>,
+    /// For recipients without and with a name, each without and with an unsubscribe URL; the same one if that makes no difference.
+    variants: [Arc<Variant>; 4],
+}
+
+/// The outputs for recipients with the same fields: what is left to do is to join them.
+#[derive(Debug)]
+struct Variant {
+    subject: Segments,
+    text: Segments,
+    /// The page from the end of its title on.
+    html: Segments,
+    /// The text is followed by a line to unsubscribe with.
+    footer: bool,
+}
+
+/// An output: fixed text, and places for values.
+#[derive(Debug, Default)]
+struct Segments(Vec<Segment>);
+
+#[derive(Debug)]
+enum Segment {
+    Text(String),
+    Value(Field, Escape),
+}
+
+/// How a value is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Escape {
+    None,
+    /// In HTML's text.
+    Html,
+    /// In an attribute.
+    Attribute,
+    /// In the address of a link.
+    Href,
 }
 
 /// They are the same if they say the same.
@@ -83,35 +105,31 @@ impl Template {
         if subject.chars().any(char::is_control) {
             return Err(TemplateError("the subject is one line, without control characters".into()));
         }
-        let mut compiled = Environment::empty();
-        compiled.set_undefined_behavior(UndefinedBehavior::Strict);
-        compiled.set_fuel(Some(FUEL));
-        compiled.set_syntax(
-            SyntaxConfig::builder().keep_trailing_newline(true).build().map_err(|error| explain(TEXT, &error))?,
-        );
-        compiled.set_auto_escape_callback(|_| AutoEscape::None);
-        compiled.add_filter("default", or_default);
-        compiled.set_formatter(|out, state, value| {
-            let value = value.to_string();
-            out.write_str(&if state.name() == HTML { veil::veil(&value) } else { value })?;
-            Ok(())
+        let (subject_source, body_source) = (syntax::parse(subject, true)?, syntax::parse(body, false)?);
+        let mut compiled: Vec<([Vec<Piece<'_>>; 2], bool, Arc<Variant>)> = Vec::new();
+        let variants = [0, 1, 2, 3].map(|index| {
+            let present = Present { name: index & 1 != 0, unsubscribe_url: index & 2 != 0 };
+            let pieces = [subject_source.pieces(present), body_source.pieces(present)];
+            let footer = present.unsubscribe_url && !pieces[1].contains(&Piece::Value(Field::UnsubscribeUrl));
+            if let Some((.., same)) = compiled.iter().find(|(p, f, _)| (p, *f) == (&pieces, footer)) {
+                return Arc::clone(same);
+            }
+            let variant = Arc::new(Variant {
+                subject: Segments::of(&pieces[0]),
+                text: Segments::of(&pieces[1]),
+                html: html::page(body, &pieces[1], footer),
+                footer,
+            });
+            compiled.push((pieces, footer, Arc::clone(&variant)));
+            variant
         });
-        for (part, source) in [(SUBJECT, subject), (TEXT, body), (HTML, body)] {
-            only_short_tags(part, source)?;
-            only_conditions(part, source)?;
-            let source = if part == HTML { veil::without_veils(source) } else { source.to_owned() };
-            compiled.add_template_owned(part, source.clone()).map_err(|error| explain(part, &error))?;
-            only_placeholders(&compiled, part, &source)?;
-        }
-        let this = Self { subject: subject.to_owned(), body: body.to_owned(), compiled };
-        // Whatever is wrong with it should be known to its author now, and not to a sender in an hour.
-        for (name, unsubscribe_url) in [
-            (Some("Ann"), Some("https://example.org/unsubscribe")),
-            (Some("Ann"), None),
-            (None, Some("https://example.org/unsubscribe")),
-            (None, None),
-        ] {
-            this.render(&Recipient { email: "ann@example.org", name, unsubscribe_url })?;
+        let this = Self { subject: subject.to_owned(), body: body.to_owned(), variants };
+        // A subject that is empty or too long should be known to its author now, and not to a sender in an hour.
+        for name in [Some("Ann"), None] {
+            for unsubscribe_url in [Some("https://example.org/unsubscribe"), None] {
+                let recipient = Recipient { email: "ann@example.org", name, unsubscribe_url };
+                one_line(&this.variant(&recipient).subject.join(&recipient))?;
+            }
         }
         Ok(this)
     }
@@ -128,30 +146,87 @@ impl Template {
     /// # Errors
     /// When it can't be written for this one: what only some recipients meet, such as an empty subject.
     pub fn render(&self, recipient: &Recipient<'_>) -> Result<Rendered, TemplateError> {
-        let values = context! {
-            email => recipient.email,
-            name => recipient.name.unwrap_or_default(),
-            unsubscribe_url => recipient.unsubscribe_url.unwrap_or_default(),
-        };
-        let render = |part: &'static str| {
-            let template = self.compiled.get_template(part).and_then(|template| template.render(values.clone()));
-            template.map_err(|error| explain(part, &error))
-        };
-        let subject = one_line(&render(SUBJECT)?)?;
-        let mut text = render(TEXT)?;
-        let footer = recipient.unsubscribe_url.filter(|url| !text.contains(url));
-        let html = html::page(&subject, &render(HTML)?, recipient.unsubscribe_url, footer);
-        if let Some(url) = footer {
+        let variant = self.variant(recipient);
+        let subject = one_line(&variant.subject.join(recipient))?;
+        let mut text = variant.text.join(recipient);
+        let mut html = String::with_capacity(html::HEAD.len() + 2 * subject.len() + variant.html.bytes());
+        html.push_str(html::HEAD);
+        words::escape(&mut html, &subject, Escape::Html);
+        variant.html.join_to(&mut html, recipient);
+        if let Some(url) = recipient.unsubscribe_url.filter(|_| variant.footer) {
+            text.truncate(text.trim_end().len());
             // Two dashes and a space begin what readers know to be no part of the text.
-            text = format!("{}\n\n-- \nUnsubscribe: {url}\n", text.trim_end());
+            text.extend(["\n\n-- \nUnsubscribe: ", url, "\n"]);
         }
         Ok(Rendered { subject, text, html })
     }
+
+    fn variant(&self, recipient: &Recipient<'_>) -> &Variant {
+        let is_present = |value: Option<&str>| usize::from(value.is_some_and(|value| !value.is_empty()));
+        &self.variants[is_present(recipient.name) + 2 * is_present(recipient.unsubscribe_url)]
+    }
 }
 
-/// `{{ name | default("there") }}`: an empty value counts as none, since a recipient without a name has an empty one.
-fn or_default(value: &Value, other: Option<Value>) -> Value {
-    if value.is_true() { value.clone() } else { other.unwrap_or_else(|| Value::from("")) }
+impl Segments {
+    /// Of a text that is not HTML.
+    fn of(pieces: &[Piece<'_>]) -> Self {
+        let mut segments = Self::default();
+        for piece in pieces {
+            match piece {
+                Piece::Text(text) | Piece::Default(text) => segments.push_text(text),
+                Piece::Value(field) => segments.push_value(*field, Escape::None),
+            }
+        }
+        segments
+    }
+
+    fn push_text(&mut self, text: &str) {
+        self.push_escaped(text, Escape::None);
+    }
+
+    fn push_escaped(&mut self, text: &str, escape: Escape) {
+        if let Some(Segment::Text(last)) = self.0.last_mut() {
+            words::escape(last, text, escape);
+        } else {
+            let mut escaped = String::new();
+            words::escape(&mut escaped, text, escape);
+            self.0.push(Segment::Text(escaped));
+        }
+    }
+
+    fn push_value(&mut self, field: Field, escape: Escape) {
+        self.0.push(Segment::Value(field, escape));
+    }
+
+    /// About how long it will be.
+    fn bytes(&self) -> usize {
+        self.0.iter().map(|segment| if let Segment::Text(text) = segment { text.len() } else { 64 }).sum()
+    }
+
+    fn join(&self, recipient: &Recipient<'_>) -> String {
+        let mut out = String::with_capacity(self.bytes());
+        self.join_to(&mut out, recipient);
+        out
+    }
+
+    fn join_to(&self, out: &mut String, recipient: &Recipient<'_>) {
+        for segment in &self.0 {
+            match segment {
+                Segment::Text(text) => out.push_str(text),
+                Segment::Value(field, escape) => words::escape(out, recipient.value(*field), *escape),
+            }
+        }
+    }
+}
+
+impl Recipient<'_> {
+    fn value(&self, field: Field) -> &str {
+        match field {
+            Field::Name => self.name.unwrap_or_default(),
+            Field::Email => self.email,
+            Field::UnsubscribeUrl => self.unsubscribe_url.unwrap_or_default(),
+        }
+    }
 }
 
 /// A control character in a name must not end the header that the subject stands in.
@@ -165,109 +240,6 @@ fn one_line(subject: &str) -> Result<String, TemplateError> {
         }
         subject => Ok(subject.to_owned()),
     }
-}
-
-/// Where a mistake is, in words.
-fn place(part: &str, line: usize) -> String {
-    if part == SUBJECT { "the subject".into() } else { format!("line {line} of the text") }
-}
-
-/// What one line of text could do to the process that reads it: a tag without an end to its depth, or one that multiplies a
-/// word by a billion. Tags begin and end here where the engine says so.
-fn only_short_tags(part: &str, source: &str) -> Result<(), TemplateError> {
-    let mut at = 0;
-    while let Some(found) = source[at..].find('{') {
-        at += found;
-        let (begin, end) = match source.get(at..at + 2) {
-            Some("{{") => ("{{", "}}"),
-            Some("{%") => ("{%", "%}"),
-            Some("{#") => {
-                at = source[at..].find("#}").map_or(source.len(), |end| at + end + 2);
-                continue;
-            }
-            _ => {
-                at += 1;
-                continue;
-            }
-        };
-        let place = || place(part, source[..at].matches('\n').count() + 1);
-        let tag = &source[at + 2..];
-        let (mut quote, mut escaped) = (None, false);
-        let mut length = tag.len();
-        for (index, character) in tag.char_indices() {
-            match quote {
-                _ if std::mem::take(&mut escaped) => {}
-                Some(_) if character == '\\' => escaped = true,
-                Some(open) if character == open => quote = None,
-                Some(_) => {}
-                None if tag[index..].starts_with(end) => {
-                    length = index;
-                    break;
-                }
-                None if matches!(character, '\'' | '"') => quote = Some(character),
-                None if matches!(character, '*' | '{') => {
-                    return Err(TemplateError(format!("{} has {character} after {begin}", place())));
-                }
-                None => {}
-            }
-        }
-        if length > MAX_TAG_BYTES {
-            return Err(TemplateError(format!("{} has more than {MAX_TAG_BYTES} characters after {begin}", place())));
-        }
-        at += 2 + length;
-    }
-    Ok(())
-}
-
-fn only_conditions(part: &str, source: &str) -> Result<(), TemplateError> {
-    let mut elifs = 0;
-    for (number, line) in (1..).zip(source.lines()) {
-        for statement in line.split("{%").skip(1) {
-            let statement = statement.trim_start_matches(['-', '+']).trim_start();
-            let word: String = statement.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-            if !STATEMENTS.contains(&word.as_str()) {
-                let place = place(part, number);
-                return Err(TemplateError(format!(
-                    "{place} has {{% {word} %}}; only if, elif, else and endif are known"
-                )));
-            }
-            elifs += usize::from(word == "elif");
-            if elifs > MAX_ELIFS {
-                return Err(TemplateError(format!(
-                    "{} has more than {MAX_ELIFS} times {{% elif %}}",
-                    place(part, number)
-                )));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Looks at all names, also those that the trial renderings don't come by.
-fn only_placeholders(compiled: &Environment<'_>, part: &str, source: &str) -> Result<(), TemplateError> {
-    let names = compiled.get_template(part).map_err(|error| explain(part, &error))?.undeclared_variables(false);
-    let mut unknown: Vec<_> = names.into_iter().filter(|name| !PLACEHOLDERS.contains(&name.as_str())).collect();
-    unknown.sort();
-    let Some(name) = unknown.first() else { return Ok(()) };
-    let uses = |line: &str| line.split("{{").skip(1).chain(line.split("{%").skip(1)).any(|after| after.contains(name));
-    let line = source.lines().position(uses).map_or(1, |index| index + 1);
-    let place = place(part, line);
-    Err(TemplateError(format!("{place} has the placeholder {name}; known are name, email and unsubscribe_url")))
-}
-
-/// The engine's words, without its jargon.
-fn explain(part: &str, error: &Error) -> TemplateError {
-    let place = place(part, error.line().unwrap_or(1));
-    let detail = error.detail().unwrap_or_default();
-    TemplateError(match error.kind() {
-        ErrorKind::SyntaxError => format!("{place} is not understood: {detail}"),
-        ErrorKind::UnknownFilter | ErrorKind::UnknownFunction | ErrorKind::UnknownTest | ErrorKind::UnknownMethod => {
-            format!("{place} is not understood: {detail}; the only filter is default")
-        }
-        ErrorKind::UndefinedError => format!("{place} uses a value that does not exist"),
-        ErrorKind::OutOfFuel => format!("{place} takes too long to write"),
-        _ => format!("{place} can't be written: {error}"),
-    })
 }
 
 #[cfg(test)]

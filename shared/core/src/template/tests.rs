@@ -49,12 +49,86 @@ fn a_recipient_without_a_name_is_somebody_all_the_same() {
 }
 
 #[test]
+fn conditions_and_defaults_are_decided_by_what_a_recipient_has() {
+    let url = Some("https://x.org/u");
+    let of = |body: &str, name, unsubscribe_url| {
+        let template = Template::new("Hello", body).unwrap();
+        template.render(&Recipient { unsubscribe_url, ..ann(name) }).unwrap().text
+    };
+    let body = "{% if not name %}nobody{% elif unsubscribe_url %}{{ unsubscribe_url }}{% else %}{{ name }}{% endif %}!";
+    assert_eq!(of(body, None, None), "nobody!");
+    assert_eq!(of(body, Some(""), None), "nobody!");
+    assert_eq!(of(body, Some("Ann"), None), "Ann!");
+    assert_eq!(of(body, Some("Ann"), url), "https://x.org/u!");
+    assert!(of(body, None, url).starts_with("nobody!\n\n-- \n"));
+    let nested =
+        "{% if name %}a{% if unsubscribe_url %}b{% else %}c{% endif %}{% else %}{% if email %}d{% endif %}{% endif %}";
+    assert_eq!([of(nested, Some("Ann"), None), of(nested, None, None)], ["ac", "d"]);
+    assert_eq!(of("{{ name | default(unsubscribe_url) or email }}", None, None), "ann@example.org");
+    assert_eq!(of("{{ name | default }}{{ name|default() }}{{ '' }}", None, None), "");
+    assert_eq!(of(r#"{{ 'it\'s \\' }}{{ "a\nb" }}"#, None, None), "it's \\a\nb");
+    assert_eq!(of("a {{- name -}} b {%- if name %} c {% endif +%} d {#- x -#} e", Some("Ann"), None), "aAnnb c  de");
+}
+
+#[test]
+fn a_default_is_a_value_and_not_markdown() {
+    let rendered = render("*{{ name or '*<b>x</b>*' }}* {{ name or 'https://x.org' }}", None);
+    assert_eq!(card(&rendered), "<p><em>*&lt;b&gt;x&lt;/b&gt;*</em> https://x.org</p>\n");
+}
+
+#[test]
+fn what_is_not_understood_is_told_in_plain_words() {
+    for (text, error) in [
+        ("{{ }}", "is not understood: a placeholder is missing"),
+        ("{{ -name }}", "is not understood: unexpected -"),
+        ("{{ name email }}", "is not understood: unexpected email"),
+        ("{{ 'a' if name }}", "is not understood: unexpected if"),
+        ("{{ name | default('a' }}", "is not understood: default( without )"),
+        ("{{ name | }}", "is not understood: no filter after |; the only filter is default"),
+        ("{# a", "is not understood: {# without #}"),
+        ("{% if name", "is not understood: {% without %}"),
+        ("{% if name %}", "is not understood: {% if %} without {% endif %}"),
+        ("{% endif %}", "is not understood: {% endif %} without {% if %}"),
+        ("{% if name %}{% else %}{% else %}{% endif %}", "is not understood: {% else %} without {% if %}"),
+        ("{% if name %}{% else name %}{% endif %}", "is not understood: unexpected name after else"),
+        (
+            "{% if email == 'x' %}{% endif %}",
+            "has the condition email == 'x'; only a placeholder, or not and a placeholder, can be one",
+        ),
+    ] {
+        assert_eq!(refused("Hello", &format!("\n{text}")), format!("line 2 of the text {error}"));
+    }
+}
+
+#[test]
+fn values_in_links_are_escaped_and_never_choose_where_they_lead() {
+    let hostile = Some("'&\"\n/..");
+    assert_eq!(
+        card(&render("[a](https://x.org/{{ name }} \"{{ name }}\")", hostile)),
+        "<p><a href=\"https://x.org/&#x27;&amp;%22%0A/..\" title=\"&#39;&amp;&quot;\n/..\">a</a></p>\n"
+    );
+    assert_eq!(
+        card(&render("![a {{ name }} `{{ name }}`](https://x.org) {{ name }}", Some("'\"<"))),
+        "<p><img src=\"https://x.org\" alt=\"a &#39;&quot;&lt; &#39;&quot;&lt;\" /> '\"&lt;</p>\n"
+    );
+    for body in ["[a]({{ name }})", "[a]({{ name or 'https://x.org' }})", "[a](java{{ name }})"] {
+        assert_eq!(card(&render(body, Some("https://evil.example"))), "<p>a</p>\n", "{body}");
+    }
+    assert_eq!(
+        card(&render("[a]({{ name or 'https://x.org' }}/b)", None)),
+        "<p><a href=\"https://x.org/b\">a</a></p>\n"
+    );
+    assert_eq!(card(&render("<{{ name }}@x.org> <a@{{ name }}>", Some("n"))), "<p>&lt;n@x.org&gt; &lt;a@n&gt;</p>\n");
+}
+
+#[test]
 fn mistakes_are_told_with_their_line() {
     assert_eq!(
         refused("Hello", "a\nb {{ nmae }}"),
         "line 2 of the text has the placeholder nmae; known are name, email and unsubscribe_url"
     );
     assert!(refused("Hello", "\n{% if email == 'x' %}{{ nmae }}{% endif %}").starts_with("line 2 of the text has the"));
+    assert!(refused("Hello", "\n{% if not email %}{{ nmae }}{% endif %}").starts_with("line 2 of the text has the pl"));
     assert!(refused("{{ who }}", "").starts_with("the subject has the placeholder who;"));
     assert!(refused("Hello", "a\n\n{{ name").starts_with("line 3 of the text is not understood:"));
     assert!(

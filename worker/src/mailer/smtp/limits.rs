@@ -30,11 +30,11 @@ impl Limits {
     /// As configured.
     pub fn new(config: &SmtpConfig) -> Self {
         Self {
-            connect: Duration::from_millis(config.connect_timeout_ms),
-            greeting: Duration::from_millis(config.greeting_timeout_ms()),
-            command: Duration::from_millis(config.command_timeout_ms),
-            data: Duration::from_millis(config.data_timeout_ms()),
-            message: Duration::from_millis(config.message_timeout_ms),
+            connect: config.connect_timeout,
+            greeting: config.greeting_timeout(),
+            command: config.command_timeout,
+            data: config.data_timeout(),
+            message: config.message_timeout,
         }
     }
 

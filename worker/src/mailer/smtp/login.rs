@@ -5,31 +5,29 @@ use std::{io, time::Duration};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mailrun_app::config::{Login, Mechanism, Password};
 use secrecy::{ExposeSecret, SecretString};
+use smtp_proto::{AUTH_LOGIN, AUTH_PLAIN, AUTH_XOAUTH2, response::generate::BitToString};
 
 use super::{
     dialogue::Dialogue,
     verdict::{Failure, Stage, Trouble},
 };
 
-/// Logs in. `offered` is what the server offers, in capitals.
+/// Logs in. `offered` is what the server offers.
 ///
 /// # Errors
 /// When it does not succeed, for whatever reason.
-pub async fn log_in(
-    dialogue: &mut Dialogue,
-    login: &Login,
-    offered: &[String],
-    limit: Duration,
-) -> Result<(), Failure> {
+pub async fn log_in(dialogue: &mut Dialogue, login: &Login, offered: u64, limit: Duration) -> Result<(), Failure> {
     let unable = |why: String| Failure { stage: Stage::Login, trouble: Trouble::Unable(why) };
-    let offers = |mechanism: Mechanism| offered.iter().any(|offer| offer == name(mechanism));
+    let offers = |mechanism: Mechanism| offered & bit(mechanism) != 0;
     let mechanism = match login.mechanism {
         Some(mechanism) => Some(mechanism).filter(|mechanism| offers(*mechanism)),
         None => [Mechanism::Plain, Mechanism::Login].into_iter().find(|mechanism| offers(*mechanism)),
     };
     let Some(mechanism) = mechanism else {
         let wanted = login.mechanism.map_or("PLAIN or LOGIN", name);
-        return Err(unable(format!("the mail server offers no login with {wanted}: it offers {}", offered.join(", "))));
+        let offered: Vec<_> = (0..u64::BITS).map(|bit| offered & (1 << bit)).filter(|bit| *bit != 0).collect();
+        let offered = offered.iter().map(BitToString::to_mechanism).collect::<Vec<_>>().join(", ");
+        return Err(unable(format!("the mail server offers no login with {wanted}: it offers {offered}")));
     };
     let secret = password(&login.password)
         .await
@@ -57,6 +55,14 @@ pub async fn log_in(
         _ => Trouble::Refused(reply),
     };
     Err(Failure { stage: Stage::Login, trouble })
+}
+
+fn bit(mechanism: Mechanism) -> u64 {
+    match mechanism {
+        Mechanism::Plain => AUTH_PLAIN,
+        Mechanism::Login => AUTH_LOGIN,
+        Mechanism::XOAuth2 => AUTH_XOAUTH2,
+    }
 }
 
 fn name(mechanism: Mechanism) -> &'static str {

@@ -123,7 +123,7 @@ impl Smtp {
             relays: Relays::new(config.relays()?, patience)?,
             permits: Arc::new(Semaphore::new(config.connections)),
             domains: Domains::new(config.per_domain),
-            idle: Idle::new(config.idle()),
+            idle: Idle::new(config.idle),
             breaker: Mutex::new(Breaker::new(config.breaker)),
             stopped: Mutex::default(),
             hello: config.hello.clone().or_else(host_name),
@@ -371,7 +371,7 @@ impl Carriers {
             });
         }
         if !self.tidied.swap(true, Ordering::Relaxed) {
-            tokio::spawn(tidy(Arc::downgrade(self), self.config.idle()));
+            tokio::spawn(tidy(Arc::downgrade(self), self.config.idle));
         }
     }
 }

@@ -10,6 +10,9 @@ const MAX_REASON_CHARS: usize = 300;
 const RECIPIENT: &str = "<recipient>";
 
 /// An answer: a code, and lines of text.
+///
+/// `smtp_proto::ResponseReceiver` is not used for it: it takes lines with different codes for one answer, takes any three digits
+/// for a code, gives up after 4 KiB, and keeps only the last line's enhanced status code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// From 200 to 599.

@@ -7,6 +7,7 @@ use std::{
 };
 
 use mailrun_app::config::{Relay, RelayTls};
+use smtp_proto::{EXT_8BIT_MIME, EXT_SIZE, EXT_SMTP_UTF8, EXT_START_TLS, EhloResponse};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 
@@ -26,40 +27,28 @@ const FAREWELL: Duration = Duration::from_millis(500);
 /// How long a server may take to forget a mail.
 const RESET: Duration = Duration::from_secs(30);
 
-/// What the server said that it can do, after EHLO.
-#[derive(Clone, Debug, Default)]
+/// What the server said that it can do, after EHLO: bits of [`smtp_proto`].
+#[derive(Clone, Copy, Debug, Default)]
 struct Abilities {
-    start_tls: bool,
-    eight_bit: bool,
-    utf8: bool,
-    size: bool,
-    logins: Vec<String>,
+    extensions: u32,
+    logins: u64,
 }
 
 impl Abilities {
     fn read(reply: &Reply) -> Self {
         let mut abilities = Self::default();
-        // The first line is the server's name.
+        // The first line is the server's name. Each line is parsed alone, so that an odd one costs no other.
         for line in reply.lines.iter().skip(1) {
-            let line = line.to_ascii_uppercase();
-            let mut words = line.split_ascii_whitespace();
-            match words.next() {
-                Some("STARTTLS") => abilities.start_tls = true,
-                Some("8BITMIME") => abilities.eight_bit = true,
-                Some("SMTPUTF8") => abilities.utf8 = true,
-                Some("SIZE") => abilities.size = true,
-                Some("AUTH") => abilities.logins.extend(words.map(str::to_owned)),
-                // As old servers write it: `AUTH=PLAIN LOGIN`.
-                Some(word) => {
-                    if let Some(first) = word.strip_prefix("AUTH=") {
-                        abilities.logins.push(first.to_owned());
-                        abilities.logins.extend(words.map(str::to_owned));
-                    }
-                }
-                None => {}
+            if let Ok(read) = EhloResponse::parse(&mut format!("250-\n250 {line}\n").as_bytes().iter()) {
+                abilities.extensions |= read.capabilities;
+                abilities.logins |= read.auth_mechanisms;
             }
         }
         abilities
+    }
+
+    fn has(self, extension: u32) -> bool {
+        self.extensions & extension != 0
     }
 }
 
@@ -106,7 +95,7 @@ impl Session {
         let mut abilities = say_hello(&mut dialogue, &own, deadline, may_be_old).await?;
         if let (RelayTls::StartTls, Some(tls)) = (relay.tls, tls) {
             let failed = |trouble| Failure { stage: Stage::StartTls, trouble };
-            if !abilities.start_tls {
+            if !abilities.has(EXT_START_TLS) {
                 return Err(failed(Trouble::Unable("the mail server offers no encryption (STARTTLS)".into())));
             }
             let reply = dialogue.command(Stage::StartTls, "STARTTLS", deadline.limit(Stage::StartTls)).await?;
@@ -116,7 +105,7 @@ impl Session {
             abilities = say_hello(&mut dialogue, &own, deadline, false).await?;
         }
         if let Some(login) = &relay.login {
-            log_in(&mut dialogue, login, &abilities.logins, deadline.limit(Stage::Login)).await?;
+            log_in(&mut dialogue, login, abilities.logins, deadline.limit(Stage::Login)).await?;
         }
         Ok(Self { dialogue, abilities, mails: 0 })
     }
@@ -129,15 +118,15 @@ impl Session {
         attempt.may_begin().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
         self.mails += 1;
         let mut mail = format!("MAIL FROM:<{}>", letter.from);
-        if self.abilities.size {
+        if self.abilities.has(EXT_SIZE) {
             mail.push_str(&format!(" SIZE={}", letter.bytes.len()));
         }
         if letter.needs_utf8 {
-            if !self.abilities.utf8 {
+            if !self.abilities.has(EXT_SMTP_UTF8) {
                 let why = "the mail server can't write to an address with such letters before the @ sign (no SMTPUTF8)";
                 return Err(Failure { stage: Stage::Mail, trouble: Trouble::Unable(why.into()) });
             }
-            mail.push_str(if self.abilities.eight_bit { " BODY=8BITMIME SMTPUTF8" } else { " SMTPUTF8" });
+            mail.push_str(if self.abilities.has(EXT_8BIT_MIME) { " BODY=8BITMIME SMTPUTF8" } else { " SMTPUTF8" });
         }
         let limit = |stage| deadline.limit(stage);
         positive(Stage::Mail, self.dialogue.command(Stage::Mail, &mail, limit(Stage::Mail)).await?)?;
@@ -264,6 +253,8 @@ fn senseless(stage: Stage, reply: &Reply) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use smtp_proto::{AUTH_LOGIN, AUTH_PLAIN};
+
     use super::*;
 
     #[test]
@@ -276,10 +267,32 @@ mod tests {
 
     #[test]
     fn what_a_server_can_do_is_read_as_servers_write_it() {
-        let read = |line: &str| Abilities::read(&Reply { code: 250, lines: vec!["hi".into(), line.into()] }).logins;
-        assert_eq!(read("AUTH PLAIN LOGIN"), ["PLAIN", "LOGIN"]);
-        assert_eq!(read("AUTH=PLAIN LOGIN"), ["PLAIN", "LOGIN"]);
-        assert_eq!(read("auth=login"), ["LOGIN"]);
-        assert!(read("AUTHX PLAIN").is_empty());
+        let read = |line: &str| {
+            Abilities::read(&Reply { code: 250, lines: vec!["8BITMIME SIZE".into(), line.into(), "STARTTLS".into()] })
+        };
+        let logins = |line: &str| {
+            assert!(read(line).has(EXT_START_TLS), "{line:?} costs another line");
+            read(line).logins
+        };
+        assert_eq!(logins("AUTH PLAIN LOGIN"), AUTH_PLAIN | AUTH_LOGIN);
+        assert_eq!(logins("AUTH=PLAIN LOGIN"), AUTH_PLAIN | AUTH_LOGIN);
+        assert_eq!(logins("auth=login"), AUTH_LOGIN);
+        assert_eq!(logins("AUTH X-OWN PLAIN"), AUTH_PLAIN);
+        for none in
+            ["AUTHX PLAIN", "AUTH", "", "ENHANCEDSTATUSCOD", "FUTURERELEASE 1 x", "\u{fffd}\r \0", "X\r250 AUTH PLAIN"]
+        {
+            assert_eq!(logins(none), 0, "{none:?}");
+        }
+        assert!(read("size 5").has(EXT_SIZE) && read("SIZE").has(EXT_SIZE) && read("SIZE 10M").has(EXT_SIZE));
+        assert!(!read("X").has(EXT_8BIT_MIME | EXT_SIZE), "the first line is a name");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_line_can_be_said_after_ehlo(line in "(AUTH|SIZE|FUTURERELEASE|MT-PRIORITY|NO-SOLICITING|[A-Z0-9=-]{0,9})[ =\\PC\r\t]{0,40}") {
+            let reply = Reply { code: 250, lines: vec!["hi".into(), line, "STARTTLS".into()] };
+            let abilities = Abilities::read(&reply);
+            proptest::prop_assert!(abilities.has(EXT_START_TLS));
+        }
     }
 }

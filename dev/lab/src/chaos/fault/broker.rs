@@ -11,10 +11,10 @@ use uuid::Uuid;
 
 use super::{super::site::Site, send_signal};
 
-/// A service that has ended is started again within this time.
+/// A stopped service is started again within this time.
 const NEXT_START: Duration = Duration::from_secs(20);
 
-/// Purges for some time, again and again: what is on these queues mostly stays there for a moment only.
+/// Purges queues repeatedly for `time`, because most messages stay on them only for a moment.
 pub(super) async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     let end = Instant::now() + time;
@@ -28,25 +28,25 @@ pub(super) async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) 
     Ok(connection.close(200, "done".into()).await?)
 }
 
-/// Lets RabbitMQ believe for some time that its memory is used up: it blocks its publishers.
+/// Makes RabbitMQ believe for `time` that its memory is exhausted, which blocks publishers.
 pub(super) async fn memory_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
     site.stack.control_rabbitmq(&["set_vm_memory_high_watermark", "0"]).await?;
     sleep(time).await;
     undo(site, &["set_vm_memory_high_watermark", "absolute", "1GiB"]).await
 }
 
-/// A server that is restarted answers again within this time.
+/// A restarted server answers again within this time.
 const UNDONE: Duration = Duration::from_secs(60);
 
-/// Lets RabbitMQ believe the same of its disk.
+/// Makes RabbitMQ believe the same about its disk.
 pub(super) async fn disk_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
     site.stack.control_rabbitmq(&["set_disk_free_limit", "1000000GB"]).await?;
     sleep(time).await;
     undo(site, &["set_disk_free_limit", "200MB"]).await
 }
 
-/// Gives a queue room for one message only: what is published beyond that is refused. What its readers have in hand does not
-/// count, so they are started anew, and stand still for some time before they have taken anything.
+/// Limits a queue to one message, so that further publishes are refused. Unacknowledged messages do not count, so its consumers are
+/// restarted, and stopped for some time before they consume anything.
 pub(super) async fn full(site: &Site<'_>, queue: &str, readers: &[String], time: Duration) -> Result<()> {
     let (vhost, pattern) = (site.name(), format!("^{}$", queue.replace('.', "\\.")));
     let policy = format!("{queue} {}", Uuid::new_v4());
@@ -62,7 +62,7 @@ pub(super) async fn full(site: &Site<'_>, queue: &str, readers: &[String], time:
     undo(site, &["clear_policy", "-p", vhost, &policy]).await
 }
 
-/// Undoes a fault, however often it takes: another one may have struck RabbitMQ meanwhile.
+/// Undoes a fault, retrying because another fault may have affected RabbitMQ meanwhile.
 async fn undo(site: &Site<'_>, command: &[&str]) -> Result<()> {
     let end = Instant::now() + UNDONE;
     loop {
@@ -74,7 +74,7 @@ async fn undo(site: &Site<'_>, command: &[&str]) -> Result<()> {
     }
 }
 
-/// Asks a service to end, and stops the process that is started in its place.
+/// Sends SIGTERM to a service, and SIGSTOP to the process that replaces it.
 async fn stop_at_start(site: &Site<'_>, service: &str) -> Result<u32> {
     let old = site.pid(service)?;
     send_signal(old, std::process::id(), Signal::TERM)?;
@@ -82,7 +82,7 @@ async fn stop_at_start(site: &Site<'_>, service: &str) -> Result<u32> {
     loop {
         match site.pid(service)? {
             pid if pid != old => return send_signal(pid, std::process::id(), Signal::STOP).map(|()| pid),
-            _ if Instant::now() > end => bail!("{service} is not started again"),
+            _ if Instant::now() > end => bail!("{service} was not started again"),
             _ => sleep(Duration::from_millis(1)).await,
         }
     }

@@ -1,4 +1,4 @@
-//! The faults of a cluster: which nodes of RabbitMQ die, and when they count as back.
+//! Faults of a cluster: which RabbitMQ nodes die, and when they count as recovered.
 
 use std::{cmp::Reverse, time::Duration};
 
@@ -11,23 +11,23 @@ use tokio::time::{Instant, sleep};
 use super::{super::site::Site, send_signal, servers::RESTART};
 use mailrun_stack::Queue;
 
-/// How often the cluster is looked at.
+/// How often the cluster is polled.
 const POLL: Duration = Duration::from_millis(100);
-/// Each node tells of its queues every five seconds.
-const TOLD: Duration = Duration::from_secs(30);
-/// Long enough for the other nodes to elect another leader, and shorter than the heartbeats of connections allow.
-const STILL_MS: std::ops::Range<u64> = 6_000..12_000;
+/// Each node reports its queues every five seconds.
+const REPORTED: Duration = Duration::from_secs(30);
+/// Long enough for the other nodes to elect another leader, and shorter than the connections' heartbeat timeout.
+const STOPPED_MS: std::ops::Range<u64> = 6_000..12_000;
 
 /// Kills a node, but not the one that died before.
 pub(super) async fn kill_node(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let mut members = site.stack.members().await?;
     members.sort_by_key(|member| Reverse(member.uptime));
     members.pop();
-    let node = members.choose(rng).context("there is no cluster")?;
+    let node = members.choose(rng).context("no cluster")?;
     kill(site, &[&node.name]).await
 }
 
-/// Kills the node with the leader of the queue that carries most.
+/// Kills the node that leads the busiest queue.
 pub(super) async fn kill_leader(site: &Site<'_>) -> Result<()> {
     kill(site, &[&leader(site).await?]).await
 }
@@ -39,14 +39,14 @@ pub(super) async fn kill_majority(site: &Site<'_>, rng: &mut StdRng) -> Result<(
     kill(site, &two).await
 }
 
-/// Lets the node with that leader stand still: its connections are open, and nobody answers.
+/// Stops the node that leads the busiest queue (SIGSTOP): its connections stay open, and nothing answers.
 pub(super) async fn stop_leader(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let leader = leader(site).await?;
     let (keeper, pids) = processes(site, &[&leader])?;
-    let time = Duration::from_millis(rng.random_range(STILL_MS));
-    eprintln!("  {leader} stands still for {:.1} s", time.as_secs_f64());
+    let time = Duration::from_millis(rng.random_range(STOPPED_MS));
+    eprintln!("  {leader} stopped for {:.1} s", time.as_secs_f64());
     for pid in &pids {
-        send_signal(pid.context("the node is not up")?, keeper, Signal::STOP)?;
+        send_signal(pid.context("the node is not running")?, keeper, Signal::STOP)?;
     }
     sleep(time).await;
     for pid in pids.into_iter().flatten() {
@@ -55,13 +55,13 @@ pub(super) async fn stop_leader(site: &Site<'_>, rng: &mut StdRng) -> Result<()>
     until_back(async || Ok(site.stack.can_lose_a_node().await)).await
 }
 
-/// Kills these nodes, and waits until the keeper has them up again and every queue could spare any node.
+/// Kills these nodes, and waits until the keeper has restarted them and no queue depends on a single node.
 async fn kill(site: &Site<'_>, names: &[&str]) -> Result<()> {
     replicated(site).await?;
     let (keeper, before) = processes(site, names)?;
     eprintln!("  kill -9 of {}", names.join(" and "));
     for pid in &before {
-        send_signal(pid.context("the node is not up")?, keeper, Signal::KILL)?;
+        send_signal(pid.context("the node is not running")?, keeper, Signal::KILL)?;
     }
     until_back(async || {
         let (_, now) = processes(site, names)?;
@@ -74,10 +74,10 @@ async fn kill(site: &Site<'_>, names: &[&str]) -> Result<()> {
 async fn until_back(back: impl AsyncFn() -> Result<bool>) -> Result<()> {
     let began = Instant::now();
     while !back().await? {
-        ensure!(began.elapsed() < RESTART, "the cluster is not whole again after {} s", RESTART.as_secs());
+        ensure!(began.elapsed() < RESTART, "the cluster has not recovered after {} s", RESTART.as_secs());
         sleep(POLL).await;
     }
-    eprintln!("  whole again after {:.1} s", began.elapsed().as_secs_f64());
+    eprintln!("  recovered after {:.1} s", began.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -92,17 +92,17 @@ fn processes(site: &Site<'_>, names: &[&str]) -> Result<(u32, Vec<Option<u32>>)>
     Ok((pids.keeper, names.iter().map(of).collect()))
 }
 
-/// The node that leads the queue which carries most.
+/// The node that leads the busiest queue.
 async fn leader(site: &Site<'_>) -> Result<String> {
     let queues = replicated(site).await?;
     let items = queues.into_iter().find(|queue| queue.name == ITEMS);
-    Ok(items.context("there is no queue of items")?.leader)
+    Ok(items.context("there is no item queue")?.leader)
 }
 
-/// The queues, each of which has a member on every node: otherwise a node's death would prove nothing.
+/// The queues, each with a member on every node: otherwise a node's death would prove nothing.
 async fn replicated(site: &Site<'_>) -> Result<Vec<Queue>> {
     let nodes = site.stack.nodes().len();
-    let end = Instant::now() + TOLD;
+    let end = Instant::now() + REPORTED;
     loop {
         let queues = site.stack.queues(site.name()).await;
         match queues {

@@ -13,18 +13,18 @@ use tokio::{
 
 use super::super::{site::Site, watch::Stage};
 
-/// Sessions are ended so often while they are.
+/// Between two terminations of all sessions.
 const BETWEEN_TERMINATIONS: Duration = Duration::from_millis(250);
-/// So many connect at a time when a crowd does.
+/// Connections opened concurrently when exhausting the limit.
 const ABREAST: usize = 20;
-/// A crowd looks so often for connections that have become free.
-const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
-/// So many readers hold old snapshots.
+/// How often free connections are taken again.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// The number of readers that hold old snapshots.
 const READERS: usize = 4;
-/// But none for longer than this, however long the run is.
+/// The maximum duration of a snapshot, for long runs.
 const LONGEST_SNAPSHOT: Duration = Duration::from_secs(600);
 
-/// Ends all sessions but the bench's own, again and again for some time.
+/// Terminates all sessions except the bench's own, repeatedly for some time.
 pub(super) async fn terminate_backends(site: &Site<'_>, time: Duration) -> Result<()> {
     let end = Instant::now() + time;
     while Instant::now() < end {
@@ -44,7 +44,7 @@ async fn terminate(site: &Site<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Takes all connections that are free, then those that our processes had, and keeps them for some time.
+/// Takes all free connections, then those that our processes lost, and holds them for some time.
 pub(super) async fn crowd(site: &Site<'_>, time: Duration) -> Result<()> {
     let options = site.database();
     let mut crowd = Vec::new();
@@ -53,7 +53,7 @@ pub(super) async fn crowd(site: &Site<'_>, time: Duration) -> Result<()> {
     let end = Instant::now() + time;
     while Instant::now() < end {
         fill(&options, &mut crowd).await;
-        sleep(BETWEEN_LOOKS).await;
+        sleep(POLL_INTERVAL).await;
     }
     eprintln!("  {} connections taken", crowd.len());
     join_all(crowd.into_iter().map(PgConnection::close)).await;
@@ -72,8 +72,8 @@ async fn fill(options: &PgConnectOptions, crowd: &mut Vec<PgConnection>) {
     }
 }
 
-/// Reads the whole run again and again, each time in a transaction that stays open until up to a third of the run more is
-/// settled. Never ends.
+/// Reads the whole run repeatedly, each time in a transaction that stays open until up to a third more of the run is settled. Never
+/// returns.
 pub(super) async fn long_readers(site: &Site<'_>, stages: &Receiver<Stage>, rng: &mut StdRng) -> Result<()> {
     let readers = (0..READERS).map(|_| reader(site, stages.clone(), StdRng::seed_from_u64(rng.random())));
     join_all(readers).await;
@@ -84,13 +84,13 @@ async fn reader(site: &Site<'_>, mut stages: Receiver<Stage>, mut rng: StdRng) {
     loop {
         let share = rng.random_range(0.05..0.33);
         if read(site, &mut stages, share).await.is_err() {
-            // The server has just been killed, or has no connection left.
+            // The server has just been killed, or has no free connection.
             sleep(BETWEEN_TERMINATIONS).await;
         }
     }
 }
 
-/// Reads the run, and keeps the snapshot until this share more of it is settled.
+/// Reads the run, and holds the snapshot until this share more of it is settled.
 async fn read(site: &Site<'_>, stages: &mut Receiver<Stage>, share: f64) -> Result<()> {
     let mut connection = PgConnection::connect_with(&site.database()).await?;
     let mut tx = connection.begin().await?;
@@ -102,13 +102,13 @@ async fn read(site: &Site<'_>, stages: &mut Receiver<Stage>, share: f64) -> Resu
     Ok(connection.close().await?)
 }
 
-/// Holds an old snapshot for twice this time, and for the second half a lock on the counters.
+/// Holds an old snapshot for twice this time, and during the second half a lock on the counters.
 pub(super) async fn open_transaction(site: &Site<'_>, time: Duration) -> Result<()> {
     let mut tx = site.pool.begin().await?;
     sqlx::query("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ").execute(&mut *tx).await?;
     sqlx::query("SELECT count(*) FROM run_items").execute(&mut *tx).await?;
     sleep(time).await;
-    // The snapshot is old by now, so a row can be locked by another transaction alone.
+    // The snapshot is old by now, so only another transaction can lock a row.
     let mut other = site.pool.begin().await?;
     sqlx::query("SELECT 1 FROM run_progress FOR UPDATE").execute(&mut *other).await?;
     sleep(time).await;
@@ -116,14 +116,14 @@ pub(super) async fn open_transaction(site: &Site<'_>, time: Duration) -> Result<
     Ok(tx.rollback().await?)
 }
 
-/// Deletes the row of a sender that lives.
+/// Deletes the row of a live sender.
 pub(super) async fn delete_worker_row(site: &Site<'_>) -> Result<()> {
     let deleted = sqlx::query(
         "DELETE FROM workers WHERE id = (SELECT max(id) FROM workers
-                                         WHERE permits > 0 AND stopped_at IS NULL AND died_at IS NULL)",
+                                         WHERE permits > 0 AND id IN (SELECT id FROM live_workers))",
     )
     .execute(&site.pool)
     .await?;
-    anyhow::ensure!(deleted.rows_affected() == 1, "no sender lives");
+    anyhow::ensure!(deleted.rows_affected() == 1, "no live sender");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Faults of what comes back: reports at the bounce hook that are forged, or prove nothing about a mailbox.
+//! Faults of inbound reports: reports to the bounce hook that are forged, or prove nothing about a mailbox.
 
 use std::time::Duration;
 
@@ -14,17 +14,17 @@ use super::super::site::{HOOK_KEY, Site};
 
 /// Between two reports.
 const BETWEEN_MS: std::ops::Range<u64> = 0..100;
-/// People whom one report names.
+/// Recipients in a large report.
 const MANY: usize = 5_000;
 
-/// Reports for some time that people of the run do not exist or complained, none of which is evidence.
+/// For some time, reports that people of the run do not exist or complained. None of the reports is evidence.
 pub(super) async fn forge(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
     let people: Vec<(i64, Uuid, String)> = sqlx::query_as(
         "SELECT i.id, i.run_id, u.email FROM run_items i JOIN users u ON u.id = i.user_id ORDER BY i.id",
     )
     .fetch_all(&site.pool)
     .await?;
-    ensure!(!people.is_empty(), "nobody is invited yet");
+    ensure!(!people.is_empty(), "no invitations yet");
     let ids = MessageIds::new(&signing::key(&mut *site.pool.acquire().await?).await?);
     let client = Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
     let end = Instant::now() + time;
@@ -37,9 +37,9 @@ pub(super) async fn forge(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> 
             report(rng, email, if other == email { "eve@example.net" } else { other }, &real, *item_id, *run_id);
         let answer =
             client.post(format!("{}/hooks/bounces", site.web_url())).bearer_auth(HOOK_KEY).body(report).send().await;
-        // The pages may be down, or without a database: another fault's doing.
+        // Another fault may have stopped the web server or its database.
         if let Ok(answer) = answer {
-            ensure!(answer.status() != 401, "the hook does not know its key");
+            ensure!(answer.status() != 401, "the hook refused its key");
             posted += usize::from(answer.status().is_success());
         }
         sleep(Duration::from_millis(rng.random_range(BETWEEN_MS))).await;
@@ -53,17 +53,17 @@ fn report(rng: &mut StdRng, email: &str, other: &str, real: &str, item_id: i64, 
     const GONE: &str = "Status: 5.1.1\nDiagnostic-Code: smtp; 550 5.1.1 no such user";
     let failed = |recipient: &str, why: &str| format!("Final-Recipient: rfc822; {recipient}\nAction: failed\n{why}\n");
     match rng.random_range(0..8) {
-        // It names no message.
+        // Names no message.
         0 => dsn(&failed(email, GONE), &format!("{}@mailrun.example", "a7".repeat(32))),
         1 => dsn(&failed(email, GONE), &format!("{item_id}.{}@mailrun.example", run_id.simple())),
-        // It names another person's.
+        // Names another person's message.
         2 => dsn(&failed(other, GONE), real),
         3 => {
             let many: String =
                 (0..MANY).map(|number| failed(&format!("guest-{number}@example.net"), GONE) + "\n").collect();
             dsn(&many, real)
         }
-        // It is about us, or may pass.
+        // About the sender, or temporary.
         4 => dsn(&failed(email, "Status: 5.0.0\nDiagnostic-Code: smtp; 550 5.7.1 refused by local policy"), real),
         5 => dsn(&failed(email, "Status: 5.1.8\nDiagnostic-Code: smtp; 550 5.1.8 bad outbound sender"), real),
         6 => dsn(&format!("Final-Recipient: rfc822; {email}\nAction: delayed\nStatus: 4.4.1\n"), real),

@@ -1,4 +1,4 @@
-//! Other ledgers: an old backup in the place of the ledger, and another installation on the same virtual host.
+//! Faults of ledgers: a backup in place of the ledger, and another installation on the same virtual host.
 
 use std::time::Duration;
 
@@ -11,18 +11,17 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::{super::site::Site, wishes};
+use super::{super::site::Site, run_commands};
 use mailrun::postgres_program;
 
-/// Each command ends within this time.
+/// Time limit of each command.
 const COMMAND: Duration = Duration::from_secs(60);
-/// A database is renamed within this time, however often the services connect to it meanwhile.
+/// Time limit for renaming a database while the services keep connecting to it.
 const RENAMED: Duration = Duration::from_secs(20);
-/// A worker of another installation is refused within this time.
+/// Time limit for refusing a worker of another installation.
 const REFUSED: Duration = Duration::from_secs(20);
 
-/// Backs the ledger up, lets the run go on for `time`, puts the backup in the place of the ledger, declares the restore, and
-/// resumes the run.
+/// Backs up the ledger, continues the run for `time`, replaces the ledger by the backup, declares the restore, and resumes the run.
 pub(super) async fn restore(site: &Site<'_>, time: Duration) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let backup = folder.path().join("backup");
@@ -34,7 +33,7 @@ pub(super) async fn restore(site: &Site<'_>, time: Duration) -> Result<()> {
     rename(site, site.name(), &lost).await?;
     let prepared = async {
         site.stack.create_database(&restored).await?;
-        let program = postgres_program("pg_restore").context("there is no pg_restore")?;
+        let program = postgres_program("pg_restore").context("pg_restore not found")?;
         let url = site.stack.database_url(&restored);
         let ended =
             Command::new(program).args(["--no-owner", "--exit-on-error", "--dbname", &url, file]).status().await?;
@@ -46,7 +45,7 @@ pub(super) async fn restore(site: &Site<'_>, time: Duration) -> Result<()> {
         Ok(()) => {
             rename(site, &restored, site.name()).await?;
             site.stack.drop_database(&lost).await?;
-            wishes::press(site, run_id, "resume", Wanted::Running).await
+            run_commands::press(site, run_id, "resume", Wanted::Running).await
         }
         Err(error) => {
             rename(site, &lost, site.name()).await?;
@@ -56,7 +55,7 @@ pub(super) async fn restore(site: &Site<'_>, time: Duration) -> Result<()> {
     }
 }
 
-/// Has another installation set up its ledger on the same virtual host, and start a worker there.
+/// Sets up another installation's ledger on the same virtual host, and starts a worker there.
 pub(super) async fn second_installation(site: &Site<'_>) -> Result<()> {
     let other = format!("{}-other", site.name());
     site.stack.create_database(&other).await?;
@@ -69,7 +68,7 @@ pub(super) async fn second_installation(site: &Site<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Renames a database. Nobody may be connected to it, and the services connect again and again.
+/// Renames a database. It must have no connections, and the services keep connecting to it.
 async fn rename(site: &Site<'_>, from: &str, to: &str) -> Result<()> {
     let mut conn = PgConnection::connect_with(&site.database().database("postgres")).await?;
     let end = Instant::now() + RENAMED;
@@ -78,7 +77,7 @@ async fn rename(site: &Site<'_>, from: &str, to: &str) -> Result<()> {
             .bind(from)
             .execute(&mut conn)
             .await?;
-        // The names are the bench's own, and hold no quotes.
+        // The names are the bench's own and contain no quotes.
         let rename = AssertSqlSafe(format!(r#"ALTER DATABASE "{from}" RENAME TO "{to}""#));
         match sqlx::raw_sql(rename).execute(&mut conn).await {
             Ok(_) => return Ok(conn.close().await?),

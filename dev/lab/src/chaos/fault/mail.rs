@@ -5,20 +5,20 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::time::sleep;
 
-use super::super::{site::Site, weather::Trouble};
+use super::super::{site::Site, smtp_faults::SmtpFault};
 
-/// So many connections hang when some do.
+/// How many connections hang.
 pub(super) const HANGING: u32 = 5;
 
-/// Is down for some time.
+/// Takes the mail server down for some time.
 pub(super) async fn down(site: &Site<'_>, time: Duration) -> Result<()> {
     site.sink.set_down(true).await?;
     sleep(time).await;
     Ok(site.sink.set_down(false).await?)
 }
 
-/// Has this trouble for some time.
-pub(super) async fn trouble(site: &Site<'_>, trouble: Trouble, time: Duration) -> Result<()> {
-    site.weather.bad(trouble, time).await;
+/// Applies this fault for some time.
+pub(super) async fn faulty(site: &Site<'_>, fault: SmtpFault, time: Duration) -> Result<()> {
+    site.smtp_faults.apply(fault, time).await;
     Ok(())
 }

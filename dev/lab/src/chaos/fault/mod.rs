@@ -1,17 +1,17 @@
-//! The faults: their names and how often they strike. What each does, and how it is undone where it does not pass by
-//! itself, is told by subject in the files beside this one.
+//! The faults, with their names and frequencies. The files beside this one implement them by subject, including how those are undone that
+//! do not end by themselves.
 
 mod broker;
 mod cluster;
-mod conveyor;
 mod database;
 mod inbound;
 mod ledgers;
 mod mail;
 mod network;
 mod processes;
+mod queues;
+mod run_commands;
 mod servers;
-mod wishes;
 
 use std::time::Duration;
 
@@ -25,155 +25,155 @@ use tokio::sync::watch::Receiver;
 pub(super) use self::processes::{send_signal, senders};
 use self::{mail::HANGING, processes::a_sender};
 use super::{
-    site::{ANSWER, DEAD_AFTER, HEARTBEAT, STALLED_AFTER, Site, rungs},
+    site::{ANSWER, DEAD_AFTER, HEARTBEAT, STALLED_AFTER, Site, retry_queues},
+    smtp_faults::SmtpFault,
     watch::Stage,
-    weather::Trouble,
 };
 
-/// Whose queue is full stands still for so long, which is shorter than what makes it dead.
+/// How long the consumers of a full queue are stopped, which is shorter than the heartbeat timeout.
 const FULL: Duration = Duration::from_secs(2);
-/// The longest wait between two tries to reach a server, or to start a process that has died again and again.
+/// The maximum wait between two attempts to connect to a server, or to start a process that died repeatedly.
 const LONGEST_RECONNECT: Duration = Duration::from_secs(10);
-/// A server that answers may need so long to be of use.
+/// A server may take this long to become usable after it answers.
 const SERVER_RECOVERY: Duration = Duration::from_secs(10);
 
-/// What can go wrong.
+/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Fault {
-    /// kill -9 of a sender
+    /// kill -9 a sender
     KillSend,
-    /// kill -9 of the fan-out
+    /// kill -9 the fan-out worker
     KillFanOut,
-    /// kill -9 of the process that counts
+    /// kill -9 the progress worker
     KillProgress,
-    /// kill -9 of the pages, once while the form is being sent
+    /// kill -9 the web server, once during the submission
     KillWeb,
-    /// SIGTERM to a sender
+    /// SIGTERM a sender
     TermSend,
-    /// SIGTERM to the fan-out
+    /// SIGTERM the fan-out worker
     TermFanOut,
-    /// SIGTERM to the process that counts
+    /// SIGTERM the progress worker
     TermProgress,
-    /// SIGTERM to the pages, once while the form is being sent
+    /// SIGTERM the web server, once during the submission
     TermWeb,
-    /// SIGTERM to one process after the other, and to each again a moment later
+    /// SIGTERM one process after another, and each again a moment later
     TermTwice,
-    /// A sender stands still for longer than its heartbeat allows, and goes on
+    /// SIGSTOP a sender for longer than its heartbeat timeout, then continue it
     StopSend,
-    /// kill -9 of RabbitMQ
+    /// kill -9 RabbitMQ
     KillBroker,
-    /// kill -9 of PostgreSQL
+    /// kill -9 PostgreSQL
     KillDatabase,
-    /// kill -9 of PostgreSQL, and again while it recovers from that
+    /// kill -9 PostgreSQL, and again during its recovery
     KillRecovery,
-    /// RabbitMQ is stopped in good order, and started again after some seconds
+    /// Stop RabbitMQ cleanly, and start it again after some seconds
     RestartBroker,
-    /// PostgreSQL is stopped in good order, and started again after some seconds
+    /// Stop PostgreSQL cleanly, and start it again after some seconds
     RestartDatabase,
-    /// All sessions of PostgreSQL are ended, again and again for some seconds
+    /// Terminate all PostgreSQL sessions, repeatedly for some seconds
     TerminateBackends,
-    /// Others use up the connections of PostgreSQL for some seconds
+    /// Exhaust the connections of PostgreSQL for some seconds
     CrowdDatabase,
-    /// All senders are killed, and mailrun.items is purged, again and again for some seconds
+    /// Kill all senders and purge mailrun.items, repeatedly for some seconds
     PurgeItems,
-    /// The queues of the retry schedule are purged, as long
+    /// Purge the retry queues, repeatedly for some seconds
     PurgeRetry,
-    /// The process that counts is killed, and mailrun.results is purged, as long
+    /// Kill the progress worker and purge mailrun.results, repeatedly for some seconds
     PurgeResults,
-    /// mailrun.runs and its waiting rooms are purged, as long
+    /// Purge mailrun.runs and its wait queues, repeatedly for some seconds
     PurgeRuns,
-    /// mailrun.dead is purged, as long
+    /// Purge mailrun.dead, repeatedly for some seconds
     PurgeDead,
-    /// Every queue is deleted, one after another
+    /// Delete all queues, one after another
     DeleteQueue,
-    /// Messages for waiting rooms, retry queues and dead letters find no queue, for some seconds, whatever is declared
+    /// Unbind the wait queues, retry queues and dead-letter queue repeatedly for some seconds
     MissingQueues,
-    /// RabbitMQ closes each channel on which a delivery is not acknowledged within a second (406), for some seconds
+    /// RabbitMQ closes each channel with a delivery unacknowledged for a second (406), for some seconds
     ConsumerTimeout,
-    /// Messages of all queues change places, for some seconds
+    /// Reorder the messages of all queues for some seconds
     ReorderMessages,
     /// The mail server is down for some seconds
     MailDown,
-    /// The mail server takes in 1 % of the messages and drops the connection before it says so
+    /// The mail server accepts 1 % of the messages and drops the connection before its reply
     MailDrops,
-    /// The mail server asks everybody to come back later (421), for some seconds
+    /// The mail server defers all clients (421) for some seconds
     MailRefusesEveryone,
-    /// The mail server does not relay for us (550 at RCPT), for some seconds
+    /// The mail server denies relaying (550 to RCPT) for some seconds
     RefuseSender,
-    /// The mail server says that a limit of the day is reached (550 after the message), for some seconds
+    /// The mail server reports an exceeded daily limit (550 after the message) for some seconds
     MailLimit,
-    /// The mail server falls silent on some connections
+    /// The mail server stops responding on some connections
     MailHangs,
-    /// The mail server takes two seconds for each answer to a message, for some seconds
+    /// The mail server delays each reply to a message by two seconds, for some seconds
     MailSlow,
-    /// A transaction holds an old snapshot, and a lock on the counters, for some seconds
+    /// A transaction holds an old snapshot and a lock on the counters for some seconds
     OpenTransaction,
-    /// Readers hold old snapshots, each for up to a third of the run, from the beginning to the end
+    /// Readers hold old snapshots, each for up to a third of the run, during the whole run
     LongReaders,
-    /// A rate limit holds, and the mail server defers every 7th recipient again and again
+    /// A rate limit applies, and the mail server repeatedly defers every 7th recipient
     LimitedDeferrals,
-    /// A person pauses the run for some seconds, while retries wait on their queues
+    /// Pause the run for some seconds while retries wait on their queues
     PauseRun,
-    /// Some people are erased in the middle of the run
+    /// Erase some people during the run
     ErasePeople,
-    /// The progress worker is stopped while all senders restart in good order
+    /// SIGSTOP the progress worker while all senders restart cleanly
     TermSendUncounted,
-    /// The row of a sender in the table of workers is deleted
+    /// Delete a sender's row in the table of workers
     DeleteWorkerRow,
-    /// Messages and results of another installation arrive, of items with the same numbers
+    /// Publish messages and results of another installation, with the same item numbers
     ForeignMessages,
-    /// Reports that are forged, or prove nothing, arrive at the bounce hook for some seconds
+    /// Post forged or inconclusive reports to the bounce hook for some seconds
     ForgedBounces,
-    /// The ledger is replaced by a backup of some seconds ago, and the restore is declared
+    /// Replace the ledger by a backup of some seconds ago, and declare the restore
     Restore,
-    /// Another installation is set up on the same virtual host, and starts a worker there
+    /// Set up another installation on the same virtual host, and start a worker there
     SecondInstallation,
-    /// Every message is published twice
+    /// Publish each message twice
     DuplicateMessages,
-    /// RabbitMQ runs out of memory and blocks its publishers for some seconds
+    /// RabbitMQ's memory alarm blocks publishers for some seconds
     BrokerAlarm,
-    /// RabbitMQ runs out of disk, and blocks them as well
+    /// RabbitMQ's disk alarm blocks publishers for some seconds
     DiskAlarm,
-    /// mailrun.items has room for one message only, while all senders start anew and stand still for two seconds
+    /// mailrun.items holds one message only, while all senders restart and are stopped for two seconds
     FullItems,
-    /// mailrun.results has room for one message only, while the process that counts does so
+    /// mailrun.results holds one message only, while the progress worker restarts and is stopped for two seconds
     FullResults,
-    /// Connections to RabbitMQ are cut, again and again for some seconds
+    /// Cut connections to RabbitMQ, repeatedly for some seconds
     CutBroker,
-    /// Those to PostgreSQL
+    /// Cut connections to PostgreSQL, repeatedly for some seconds
     CutDatabase,
-    /// Those to the mail server
+    /// Cut connections to the mail server, repeatedly for some seconds
     CutMail,
-    /// What goes to RabbitMQ and comes from it takes 200 to 500 ms each way, for some seconds
+    /// Delay traffic with RabbitMQ by 200 to 500 ms each way, for some seconds
     DelayBroker,
-    /// The same for PostgreSQL
+    /// Delay traffic with PostgreSQL by 200 to 500 ms each way, for some seconds
     DelayDatabase,
-    /// The same for the mail server
+    /// Delay traffic with the mail server by 200 to 500 ms each way, for some seconds
     DelayMail,
-    /// What goes to RabbitMQ and comes from it is lost, and nobody is told, for longer than its heartbeat allows
+    /// Silently drop traffic with RabbitMQ for longer than its heartbeat timeout
     HoleBroker,
-    /// The same for PostgreSQL, for longer than its answers may take
+    /// Silently drop traffic with PostgreSQL for longer than its answer timeout
     HoleDatabase,
-    /// The same for the mail server
+    /// Silently drop traffic with the mail server for longer than its answer timeout
     HoleMail,
-    /// kill -9 of one of three nodes of RabbitMQ, and of another one when it is back
+    /// kill -9 one of three RabbitMQ nodes, and another one after its recovery
     KillNode,
-    /// kill -9 of the node that leads mailrun.items, and of the one that leads it then
+    /// kill -9 the node that leads mailrun.items, then the new leader
     KillLeader,
-    /// kill -9 of two of three nodes at the same moment: the queues stand still until one of them is back
+    /// kill -9 two of three nodes at once: the queues are unavailable until one of them is back
     KillMajority,
-    /// The node that leads mailrun.items stands still for some seconds, with all its connections open, and goes on
+    /// SIGSTOP the node that leads mailrun.items for some seconds, with its connections open, then continue it
     StopLeader,
 }
 
-/// How often a fault can strike within one run.
+/// How often a fault occurs within one run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Weight {
     /// Often.
     Light,
-    /// A few times, since a server needs some seconds to be up again.
+    /// A few times, because a server needs some seconds to recover.
     Heavy,
-    /// It is there from the beginning to the end.
+    /// During the whole run.
     Whole,
 }
 
@@ -183,7 +183,7 @@ impl Fault {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// How often it can strike within one run.
+    /// How often it occurs within one run.
     pub(super) fn weight(self) -> Weight {
         match self {
             Self::KillBroker
@@ -201,28 +201,28 @@ impl Fault {
         }
     }
 
-    /// Whether it takes a cluster of RabbitMQ.
+    /// Whether it requires a RabbitMQ cluster.
     pub(super) fn needs_cluster(self) -> bool {
         matches!(self, Self::KillNode | Self::KillLeader | Self::KillMajority | Self::StopLeader)
     }
 
-    /// Whether it can be one of many in the same run. A restore settles the whole run, so nothing would be left for others.
+    /// Whether it can be combined with others in the same run. A restore settles the whole run, so nothing would be left for others.
     pub(super) fn mixes(self) -> bool {
         !self.needs_cluster() && self != Self::Restore
     }
 
-    /// Whether the form itself must survive it.
+    /// Whether it also occurs during the submission of the form.
     pub(super) fn strikes_the_form(self) -> bool {
         matches!(self, Self::KillWeb | Self::TermWeb)
     }
 
-    /// When it is over, a run moves again within this time. It is the sum of the waits that may come one after the other,
-    /// and as much again for a machine that has other things to do.
+    /// The time within which a run progresses again after it: the sum of the waits that may follow each other, doubled for a busy
+    /// machine.
     pub(super) fn bound(self) -> Duration {
-        // A worker is found dead, its run stalled, and the longest wait between two tries to reach a server is over.
+        // A worker is declared dead, its run is swept as stalled, and the longest reconnect wait is over.
         let usual = DEAD_AFTER + STALLED_AFTER + LONGEST_RECONNECT;
         2 * match self {
-            // Elections, recovery from the log, and everybody connects anew.
+            // Elections, recovery from the log, and all processes reconnect.
             Self::KillBroker
             | Self::KillDatabase
             | Self::KillRecovery
@@ -232,18 +232,15 @@ impl Fault {
             | Self::KillLeader
             | Self::KillMajority
             | Self::StopLeader => usual + SERVER_RECOVERY,
-            // Both ends find out that they wait in vain, then those that tried to connect meanwhile.
+            // Both ends time out, then those that tried to connect meanwhile.
             Self::HoleBroker => usual + 3 * HEARTBEAT + ANSWER,
             Self::HoleDatabase | Self::HoleMail => usual + 3 * ANSWER,
             _ => usual,
         }
     }
 
-    /// Makes it happen, and returns when it is over: from then on everything has to recover by itself. `stages` says how far
-    /// the run is. One that is there from the beginning to the end is dropped when the run is over.
-    ///
-    /// # Errors
-    /// When it could not be made to happen, mostly because another one has just struck.
+    /// Carries out the fault and returns when it is over: from then on, everything must recover by itself. `stages` reports the run's
+    /// progress. A fault of the whole run is dropped when the run is over. It can fail, usually because of another fault just before.
     pub(super) async fn strike(self, site: &Site<'_>, rng: &mut StdRng, stages: &Receiver<Stage>) -> Result<()> {
         match self {
             Self::KillSend => site.signal(&a_sender(rng), Signal::KILL),
@@ -255,7 +252,7 @@ impl Fault {
             Self::TermProgress => site.signal("progress", Signal::TERM),
             Self::TermWeb => site.signal("web", Signal::TERM),
             Self::TermTwice => processes::term_twice(site, rng).await,
-            Self::StopSend => processes::stand_still(site, &a_sender(rng), some_seconds(rng)).await,
+            Self::StopSend => processes::stop_for(site, &a_sender(rng), some_seconds(rng)).await,
             Self::KillBroker => servers::kill(site, servers::RABBITMQ).await,
             Self::KillDatabase => servers::kill(site, servers::POSTGRESQL).await,
             Self::KillRecovery => servers::kill_in_recovery(site, rng).await,
@@ -263,14 +260,14 @@ impl Fault {
             Self::RestartDatabase => servers::restart_postgres(site, some_seconds(rng)).await,
             Self::CrowdDatabase => database::crowd(site, some_seconds(rng)).await,
             Self::TerminateBackends => database::terminate_backends(site, some_seconds(rng)).await,
-            // What a worker has in hand is not on its queue: it dies first, so that the broker puts that back.
+            // The worker dies first, so that the broker requeues its unacknowledged messages.
             Self::PurgeItems => {
                 for sender in senders() {
                     site.signal(&sender, Signal::KILL)?;
                 }
                 broker::purge(site, vec![queue::ITEMS.to_owned()], some_seconds(rng)).await
             }
-            Self::PurgeRetry => broker::purge(site, rungs(), some_seconds(rng)).await,
+            Self::PurgeRetry => broker::purge(site, retry_queues(), some_seconds(rng)).await,
             Self::PurgeResults => {
                 site.signal("progress", Signal::KILL)?;
                 broker::purge(site, vec![queue::RESULTS.to_owned()], some_seconds(rng)).await
@@ -280,29 +277,29 @@ impl Fault {
                 broker::purge(site, queues.to_vec(), some_seconds(rng)).await
             }
             Self::PurgeDead => broker::purge(site, vec![queue::DEAD.to_owned()], some_seconds(rng)).await,
-            Self::DeleteQueue => conveyor::delete_queues(site, rng).await,
-            Self::MissingQueues => conveyor::missing_queues(site, some_seconds(rng)).await,
-            Self::ConsumerTimeout => conveyor::time_out(site, some_seconds(rng), HANGING).await,
-            Self::ReorderMessages => conveyor::reorder(site, some_seconds(rng), rng).await,
+            Self::DeleteQueue => queues::delete_queues(site, rng).await,
+            Self::MissingQueues => queues::missing_queues(site, some_seconds(rng)).await,
+            Self::ConsumerTimeout => queues::time_out(site, some_seconds(rng), HANGING).await,
+            Self::ReorderMessages => queues::reorder(site, some_seconds(rng), rng).await,
             Self::MailDown => mail::down(site, some_seconds(rng)).await,
-            Self::MailDrops => mail::trouble(site, Trouble::Drops, some_seconds(rng)).await,
-            Self::MailRefusesEveryone => mail::trouble(site, Trouble::Busy, some_seconds(rng)).await,
-            Self::RefuseSender => mail::trouble(site, Trouble::Refuses, some_seconds(rng)).await,
-            Self::MailLimit => mail::trouble(site, Trouble::Limits, some_seconds(rng)).await,
+            Self::MailDrops => mail::faulty(site, SmtpFault::Drops, some_seconds(rng)).await,
+            Self::MailRefusesEveryone => mail::faulty(site, SmtpFault::Busy, some_seconds(rng)).await,
+            Self::RefuseSender => mail::faulty(site, SmtpFault::Refuses, some_seconds(rng)).await,
+            Self::MailLimit => mail::faulty(site, SmtpFault::Limits, some_seconds(rng)).await,
             Self::MailHangs => {
-                site.weather.hang(HANGING);
+                site.smtp_faults.hang(HANGING);
                 Ok(())
             }
-            Self::MailSlow => mail::trouble(site, Trouble::Slow, some_seconds(rng)).await,
+            Self::MailSlow => mail::faulty(site, SmtpFault::Slow, some_seconds(rng)).await,
             Self::OpenTransaction => database::open_transaction(site, some_seconds(rng)).await,
             Self::LongReaders => database::long_readers(site, stages, rng).await,
             // Settings of the whole run.
             Self::DuplicateMessages | Self::LimitedDeferrals => std::future::pending().await,
-            Self::PauseRun => wishes::pause(site, some_seconds(rng)).await,
-            Self::ErasePeople => wishes::erase(site).await,
+            Self::PauseRun => run_commands::pause(site, some_seconds(rng)).await,
+            Self::ErasePeople => run_commands::erase(site).await,
             Self::TermSendUncounted => processes::term_uncounted(site, some_seconds(rng)).await,
             Self::DeleteWorkerRow => database::delete_worker_row(site).await,
-            Self::ForeignMessages => conveyor::foreign(site, some_seconds(rng), rng).await,
+            Self::ForeignMessages => queues::foreign(site, some_seconds(rng), rng).await,
             Self::ForgedBounces => inbound::forge(site, some_seconds(rng), rng).await,
             Self::Restore => ledgers::restore(site, some_seconds(rng)).await,
             Self::SecondInstallation => ledgers::second_installation(site).await,

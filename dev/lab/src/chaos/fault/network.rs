@@ -11,7 +11,7 @@ use super::super::{
     site::{ANSWER, HEARTBEAT},
 };
 
-/// Cuts all connections, again and again for some time.
+/// Cuts all connections, repeatedly for some time.
 pub(super) async fn cut(proxy: &Proxy, time: Duration, rng: &mut StdRng) -> Result<()> {
     let end = Instant::now() + time;
     while Instant::now() < end {
@@ -21,13 +21,13 @@ pub(super) async fn cut(proxy: &Proxy, time: Duration, rng: &mut StdRng) -> Resu
     Ok(())
 }
 
-/// Delays what is on its way for some time.
+/// Delays traffic for some time.
 pub(super) async fn delay(proxy: &Proxy, time: Duration, rng: &mut StdRng) -> Result<()> {
     proxy.slow(Duration::from_millis(rng.random_range(200..500)), time).await;
     Ok(())
 }
 
-/// Swallows all of it, for longer by `more` than anybody waits.
+/// Drops all traffic, for `more` than the longest timeout.
 pub(super) async fn hole(proxy: &Proxy, more: Duration) -> Result<()> {
     proxy.hole(ANSWER.max(2 * HEARTBEAT) + more).await;
     Ok(())

@@ -8,18 +8,19 @@ use rustix::process::{Pid, Signal};
 use tokio::time::sleep;
 
 use super::super::site::{DEAD_AFTER, STALLED_AFTER, Site};
+use mailrun_stack::proc;
 
-/// The name of one of the senders.
+/// The name of a random sender.
 pub(super) fn a_sender(rng: &mut StdRng) -> String {
     format!("send-{}", rng.random_range(1..=crate::local::SENDERS))
 }
 
-/// The names of all of them.
+/// The names of all senders.
 pub(in super::super) fn senders() -> impl Iterator<Item = String> {
     (1..=crate::local::SENDERS).map(|number| format!("send-{number}"))
 }
 
-/// Asks each service to end, in any order, and again before it may have done so.
+/// Sends SIGTERM to each service, in any order, and again before it may have ended.
 pub(super) async fn term_twice(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let mut services = site.services();
     services.shuffle(rng);
@@ -33,8 +34,8 @@ pub(super) async fn term_twice(site: &Site<'_>, rng: &mut StdRng) -> Result<()> 
     Ok(())
 }
 
-/// Lets a service stand still for longer than its heartbeat allows, by `more`, and go on.
-pub(super) async fn stand_still(site: &Site<'_>, service: &str, more: Duration) -> Result<()> {
+/// Stops a service (SIGSTOP) for `more` than its heartbeat timeout, and continues it.
+pub(super) async fn stop_for(site: &Site<'_>, service: &str, more: Duration) -> Result<()> {
     let pid = site.pid(service)?;
     send_signal(pid, std::process::id(), Signal::STOP)?;
     sleep(DEAD_AFTER + more).await;
@@ -42,7 +43,7 @@ pub(super) async fn stand_still(site: &Site<'_>, service: &str, more: Duration) 
     send_signal(pid, std::process::id(), Signal::CONT).or_else(|_| Ok(()))
 }
 
-/// Stops the process that counts, ends all senders in good order meanwhile, and lets it go on after `more`.
+/// Stops the progress worker (SIGSTOP), ends all senders cleanly meanwhile, and continues it after `more`.
 pub(super) async fn term_uncounted(site: &Site<'_>, more: Duration) -> Result<()> {
     let counting = site.pid("progress")?;
     send_signal(counting, std::process::id(), Signal::STOP)?;
@@ -50,37 +51,25 @@ pub(super) async fn term_uncounted(site: &Site<'_>, more: Duration) -> Result<()
         // It may have been killed a moment ago.
         let _ = site.signal(&sender, Signal::TERM);
     }
-    // Long enough that what the senders have claimed would be taken for lost.
+    // Long enough that the senders' claims would be declared lost.
     sleep(DEAD_AFTER + STALLED_AFTER + more).await;
     send_signal(counting, std::process::id(), Signal::CONT).or_else(|_| Ok(()))
 }
 
-/// Sends a signal to a process that `parent` has started, and to no other: an id may be a stranger's by now.
+/// Sends a signal to a child process of `parent` only: the id may have been reused.
 pub(in super::super) fn send_signal(pid: u32, parent: u32, signal: Signal) -> Result<()> {
-    if parent_of(pid)? != parent {
+    let process = proc::process(pid).with_context(|| format!("process {pid} has ended"))?;
+    if process.parent != parent {
         bail!("process {pid} has ended");
     }
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no process has this id")?;
     Ok(rustix::process::kill_process(pid, signal)?)
 }
 
-fn parent_of(pid: u32) -> Result<u32> {
-    let stat =
-        std::fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid} has ended"))?;
-    // The name of the program stands in parentheses and may contain anything; the state follows, then the parent.
-    let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
-    parent.context("/proc is not as on Linux")
-}
-
-/// The processes that `parent` has started and that run this program.
+/// The child processes of `parent` that run this program.
 pub(super) fn children(parent: u32, program: &str) -> Vec<u32> {
-    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let runs = |pid: &u32| {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
-        name.is_ok_and(|name| name.trim() == program) && parent_of(*pid).is_ok_and(|of| of == parent)
-    };
-    pids.filter(runs).collect()
+    let all = proc::all().unwrap_or_default();
+    all.iter().filter(|other| other.parent == parent && other.program == program).map(|other| other.pid).collect()
 }
 
 #[cfg(test)]
@@ -90,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_child_of_the_named_parent_gets_a_signal() {
+    fn signals_only_children_of_the_given_parent() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         assert!(send_signal(child.id(), 1, Signal::KILL).is_err());
         assert!(child.try_wait().unwrap().is_none());

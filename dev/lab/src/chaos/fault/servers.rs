@@ -1,4 +1,4 @@
-//! Faults of the servers' processes, RabbitMQ's and PostgreSQL's alike.
+//! Faults of the processes of RabbitMQ and PostgreSQL.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use super::{super::site::Site, processes::children, send_signal};
 use mailrun_stack::Pids;
 
-/// A server that was killed is up again within this time.
+/// A killed server is running again within this time.
 pub(super) const RESTART: Duration = Duration::from_secs(120);
 
 /// One of the private servers.
@@ -23,32 +23,32 @@ pub(super) struct Server {
 pub(super) const RABBITMQ: Server = Server { name: "RabbitMQ", pid: |pids| pids.rabbitmq };
 pub(super) const POSTGRESQL: Server = Server { name: "PostgreSQL", pid: |pids| pids.postgres };
 
-/// Kills a server, and waits until its keeper has it up again.
+/// Kills a server, and waits until its keeper has restarted it.
 pub(super) async fn kill(site: &Site<'_>, server: Server) -> Result<()> {
     let Server { name, pid: pid_of } = server;
     let pids = site.stack.pids().context("the stack has no state")?;
-    let pid = pid_of(pids).with_context(|| format!("{name} is not up"))?;
+    let pid = pid_of(pids).with_context(|| format!("{name} is not running"))?;
     send_signal(pid, pids.keeper, Signal::KILL)?;
     restarted(site, server, pid).await
 }
 
-/// Waits until the keeper has a server up again that was this process.
+/// Waits until the keeper has restarted the server that had this process id.
 async fn restarted(site: &Site<'_>, server: Server, pid: u32) -> Result<()> {
     let Server { name, pid: pid_of } = server;
     let end = Instant::now() + RESTART;
     while site.stack.pids().and_then(pid_of).is_none_or(|now| now == pid) {
         if Instant::now() > end {
-            bail!("{name} is not up again after {} s", RESTART.as_secs());
+            bail!("{name} is not running again after {} s", RESTART.as_secs());
         }
         sleep(Duration::from_millis(50)).await;
     }
     Ok(())
 }
 
-/// Kills PostgreSQL, and its next process as well, as soon as that is there or a moment later.
+/// Kills PostgreSQL, and also its next process, as soon as it exists or a moment later.
 pub(super) async fn kill_in_recovery(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let pids = site.stack.pids().context("the stack has no state")?;
-    let first = pids.postgres.context("PostgreSQL is not up")?;
+    let first = pids.postgres.context("PostgreSQL is not running")?;
     send_signal(first, pids.keeper, Signal::KILL)?;
     let end = Instant::now() + RESTART;
     let next = loop {
@@ -56,7 +56,7 @@ pub(super) async fn kill_in_recovery(site: &Site<'_>, rng: &mut StdRng) -> Resul
             break next;
         }
         if Instant::now() > end {
-            bail!("PostgreSQL is not started again after {} s", RESTART.as_secs());
+            bail!("PostgreSQL was not restarted after {} s", RESTART.as_secs());
         }
         sleep(Duration::from_millis(1)).await;
     };

@@ -16,7 +16,7 @@ use super::{super::*, circuit::Patience};
 use server::{Server, Step};
 
 /// A limit that a test waits out.
-const SHORT_MS: u64 = 150;
+const SHORT: Duration = Duration::from_millis(150);
 
 /// What a server says that takes one mail after the other.
 fn takes_mail() -> Vec<Step> {
@@ -57,12 +57,7 @@ fn config(relays: &[String]) -> SmtpConfig {
 }
 
 fn short(relays: &[String]) -> SmtpConfig {
-    SmtpConfig {
-        connect_timeout_ms: SHORT_MS,
-        command_timeout_ms: SHORT_MS,
-        message_timeout_ms: SHORT_MS,
-        ..config(relays)
-    }
+    SmtpConfig { connect_timeout: SHORT, command_timeout: SHORT, message_timeout: SHORT, ..config(relays) }
 }
 
 fn plain(server: &Server) -> String {

@@ -86,7 +86,7 @@ async fn a_connection_is_given_up_after_so_many_mails() {
 #[tokio::test]
 async fn a_connection_that_nobody_uses_is_closed() {
     let server = Server::start(vec![takes_mail()]).await;
-    let mailer = mailer(&SmtpConfig { idle_ms: 20, ..config(&[plain(&server)]) });
+    let mailer = mailer(&SmtpConfig { idle: Duration::from_millis(20), ..config(&[plain(&server)]) });
     assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     // On a slow machine too, it comes at last.
     while server.count("QUIT") == 0 {

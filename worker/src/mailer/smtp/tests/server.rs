@@ -1,4 +1,7 @@
 //! A mail server that says what the test wrote down, connection by connection, and remembers what it heard.
+//!
+//! The mail sink is no substitute: it follows the protocol, and these tests are about servers that do not, whose replies are cut off,
+//! doubled, injected before STARTTLS, or never sent.
 
 use std::sync::{
     Arc, Mutex,

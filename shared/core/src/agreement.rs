@@ -1,0 +1,70 @@
+//! The settings that have to be the same in every worker, and where two workers differ.
+
+use serde::{Deserialize, Serialize};
+
+/// The settings that have to agree. An unknown field, of a later version, is not compared.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Agreement {
+    /// `retry.rungs_ms`, or what suits the mailer: each delay is a queue.
+    pub retry_delays_ms: Vec<u64>,
+    /// `heartbeat.interval_ms`.
+    pub heartbeat_interval_ms: u64,
+    /// `heartbeat.dead_after_ms`: a worker that waits longer than the others sends although they have settled its claims.
+    pub dead_after_ms: u64,
+    /// `fan_out.sends_per_second`.
+    pub sends_per_second: Option<i32>,
+    /// `amqp.item_queues`: a queue that no sender reads is never emptied.
+    pub item_queues: u16,
+}
+
+/// A setting that two workers have different values of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The key.
+    pub key: &'static str,
+    /// Our value.
+    pub ours: String,
+    /// Theirs.
+    pub theirs: String,
+}
+
+impl Agreement {
+    /// Where `theirs` differs.
+    #[must_use]
+    pub fn differences(&self, theirs: &Self) -> Vec<Difference> {
+        let list = |delays: &[u64]| delays.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+        let limit = |limit: Option<i32>| limit.map_or_else(|| "no limit".to_owned(), |limit| limit.to_string());
+        let values = [
+            ("retry.rungs_ms", list(&self.retry_delays_ms), list(&theirs.retry_delays_ms)),
+            ("heartbeat.interval_ms", self.heartbeat_interval_ms.to_string(), theirs.heartbeat_interval_ms.to_string()),
+            ("heartbeat.dead_after_ms", self.dead_after_ms.to_string(), theirs.dead_after_ms.to_string()),
+            ("fan_out.sends_per_second", limit(self.sends_per_second), limit(theirs.sends_per_second)),
+            ("amqp.item_queues", self.item_queues.to_string(), theirs.item_queues.to_string()),
+        ];
+        let differ = |(_, ours, theirs): &(&str, String, String)| ours != theirs;
+        values.into_iter().filter(differ).map(|(key, ours, theirs)| Difference { key, ours, theirs }).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_difference_is_named_with_both_values() {
+        let ours = Agreement {
+            retry_delays_ms: vec![100, 200],
+            heartbeat_interval_ms: 1_000,
+            dead_after_ms: 8_000,
+            sends_per_second: None,
+            item_queues: 1,
+        };
+        assert_eq!(ours.differences(&ours), []);
+        let theirs = Agreement { retry_delays_ms: vec![100], sends_per_second: Some(9), ..ours.clone() };
+        let difference = |key, ours: &str, theirs: &str| Difference { key, ours: ours.into(), theirs: theirs.into() };
+        assert_eq!(
+            ours.differences(&theirs),
+            [difference("retry.rungs_ms", "100,200", "100"), difference("fan_out.sends_per_second", "no limit", "9")]
+        );
+    }
+}

@@ -1,0 +1,51 @@
+//! The counters of runs, as they are written. They are read through the view `run_counters`.
+
+use mailrun_core::item::{CounterDelta, ItemState};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+/// How the counters of a run change.
+#[derive(Default)]
+pub(crate) struct Change {
+    pub(crate) items: CounterDelta,
+    /// Items that the run has more than its counters say, where they were changed by hand.
+    pub(crate) total: i32,
+    /// Attempts that have to be made again.
+    pub(crate) repeats: i32,
+}
+
+/// The hot rows of the whole pipeline: touched once a batch, and last, so that they are locked for the shortest time.
+pub(crate) async fn change(conn: &mut PgConnection, run_id: Uuid, change: &Change) -> sqlx::Result<()> {
+    let by = |state| change.items.of(state);
+    sqlx::query!(
+        "WITH moved AS (
+             UPDATE run_progress
+             SET pending = pending + $2, retrying = retrying + $3, cancelled = cancelled + $4,
+                 skipped = skipped + $5, unknown = unknown + $6, failed = failed + $7, sent = sent + $8,
+                 repeats = repeats + $9, total = total + $10,
+                 updated_at = clock_timestamp(),
+                 started_at = CASE WHEN finished_at IS NOT NULL AND pending + $2 + retrying + $3 > 0
+                                   THEN clock_timestamp() ELSE started_at END,
+                 finished_at = CASE WHEN pending + $2 + retrying + $3 = 0
+                                    THEN coalesce(finished_at, clock_timestamp()) END
+             WHERE run_id = $1
+             RETURNING total - pending - retrying AS settled
+         )
+         INSERT INTO run_samples (run_id, at, settled)
+         SELECT $1, date_trunc('second', clock_timestamp()), settled FROM moved
+         ON CONFLICT (run_id, at) DO UPDATE SET settled = excluded.settled",
+        run_id,
+        by(ItemState::Pending),
+        by(ItemState::Retrying),
+        by(ItemState::Cancelled),
+        by(ItemState::Skipped),
+        by(ItemState::Unknown),
+        by(ItemState::Failed),
+        by(ItemState::Sent),
+        change.repeats,
+        change.total,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
