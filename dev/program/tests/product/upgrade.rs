@@ -85,7 +85,7 @@ async fn finishes_its_runs(version: i64) {
     }
     let tests = usize::from(version >= 7);
     assert_eq!(world.handed_over().len(), mailed + tests, "schema {version}");
-    world.nobody_got_two();
+    world.assert_no_duplicates();
     world.counters_equal_counts().await;
     let flags = audit::flags(&mut world.pool.acquire().await.unwrap()).await.unwrap();
     assert_eq!(flags, audit::Flags::default(), "schema {version}");
