@@ -33,7 +33,6 @@ pub struct Form(Request);
 
 /// A run's progress, as the page polls it.
 #[derive(Clone, Copy, Debug, Deserialize)]
-#[expect(missing_docs, reason = "each is a field of the JSON, or the number of items in the state of that name")]
 pub struct Progress {
     /// Items of the run.
     pub total: u64,

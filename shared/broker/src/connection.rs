@@ -84,7 +84,7 @@ impl Broker {
             name: name.into(),
             declare: settings.declare_topology,
             item_queues: queue::item_queues(settings.item_queues).into(),
-            retry_delays: retry_delays,
+            retry_delays,
             answer_timeout: settings.answer_timeout,
             heartbeat: settings.heartbeat,
             epoch,
