@@ -239,7 +239,7 @@ impl Command {
 
     /// Runs the command with the settings of `file`.
     pub async fn run(self, file: Option<&Path>) -> Result<()> {
-        self.run_with(Config::load(file)).await
+        Box::pin(self.run_with(Config::load(file))).await
     }
 
     /// Runs the command with loaded settings or the error of loading them: not every command needs settings.
@@ -248,7 +248,7 @@ impl Command {
             // Its exit codes are those of mail server pipes.
             Self::Bounce(options) => std::process::exit(bounce::run(config, &options).await),
             Self::Health { url } => health(&url).await,
-            command => command.run_as_configured(config?).await,
+            command => Box::pin(command.run_as_configured(config?)).await,
         }
     }
 
@@ -256,18 +256,15 @@ impl Command {
         match self {
             Command::Web => {
                 telemetry::init(&config);
-                Ok(mailrun_web::run(config, shutdown::on_signal_or_orphaned().context("cannot catch signals")?).await?)
+                let stop = shutdown::on_signal_or_orphaned().context("cannot catch signals")?;
+                Ok(Box::pin(mailrun_web::run(config, stop)).await?)
             }
             Command::Worker { roles } => {
                 telemetry::init(&config);
                 let roles: BTreeSet<Role> = roles.into_iter().collect();
                 abort_on_panic();
-                Ok(mailrun_worker::run(
-                    config,
-                    roles,
-                    shutdown::on_signal_or_orphaned().context("cannot catch signals")?,
-                )
-                .await?)
+                let stop = shutdown::on_signal_or_orphaned().context("cannot catch signals")?;
+                Ok(Box::pin(mailrun_worker::run(config, roles, stop)).await?)
             }
             Command::Setup { take_over } => {
                 telemetry::init(&config);

@@ -58,7 +58,7 @@ fn spelled_out(tree: &str, before: &str, paths: &mut Vec<String>) {
     for part in parts.into_iter().map(str::trim).filter(|part| !part.is_empty()) {
         match part.split_once('{') {
             Some((head, rest)) => {
-                spelled_out(rest.trim_end().strip_suffix('}').unwrap(), &format!("{before}{head}"), paths)
+                spelled_out(rest.trim_end().strip_suffix('}').unwrap(), &format!("{before}{head}"), paths);
             }
             None => paths.push(format!("{before}{part}")),
         }

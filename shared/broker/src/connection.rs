@@ -84,7 +84,7 @@ impl Broker {
             name: name.into(),
             declare: settings.declare_topology,
             item_queues: queue::item_queues(settings.item_queues).into(),
-            retry_delays: retry_delays,
+            retry_delays,
             answer_timeout: settings.answer_timeout,
             heartbeat: settings.heartbeat,
             epoch,
@@ -224,7 +224,7 @@ impl Broker {
         Ok(waiting.map_err(|_| BrokerError::Timeout)??)
     }
 
-    /// What is known about the ledger's epoch: [`mailrun_app::lineage::keep`] keeps it.
+    /// What is known about the ledger's epoch: `lineage` in the crate `mailrun-app` keeps it.
     #[must_use]
     pub fn epoch(&self) -> &Epoch {
         &self.epoch

@@ -80,6 +80,15 @@ impl FromStr for Address {
     }
 }
 
+/// What the tombstones of erased people begin with. No address does: it holds no @.
+pub const ERASED: &str = "erased:";
+
+/// Whether this is a tombstone, and no address.
+#[must_use]
+pub fn is_tombstone(email: &str) -> bool {
+    email.starts_with(ERASED)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -344,13 +353,4 @@ mod tests {
             prop_assert_eq!(spelled.email, email);
         }
     }
-}
-
-/// What the tombstones of erased people begin with. No address does: it holds no @.
-pub const ERASED: &str = "erased:";
-
-/// Whether this is a tombstone, and no address.
-#[must_use]
-pub fn is_tombstone(email: &str) -> bool {
-    email.starts_with(ERASED)
 }

@@ -59,7 +59,6 @@ pub(super) struct BarePipeline {
 
 impl BarePipeline {
     /// Connects everything, so that connecting is not measured.
-
     pub(super) async fn connect(place: &Place<'_>, sizes: Sizes) -> Result<Self> {
         let window = Arc::new(Semaphore::new(sizes.window));
         let mut publishers = Vec::new();
@@ -83,7 +82,6 @@ impl BarePipeline {
     }
 
     /// Processes all items of a run, and returns when the last one is counted. Any error ends it.
-
     pub(super) async fn process(self, run_id: Uuid, items: usize) -> Result<()> {
         let mut parts: JoinSet<Result<bool>> = JoinSet::new();
         let lanes = self.publishers.len();

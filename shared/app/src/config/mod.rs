@@ -268,17 +268,11 @@ impl Default for WatchdogConfig {
 }
 
 /// `[retention]`
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RetentionConfig {
     /// Runs are deleted when they were over for so many days; 0: never.
     pub keep_days: u32,
-}
-
-impl Default for RetentionConfig {
-    fn default() -> Self {
-        Self { keep_days: 0 }
-    }
 }
 
 impl RetentionConfig {
