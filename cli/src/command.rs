@@ -182,6 +182,7 @@ pub enum Unknown {
 #[derive(Args)]
 #[group(skip)]
 #[command(group = clap::ArgGroup::new("found").required(true))]
+#[command(group = clap::ArgGroup::new("which").required(true).multiple(true))]
 pub struct Settle {
     /// They arrived: settle them as sent
     #[arg(long, group = "found")]
@@ -190,15 +191,16 @@ pub struct Settle {
     #[arg(long, group = "found")]
     not_sent: bool,
     /// Only those of this run
-    #[arg(long, required_unless_present_any = ["all", "addresses"])]
+    #[arg(long, group = "which")]
     run: Option<Uuid>,
     /// Those of all runs
-    #[arg(long, conflicts_with_all = ["run", "addresses"])]
+    #[arg(long, group = "which", conflicts_with_all = ["run", "addresses"])]
     all: bool,
     /// Who established the outcome [default: the current user]
     #[arg(long)]
     by: Option<String>,
     /// Only those to these addresses
+    #[arg(group = "which")]
     addresses: Vec<String>,
 }
 
