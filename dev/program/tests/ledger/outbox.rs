@@ -33,7 +33,7 @@ fn a_message_keeps_its_kind_and_body() {
         let kinds: Vec<&str> = waiting.iter().map(|waiting| waiting.kind.as_str()).collect();
         assert_eq!(kinds, ["mailrun.run.v1", "mailrun.run.v2", "mailrun.test.v1"]);
         assert_eq!(waiting[0].message, serde_json::to_value(&run).unwrap());
-        assert_eq!(waiting[2].message, serde_json::to_value(&test).unwrap());
+        assert_eq!(waiting[2].message, serde_json::to_value(test).unwrap());
     });
 }
 

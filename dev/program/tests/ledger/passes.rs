@@ -201,14 +201,7 @@ fn the_situation_counts_the_permits_of_workers_that_live() {
         let situation = passes::situation(conn, run.id).await.unwrap().unwrap();
         assert_eq!((situation.wanted, situation.sends_per_second), (Wanted::Paused, Some(7)));
         assert_eq!((situation.permits, situation.in_flight, situation.first_released), (10, 3, 2));
-        assert_eq!(
-            (
-                situation.counters.total,
-                situation.counters.of(ItemState::Pending),
-                situation.counters.of(ItemState::Sent)
-            ),
-            (2, 1, 1)
-        );
+        assert_eq!((situation.counters.total, situation.counters.of(Pending), situation.counters.of(Sent)), (2, 1, 1));
     });
 }
 

@@ -149,7 +149,8 @@ fn tells_which_runs_are_stopped() {
         set_wanted(conn, ids[2], Wanted::Cancelled).await;
         let mut found = stopped(conn, &ids).await.unwrap();
         let mut expected = ids[1..].to_vec();
-        (found.sort_unstable(), expected.sort_unstable());
+        found.sort_unstable();
+        expected.sort_unstable();
         assert_eq!(found, expected);
     });
 }
