@@ -166,7 +166,7 @@ impl fmt::Display for Report {
             "drift",
             "left",
             "stuck",
-            "republ.",
+            "put back",
             "stall",
             "after",
             "bound",

@@ -60,7 +60,7 @@ fn only_an_upgrade_takes_a_revision() {
         String::from_utf8(output.stderr).unwrap()
     };
     assert!(why(&["--fault", "upgrade"]).contains("requires --from"));
-    assert!(why(&["--fault", "kill-send", "--from", "HEAD"]).contains("add --fault upgrade"));
+    assert!(why(&["--fault", "kill-send", "--from", "HEAD"]).contains("requires --fault upgrade"));
 }
 
 #[test]
