@@ -208,7 +208,7 @@ fn a_late_sent_is_overtaken_by_the_persons_newer_item() {
             let second = run(conn, &[item(Pending).of(twice)]).await;
             apply(conn, first.id, &[first.result(0, 1, Sent), first.result(1, 1, Sent)]).await;
             assert_eq!(states(conn, first.id).await, [Sent, Sent]);
-            let active = "SELECT run_id FROM run_items WHERE active AND user_id =".to_string();
+            let active = "SELECT run_id FROM run_items WHERE active AND user_id =";
             assert_eq!(value::<Uuid>(conn, format!("{active} {twice}")).await, second.id);
             assert_eq!(value::<Uuid>(conn, format!("{active} {once}")).await, first.id);
             assert!(emailed(conn, twice).await, "so the newer item is withheld");

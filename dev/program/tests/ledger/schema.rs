@@ -14,10 +14,8 @@ fn several_processes_may_bring_the_schema_up_to_date_at_once() {
         let mut conn = bare.acquire().await.unwrap();
         let before = difference(&mut conn).await.unwrap();
         assert!(before.missing.contains(&1) && before.unknown.is_empty() && before.altered.is_empty());
-        let done = tokio::join!(migrate(bare), migrate(bare), migrate(bare));
-        done.0.unwrap();
-        done.1.unwrap();
-        done.2.unwrap();
+        let (first, second, third) = tokio::join!(migrate(bare), migrate(bare), migrate(bare));
+        [first, second, third].into_iter().for_each(|done| done.unwrap());
         assert_eq!(difference(&mut conn).await.unwrap(), Difference::default());
         // Also the addresses in it.
         run(&mut conn, &[item(Pending).to("ann@bücher.example")]).await;

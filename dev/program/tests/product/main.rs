@@ -10,6 +10,7 @@ mod encryption;
 mod erase;
 mod fuzz_http;
 mod housekeeping;
+mod installed;
 mod late_results;
 mod later_words;
 mod liveness;
