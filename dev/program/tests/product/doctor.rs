@@ -179,7 +179,7 @@ async fn settles_the_claims_of_a_killed_worker() {
     assert!(!good, "the doctor starts no worker: {report}");
     let claims = report["findings"].as_array().unwrap().iter().find(|finding| finding["check"] == "claims").unwrap();
     assert_eq!(claims["repaired"], true, "{report}");
-    assert_eq!(world.progress(&run).await["unknown"], 5);
+    until("the results are counted", async || world.progress(&run).await["unknown"] == 5).await;
     assert_eq!(waiting(&world, "mailrun.dead").await, 5);
     world.worker("send");
     until("all is well", async || doctor(&world, &[], &[]).0).await;

@@ -22,7 +22,7 @@ use uuid::Uuid;
 /// The servers stay up for the next test program.
 const LINGER: Duration = Duration::from_secs(20);
 /// How many databases and virtual hosts of earlier tests may remain: dropping them takes time.
-const LEFTOVERS: usize = 200;
+const LEFTOVERS: usize = 50;
 /// Longer than any slow machine needs.
 const TIMEOUT: Duration = Duration::from_secs(120);
 pub const MAILRUN: &str = env!("CARGO_BIN_EXE_mailrun-dev");
