@@ -375,10 +375,10 @@ pub fn differences(schema: &[(String, String)]) -> Vec<String> {
     let exists = |&(table, column): &(&str, &str)| schema.iter().any(|known| known.0 == table && known.1 == column);
     let is_named = |known: &&(String, String)| named.contains(&(known.0.as_str(), known.1.as_str()));
     let missing = schema.iter().filter(|known| !is_named(known)).map(|(table, column)| {
-        format!("the column {table}.{column} has no writer: say in shared/src/store/grants.rs which process writes it")
+        format!("the column {table}.{column} has no writer: say in shared/ledger/src/grants.rs which process writes it")
     });
     let gone = named.iter().filter(|named| !exists(named)).map(|(table, column)| {
-        format!("the column {table}.{column} does not exist: take it out of shared/src/store/grants.rs")
+        format!("the column {table}.{column} does not exist: take it out of shared/ledger/src/grants.rs")
     });
     missing.chain(gone).collect()
 }
