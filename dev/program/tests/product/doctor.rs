@@ -107,7 +107,9 @@ async fn finds_and_repairs_faults() {
     assert!(report["findings"].as_array().unwrap().iter().all(|finding| finding["repaired"] == false), "{report}");
 
     let (good, report) = doctor(&world, &["--fix"], &[]);
-    assert!(good && report["findings"].as_array().unwrap().len() == 5, "{report}");
+    // A worker that connects meanwhile declares the missing queue as well.
+    let others = report["findings"].as_array().unwrap().iter().filter(|finding| finding["check"] != "queues").count();
+    assert!(good && others == 4, "{report}");
     let remarks = assert_well(&world)["remarks"].to_string();
     assert!(remarks.contains("1 message is poison"), "the outbox's row is a dead letter now: {remarks}");
     world.counters_equal_counts().await;

@@ -117,7 +117,8 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     assert_eq!(over["skipped"], 1, "{over}");
     let failed = over["failed"].as_i64().unwrap();
     assert!(failed > 0, "{over}");
-
+    // What the killed sender had in hand may have gone out, and is sent once more by this.
+    let unknown = usize::try_from(over["unknown"].as_i64().unwrap()).unwrap();
     roles.world.retry(&run, "failed,unknown").await;
     roles.world.until_progress(&run, "replayed", |progress| progress["sent"] == 299).await;
 
@@ -155,7 +156,7 @@ async fn a_whole_run_works_with_a_role_for_each_process() {
     let left = "SELECT (SELECT count(*) FROM runs WHERE id = $1) + (SELECT count(*) FROM run_items WHERE run_id = $1)";
     let left: i64 = sqlx::query_scalar(left).bind(run_id).fetch_one(&roles.world.pool).await.unwrap();
     assert_eq!(left, 0, "rows of a deleted run");
-    roles.world.assert_no_duplicates();
+    assert!(roles.world.duplicates() <= unknown, "{} mails twice, {unknown} were unknown", roles.world.duplicates());
     let log = roles.world.log();
     assert!(!log.contains("permission denied"), "{log}");
     roles.world.terminate_rest();
