@@ -11,9 +11,9 @@ COMMENT ON FUNCTION mailrun_unsent IS 'The states from which an item may still b
 
 CREATE VIEW run_counters AS
     SELECT run_id, total, ARRAY[pending, retrying, cancelled, skipped, unknown, failed, sent] AS counts,
-           pending + retrying > 0 AS is_open
+           pending + retrying > 0 AS is_open, started_at, updated_at, finished_at
     FROM run_progress;
-COMMENT ON VIEW run_counters IS 'The counters of each run, one for each value of item_state, in its order.';
+COMMENT ON VIEW run_counters IS 'run_progress with its counters as an array, one for each value of item_state, in its order.';
 
 CREATE FUNCTION mailrun_count_items(of_run uuid) RETURNS integer[] LANGUAGE sql STABLE AS
     $$ SELECT array_agg(coalesce(counted.items, 0) ORDER BY states.state)

@@ -78,9 +78,9 @@ impl Drift {
 /// The database's.
 pub async fn drift(conn: &mut PgConnection) -> sqlx::Result<Vec<Drift>> {
     let rows = sqlx::query!(
-        r#"SELECT p.run_id, r.total AS accepted, p.finished_at IS NOT NULL AS "finished!", c.total AS "total!",
-                  c.counts AS "shown!", mailrun_count_items(p.run_id) AS "counted!"
-           FROM run_progress p JOIN run_counters c ON c.run_id = p.run_id JOIN runs r ON r.id = p.run_id
+        r#"SELECT p.run_id AS "run_id!", r.total AS accepted, p.finished_at IS NOT NULL AS "finished!", p.total AS "total!",
+                  p.counts AS "shown!", mailrun_count_items(p.run_id) AS "counted!"
+           FROM run_counters p JOIN runs r ON r.id = p.run_id
            ORDER BY r.created_at, r.id"#
     )
     .fetch_all(conn)
@@ -124,7 +124,12 @@ pub async fn recount(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<()> 
     let (shown, counted) =
         (Counters::new(row.total, &row.shown), Counters::new(row.counted.iter().sum(), &row.counted));
     if counted.total == counted.sum() {
-        let change = Change { items: shown.delta(&counted), total: counted.total - shown.total, repeats: 0 };
+        let change = Change {
+            items: shown.delta(&counted),
+            total: counted.total - shown.total,
+            corrects: true,
+            ..Change::default()
+        };
         counters::change(&mut tx, run_id, &change).await?;
     }
     tx.commit().await

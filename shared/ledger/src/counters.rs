@@ -12,6 +12,8 @@ pub(crate) struct Change {
     pub(crate) total: i32,
     /// Attempts that have to be made again.
     pub(crate) repeats: i32,
+    /// Whether the counters were wrong, and nothing happened to the items: then the run neither starts again nor progresses by it.
+    pub(crate) corrects: bool,
 }
 
 /// The hot rows of the whole pipeline: touched once a batch, and last, so that they are locked for the shortest time.
@@ -24,7 +26,7 @@ pub(crate) async fn change(conn: &mut PgConnection, run_id: Uuid, change: &Chang
                  skipped = skipped + $5, unknown = unknown + $6, failed = failed + $7, sent = sent + $8,
                  repeats = repeats + $9, total = total + $10,
                  updated_at = clock_timestamp(),
-                 started_at = CASE WHEN finished_at IS NOT NULL AND pending + $2 + retrying + $3 > 0
+                 started_at = CASE WHEN NOT $11 AND finished_at IS NOT NULL AND pending + $2 + retrying + $3 > 0
                                    THEN clock_timestamp() ELSE started_at END,
                  finished_at = CASE WHEN pending + $2 + retrying + $3 = 0
                                     THEN coalesce(finished_at, clock_timestamp()) END
@@ -32,7 +34,7 @@ pub(crate) async fn change(conn: &mut PgConnection, run_id: Uuid, change: &Chang
              RETURNING total - pending - retrying AS settled
          )
          INSERT INTO run_samples (run_id, at, settled)
-         SELECT $1, date_trunc('second', clock_timestamp()), settled FROM moved
+         SELECT $1, date_trunc('second', clock_timestamp()), settled FROM moved WHERE NOT $11
          ON CONFLICT (run_id, at) DO UPDATE SET settled = excluded.settled",
         run_id,
         by(ItemState::Pending),
@@ -44,6 +46,7 @@ pub(crate) async fn change(conn: &mut PgConnection, run_id: Uuid, change: &Chang
         by(ItemState::Sent),
         change.repeats,
         change.total,
+        change.corrects,
     )
     .execute(conn)
     .await?;

@@ -121,8 +121,8 @@ async fn list_where(
     limit: i64,
 ) -> sqlx::Result<Vec<Progress>> {
     let rows = sqlx::query!(
-        r#"SELECT r.id, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Stored<Wanted>", c.total AS "total!", c.counts AS "counts!",
-                  p.started_at, p.updated_at, p.finished_at, clock_timestamp() AS "now!",
+        r#"SELECT r.id, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Stored<Wanted>", p.total AS "total!", p.counts AS "counts!",
+                  p.started_at AS "started_at!", p.updated_at AS "updated_at!", p.finished_at, clock_timestamp() AS "now!",
                   coalesce((SELECT (max(s.settled) - min(s.settled))::float8
                                    / greatest(extract(epoch FROM max(s.at) - min(s.at))::float8, 1)
                             FROM run_samples s
@@ -132,7 +132,7 @@ async fn list_where(
            FROM (SELECT * FROM runs
                  WHERE ($1::uuid IS NULL OR id = $1) AND ($2::timestamptz IS NULL OR created_at < $2)
                  ORDER BY created_at DESC, id DESC LIMIT $3) r
-           JOIN run_progress p ON p.run_id = r.id JOIN run_counters c ON c.run_id = r.id
+           JOIN run_counters p ON p.run_id = r.id
            ORDER BY r.created_at DESC, r.id DESC"#,
         run_id,
         before,

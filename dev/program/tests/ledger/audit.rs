@@ -68,6 +68,25 @@ fn a_recount_makes_the_counters_equal_to_the_items() {
     });
 }
 
+/// Only the numbers were wrong, so the page shows neither a restart nor progress.
+#[test]
+fn a_recount_of_a_run_that_was_wrongly_finished_does_not_restart_it() {
+    in_transaction(async |conn| {
+        let run = run_of(conn, &[Pending, Sent]).await;
+        execute(
+            conn,
+            "UPDATE run_progress SET pending = 0, sent = 2, finished_at = now(), started_at = now() - interval '1 hour'",
+        )
+        .await;
+        let samples = value::<i64>(conn, "SELECT count(*) FROM run_samples").await;
+        recount(conn, run.id).await.unwrap();
+        counters_equal_counts(conn).await;
+        let kept = "SELECT finished_at IS NULL AND started_at = now() - interval '1 hour' FROM run_progress";
+        assert!(value::<bool>(conn, kept).await);
+        assert_eq!(value::<i64>(conn, "SELECT count(*) FROM run_samples").await, samples);
+    });
+}
+
 /// That version may count them in a counter of its own.
 #[test]
 fn a_run_with_items_in_a_later_versions_state_is_not_judged() {
