@@ -9,7 +9,7 @@ use mailrun_app::{
     shutdown, telemetry,
 };
 use mailrun_ledger::{relay_stops::Fault, settle::Found, suppressions::Reason};
-use mailrun_worker::Role;
+use mailrun_worker::{Jobs, Role};
 use uuid::Uuid;
 
 use crate::{
@@ -239,22 +239,22 @@ impl Command {
         )
     }
 
-    /// Runs the command with the settings of `file`.
-    pub async fn run(self, file: Option<&Path>) -> Result<()> {
-        Box::pin(self.run_with(Config::load(file))).await
+    /// Runs the command with the settings of `file`, and with these jobs beside Mailrun's own.
+    pub async fn run(self, file: Option<&Path>, jobs: Jobs) -> Result<()> {
+        Box::pin(self.run_with(Config::load(file), jobs)).await
     }
 
     /// Runs the command with loaded settings or the error of loading them: not every command needs settings.
-    pub async fn run_with(self, config: Result<Config, ConfigError>) -> Result<()> {
+    pub async fn run_with(self, config: Result<Config, ConfigError>, jobs: Jobs) -> Result<()> {
         match self {
             // Its exit codes are those of mail server pipes.
             Self::Bounce(options) => std::process::exit(bounce::run(config, &options).await),
             Self::Health { url } => health(&url).await,
-            command => Box::pin(command.run_as_configured(config?)).await,
+            command => Box::pin(command.run_as_configured(config?, jobs)).await,
         }
     }
 
-    async fn run_as_configured(self, config: Config) -> Result<()> {
+    async fn run_as_configured(self, config: Config, jobs: Jobs) -> Result<()> {
         match self {
             Command::Web => {
                 telemetry::init(&config);
@@ -266,13 +266,13 @@ impl Command {
                 let roles: BTreeSet<Role> = roles.into_iter().collect();
                 abort_on_panic();
                 let stop = shutdown::on_signal_or_orphaned().context("cannot catch signals")?;
-                Ok(Box::pin(mailrun_worker::run(config, roles, stop)).await?)
+                Ok(Box::pin(mailrun_worker::run(config, roles, jobs, stop)).await?)
             }
             Command::Setup { take_over } => {
                 telemetry::init(&config);
                 setup::run(&config, take_over).await
             }
-            Command::Doctor(options) => Box::pin(doctor::run(&config, &options)).await,
+            Command::Doctor(options) => Box::pin(doctor::run(&config, jobs, &options)).await,
             Command::DeadLetters { command } => {
                 let ledger = Ledger::open(&config)?;
                 match command {

@@ -28,7 +28,9 @@ pub async fn run(config: &Config, ledger: &Ledger, address: &str) -> Result<()> 
         (false, false) => println!("The address was not in the ledger."),
     }
     let (tests, texts) = (erased.tests, erased.texts);
-    println!("Deleted {tests} test sends. Scrubbed {texts} replies, invalid entries and other texts with the address.");
+    println!(
+        "Erased the recipient of {tests} test mails. Scrubbed {texts} replies, invalid entries and other texts with the address."
+    );
     if erased.known {
         match timeout(2 * SENDS_END, finish(config, ledger)).await {
             Ok(Ok(0)) => println!("The dead-letter queue is scrubbed."),

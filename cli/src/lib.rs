@@ -1,4 +1,4 @@
-//! The program `mailrun` as a library, so that another program can add commands to its own.
+//! The program `mailrun` as a library: another program has all of its commands, with jobs of its own. See `docs/your-own-job.md`.
 
 pub mod backup;
 pub mod bounce;
@@ -17,4 +17,5 @@ mod suppressions;
 mod test_send;
 mod unknown;
 
-pub use self::{command::Command, postgres::postgres_program};
+pub use self::{command::Command, postgres::postgres_program, program::main};
+pub use mailrun_worker::{Jobs, job};

@@ -1,11 +1,30 @@
 //! Common to all programs: argument parsing, the runtime, and the exit code.
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::Parser;
+use mailrun_worker::Jobs;
 
-use crate::bounce;
+use crate::{bounce, command::Command};
+
+/// Durable bulk invitations on RabbitMQ and PostgreSQL
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The settings file [default: mailrun.toml in the working directory, if it exists]
+    #[arg(long, global = true, env = "MAILRUN_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// The program: the web server, the workers and the operator's commands, with Mailrun's own jobs and these.
+#[must_use]
+pub fn main(jobs: Jobs) -> ExitCode {
+    let Arguments { config, command } = parse();
+    run(command.run(config.as_deref(), jobs))
+}
 
 /// Parses the arguments, or exits with the error.
 #[must_use]
@@ -39,5 +58,17 @@ pub fn run(work: impl Future<Output = Result<()>>) -> ExitCode {
             eprintln!("mailrun: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Arguments::command().debug_assert();
     }
 }

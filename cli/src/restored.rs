@@ -64,9 +64,6 @@ pub async fn run(ledger: &Ledger, options: &Options) -> Result<()> {
             counted(stopped.messages, "unpublished command was removed", "unpublished commands were removed")
         );
     }
-    if stopped.tests > 0 {
-        println!("{}", counted(stopped.tests, "test mail is unknown", "test mails are unknown"));
-    }
     println!(
         "\nNot in the backup, and lost unless recorded elsewhere, is everything since {since}:\n\
         - unsubscribes, complaints and bounces: people who unsubscribed may receive mail again\n\

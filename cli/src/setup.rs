@@ -42,6 +42,7 @@ pub async fn run(config: &Config, take_over: bool) -> Result<()> {
     let broker = config.broker("mailrun setup");
     retry(async || broker.declare_topology().await, |_| true).await.context("declaring the queues failed")?;
     info!("queues declared");
+    broker.delete_former_queues().await.context("deleting the queues of earlier versions failed")?;
     let id = installation::read(&mut *pool.acquire().await?).await?.id;
     let claim = if take_over { Claim::TakeOver } else { Claim::Adopt };
     match retry(async || mark(&broker, id, claim).await, |error| !is_foreign(error)).await {

@@ -10,8 +10,8 @@ use mailrun_core::{
 };
 use mailrun_worker::{
     attempt::Attempt,
+    jobs::test_mail,
     mailer::{self, Outcome},
-    test_send::test_mail,
 };
 use uuid::Uuid;
 
@@ -23,7 +23,8 @@ pub async fn run(config: &Config, address: &str) -> Result<()> {
     };
     let template = Arc::new(Template::new(&config.web.subject, &config.web.body)?);
     let mailer = mailer::mailer(&config.mailer)?;
-    let mail = test_mail(Uuid::new_v4(), &config.message_id_domain(), email, template, None);
+    let message_id = format!("<test.{}@{}>", Uuid::new_v4(), config.message_id_domain());
+    let mail = test_mail(message_id, email, template, None);
     match mailer.send(&mail, &Attempt::unchecked()).await {
         Outcome::Sent if config.mailer.kind == MailerKind::Simulated => {
             println!("The simulated mailer accepted it: no mail left this machine. Set mailer.kind to send real mail.");
@@ -36,8 +37,8 @@ pub async fn run(config: &Config, address: &str) -> Result<()> {
         Outcome::Retry(reason) | Outcome::Later(reason) => {
             bail!("not sent, temporary failure: {reason}")
         }
-        Outcome::Failed { reason, bad_address: true } => bail!("not sent, the relay refused the address: {reason}"),
-        Outcome::Failed { reason, bad_address: false } => bail!("not sent, permanent failure: {reason}"),
+        Outcome::Failed { reason, flagged: true } => bail!("not sent, the relay refused the address: {reason}"),
+        Outcome::Failed { reason, flagged: false } => bail!("not sent, permanent failure: {reason}"),
         Outcome::Withdrawn(why) => bail!("not sent: {why:?}"),
         Outcome::Unknown(reason) => {
             bail!("unknown whether it was sent, the relay did not reply: {reason}. Check the inbox")

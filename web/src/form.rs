@@ -11,10 +11,8 @@ use axum::{
 use mailrun_core::run::Wanted;
 use mailrun_ledger::{
     in_time, runs,
-    submit::{
-        Earlier, InvalidEntry, NotSubmitted, Refusal, SUBMISSION, Submission, Submitted, Tally, submit as take_in,
-    },
-    test_sends,
+    submit::{Earlier, InvalidEntry, NotSubmitted, Refusal, SUBMISSION, Submission, Submitted, Tally},
+    test_mails,
 };
 use moka::sync::Cache;
 use serde::Deserialize;
@@ -138,9 +136,9 @@ pub(crate) async fn show(State(app): Shared, Query(query): Query<FormQuery>) -> 
     let mut typed = Typed::empty(&app);
     // A malformed id shows the empty form.
     if let Some(test_id) = query.test.and_then(|test| test.parse().ok())
-        && let Some(test) = test_sends::read(&app.pool, test_id, app.dead_after).await?
+        && let Some(test) = test_mails::read(&app.pool, test_id).await?
     {
-        (typed.subject, typed.body, typed.test_email) = (test.subject, test.body, test.email);
+        (typed.subject, typed.body, typed.test_email) = (test.subject, test.body, test.email.unwrap_or_default());
     }
     let recent = recent(&app).await?;
     let has_links = app.config.public_url.is_some();
@@ -213,7 +211,7 @@ async fn submit_list(app: &App, submission: Submission<'_>) -> Result<Submitted,
     let submitted = async {
         // A submission that loses its connection is retried for a while; an unavailable database is reported at once.
         drop(app.pool.acquire().await.map_err(NotSubmitted::before_commit)?);
-        in_time(SUBMISSION, take_in(&app.pool, submission)).await
+        in_time(SUBMISSION, submission.submit(&app.pool)).await
     };
     match submitted.await {
         Err(failed) if failed.nothing_kept && unconfirmed => Err(NotSubmitted { nothing_kept: false, ..failed }),

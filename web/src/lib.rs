@@ -127,8 +127,6 @@ struct App {
     sns: Option<sns::Verifier>,
     /// Whether the mailer is simulated.
     simulated: bool,
-    /// The heartbeat timeout of a worker.
-    dead_after: Duration,
     /// When the suppressions of a run are held for review.
     suppressions: SuppressionsConfig,
     /// Time limit for the database.
@@ -159,7 +157,6 @@ impl App {
             ids: OnceCell::new(),
             sns,
             simulated: config.mailer.kind == MailerKind::Simulated,
-            dead_after: config.heartbeat.dead_after,
             suppressions: config.suppressions,
             answer_timeout: config.database.answer_timeout,
             config: config.web,

@@ -1,4 +1,4 @@
-//! `POST /tests` and `GET /tests/{id}`: test sends and their results.
+//! `POST /tests` and `GET /tests/{id}`: test mails and their results.
 
 use askama::Template;
 use axum::{
@@ -6,12 +6,16 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Redirect, Response},
 };
-use mailrun_core::address::{Address, Invalid, shown};
+use mailrun_core::{
+    address::{Address, Invalid, shown},
+    item::ItemState,
+};
 use mailrun_ledger::{
     in_time,
     stored::Stored,
+    submit::NotSubmitted,
     suppressions::Reason,
-    test_sends::{self, Asked, NewTest, TestSend, TestState},
+    test_mails::{self, NewTest, Submitted, Test},
 };
 use tracing::info;
 use uuid::Uuid;
@@ -28,15 +32,11 @@ use crate::{
 #[template(path = "test.html")]
 struct TestPage {
     test_id: Uuid,
-    test: TestSend,
+    test: Test,
+    /// The recipient, as it is shown.
+    email: String,
     /// Whether the mailer is simulated.
     simulated: bool,
-}
-
-impl TestPage {
-    fn is_over(&self) -> bool {
-        self.test.state.is_some() || self.test.orphaned
-    }
 }
 
 /// `POST /tests`: the form's second button.
@@ -53,13 +53,15 @@ pub(crate) async fn ask(State(app): Shared, Form(mut fields, _memory): Form) -> 
         to => return Ok(refused(&app, &typed, Problems { text, test: to.err(), ..Problems::default() }).await),
     };
     let test = NewTest { email: &to, subject: &typed.subject, body: &typed.body };
-    match in_time(app.answer_timeout, test_sends::ask(&app.pool, test)).await? {
-        Asked::Accepted(test_id) => {
+    let submitted =
+        async { test_mails::submit_test(&app.pool, test).await.map_err(|NotSubmitted { error, .. }| error) };
+    match in_time(app.answer_timeout, submitted).await? {
+        Submitted::Accepted(test_id) => {
             app.outbox.notify_one();
             info!(%test_id, "test accepted");
             Ok(Redirect::to(&format!("/tests/{test_id}")).into_response())
         }
-        Asked::Suppressed(reason) => {
+        Submitted::Suppressed(reason) => {
             let test = Some(suppressed(&reason));
             Ok(refused(&app, &typed, Problems { test, ..Problems::default() }).await)
         }
@@ -73,16 +75,16 @@ fn suppressed(reason: &Stored<Reason>) -> String {
 /// `GET /tests/{id}`
 pub(crate) async fn show(State(app): Shared, Path(id): Path<String>) -> Result<Response, ErrorPage> {
     let found = match id.parse() {
-        Ok(test_id) => test_sends::read(&app.pool, test_id, app.dead_after).await?.map(|test| (test_id, test)),
+        Ok(test_id) => test_mails::read(&app.pool, test_id).await?.map(|test| (test_id, test)),
         Err(_) => None,
     };
-    let (test_id, mut test) = found.ok_or_else(|| {
+    let (test_id, test) = found.ok_or_else(|| {
         ErrorPage::new(
             StatusCode::NOT_FOUND,
             "No such test",
             "There is no test at this address. Check it for typing errors. Tests are deleted after a day.",
         )
     })?;
-    test.email = shown(&test.email).into_owned();
-    Ok(html(&TestPage { test_id, test, simulated: app.simulated }))
+    let email = test.email.as_deref().map_or_else(|| "[erased]".to_owned(), |email| shown(email).into_owned());
+    Ok(html(&TestPage { test_id, test, email, simulated: app.simulated }))
 }

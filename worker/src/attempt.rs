@@ -1,8 +1,8 @@
-//! A claimed attempt: asked whether it may go on before the bytes that let the far side accept it.
+//! A claimed attempt: asked whether it may proceed before the bytes that let the remote side accept it.
 //!
-//! Between the claim and these bytes a mailer may wait, for a connection for instance. Meanwhile the run may be paused, the send
-//! time that the claim reserved may pass, and the heartbeat may fail. So a mailer asks twice: [`Attempt::may_begin`] before it
-//! offers the mail, and [`Attempt::may_commit`] before it hands over the message itself.
+//! Between the claim and these bytes a job may wait, for a connection for instance. Meanwhile the run may be paused, the send time
+//! that the claim reserved may pass, and the heartbeat may fail. A job whose exchange takes several steps asks twice:
+//! [`Attempt::may_proceed`] before the first, and [`Attempt::may_commit`] before the one that has the effect.
 
 use std::{
     sync::{
@@ -13,7 +13,7 @@ use std::{
 };
 
 use mailrun_broker::Broker;
-use mailrun_core::outcome::Withdrawn;
+use mailrun_core::{item::Key, message::ItemMessage, outcome::Withdrawn};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
@@ -31,7 +31,12 @@ pub(crate) struct Checks {
 }
 
 /// One attempt, from its claim to its outcome.
-pub struct Attempt(Option<Claim>);
+pub struct Attempt {
+    item: ItemMessage,
+    position: i32,
+    /// None: it is not held back.
+    claim: Option<Claim>,
+}
 
 struct Claim {
     run_id: Uuid,
@@ -46,31 +51,72 @@ struct Claim {
 }
 
 impl Attempt {
-    /// An attempt of a run that was claimed at `claimed_at`. `slot`: the send time that the claim has reserved, if a rate limit
-    /// holds.
-    pub(crate) fn new(run_id: Uuid, claimed_at: Instant, slot: Option<Instant>, checks: &Arc<Checks>) -> Self {
-        Self(Some(Claim {
-            run_id,
+    /// An attempt at an item in its place of a run, claimed at `claimed_at`. `slot`: the send time that the claim has reserved, if
+    /// a rate limit holds.
+    pub(crate) fn new(
+        item: ItemMessage,
+        position: i32,
+        claimed_at: Instant,
+        slot: Option<Instant>,
+        checks: &Arc<Checks>,
+    ) -> Self {
+        let claim = Claim {
+            run_id: item.run_id,
             claimed_at,
             limited: slot.is_some(),
             slot: Mutex::new(slot),
             unused: AtomicI32::new(0),
             checks: Arc::clone(checks),
-        }))
+        };
+        Self { item, position, claim: Some(claim) }
     }
 
-    /// An attempt that nothing holds back: a mail that belongs to no run.
+    /// An attempt that is never held back: for what is sent without a run.
     #[must_use]
     pub fn unchecked() -> Self {
-        Self(None)
+        Self::unchecked_at(1, 1, 0)
     }
 
-    /// To be asked immediately before the mail is offered, each time that it is: waits for the send time.
+    pub(crate) fn unchecked_at(position: i32, tries: i16, replays: i16) -> Self {
+        let item = ItemMessage { run_id: Uuid::nil(), item_id: 0, attempt: 1, tries, replays };
+        Self { item, position, claim: None }
+    }
+
+    /// The run, the item, and the number of the attempt.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        self.item.key()
+    }
+
+    /// The item's place in its run, from 1.
+    #[must_use]
+    pub fn position(&self) -> i32 {
+        self.position
+    }
+
+    /// Which try of the present budget it is, from 1.
+    #[must_use]
+    pub fn tries(&self) -> i16 {
+        self.item.tries
+    }
+
+    /// How often a person has replayed the item.
+    #[must_use]
+    pub fn replays(&self) -> i16 {
+        self.item.replays
+    }
+
+    pub(crate) fn item(&self) -> ItemMessage {
+        self.item
+    }
+
+    /// To be asked immediately before the remote side may accept the item, each time that it is offered: waits for the send time,
+    /// and checks that the run is not paused or cancelled and that the heartbeat is fresh.
     ///
     /// # Errors
-    /// Why the mail must not be offered now.
-    pub async fn may_begin(&self) -> Result<(), Withdrawn> {
-        let Some(claim) = &self.0 else { return Ok(()) };
+    /// Why the attempt must not proceed: [`Outcome::Withdrawn`](mailrun_core::outcome::Outcome::Withdrawn).
+    pub async fn may_proceed(&self) -> Result<(), Withdrawn> {
+        let Some(claim) = &self.claim else { return Ok(()) };
         loop {
             let slot = if claim.limited { Some(claim.next_slot().await?) } else { None };
             if let Some(slot) = slot {
@@ -92,22 +138,17 @@ impl Attempt {
         }
     }
 
-    /// To be asked immediately before the bytes after which the far side may accept.
+    /// To be asked again, after [`Self::may_proceed`], immediately before the bytes that have the effect: checks the heartbeat only.
     ///
     /// # Errors
     /// Why these bytes must not be sent.
     pub fn may_commit(&self) -> Result<(), Withdrawn> {
-        self.0.as_ref().map_or(Ok(()), Claim::may_commit)
-    }
-
-    /// The run that it belongs to, if any.
-    pub(crate) fn run_id(&self) -> Option<Uuid> {
-        self.0.as_ref().map(|claim| claim.run_id)
+        self.claim.as_ref().map_or(Ok(()), Claim::may_commit)
     }
 
     /// How many send times were reserved for it and not used.
     pub(crate) fn unused(&self) -> i32 {
-        self.0.as_ref().map_or(0, |claim| {
+        self.claim.as_ref().map_or(0, |claim| {
             let left = claim.slot.lock().unwrap_or_else(PoisonError::into_inner).is_some();
             claim.unused.load(Ordering::Relaxed) + i32::from(left)
         })
@@ -115,7 +156,7 @@ impl Attempt {
 
     /// Whether a rate limit holds for its run: then a second try takes another send time.
     pub(crate) fn is_limited(&self) -> bool {
-        self.0.as_ref().is_some_and(|claim| claim.limited)
+        self.claim.as_ref().is_some_and(|claim| claim.limited)
     }
 }
 

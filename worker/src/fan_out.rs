@@ -6,14 +6,19 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use mailrun_app::config::Config;
-use mailrun_broker::{BrokerError, Outgoing, Publisher, topology};
-use mailrun_core::claim::Withheld;
-use mailrun_core::queue;
+use mailrun_app::config::FanOutConfig;
+use mailrun_broker::{
+    BrokerError, Outgoing,
+    consumer::{Consumer, Delivery},
+    topology,
+};
 use mailrun_core::{
+    claim::Withheld,
     item::{ItemState, Key},
     message::{Command, ItemMessage, ItemResult, RunMessage, Step},
+    outcome,
     pacing::Rate,
+    queue,
     run::{Budget, Flow, Wanted, outstanding, room},
 };
 use mailrun_ledger::{
@@ -21,7 +26,7 @@ use mailrun_ledger::{
     passes::{self, Advance, Item, Pass, PassKind, Situation},
     receipts::Receipt,
 };
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use tokio::{
     sync::Semaphore,
     time::{sleep, timeout},
@@ -30,9 +35,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
-use crate::poison;
-use mailrun_broker::consumer::{Consumer, Delivery};
-use mailrun_core::outcome;
+use crate::{context::Context, poison};
 
 /// Runs that one process works on at the same time.
 const CONCURRENCY: usize = 4;
@@ -60,9 +63,10 @@ const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(500);
 /// The pump of one process.
 #[derive(Debug)]
 pub struct FanOut {
-    config: Config,
-    pool: PgPool,
-    publisher: Publisher,
+    context: Context,
+    settings: FanOutConfig,
+    /// A chunk whose results are not counted within this time has lost them.
+    lost_after: Duration,
 }
 
 /// Why a step was broken off. What it has published is published again by the next try, and absorbed.
@@ -112,8 +116,8 @@ enum After {
 impl FanOut {
     /// The pump of this process.
     #[must_use]
-    pub fn new(config: Config, pool: PgPool, publisher: Publisher) -> Arc<Self> {
-        Arc::new(Self { config, pool, publisher })
+    pub fn new(context: Context, settings: FanOutConfig, lost_after: Duration) -> Arc<Self> {
+        Arc::new(Self { context, settings, lost_after })
     }
 
     /// Carries out run messages until the consumer stops, then finishes those under way.
@@ -136,11 +140,11 @@ impl FanOut {
     async fn handle(&self, delivery: Delivery) {
         let message = match poison::read::<RunMessage>(&delivery) {
             Ok(message) => message,
-            Err(refusal) => return poison::refuse(&self.publisher, delivery, refusal).await,
+            Err(refusal) => return poison::refuse(&self.context.publisher, delivery, refusal).await,
         };
         let mut looks = 0;
         let step = loop {
-            let step = in_time(self.config.database.answer_timeout, self.step(&message)).await;
+            let step = in_time(self.context.answer_timeout, self.step(&message)).await;
             if !matches!(step, Ok(Some(After::Soon))) || looks == LOOKS_SOON {
                 break step;
             }
@@ -149,7 +153,7 @@ impl FanOut {
         };
         let after = match step {
             Ok(Some(after)) => after,
-            Ok(None) => return poison::bury(&self.publisher, delivery, "there is no such run").await,
+            Ok(None) => return poison::bury(&self.context.publisher, delivery, "there is no such run").await,
             Err(error) => {
                 // An error that will not pass goes round as well, slowly and audibly, since the run must not be forgotten
                 // over it.
@@ -177,10 +181,10 @@ impl FanOut {
     /// Sends a message round by a waiting room. Without that, it waits here, and takes nobody's place meanwhile.
     async fn again(&self, message: &RunMessage, delivery: Delivery, waiting_room: &'static str) {
         let message = Outgoing::new(message);
-        match self.publisher.offer(vec![message.clone().to(waiting_room)]).await {
+        match self.context.publisher.offer(vec![message.clone().to(waiting_room)]).await {
             Ok(rejected) if rejected.is_empty() => delivery.ack(),
             Ok(_) => {
-                let publisher = self.publisher.clone();
+                let publisher = self.context.publisher.clone();
                 tokio::spawn(async move {
                     sleep(topology::waiting_time(waiting_room)).await;
                     // Given up, it comes again when the consumer connects anew.
@@ -195,7 +199,7 @@ impl FanOut {
 
     /// Carries out one message. None: there is no such run.
     async fn step(&self, message: &RunMessage) -> Result<Option<After>, StepError> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.context.pool.begin().await?;
         let Some(pass) = passes::lock(&mut tx, message.run_id).await? else { return Ok(None) };
         let Some(situation) = self.situation(&mut tx, message.run_id).await? else { return Ok(None) };
         let after = match &message.command {
@@ -227,12 +231,12 @@ impl FanOut {
     /// Puts back what senders have dropped while a run was paused: whatever is released, due and not claimed. What has its
     /// message already is claimed once all the same.
     async fn put_back(&self, run_id: Uuid) -> Result<(), StepError> {
-        let limit = self.config.database.answer_timeout;
-        let waits = self.config.rungs();
+        let limit = self.context.answer_timeout;
+        let waits = &self.context.kinds.installation().delays;
         let (mut after, mut put_back, mut chunks) = (0, 0, 0);
         loop {
             let items = async {
-                let mut conn = self.pool.acquire().await?;
+                let mut conn = self.context.pool.acquire().await?;
                 passes::dropped_items(&mut conn, run_id, PROGRESS_LAG, after, PUT_BACK).await
             };
             let items = in_time(limit, items).await?;
@@ -290,7 +294,7 @@ impl FanOut {
         let flow = pass.flow.look(situation.now, pass.released, outstanding);
         let limits = if cancels { Limits::default() } else { self.limits(conn, pass, situation).await? };
         let wish = if cancels {
-            self.config.fan_out.chunk_items
+            self.settings.chunk_items
         } else {
             self.wish(situation, &limits, flow, outstanding, is_young)
         };
@@ -334,7 +338,7 @@ impl FanOut {
 
     /// How fast the run may be released. The installation's budget stays locked until the step is committed.
     async fn limits(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<Limits> {
-        let burst = self.config.fan_out.window;
+        let burst = self.settings.window;
         let budget = |per_second: i32, next_due_at| {
             let ahead = per_second.saturating_add(per_second / AHEAD_OF_LIMIT + 1);
             Budget::new(ahead, next_due_at, situation.now, burst)
@@ -345,7 +349,7 @@ impl FanOut {
             limits.run = Some(budget(per_second, pass.next_due_at));
             limits.window = Some(within(per_second));
         }
-        if let Some(per_second) = self.config.fan_out.sends_per_second {
+        if let Some(per_second) = self.settings.sends_per_second {
             limits.installation = Some(budget(per_second, passes::lock_budget(conn).await?));
             let runs = i32::try_from(passes::count_running(conn).await?).unwrap_or(i32::MAX).max(1);
             let share = within(per_second) / runs + 1;
@@ -356,7 +360,7 @@ impl FanOut {
 
     /// How many items there is room for.
     fn wish(&self, situation: &Situation, limits: &Limits, flow: Flow, outstanding: i32, is_young: bool) -> i32 {
-        let config = &self.config.fan_out;
+        let config = &self.settings;
         let time = config.window;
         // Twice what can be in flight: a sender that is done finds the next one waiting. At first some more, since even the
         // fastest senders have no more than this.
@@ -374,7 +378,7 @@ impl FanOut {
     /// A replay's next chunk waits until the counters show the newest one as pending again, since the window is judged by
     /// them. But not for ever: if that got lost, it is lost for that chunk only.
     async fn is_unapplied(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<bool> {
-        let lost_after = TimeDelta::from_std(self.config.sweep.stalled_after).unwrap_or(TimeDelta::MAX);
+        let lost_after = TimeDelta::from_std(self.lost_after).unwrap_or(TimeDelta::MAX);
         Ok(pass.kind == Some(PassKind::Replay)
             && (TimeDelta::zero()..lost_after).contains(&(situation.now - pass.chunk_at))
             && passes::is_unapplied(conn, pass).await?)
@@ -385,7 +389,7 @@ impl FanOut {
         let messages: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).replayed()).collect();
         let results: Vec<ItemResult> =
             messages.iter().map(|message| message.result(ItemState::Pending, None)).collect();
-        Outgoing::results(pass.run_id, &results, self.config.send.result_batch)
+        Outgoing::results(pass.run_id, &results, self.context.result_batch)
             .into_iter()
             .chain(messages.iter().map(Outgoing::new))
             .collect()
@@ -397,17 +401,17 @@ impl FanOut {
         let next: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).awaited(item.state)).collect();
         let keys: Vec<Key> = next.iter().map(|item| item.key()).collect();
         // The run is cancelled, so no claim is granted to this worker: its id is of no importance.
-        let claimed = attempts::claim(conn, 0, &keys, &Receipt::default()).await?;
+        let claimed = attempts::claim(conn, 0, None, &keys, &Receipt::default()).await?;
         let withheld: HashMap<Key, Withheld> =
             claimed.iter().filter_map(|claim| Some((claim.key, claim.withheld?))).collect();
         let results: Vec<ItemResult> =
-            next.iter().filter_map(|item| Some(outcome::withheld(*item, *withheld.get(&item.key())?))).collect();
-        Ok(Outgoing::results(pass.run_id, &results, self.config.send.result_batch))
+            next.iter().filter_map(|item| Some(outcome::withheld(*item, *withheld.get(&item.key())?, &[]))).collect();
+        Ok(Outgoing::results(pass.run_id, &results, self.context.result_batch))
     }
 
     /// The step is not committed if this fails.
     async fn publish(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
-        self.publisher.publish_soon(messages).await
+        self.context.publisher.publish_soon(messages).await
     }
 }
 

@@ -9,18 +9,19 @@ use mailrun_ledger::{
     in_time,
 };
 use metrics::gauge;
-use sqlx::PgPool;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
+use crate::context::Context;
 use mailrun_broker::outlook::Outlook;
 
 /// Monitoring systems ask about as often.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 
 /// Looks until `stop`. What can't be seen keeps its last value: `/readyz` says why.
-pub async fn run(pool: PgPool, broker: Arc<Broker>, limit: Duration, stop: CancellationToken) {
+pub async fn run(context: Context, stop: CancellationToken) {
+    let Context { pool, broker, answer_timeout: limit, .. } = context;
     let mut ticks = interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut outlook = Outlook::new(Arc::clone(&broker));

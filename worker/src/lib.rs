@@ -1,35 +1,35 @@
-//! The workers: one file for each stage of the pipeline, in the order of the data.
+//! The workers: one file for each stage of the pipeline.
 //!
-//! `fan_out` releases a run's items, `send` carries them out through a `mailer`, `progress` counts the results. `test_send`
-//! sends single mails to whoever wants to look at an invitation. `replay`, `sweep` and `prune` belong to the fan-out's role.
-//! `consumer` is the only file that acknowledges, and `watchdog` watches over it; `outcome` and `claims` hold the protocol's
-//! decisions and memory.
+//! In the order of the data: `fan_out` releases a run's items, `send` claims and processes them, `progress` counts the results.
+//! `replay`, `sweep` and `prune` belong to the fan-out's role. The stages know runs, items and attempts; what an item is and how it
+//! is processed is a [`job`]. Mailrun's own are in [`jobs`], and send through a [`mailer`].
 
 // A lock that is taken for a match is kept until its end, in which somebody may want it again.
 #![warn(clippy::significant_drop_in_scrutinee)]
 
 pub mod attempt;
 mod claims;
+mod context;
 mod fan_out;
 mod gate;
 mod gauges;
 mod heartbeat;
 mod held;
-mod ids;
+pub mod job;
+pub mod jobs;
+mod kinds;
 pub mod mailer;
 mod pace;
 mod permits;
 mod poison;
 mod progress;
 pub mod prune;
-mod relay_stops;
 pub mod replay;
+mod reporter;
 pub mod scrub;
 mod send;
 mod stopped_runs;
 pub mod sweep;
-mod templates;
-pub mod test_send;
 mod until_answered;
 
 use std::{borrow::Cow, collections::BTreeSet, fmt, str::FromStr, sync::Arc, time::Duration};
@@ -39,9 +39,14 @@ use mailrun_app::{
     lineage::{self, Foreign},
     monitoring::{Monitoring, MonitoringError},
 };
-use mailrun_broker::{Broker, Publisher};
-use mailrun_core::queue;
-use mailrun_core::{agreement::Difference, health::Health, observer::Beat};
+use mailrun_core::{
+    agreement::{Agreement, Difference},
+    health::Health,
+    metric,
+    observer::Beat,
+    outcome::{Outcome, RetryPolicy},
+    queue,
+};
 use mailrun_ledger::{
     in_time,
     workers::{self, Disagreeing},
@@ -54,11 +59,13 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{error, info, warn};
 
-pub use crate::poison::STALE;
-use crate::until_answered::until_answered;
 use crate::{
-    fan_out::FanOut, heartbeat::Heartbeat, ids::Ids, permits::Permits, progress::Progress, send::Senders,
-    sweep::Sweeper, test_send::TestSends,
+    context::Context, fan_out::FanOut, heartbeat::Heartbeat, mailer::Mailer, pace::Pace, permits::Permits,
+    progress::Progress, send::Senders, sweep::Sweeper, until_answered::until_answered,
+};
+pub use crate::{
+    kinds::{Jobs, Kinds},
+    poison::STALE,
 };
 use mailrun_broker::{
     consumer::Consumer,
@@ -142,17 +149,31 @@ pub enum WorkerError {
     Deadline(Duration),
 }
 
-/// Works in `roles` until `stop`, then drains in the order of the data: takes nothing more, finishes what is in flight,
+/// The jobs of a worker with these roles: Mailrun's own and these.
+///
+/// # Errors
+/// When the mailer can't be used as configured.
+pub fn kinds(config: &Config, jobs: Jobs, roles: &BTreeSet<Role>) -> Result<(Kinds, Arc<dyn Mailer>), WorkerError> {
+    let (jobs, mailer) = jobs::with_mail(jobs, config, roles.contains(&Role::Send))?;
+    Ok((Kinds::new(jobs, RetryPolicy::new(config.rungs(), config.send.on_unknown)), mailer))
+}
+
+/// Works in `roles` until `stop`, with Mailrun's own jobs and these; then drains in the order of the data: takes nothing more, finishes what is in flight,
 /// publishes, acknowledges, closes.
 ///
 /// # Errors
 /// When a part ended by itself, or the drain took too long.
-pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken) -> Result<(), WorkerError> {
+pub async fn run(
+    config: Config,
+    roles: BTreeSet<Role>,
+    jobs: Jobs,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
     let names = roles.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let health = Health::default();
     health.starting("PostgreSQL");
     let monitoring = Monitoring::start(&config.metrics, &names, &health).await?;
-    let ended = work(config, roles, &names, &health, stop).await;
+    let ended = work(config, roles, jobs, &names, &health, stop).await;
     monitoring.stop().await;
     ended
 }
@@ -160,21 +181,18 @@ pub async fn run(config: Config, roles: BTreeSet<Role>, stop: CancellationToken)
 async fn work(
     config: Config,
     roles: BTreeSet<Role>,
+    jobs: Jobs,
     names: &str,
     health: &Health,
     stop: CancellationToken,
 ) -> Result<(), WorkerError> {
+    let (kinds, mailer) = kinds(&config, jobs, &roles)?;
     let pool = mailrun_ledger::open(&config.database, &format!("mailrun worker {names}"))?;
     let permits = if roles.contains(&Role::Send) { config.permits() } else { 0 };
-    let Some(heartbeat) = register(&pool, names, permits, &config, health, &stop).await? else { return Ok(()) };
-    info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
-    let ids = match roles.contains(&Role::Send) {
-        true => match Ids::read(&pool, &config, &stop).await {
-            None => return Ok(()),
-            ids => ids,
-        },
-        false => None,
+    let Some(heartbeat) = register(&pool, names, permits, &config, kinds.names(), health, &stop).await? else {
+        return Ok(());
     };
+    info!(worker_id = heartbeat.worker_id(), roles = names, "worker started");
     let broker = config.broker_with_health(format!("mailrun worker {} {names}", heartbeat.worker_id()), health.clone());
     let publisher = broker.publisher(config.amqp.publish_lanes);
     heartbeat.show_broker(Arc::clone(&broker));
@@ -196,10 +214,20 @@ async fn work(
         STUCK_AFTER,
         standstill(pool.clone(), config.database.answer_timeout),
     );
-    let parts =
-        start(&config, &roles, &pool, &broker, &publisher, &heartbeat, ids.as_ref(), &watchdog, &consumers, &stop)?;
+    let context = Context {
+        pool,
+        broker: Arc::clone(&broker),
+        publisher,
+        kinds: Arc::new(kinds),
+        answer_timeout: config.database.answer_timeout,
+        result_batch: config.send.result_batch,
+    };
+    let consume = |queues: &[Cow<'static, str>], prefetch| {
+        Consumer::start(&broker, queues, prefetch, &watchdog, &stop, &consumers)
+    };
+    let parts = start(&config, &roles, context, mailer, &heartbeat, consume, &stop);
+    consumers.close();
     health.started();
-    drop(publisher);
     let deadline = config.send.shutdown_deadline;
     let ended = supervise(parts, lineage, &consumers, &heartbeat, health, &stop, deadline).await;
     watchdog.close().await;
@@ -242,11 +270,12 @@ async fn register(
     roles: &str,
     permits: usize,
     config: &Config,
+    jobs: &[String],
     health: &Health,
     stop: &CancellationToken,
 ) -> Result<Option<Arc<Heartbeat>>, WorkerError> {
     let limit = config.database.answer_timeout;
-    let settings = config.agreement();
+    let settings = Agreement { jobs: Some(jobs.to_vec()), ..config.agreement() };
     let register = || in_time(limit, Heartbeat::register(pool, roles, permits, &settings, &config.heartbeat, health));
     let mut seen: Vec<Beat> = Vec::new();
     loop {
@@ -295,64 +324,51 @@ fn disagreement(other: &Disagreeing) -> String {
     )
 }
 
-#[expect(clippy::too_many_arguments, reason = "the one place where everything is put together")]
+/// Starts the stages of these roles, each with its own settings.
 fn start(
     config: &Config,
     roles: &BTreeSet<Role>,
-    pool: &PgPool,
-    broker: &Arc<Broker>,
-    publisher: &Publisher,
+    context: Context,
+    mailer: Arc<dyn Mailer>,
     heartbeat: &Arc<Heartbeat>,
-    ids: Option<&Ids>,
-    watchdog: &Arc<Watchdog>,
-    consumers: &TaskTracker,
+    consume: impl Fn(&[Cow<'static, str>], u16) -> Consumer,
     stop: &CancellationToken,
-) -> Result<JoinSet<()>, WorkerError> {
+) -> JoinSet<()> {
     let mut parts = JoinSet::new();
-    let consume =
-        |queues: &[Cow<'static, str>], prefetch| Consumer::start(broker, queues, prefetch, watchdog, stop, consumers);
     for role in roles {
         match role {
             Role::FanOut => {
-                let pump = FanOut::new(config.clone(), pool.clone(), publisher.clone());
-                parts.spawn(pump.run(consume(&[queue::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
-                let sweeper = Sweeper::new(config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
-                parts.spawn(sweeper.run(stop.clone()));
-                let limit = config.database.answer_timeout;
-                parts.spawn(replay::run(pool.clone(), Arc::clone(broker), publisher.clone(), limit, stop.clone()));
-                parts.spawn(prune::run(pool.clone(), config.clone(), stop.clone()));
+                let fan_out = FanOut::new(context.clone(), config.fan_out.clone(), config.sweep.stalled_after);
+                parts.spawn(fan_out.run(consume(&[queue::RUNS.into()], FAN_OUT_PREFETCH), stop.clone()));
+                parts.spawn(Sweeper::new(context.clone(), config.sweep.clone()).run(stop.clone()));
+                parts.spawn(replay::run(context.clone(), stop.clone()));
+                parts.spawn(prune::run(context.clone(), config.retention.keep(), stop.clone()));
                 if config.metrics.listen.is_some() {
-                    parts.spawn(gauges::run(pool.clone(), Arc::clone(broker), limit, stop.clone()));
+                    parts.spawn(gauges::run(context.clone(), stop.clone()));
                 }
             }
             Role::Send => {
-                // Senders have read them.
-                let Some(ids) = ids.cloned() else { continue };
-                let mailer = mailer::mailer(&config.mailer)?;
+                metric::begin(metric::REPLIES, "class", mailer::reply_classes());
+                metric::begin(metric::ATTEMPTS, "outcome", Outcome::NAMES);
                 let permits = Arc::new(Permits::new(config.permits()));
-                let same = Arc::clone(&mailer);
-                heartbeat.show_sender(Box::new(move || same.gate()), Arc::clone(&permits));
-                let (id, same) = (heartbeat.worker_id(), Arc::clone(&mailer));
-                let tests = TestSends::new(config, pool.clone(), publisher.clone(), id, same, ids.clone());
-                parts.spawn(tests.run(consume(&[queue::TESTS.into()], test_send::PREFETCH), stop.clone()));
-                let limit = config.database.answer_timeout;
-                parts.spawn(relay_stops::watch(pool.clone(), Arc::clone(&mailer), limit, stop.clone()));
-                let beat = Arc::clone(heartbeat);
-                let (config, pool, broker, publisher) =
-                    (config.clone(), pool.clone(), Arc::clone(broker), publisher.clone());
-                let (queues, prefetch) = (broker.item_queues().to_vec(), config.send.prefetch);
-                let senders = Senders::new(config, pool, broker, publisher, beat, mailer, permits, ids);
+                let kinds = Arc::clone(&context.kinds);
+                heartbeat.show_sender(Box::new(move || kinds.gate()), Arc::clone(&permits));
+                let pool = context.pool.clone();
+                parts.spawn(jobs::watch(pool.clone(), Arc::clone(&mailer), context.answer_timeout, stop.clone()));
+                let pace = Pace::new(&config.fan_out, pool, context.answer_timeout);
+                let (queues, prefetch) = (context.broker.item_queues().to_vec(), config.send.prefetch);
+                let senders = Senders::new(context.clone(), Arc::clone(heartbeat), permits, pace, prefetch);
                 parts.spawn(senders.run(consume(&queues, prefetch), stop.clone()));
             }
             Role::Progress => {
-                let progress = Progress::new(config.clone(), pool, publisher.clone());
-                let prefetch = u16::try_from(config.progress.batch_messages * 2).unwrap_or(u16::MAX).min(2_000);
+                let batch = config.progress.batch_messages;
+                let prefetch = u16::try_from(batch * 2).unwrap_or(u16::MAX).min(2_000);
+                let progress = Progress::new(context.clone(), batch);
                 parts.spawn(progress.run(consume(&[queue::RESULTS.into()], prefetch), stop.clone()));
             }
         }
     }
-    consumers.close();
-    Ok(parts)
+    parts
 }
 
 /// Waits for the end. A part that ends before it was told to takes the process with it: half a worker is worse than none.

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use mailrun_app::config::Config;
+use mailrun_app::config::FanOutConfig;
 use mailrun_core::pacing::Rate;
 use mailrun_ledger::{
     attempts::{self, Limits},
@@ -38,12 +38,12 @@ pub struct Pace {
 
 impl Pace {
     /// Nothing is read yet.
-    pub fn new(config: &Config, pool: PgPool) -> Arc<Self> {
+    pub fn new(config: &FanOutConfig, pool: PgPool, answer_timeout: Duration) -> Arc<Self> {
         Arc::new(Self {
             pool,
-            answer_timeout: config.database.answer_timeout,
-            installation: config.fan_out.sends_per_second.map(Rate::new),
-            burst: config.fan_out.rate_burst,
+            answer_timeout,
+            installation: config.sends_per_second.map(Rate::new),
+            burst: config.rate_burst,
             runs: Cache::builder().max_capacity(KEPT).time_to_live(READ_EVERY).build(),
             unused: Mutex::default(),
         })

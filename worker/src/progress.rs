@@ -1,9 +1,11 @@
 //! The progress consumer: takes result messages, applies them to the ledger in batches, and acknowledges what is committed.
 
-use std::time::Duration;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use mailrun_app::config::Config;
-use mailrun_broker::{Outgoing, Publisher};
+use mailrun_broker::{
+    Outgoing,
+    consumer::{Consumer, Delivery},
+};
 use mailrun_core::queue;
 use mailrun_core::{
     item::ItemState,
@@ -16,14 +18,17 @@ use mailrun_ledger::{
     progress::{self, Applied, Report},
 };
 use metrics::counter;
-use sqlx::PgPool;
+use sqlx::PgConnection;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 use uuid::Uuid;
 
-use crate::poison;
-use mailrun_broker::consumer::{Consumer, Delivery};
+use crate::{
+    context::Context,
+    kinds::{Kind, Kinds},
+    poison,
+};
 
 /// How long results are gathered: far less than what a person sees of the bar.
 const GATHER: Duration = Duration::from_millis(15);
@@ -52,9 +57,9 @@ fn is_sent(result: &ItemResult) -> bool {
 const EFFECTS: [&str; 4] = ["changed", "absorbed", "strange", "later"];
 
 /// Shows what was counted.
-fn measure(applied: &Applied) {
-    for (state, items) in &applied.entered {
-        counter!(metric::ITEMS, "state" => state.name()).increment(*items);
+fn measure(applied: &Applied, kinds: &Kinds) {
+    for (state, items) in kinds.visible(&applied.entered) {
+        counter!(metric::ITEMS, "state" => state.name()).increment(items);
     }
     let results = [applied.changed, applied.absorbed, applied.strange.len(), applied.later.len()];
     for (effect, results) in EFFECTS.into_iter().zip(results) {
@@ -66,17 +71,18 @@ fn measure(applied: &Applied) {
 #[derive(Debug)]
 pub struct Progress {
     session: Session,
-    publisher: Publisher,
-    config: Config,
+    context: Context,
+    /// Messages that are counted in one transaction at most.
+    batch: usize,
 }
 
 impl Progress {
     /// The progress consumer of this process.
     #[must_use]
-    pub fn new(config: Config, pool: &PgPool, publisher: Publisher) -> Self {
+    pub fn new(context: Context, batch: usize) -> Self {
         metric::begin(metric::ITEMS, "state", ItemState::ALL.map(ItemState::name));
         metric::begin(metric::RESULTS, "effect", EFFECTS);
-        Self { session: Session::new(pool), publisher, config }
+        Self { session: Session::new(&context.pool), context, batch }
     }
 
     /// Counts until the consumer stops. What is not counted by then is still on the queue.
@@ -93,13 +99,55 @@ impl Progress {
                         self.take_stale(next, message, &mut received).await;
                     }
                     Ok(message) => received.push(Received { delivery: next, message }),
-                    Err(refusal) => poison::refuse(&self.publisher, next, refusal).await,
+                    Err(refusal) => poison::refuse(&self.context.publisher, next, refusal).await,
                 }
-                if received.len() < self.config.progress.batch_messages {
+                if received.len() < self.batch {
                     delivery = consumer.next_now();
                 }
             }
-            self.count(received, &stop).await;
+            if let Some(received) = self.without_other_jobs(received, &stop).await {
+                self.count(received, &stop).await;
+            }
+        }
+    }
+
+    /// Sets aside the results of jobs that this program does not have: their jobs must see them counted. None: told to stop before
+    /// that.
+    async fn without_other_jobs(&mut self, received: Vec<Received>, stop: &CancellationToken) -> Option<Vec<Received>> {
+        let run_ids: Vec<Uuid> = received.iter().filter_map(|received| received.message.run_id).collect();
+        let kinds = self.kinds_of(&run_ids, stop).await?;
+        let mut known = Vec::with_capacity(received.len());
+        for received in received {
+            let Received { delivery, message } = &received;
+            match message.run_id.and_then(|run_id| kinds.get(&run_id)) {
+                Some(None) => {
+                    if self.set_aside(delivery, message.run_id, message.results.clone()).await {
+                        received.delivery.ack();
+                    }
+                }
+                _ => known.push(received),
+            }
+        }
+        Some(known)
+    }
+
+    async fn kinds_of(
+        &mut self,
+        run_ids: &[Uuid],
+        stop: &CancellationToken,
+    ) -> Option<HashMap<Uuid, Option<Arc<dyn Kind>>>> {
+        let mut trouble = Reconnect::default();
+        loop {
+            let kinds = &self.context.kinds;
+            let read = async |conn: &mut PgConnection| kinds.of_runs(conn, run_ids.iter().copied()).await;
+            match self.session.run(self.context.answer_timeout, read).await {
+                Ok(kinds) => return Some(kinds),
+                Err(error) => {
+                    let wait = trouble.next_wait();
+                    warn!(%error, wait_ms = wait.as_millis(), "the kinds of runs can't be read, trying again");
+                    stop.run_until_cancelled(sleep(wait)).await?;
+                }
+            }
         }
     }
 
@@ -112,7 +160,7 @@ impl Progress {
             .with_headers_of(&delivery.properties)
             .dead(DeadReason::Poison, poison::STALE);
         // Otherwise it is stopping: the message comes again.
-        if self.publisher.publish(vec![dead]).await.is_ok() {
+        if self.context.publisher.publish(vec![dead]).await.is_ok() {
             received.push(Received { delivery, message: ResultsMessage { run_id, results: sent } });
         }
     }
@@ -153,7 +201,7 @@ impl Progress {
         let message = Outgoing::new(&ResultsMessage { run_id, results })
             .to(queue::RESULTS_WAIT)
             .with_headers_of(&delivery.properties);
-        poison::set_aside(&self.publisher, vec![message]).await
+        poison::set_aside(&self.context.publisher, vec![message]).await
     }
 
     /// Returns the results that are to be set aside, by their place. None: told to stop before all were counted.
@@ -176,7 +224,7 @@ impl Progress {
 
     /// Puts results on the dead-letter queue, each alone, and once: their senders repeat them. None: told to stop before that.
     async fn bury(&mut self, reports: &[(Report<'_>, &str)], stop: &CancellationToken) -> Option<()> {
-        let limit = self.config.database.answer_timeout;
+        let limit = self.context.answer_timeout;
         for (report, reason) in reports {
             let is_buried = self.session.run(limit, async |conn| progress::is_buried(conn, *report).await).await;
             if is_buried.unwrap_or(false) {
@@ -186,7 +234,7 @@ impl Progress {
             error!(item_id, attempt, reason, "a result can't be counted; it goes to the dead letters");
             let message = ResultsMessage { run_id: report.run_id, results: vec![report.result.clone()] };
             let dead = Outgoing::new(&message).dead(DeadReason::Poison, reason);
-            let rejected = stop.run_until_cancelled(self.publisher.offer(vec![dead])).await?.ok()?;
+            let rejected = stop.run_until_cancelled(self.context.publisher.offer(vec![dead])).await?.ok()?;
             if !rejected.is_empty() {
                 // There is no dead-letter queue at present: the sender repeats the result, which is buried then.
                 continue;
@@ -203,12 +251,9 @@ impl Progress {
     async fn apply(&mut self, reports: &[Report<'_>], stop: &CancellationToken) -> Option<sqlx::Result<Applied>> {
         let mut trouble = Reconnect::default();
         loop {
-            let limit = self.config.database.answer_timeout;
-            match self
-                .session
-                .run(limit, async |conn| progress::apply(conn, &self.config.suppressions, reports).await)
-                .await
-            {
+            let limit = self.context.answer_timeout;
+            let kinds = &self.context.kinds;
+            match self.session.run(limit, async |conn| progress::apply(conn, &**kinds, reports).await).await {
                 Err(error) if !is_about_data(&error) => {
                     let wait = trouble.next_wait();
                     warn!(%error, wait_ms = wait.as_millis(), "results can't be counted; trying again");
@@ -216,7 +261,7 @@ impl Progress {
                 }
                 result => {
                     if let Ok(applied) = &result {
-                        measure(applied);
+                        measure(applied, &self.context.kinds);
                     }
                     return Some(result);
                 }

@@ -5,12 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mailrun_app::config::Config;
 use mailrun_ledger::{in_time, prune};
 use sqlx::PgPool;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+
+use crate::context::Context;
 
 /// How often runs are looked for that can be deleted.
 const INTERVAL: Duration = Duration::from_secs(3_600);
@@ -48,11 +49,9 @@ pub async fn prune(
     mut progress: impl FnMut(Pruned),
 ) -> sqlx::Result<Pruned> {
     let mut pruned = Pruned::default();
+    in_time(limit, prune::cancel_hidden(pool)).await?;
     loop {
-        let runs = match after {
-            Some(after) => delete_runs(pool, after, limit).await?,
-            None => 0,
-        };
+        let runs = delete_runs(pool, after, limit).await?;
         pruned.runs += runs;
         let mut begun = Instant::now();
         let mut waiting = HashSet::new();
@@ -75,7 +74,7 @@ pub async fn prune(
 }
 
 /// Tries again where somebody holds up the claims for a moment.
-async fn delete_runs(pool: &PgPool, after: Duration, limit: Duration) -> sqlx::Result<usize> {
+async fn delete_runs(pool: &PgPool, after: Option<Duration>, limit: Duration) -> sqlx::Result<usize> {
     let mut tries = 1;
     loop {
         match in_time(limit, prune::delete_runs(pool, after, RUNS)).await {
@@ -86,11 +85,11 @@ async fn delete_runs(pool: &PgPool, after: Duration, limit: Duration) -> sqlx::R
 }
 
 /// Prunes on schedule until `stop`.
-pub(crate) async fn run(pool: PgPool, config: Config, stop: CancellationToken) {
+pub(crate) async fn run(context: Context, keep: Option<Duration>, stop: CancellationToken) {
     let mut wait = FIRST_LOOK;
     while stop.run_until_cancelled(sleep(wait)).await.is_some() {
         wait = INTERVAL;
-        let prune = prune(&pool, config.retention.keep(), config.database.answer_timeout, |_| {});
+        let prune = prune(&context.pool, keep, context.answer_timeout, |_| {});
         let Some(pruned) = stop.run_until_cancelled(prune).await else { return };
         match pruned {
             Ok(pruned) if pruned == Pruned::default() => {}

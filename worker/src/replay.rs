@@ -5,7 +5,7 @@
 //! moves the others to the tail, each confirmed there before it is acknowledged here. A crash may leave a letter too many, which
 //! the fence refuses, and never loses one.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use lapin::{message::Delivery, types::AMQPValue};
 use mailrun_broker::{
@@ -27,7 +27,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::scrub::{ScrubError, scrub};
+use crate::{
+    context::Context,
+    scrub::{ScrubError, scrub},
+};
 
 /// How often the ledger is asked for replays that have ended.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -47,13 +50,8 @@ enum TidyError {
 }
 
 /// Takes replayed dead letters off the queue until `stop`. Of several processes, one walks at a time.
-pub(crate) async fn run(
-    pool: PgPool,
-    broker: Arc<Broker>,
-    publisher: Publisher,
-    limit: Duration,
-    stop: CancellationToken,
-) {
+pub(crate) async fn run(context: Context, stop: CancellationToken) {
+    let Context { pool, broker, publisher, answer_timeout: limit, .. } = context;
     let mut trouble = Reconnect::between(FIRST_AGAIN, LAST_AGAIN);
     let mut wait = LOOK_EVERY;
     while stop.run_until_cancelled(sleep(wait)).await.is_some() {

@@ -7,12 +7,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use mailrun_app::config::{Config, OnUnknown};
-use mailrun_broker::{Broker, BrokerError, Outgoing, Publisher};
+use mailrun_app::config::SweepConfig;
+use mailrun_broker::{BrokerError, Outgoing};
 use mailrun_core::{
     item::ItemState,
     message::{Command, ItemResult, RunMessage, Step},
@@ -24,13 +23,14 @@ use mailrun_ledger::{
     sweep::{self, OpenItem, Repairs, Stalled},
 };
 use metrics::counter;
-use sqlx::{Connection as _, PgConnection, PgPool};
+use sqlx::{Connection as _, PgConnection};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use mailrun_core::outcome::{Repair, after_death, repair, withheld};
+use crate::{context::Context, kinds::Kind};
+use mailrun_core::outcome::{Repair, after_death, repair};
 
 /// A run is looked at again after at most this time, however often it was in vain.
 const LONGEST_REST: Duration = Duration::from_secs(600);
@@ -57,10 +57,8 @@ struct Rest {
 /// The sweeper of one process. Of several, one sweeps at a time.
 #[derive(Debug)]
 pub struct Sweeper {
-    config: Config,
-    pool: PgPool,
-    broker: Arc<Broker>,
-    publisher: Publisher,
+    context: Context,
+    settings: SweepConfig,
     resting: HashMap<Uuid, Rest>,
     /// Runs that could not be swept the last time, of which that is logged already.
     failing: HashSet<Uuid>,
@@ -69,15 +67,15 @@ pub struct Sweeper {
 impl Sweeper {
     /// The sweeper of this process.
     #[must_use]
-    pub fn new(config: Config, pool: PgPool, broker: Arc<Broker>, publisher: Publisher) -> Self {
-        Self { config, pool, broker, publisher, resting: HashMap::new(), failing: HashSet::new() }
+    pub(crate) fn new(context: Context, settings: SweepConfig) -> Self {
+        Self { context, settings, resting: HashMap::new(), failing: HashSet::new() }
     }
 
     /// Sweeps until `stop`.
     pub async fn run(mut self, stop: CancellationToken) {
         metric::begin(metric::SWEEPS, "end", ["done", "broken_off"]);
         metric::begin(metric::REPAIRS, "repair", Repairs::default().by_name().map(|(name, _)| name));
-        let interval = self.config.sweep.interval;
+        let interval = self.settings.interval;
         let mut broken = false;
         while stop.run_until_cancelled(sleep(interval)).await.is_some() {
             match stop.run_until_cancelled(self.sweep()).await {
@@ -99,15 +97,15 @@ impl Sweeper {
     }
 
     fn stalled_after(&self) -> Duration {
-        self.config.sweep.stalled_after
+        self.settings.stalled_after
     }
 
     async fn sweep(&mut self) -> Result<(), SweepError> {
-        if !self.broker.epoch().is_current() {
+        if !self.context.broker.epoch().is_current() {
             return Ok(());
         }
-        let limit = self.config.database.answer_timeout;
-        let mut tx = in_time(limit, self.pool.begin()).await?;
+        let limit = self.context.answer_timeout;
+        let mut tx = in_time(limit, self.context.pool.begin()).await?;
         if !in_time(limit, sweep::try_lock(&mut tx)).await? {
             return Ok(());
         }
@@ -149,11 +147,12 @@ impl Sweeper {
 
     /// Sweeps one run. What goes wrong with it in the ledger is undone, and does not spoil the sweep's transaction.
     async fn sweep_run(&self, conn: &mut PgConnection, run: &Stalled, taken: bool) -> Result<(), SweepError> {
-        let limit = self.config.database.answer_timeout;
+        let limit = self.context.answer_timeout;
         let mut point = in_time(limit, conn.begin()).await?;
         let mut repairs = Repairs { driven: self.drive(run).await?, ..Repairs::default() };
-        if taken {
-            self.repair_items(&mut point, run, &mut repairs).await?;
+        // Items of a job that this program does not have are left to one that does.
+        if let Some(job) = self.context.kinds.get(&run.kind).filter(|_| taken) {
+            self.repair_items(&mut point, run, job, &mut repairs).await?;
         }
         in_time(limit, sweep::record(&mut point, run.run_id, repairs)).await?;
         in_time(limit, point.commit()).await?;
@@ -166,31 +165,37 @@ impl Sweeper {
     /// Items that wait on the queue are not missing: the senders are busy, or there are none. Nor is a result missing that waits
     /// to be counted: what a worker has reported before it died is not unknown.
     async fn queues_are_empty(&self) -> Result<bool, SweepError> {
-        Ok(self.broker.waiting_items().await? == 0 && self.broker.waiting_results().await? == 0)
+        Ok(self.context.broker.waiting_items().await? == 0 && self.context.broker.waiting_results().await? == 0)
     }
 
     /// Puts the message back that drives the run's present pass, if none was seen lately; returns how many it put back.
     async fn drive(&self, run: &Stalled) -> Result<i64, SweepError> {
         let (run_id, Some(command)) = (run.run_id, missing_command(run)) else { return Ok(0) };
         info!(%run_id, ?command, "nothing drives this run any more: its message is put back");
-        self.publisher.publish_soon(vec![Outgoing::new(&RunMessage { run_id, command })]).await?;
+        self.context.publisher.publish_soon(vec![Outgoing::new(&RunMessage { run_id, command })]).await?;
         Ok(1)
     }
 
-    async fn repair_items(&self, conn: &mut PgConnection, run: &Stalled, all: &mut Repairs) -> Result<(), SweepError> {
+    async fn repair_items(
+        &self,
+        conn: &mut PgConnection,
+        run: &Stalled,
+        job: &dyn Kind,
+        all: &mut Repairs,
+    ) -> Result<(), SweepError> {
         let run_id = run.run_id;
         let batch = BATCH;
         let mut after = 0;
         loop {
             let items = sweep::open_items(conn, run_id, self.stalled_after(), after, batch);
-            let items = in_time(self.config.database.answer_timeout, items).await?;
+            let items = in_time(self.context.answer_timeout, items).await?;
             let Some(last) = items.last() else { return Ok(()) };
             after = last.position;
             let mut mending = Mending::default();
             for item in &items {
                 // Senders drop what belongs to a paused run; it is put back when the run goes on.
                 if run.wanted != Wanted::Paused || item.owner.is_some() {
-                    mending.add(item, self.config.send.on_unknown);
+                    mending.add(item, job);
                 }
             }
             let Mending { repairs, messages, results } = mending;
@@ -199,8 +204,8 @@ impl Sweeper {
                 info!(%run_id, put_back, buried, told_again, "items were missing from the conveyor");
             }
             *all += repairs;
-            self.publisher.publish_soon(messages).await?;
-            self.publisher.publish_soon(Outgoing::results(run_id, &results, self.config.send.result_batch)).await?;
+            self.context.publisher.publish_soon(messages).await?;
+            self.context.publisher.publish_soon(Outgoing::results(run_id, &results, self.context.result_batch)).await?;
         }
     }
 }
@@ -227,8 +232,8 @@ pub struct Mending {
 }
 
 impl Mending {
-    /// Adds what this item needs, if anything.
-    pub fn add(&mut self, item: &OpenItem, policy: OnUnknown) {
+    /// Adds what this item of the job needs, if anything.
+    pub fn add(&mut self, item: &OpenItem, job: &dyn Kind) {
         match repair(item.owner) {
             Repair::Leave => {}
             Repair::PutBack => {
@@ -237,7 +242,7 @@ impl Mending {
             }
             Repair::Withhold(why) => {
                 self.repairs.told_again += 1;
-                self.results.push(withheld(item.next, why));
+                self.results.push(job.withheld(item.next, why));
             }
             Repair::Confirm => {
                 self.repairs.told_again += 1;
@@ -245,7 +250,7 @@ impl Mending {
             }
             Repair::Bury => {
                 self.repairs.buried += 1;
-                let next = after_death(item.next, policy);
+                let next = after_death(item.next, job.policy());
                 self.messages.extend(next.follow_up.map(Outgoing::from));
                 self.results.push(next.result);
             }

@@ -119,7 +119,7 @@ async fn apply(target: &Target, run_id: Uuid, results: &[ItemResult]) -> sqlx::R
     let mut conn = target.pool.acquire().await?;
     let reports: Vec<Reported<'_>> = results.iter().map(|result| Reported { run_id: Some(run_id), result }).collect();
     for reports in reports.chunks(BATCH) {
-        progress::apply(&mut conn, &target.config.suppressions, reports).await?;
+        progress::apply(&mut conn, &target.kinds, reports).await?;
     }
     Ok(())
 }
@@ -132,6 +132,8 @@ async fn gather(
     queues: QueueState,
 ) -> sqlx::Result<Mending> {
     let run_id = run.run_id;
+    // Items of another program's job are left to that program.
+    let Some(job) = target.kinds.get(&run.kind) else { return Ok(Mending::default()) };
     let workers: HashMap<i64, Worker> =
         workers::all(&mut *conn).await?.into_iter().map(|worker| (worker.id, worker)).collect();
     let stopped_long_ago = |worker: &Worker| worker.stopped && worker.silent_s > target.dead_after().as_secs_f64();
@@ -157,7 +159,7 @@ async fn gather(
                 }
                 if matches!(what, Repair::Bury | Repair::Confirm) == of_dead && is_due(what, silent(item.owner), queues)
                 {
-                    mending.add(item, target.config.send.on_unknown);
+                    mending.add(item, job);
                 }
             }
         }
@@ -241,7 +243,7 @@ mod tests {
 
     #[test]
     fn a_message_that_may_be_slow_is_not_missing() {
-        for repair in [Repair::PutBack, Repair::Withhold(Withheld::Suppressed)] {
+        for repair in [Repair::PutBack, Repair::Withhold(Withheld::ByJob(1))] {
             assert!(is_due(repair, false, QUIET));
             assert!(!is_due(repair, false, QueueState { stalled: false, ..QUIET }));
             assert!(!is_due(repair, false, QueueState { items: true, ..QUIET }));

@@ -16,12 +16,13 @@ mod queues;
 mod report;
 mod workers;
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Result, bail};
 use clap::Args;
 use mailrun_app::config::Config;
 use mailrun_ledger::audit;
+use mailrun_worker::{Jobs, Kinds};
 use sqlx::PgPool;
 
 use self::report::{Finding, Report};
@@ -41,6 +42,7 @@ pub struct Options {
 /// The installation that is checked.
 struct Target {
     config: Config,
+    kinds: Kinds,
     pool: PgPool,
     fix: bool,
 }
@@ -65,9 +67,10 @@ impl Target {
 }
 
 /// Runs all checks and prints the report. Fails if a finding remains, or if no servers are configured.
-pub async fn run(config: &Config, options: &Options) -> Result<()> {
+pub async fn run(config: &Config, jobs: Jobs, options: &Options) -> Result<()> {
     let ledger = Ledger::open(config)?;
-    let target = Target { config: config.clone(), pool: ledger.pool.clone(), fix: options.fix };
+    let (kinds, _) = mailrun_worker::kinds(config, jobs, &BTreeSet::new())?;
+    let target = Target { config: config.clone(), kinds, pool: ledger.pool.clone(), fix: options.fix };
     let report = Box::pin(examine(&target)).await;
     if options.json {
         println!("{}", report.json()?);

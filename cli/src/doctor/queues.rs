@@ -12,7 +12,7 @@ use mailrun_broker::{
     Broker, BrokerError, Link, Publisher,
     topology::{self, Queue},
 };
-use mailrun_core::queue::{DEAD, EXCHANGE, ITEMS, RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT, TESTS};
+use mailrun_core::queue::{DEAD, EXCHANGE, ITEMS, RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT};
 use tokio::time::timeout;
 
 use super::{
@@ -254,7 +254,6 @@ fn effect(queue: &str) -> &'static str {
         RUNS | RUNS_WAIT => "runs do not start or continue",
         RUNS_PAUSED => "resumed runs do not continue",
         RESULTS => "sent invitations are not counted",
-        TESTS => "tests are not sent",
         DEAD => "workers hold the invitations that failed",
         queue if queue.starts_with(ITEMS) => "nothing is sent",
         _ => "workers hold the invitations that wait for a retry",

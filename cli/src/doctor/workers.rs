@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use mailrun_core::observer::Observer;
-use mailrun_core::queue::{RESULTS, RUNS, TESTS};
+use mailrun_core::queue::{RESULTS, RUNS};
 use mailrun_core::run::Wanted;
 use mailrun_ledger::{
     audit::Unfinished,
@@ -111,7 +111,7 @@ fn has_role(worker: &Worker, role: Role) -> bool {
 fn queues(rabbitmq: &RabbitMq, role: Role) -> Vec<&str> {
     match role {
         Role::FanOut => vec![RUNS],
-        Role::Send => rabbitmq.broker.item_queues().iter().map(AsRef::as_ref).chain([TESTS]).collect(),
+        Role::Send => rabbitmq.broker.item_queues().iter().map(AsRef::as_ref).collect(),
         Role::Progress => vec![RESULTS],
     }
 }

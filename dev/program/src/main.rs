@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use mailrun::program;
+use mailrun::{Jobs, program};
 use mailrun_app::{config::Config, shutdown, telemetry};
 use mailrun_lab::{
     bench, chaos,
@@ -99,7 +99,7 @@ async fn run(arguments: Arguments) -> Result<()> {
             Ok(keep(&home, Duration::from_secs(linger_seconds), nodes).await?)
         }
         Command::Installed(command) if command.is_for_operators() => on_servers_here(command, file).await,
-        Command::Installed(command) => Box::pin(command.run(file)).await,
+        Command::Installed(command) => Box::pin(command.run(file, Jobs::new())).await,
     }
 }
 
@@ -112,7 +112,7 @@ async fn on_servers_here(command: mailrun::Command, file: Option<&Path>) -> Resu
     }
     // They must stay up until the command ends.
     let servers = Servers::start(&config, &home, Nodes::One, |step| eprintln!("{step}…")).await?;
-    Box::pin(command.run_with(Ok(servers.name_in(config)))).await
+    Box::pin(command.run_with(Ok(servers.name_in(config)), Jobs::new())).await
 }
 
 #[cfg(test)]

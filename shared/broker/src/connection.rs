@@ -12,12 +12,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lapin::{Connection, ConnectionProperties, tcp::OwnedTLSConfig, uri::AMQPUri};
+use lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions, tcp::OwnedTLSConfig, uri::AMQPUri};
 use mailrun_core::queue;
 use mailrun_core::{epoch::BEHIND, health::Health};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
+use tracing::debug;
 
 use crate::{
     BrokerError, Link, Rejections,
@@ -146,6 +147,27 @@ impl Broker {
         let link = self.connect("setup").await?;
         if !self.declare {
             timeout(self.answer_timeout, self.declare_on(&link)).await.map_err(|_| BrokerError::Timeout)??;
+        }
+        link.close().await;
+        Ok(())
+    }
+
+    /// Deletes the queues of earlier versions that no consumer uses any more. Best effort: a queue that is left does no harm.
+    ///
+    /// # Errors
+    /// When no node answers.
+    pub async fn delete_former_queues(&self) -> Result<(), BrokerError> {
+        let link = self.connect("setup").await?;
+        for queue in queue::FORMER {
+            let delete = async {
+                let channel = link.channel().await?;
+                let options = QueueDeleteOptions { if_unused: true, ..QueueDeleteOptions::default() };
+                channel.queue_delete(queue.into(), options).await?;
+                channel.close(200, "deleted".into()).await
+            };
+            if let Ok(Err(error)) = timeout(self.answer_timeout, delete).await {
+                debug!(queue, %error, "a queue of an earlier version is left");
+            }
         }
         link.close().await;
         Ok(())

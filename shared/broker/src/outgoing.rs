@@ -11,7 +11,7 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 use mailrun_core::{
-    message::{DeadReason, ItemResult, Message, ResultsMessage, RunMessage, TestMessage, encode},
+    message::{DeadReason, ItemMessage, ItemResult, Message, ResultsMessage, RunMessage, encode},
     outcome::FollowUp,
     queue::{self, retry_queue},
 };
@@ -63,7 +63,7 @@ impl Outgoing {
                 let message: RunMessage = serde_json::from_value(message)?;
                 Ok(Self::new(&message))
             }
-            TestMessage::TYPE => Ok(Self::new(&serde_json::from_value::<TestMessage>(message)?)),
+            ItemMessage::TYPE => Ok(Self::new(&serde_json::from_value::<ItemMessage>(message)?)),
             _ => Err(NotUnderstood::Kind),
         }
     }

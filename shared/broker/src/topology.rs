@@ -13,7 +13,7 @@ use lapin::{
 };
 use mailrun_core::queue::{
     DEAD, DEAD_EXCHANGE, EPOCH, EXCHANGE, ITEMS, ITEMS_WAIT, RESULTS, RESULTS_WAIT, RUNS, RUNS_PAUSED, RUNS_WAIT,
-    TESTS, TESTS_WAIT, retry_queue,
+    retry_queue,
 };
 
 /// How long a run waits before the pump looks at it again.
@@ -114,7 +114,7 @@ pub fn queues(item_queues: &[Cow<'static, str>], retry_delays: &[Duration]) -> V
     set(&mut arguments, "x-overflow", "reject-publish");
     let mut dead = Queue::new(DEAD, arguments);
     dead.bindings.push((DEAD_EXCHANGE, "".into()));
-    let worked_on = [RUNS, RESULTS, TESTS].map(Cow::Borrowed).into_iter().chain(item_queues.iter().cloned());
+    let worked_on = [RUNS, RESULTS].map(Cow::Borrowed).into_iter().chain(item_queues.iter().cloned());
     let worked_on = worked_on.map(|name| {
         let mut arguments = quorum(DELIVERY_LIMIT);
         dead_letter_to(&mut arguments, DEAD_EXCHANGE, None);
@@ -122,8 +122,8 @@ pub fn queues(item_queues: &[Cow<'static, str>], retry_delays: &[Duration]) -> V
     });
     let rungs = retry_delays.iter().map(|delay| Queue::waiting_room(retry_queue(*delay), *delay, ITEMS));
     let runs = [(RUNS_WAIT, WAIT), (RUNS_PAUSED, PAUSED)].map(|(name, ttl)| Queue::waiting_room(name, ttl, RUNS));
-    let newer = [(ITEMS_WAIT, ITEMS), (RESULTS_WAIT, RESULTS), (TESTS_WAIT, TESTS)]
-        .map(|(name, target)| Queue::waiting_room(name, NEWER, target));
+    let newer =
+        [(ITEMS_WAIT, ITEMS), (RESULTS_WAIT, RESULTS)].map(|(name, target)| Queue::waiting_room(name, NEWER, target));
     let mut newest = quorum(DEAD_DELIVERY_LIMIT);
     newest.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
     let epoch = Queue::new(EPOCH, newest);

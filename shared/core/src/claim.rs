@@ -5,18 +5,15 @@ use crate::{
     run::Wanted,
 };
 
-/// Why an attempt will never be carried out.
+/// Why no worker will ever make an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Withheld {
     /// The run was cancelled.
     Cancelled,
-    /// The address was suppressed.
-    Suppressed,
-    /// The person was erased, or the person or the run deleted from the ledger by hand.
+    /// The person was erased, or the person, the run or the item's data was deleted from the ledger.
     Deleted,
-    /// The person has another invitation: that of an earlier run, which was cancelled, and the news that it was sent came late;
-    /// or that of another spelling of the same mailbox.
-    Invited,
+    /// The job said so, with a code of its own: for invitations, a suppressed address or a person who is invited already.
+    ByJob(u8),
 }
 
 /// What is known of an attempt whose claim was refused.
@@ -35,7 +32,7 @@ pub struct Found {
 /// The holder of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// Nobody will ever carry the attempt out.
+    /// No worker will ever make the attempt.
     Nobody(Withheld),
     /// A worker has begun to.
     Worker {

@@ -243,7 +243,7 @@ impl ItemMessage {
             state,
             error,
             due_in_ms: None,
-            bad_address: false,
+            flagged: false,
         }
     }
 }
@@ -315,9 +315,9 @@ pub struct ItemResult {
     /// retrying: the next attempt is due after so many milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub due_in_ms: Option<i64>,
-    /// failed: the mail server says that there is no such address. Nobody writes to it again.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub bad_address: bool,
+    /// failed: what the job has to note when the item is counted. For invitations: the mailbox does not exist.
+    #[serde(rename = "bad_address", default, skip_serializing_if = "std::ops::Not::not")]
+    pub flagged: bool,
 }
 
 impl ItemResult {
@@ -337,18 +337,6 @@ impl ItemResult {
         }
         no_nul(self.error.as_deref())
     }
-}
-
-/// Asks for one mail that somebody sends to look at an invitation. Nobody counts as invited by it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TestMessage {
-    /// The row of `test_sends`.
-    pub test_id: Uuid,
-}
-
-impl Message for TestMessage {
-    const TYPE: &'static str = "mailrun.test.v1";
-    const QUEUE: &'static str = queue::TESTS;
 }
 
 /// Says how far the ledger has come: see [`crate::epoch`].
@@ -431,8 +419,6 @@ mod tests {
             results: vec![item.result(ItemState::Sent, None), item.result(ItemState::Failed, Some("no".into()))],
         };
         assert_eq!(decode::<ResultsMessage>(None, &encode(&results)).unwrap(), results);
-        let test = TestMessage { test_id: run_id };
-        assert_eq!(decode::<TestMessage>(None, &encode(&test)).unwrap(), test);
     }
 
     #[test]
@@ -496,9 +482,9 @@ mod tests {
 
     fn any_result() -> impl Strategy<Value = ItemResult> {
         (any_item(), any_state(), prop::option::of("[^\0]{0,20}"), prop::option::of(0..i64::MAX), any::<bool>())
-            .prop_map(|(item, state, error, due_in_ms, bad_address)| ItemResult {
+            .prop_map(|(item, state, error, due_in_ms, flagged)| ItemResult {
                 due_in_ms,
-                bad_address,
+                flagged,
                 ..item.result(state, error)
             })
     }
@@ -576,14 +562,13 @@ mod tests {
     fn all_kinds(kind: Option<&str>, body: &[u8]) -> Result<(), TestCaseError> {
         understood_or_refused::<RunMessage>(kind, body)?;
         understood_or_refused::<ItemMessage>(kind, body)?;
-        understood_or_refused::<ResultsMessage>(kind, body)?;
-        understood_or_refused::<TestMessage>(kind, body)
+        understood_or_refused::<ResultsMessage>(kind, body)
     }
 
     proptest! {
         #[test]
         fn any_bytes_are_understood_or_refused(
-            kind in prop::option::of("\\PC{0,30}|mailrun\\.(run|item|results|test)\\.v[0-9]"),
+            kind in prop::option::of("\\PC{0,30}|mailrun\\.(run|item|results)\\.v[0-9]"),
             body in prop::collection::vec(any::<u8>(), 0..200),
         ) {
             all_kinds(kind.as_deref(), &body)?;

@@ -22,37 +22,39 @@ const STOPPED: &str = "not sent yet: the run was paused or cancelled";
 /// The reason shown while an attempt waits for another send time.
 const NOT_DUE: &str = "not sent yet: the rate limit left no send time";
 
-/// Why an item is not sent whose person or run is not in the ledger any more.
+/// The reason shown for an item whose person, run or data is no longer in the ledger.
 pub const DELETED: &str = "the person or the run was deleted from the database";
 
-/// The reasons shown for items that are skipped.
-const SUPPRESSED: &str = "the address is on the list of those that nobody writes to any more";
-const INVITED: &str = "already invited: another run has this person's invitation";
-
-/// What a mailer knows of a send. It is decided where the error is known.
+/// The outcome of an attempt, decided where the error is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The mail server accepted it.
+    /// The remote side accepted the item.
     Sent,
-    /// It was certainly not sent, for a reason that may lie in this mail, and may pass. It costs a try.
+    /// Certainly no effect; the reason may lie in this item and may pass. Charges a try.
     Retry(String),
-    /// It was certainly not sent, for a reason that has nothing to do with it: the mail server is away, or wants less. It costs
-    /// no try, and the lane is closed for a while.
+    /// Certainly no effect, for a reason that has nothing to do with the item: the remote side is down or busy. Charges no try.
+    /// The item waits until the job's gate opens.
     Later(String),
-    /// It was certainly not sent, and never will be.
+    /// Certainly no effect, and retrying is pointless.
     Failed {
         /// Why.
         reason: String,
-        /// The address itself is what is wrong: nobody should write to it again.
-        bad_address: bool,
+        /// Passed on to the job when the item is counted. For invitations: the mailbox does not exist.
+        flagged: bool,
     },
-    /// It was handed over, and the answer never came.
+    /// The item was handed over and no reply came.
     Unknown(String),
-    /// It was not handed over, since the attempt must not go on. It costs no try.
+    /// The attempt was not allowed to proceed. Certainly no effect, and charges no try.
     Withdrawn(Withdrawn),
 }
 
 impl Outcome {
+    /// A permanent failure with nothing for the job to note.
+    #[must_use]
+    pub fn failed(reason: impl Into<String>) -> Self {
+        Self::Failed { reason: reason.into(), flagged: false }
+    }
+
     /// What each is counted as.
     pub const NAMES: [&str; 6] = ["sent", "retry", "later", "failed", "unknown", "withdrawn"];
 
@@ -70,7 +72,7 @@ impl Outcome {
     }
 }
 
-/// Why an attempt must not be offered to the far side. It certainly had no effect, and costs no try.
+/// Why an attempt must not proceed. It certainly had no effect, and charges no try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Withdrawn {
     /// The heartbeat is too old, or the ledger was replaced by an older one: the attempt may be settled already.
@@ -106,80 +108,99 @@ pub struct Next {
 pub enum FollowUp {
     /// Back to the items, at once.
     Now(ItemMessage),
-    /// To a rung, for so long.
+    /// To the retry queue with this delay.
     Wait(ItemMessage, Duration),
     /// To the dead letters, for this reason, in these words.
     Dead(ItemMessage, DeadReason, String),
 }
 
-/// What the settings say of attempts that did not succeed.
-#[derive(Clone, Debug)]
-pub struct Rules {
-    /// How long an item waits before its second, third, … try.
-    pub rungs: Vec<Duration>,
-    /// What follows when nobody can know whether an invitation went out.
+/// What follows an attempt that did not succeed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// How long an item waits before its second, third, … try. Each delay has a queue, so all jobs share those of the settings.
+    pub delays: Vec<Duration>,
+    /// The number of tries after which the item fails, if that is fewer than the delays allow.
+    pub tries: Option<i16>,
+    /// What follows when it cannot be known whether the attempt had an effect.
     pub on_unknown: OnUnknown,
+    /// Whether an item that fails or becomes unknown leaves a dead letter.
+    pub dead_letters: bool,
+    /// Whether the remote side accepts an immediate second try within the same attempt.
+    pub repeats_at_once: bool,
 }
 
-impl Rules {
-    /// The rung for what is to be looked at again soon.
+impl RetryPolicy {
+    /// As many tries as there are delays, and one more; dead letters; no immediate repetition.
+    #[must_use]
+    pub fn new(delays: Vec<Duration>, on_unknown: OnUnknown) -> Self {
+        Self { delays, tries: None, on_unknown, dead_letters: true, repeats_at_once: false }
+    }
+
+    /// The shortest delay.
     #[must_use]
     pub fn shortest(&self) -> Duration {
-        self.rungs.iter().min().copied().unwrap_or_default()
+        self.delays.iter().min().copied().unwrap_or_default()
     }
 
-    /// The longest rung that is over within `time`, or the shortest of all.
+    /// The longest delay that is over within `time`, or the shortest of all.
     #[must_use]
-    pub fn rung_within(&self, time: Duration) -> Duration {
-        self.rungs.iter().filter(|rung| **rung <= time).max().copied().unwrap_or_else(|| self.shortest())
+    pub fn delay_within(&self, time: Duration) -> Duration {
+        self.delays.iter().filter(|delay| **delay <= time).max().copied().unwrap_or_else(|| self.shortest())
+    }
+
+    /// How long an item waits after its try number `tries`; none: the budget is spent.
+    fn delay_after(&self, tries: i16) -> Option<Duration> {
+        if self.tries.is_some_and(|most| tries >= most) { None } else { rung(&self.delays, tries) }
     }
 }
 
-/// After a send. `closed_for` is how long the mail server has asked to be left alone.
+/// After an attempt. `closed_for` is how long the job's gate stays closed.
 #[must_use]
-pub fn after_send(item: ItemMessage, outcome: Outcome, closed_for: Duration, rules: &Rules) -> Next {
+pub fn after_send(item: ItemMessage, outcome: Outcome, closed_for: Duration, policy: &RetryPolicy) -> Next {
     match outcome {
         Outcome::Sent => Next { follow_up: None, result: item.result(ItemState::Sent, None) },
-        Outcome::Retry(reason) => match rung(&rules.rungs, item.tries) {
+        Outcome::Retry(reason) => match policy.delay_after(item.tries) {
             Some(delay) => wait(item, item.next_try(), delay, reason),
-            None => dead(item, ItemState::Failed, DeadReason::Failed, reason),
+            None => dead(item, ItemState::Failed, DeadReason::Failed, reason, policy),
         },
-        // The mail server's trouble is not the address's fault: no try is charged, however long it lasts.
-        Outcome::Later(reason) => wait(item, item.again(), rules.rung_within(closed_for), reason),
-        Outcome::Failed { reason, bad_address } => {
-            let next = dead(item, ItemState::Failed, DeadReason::Failed, reason);
-            Next { result: ItemResult { bad_address, ..next.result }, ..next }
+        // Not the item's fault: no try is charged, however long it lasts.
+        Outcome::Later(reason) => wait(item, item.again(), policy.delay_within(closed_for), reason),
+        Outcome::Failed { reason, flagged } => {
+            let next = dead(item, ItemState::Failed, DeadReason::Failed, reason, policy);
+            Next { result: ItemResult { flagged, ..next.result }, ..next }
         }
-        Outcome::Unknown(reason) => unclear(item, rules.on_unknown, reason),
+        Outcome::Unknown(reason) => unclear(item, reason, policy),
         Outcome::Withdrawn(Withdrawn::CutOff) => after_cut_off(item),
-        Outcome::Withdrawn(Withdrawn::Stopped) => wait(item, item.again(), rules.shortest(), STOPPED.into()),
+        Outcome::Withdrawn(Withdrawn::Stopped) => wait(item, item.again(), policy.shortest(), STOPPED.into()),
         Outcome::Withdrawn(Withdrawn::NotDue(time)) => {
-            wait(item, item.again(), rules.rung_within(time), NOT_DUE.into())
+            wait(item, item.again(), policy.delay_within(time), NOT_DUE.into())
         }
     }
 }
 
-/// The next attempt waits on a rung.
+/// The next attempt waits on a retry queue.
 fn wait(item: ItemMessage, next: ItemMessage, delay: Duration, reason: String) -> Next {
     Next {
         follow_up: Some(FollowUp::Wait(next, delay)),
         result: ItemResult {
             due_in_ms: Some(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)),
-            // So that whoever puts the item back charges neither more nor less.
+            // So that a republished message charges neither more nor less.
             tries: next.tries,
             ..item.result(ItemState::Retrying, Some(reason))
         },
     }
 }
 
-/// What becomes of an item whose attempt is nobody's to carry out.
+/// The result of an attempt that will never be made. `reasons` are the job's, by code.
 #[must_use]
-pub fn withheld(item: ItemMessage, why: Withheld) -> ItemResult {
+pub fn withheld(item: ItemMessage, why: Withheld, reasons: &[(u8, &str)]) -> ItemResult {
     match why {
         Withheld::Cancelled => item.result(ItemState::Cancelled, None),
-        Withheld::Suppressed => item.result(ItemState::Skipped, Some(SUPPRESSED.into())),
-        Withheld::Invited => item.result(ItemState::Skipped, Some(INVITED.into())),
         Withheld::Deleted => item.result(ItemState::Failed, Some(DELETED.into())),
+        Withheld::ByJob(code) => {
+            let reason = reasons.iter().find(|(of, _)| *of == code).map(|(_, reason)| (*reason).to_owned());
+            item.result(ItemState::Skipped, Some(reason.unwrap_or_else(|| format!("withheld by its job, code {code}"))))
+        }
     }
 }
 
@@ -194,13 +215,13 @@ pub fn after_cut_off(item: ItemMessage) -> Next {
 
 /// After a worker died between its claim and its report.
 #[must_use]
-pub fn after_death(item: ItemMessage, policy: OnUnknown) -> Next {
-    unclear(item, policy, UNKNOWN.into())
+pub fn after_death(item: ItemMessage, policy: &RetryPolicy) -> Next {
+    unclear(item, UNKNOWN.into(), policy)
 }
 
-fn unclear(item: ItemMessage, policy: OnUnknown, reason: String) -> Next {
-    match policy {
-        OnUnknown::Hold => dead(item, ItemState::Unknown, DeadReason::Unknown, reason),
+fn unclear(item: ItemMessage, reason: String, policy: &RetryPolicy) -> Next {
+    match policy.on_unknown {
+        OnUnknown::Hold => dead(item, ItemState::Unknown, DeadReason::Unknown, reason, policy),
         OnUnknown::Resend => Next {
             follow_up: Some(FollowUp::Now(item.again())),
             result: ItemResult { due_in_ms: Some(0), ..item.result(ItemState::Retrying, Some(reason)) },
@@ -208,12 +229,10 @@ fn unclear(item: ItemMessage, policy: OnUnknown, reason: String) -> Next {
     }
 }
 
-/// A dead letter is the next attempt with a fresh budget, waiting for a person: moving it back is all a replay is.
-fn dead(item: ItemMessage, state: ItemState, reason: DeadReason, error: String) -> Next {
-    Next {
-        follow_up: Some(FollowUp::Dead(item.replayed(), reason, error.clone())),
-        result: item.result(state, Some(error)),
-    }
+/// A dead letter is the next attempt with a fresh budget, so replaying it is moving it back to the items.
+fn dead(item: ItemMessage, state: ItemState, reason: DeadReason, error: String, policy: &RetryPolicy) -> Next {
+    let letter = || FollowUp::Dead(item.replayed(), reason, error.clone());
+    Next { follow_up: policy.dead_letters.then(letter), result: item.result(state, Some(error)) }
 }
 
 /// What to do with a message whose claim was refused.
@@ -295,8 +314,8 @@ mod tests {
     use super::*;
     use crate::item::Standing;
 
-    fn rules() -> Rules {
-        Rules { rungs: vec![Duration::from_millis(250), Duration::from_secs(1)], on_unknown: OnUnknown::Hold }
+    fn policy() -> RetryPolicy {
+        RetryPolicy::new(vec![Duration::from_millis(250), Duration::from_secs(1)], OnUnknown::Hold)
     }
 
     fn item(attempt: i32, tries: i16) -> ItemMessage {
@@ -304,24 +323,44 @@ mod tests {
     }
 
     #[test]
-    fn an_item_climbs_the_rungs_and_then_dies() {
+    fn an_item_waits_each_delay_and_then_fails() {
         let down = || Outcome::Retry("down".into());
-        let first = after_send(item(1, 1), down(), Duration::ZERO, &rules());
+        let first = after_send(item(1, 1), down(), Duration::ZERO, &policy());
         assert_eq!((first.result.state, first.result.due_in_ms), (ItemState::Retrying, Some(250)));
         assert!(first.follow_up.is_some());
         assert_eq!(first.result.tries, 2, "the try that it waits for");
-        assert_eq!(after_send(item(2, 2), down(), Duration::ZERO, &rules()).result.due_in_ms, Some(1000));
-        assert_eq!(after_send(item(3, 3), down(), Duration::ZERO, &rules()).result.state, ItemState::Failed);
-        let refused = Outcome::Failed { reason: "no".into(), bad_address: true };
-        let refused = after_send(item(1, 1), refused, Duration::ZERO, &rules()).result;
-        assert!(refused.state == ItemState::Failed && refused.bad_address);
-        assert!(after_send(item(1, 1), Outcome::Sent, Duration::ZERO, &rules()).follow_up.is_none());
+        assert_eq!(after_send(item(2, 2), down(), Duration::ZERO, &policy()).result.due_in_ms, Some(1000));
+        assert_eq!(after_send(item(3, 3), down(), Duration::ZERO, &policy()).result.state, ItemState::Failed);
+        let refused = Outcome::Failed { reason: "no".into(), flagged: true };
+        let refused = after_send(item(1, 1), refused, Duration::ZERO, &policy()).result;
+        assert!(refused.state == ItemState::Failed && refused.flagged);
+        assert!(after_send(item(1, 1), Outcome::Sent, Duration::ZERO, &policy()).follow_up.is_none());
+    }
+
+    #[test]
+    fn a_job_may_have_fewer_tries_and_no_dead_letters() {
+        let once = RetryPolicy { tries: Some(1), dead_letters: false, ..policy() };
+        let next = after_send(item(1, 1), Outcome::Retry("down".into()), Duration::ZERO, &once);
+        assert_eq!((next.result.state, next.follow_up), (ItemState::Failed, None));
+        assert_eq!(after_death(item(1, 1), &once).follow_up, None);
+        let later = after_send(item(1, 1), Outcome::Later("closed".into()), Duration::ZERO, &once);
+        assert_eq!((later.result.state, later.result.tries), (ItemState::Retrying, 1));
+    }
+
+    #[test]
+    fn a_withheld_item_shows_its_jobs_reason() {
+        let result = |why| withheld(item(1, 1), why, &[(7, "already done")]);
+        assert_eq!(result(Withheld::Cancelled).state, ItemState::Cancelled);
+        assert_eq!(result(Withheld::Deleted).state, ItemState::Failed);
+        assert_eq!(result(Withheld::ByJob(7)).state, ItemState::Skipped);
+        assert_eq!(result(Withheld::ByJob(7)).error.as_deref(), Some("already done"));
+        assert!(result(Withheld::ByJob(8)).error.unwrap().contains('8'), "a reason of a later version");
     }
 
     #[test]
     fn the_mail_servers_trouble_costs_no_try() {
         let later = |tries| {
-            after_send(item(9, tries), Outcome::Later("421 busy".into()), Duration::from_secs(60), &rules()).result
+            after_send(item(9, tries), Outcome::Later("421 busy".into()), Duration::from_secs(60), &policy()).result
         };
         assert_eq!((later(1).state, later(1).tries, later(1).due_in_ms), (ItemState::Retrying, 1, Some(1000)));
         // Even the last one of the budget.
@@ -331,7 +370,7 @@ mod tests {
     #[test]
     fn an_attempt_that_was_never_offered_costs_no_try() {
         for withdrawn in [Withdrawn::CutOff, Withdrawn::Stopped, Withdrawn::NotDue(Duration::from_secs(2))] {
-            let next = after_send(item(4, 3), Outcome::Withdrawn(withdrawn), Duration::ZERO, &rules());
+            let next = after_send(item(4, 3), Outcome::Withdrawn(withdrawn), Duration::ZERO, &policy());
             assert_eq!((next.result.state, next.result.tries), (ItemState::Retrying, 3));
             let (FollowUp::Now(again) | FollowUp::Wait(again, _)) = next.follow_up.unwrap() else { panic!() };
             assert_eq!((again.attempt, again.tries), (5, 3));
@@ -341,15 +380,16 @@ mod tests {
     #[test]
     fn a_lost_answer_is_held_or_resent_as_the_policy_says() {
         let lost = || Outcome::Unknown("dropped".into());
-        assert_eq!(after_send(item(1, 1), lost(), Duration::ZERO, &rules()).result.state, ItemState::Unknown);
-        let resend = Rules { on_unknown: OnUnknown::Resend, ..rules() };
+        assert_eq!(after_send(item(1, 1), lost(), Duration::ZERO, &policy()).result.state, ItemState::Unknown);
+        let resend = RetryPolicy { on_unknown: OnUnknown::Resend, ..policy() };
         assert_eq!(after_send(item(1, 1), lost(), Duration::ZERO, &resend).result.state, ItemState::Retrying);
     }
 
     #[test]
     fn a_dead_worker_is_held_or_resent_as_the_policy_says() {
-        assert_eq!(after_death(item(1, 1), OnUnknown::Hold).result.state, ItemState::Unknown);
-        assert_eq!(after_death(item(1, 1), OnUnknown::Resend).result.state, ItemState::Retrying);
+        assert_eq!(after_death(item(1, 1), &policy()).result.state, ItemState::Unknown);
+        let resend = RetryPolicy { on_unknown: OnUnknown::Resend, ..policy() };
+        assert_eq!(after_death(item(1, 1), &resend).result.state, ItemState::Retrying);
     }
 
     #[test]
@@ -367,7 +407,7 @@ mod tests {
         assert_eq!(why(ItemState::Pending, 2, worker(8, Fate::Accepted)), Refused::Accepted);
         assert_eq!(why(ItemState::Retrying, 1, worker(8, Fate::Dead)), Refused::Orphaned);
         let nobody = |why| Some(Owner::Nobody(why));
-        for withheld in [Withheld::Cancelled, Withheld::Suppressed] {
+        for withheld in [Withheld::Cancelled, Withheld::ByJob(1)] {
             assert_eq!(why(ItemState::Pending, 2, nobody(withheld)), Refused::Withheld(withheld));
         }
         assert_eq!(why(ItemState::Pending, 2, None), Refused::InOtherHands);
@@ -385,8 +425,8 @@ mod tests {
             [Repair::Leave, Repair::Confirm, Repair::Bury]
         );
         assert_eq!(
-            [None, Some(Owner::Nobody(Withheld::Suppressed))].map(repair),
-            [Repair::PutBack, Repair::Withhold(Withheld::Suppressed)]
+            [None, Some(Owner::Nobody(Withheld::ByJob(1)))].map(repair),
+            [Repair::PutBack, Repair::Withhold(Withheld::ByJob(1))]
         );
     }
 }

@@ -20,10 +20,8 @@ pub const ITEMS_WAIT: &str = "mailrun.items.wait";
 pub const RESULTS: &str = "mailrun.results";
 /// Results of a newer version.
 pub const RESULTS_WAIT: &str = "mailrun.results.wait";
-/// Single mails that somebody sends to look at an invitation.
-pub const TESTS: &str = "mailrun.tests";
-/// Test messages of a newer version.
-pub const TESTS_WAIT: &str = "mailrun.tests.wait";
+/// Queues of earlier versions, which are deleted.
+pub const FORMER: [&str; 2] = ["mailrun.tests", "mailrun.tests.wait"];
 /// The latest epoch of the ledger, in the only message: see `marker` in the crate `mailrun-broker`.
 pub const EPOCH: &str = "mailrun.epoch";
 /// The dead letters.
@@ -35,7 +33,6 @@ pub fn waiting_room_of(queue: &str) -> &'static str {
     match queue {
         RESULTS => RESULTS_WAIT,
         RUNS => RUNS_PAUSED,
-        TESTS => TESTS_WAIT,
         _ => ITEMS_WAIT,
     }
 }

@@ -4,9 +4,7 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
-use mailrun_core::message::{
-    EpochMessage, ItemMessage, Message, ResultsMessage, RunMessage, TestMessage, decode, encode,
-};
+use mailrun_core::message::{EpochMessage, ItemMessage, Message, ResultsMessage, RunMessage, decode, encode};
 use serde_json::Value;
 
 /// Whether everything in `old` is in `new` as well, which may say more.
@@ -41,19 +39,17 @@ fn every_message_that_was_ever_published_is_understood() {
             "run" => is_understood::<RunMessage>(&kind, &body),
             "item" => is_understood::<ItemMessage>(&kind, &body),
             "results" => is_understood::<ResultsMessage>(&kind, &body),
-            "test" => is_understood::<TestMessage>(&kind, &body),
             "epoch" => is_understood::<EpochMessage>(&kind, &body),
             other => Err(format!("there is no message {other}")),
         };
         assert_eq!(understood, Ok(()), "{name}");
         seen.insert(kind);
     }
-    let known: BTreeSet<String> =
-        [RunMessage::TYPES, ItemMessage::TYPES, ResultsMessage::TYPES, TestMessage::TYPES, EpochMessage::TYPES]
-            .concat()
-            .into_iter()
-            .map(str::to_owned)
-            .collect();
+    let known: BTreeSet<String> = [RunMessage::TYPES, ItemMessage::TYPES, ResultsMessage::TYPES, EpochMessage::TYPES]
+        .concat()
+        .into_iter()
+        .map(str::to_owned)
+        .collect();
     assert_eq!(seen, known, "each version has a file");
 }
 

@@ -6,6 +6,7 @@ use std::{
 };
 
 use chrono::{DateTime, TimeDelta, Utc};
+use serde_json::Value;
 use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
@@ -21,33 +22,41 @@ use mailrun_core::{
     run::Wanted,
 };
 
-/// A claim that was granted, with what is needed to carry it out.
+/// A claim that was granted.
 #[derive(Clone, Debug)]
-pub struct Claimed {
+pub struct Granted {
     /// What was claimed.
     pub key: Key,
+    /// The kind of its run; none: the run was deleted.
+    pub kind: Option<String>,
     /// The item's place in its run, from 1.
     pub position: i32,
-    /// The recipient as the list wrote it; empty if the person was deleted, and then the claim is withheld.
-    pub email: String,
-    /// The name that the list gave.
-    pub name: Option<String>,
-    /// Why the claim is nobody's, and the attempt is not to be carried out. None: it is the worker's.
+    /// The item's own data.
+    pub data: Option<Value>,
+    /// Why no worker will make the attempt. None: the claiming worker has it.
     pub withheld: Option<Withheld>,
 }
 
-/// What stands in place of a worker's id where nobody will carry the attempt out. Workers count from 1.
-const WITHHELD: [(Withheld, i64); 4] =
-    [(Withheld::Cancelled, 0), (Withheld::Suppressed, -1), (Withheld::Deleted, -2), (Withheld::Invited, -3)];
+const CANCELLED: i64 = 0;
+const DELETED: i64 = -2;
 
-/// What stands for this reason in place of a worker's id.
+/// What stands for this reason in place of a worker's id. Workers count from 1. No job has a reason with the code 2.
 fn owner_for(why: Withheld) -> i64 {
-    WITHHELD.into_iter().find(|(reason, _)| *reason == why).map_or(0, |(_, owner)| owner)
+    match why {
+        Withheld::Cancelled => CANCELLED,
+        Withheld::Deleted => DELETED,
+        Withheld::ByJob(code) => -i64::from(code),
+    }
 }
 
 /// The reason that stands in place of a worker's id; none: it is a worker's.
 fn withheld(worker_id: i64) -> Option<Withheld> {
-    WITHHELD.into_iter().find(|(_, owner)| *owner == worker_id).map(|(why, _)| why)
+    match worker_id {
+        CANCELLED => Some(Withheld::Cancelled),
+        DELETED => Some(Withheld::Deleted),
+        ..0 => Some(u8::try_from(-worker_id).map_or(Withheld::Deleted, Withheld::ByJob)),
+        _ => None,
+    }
 }
 
 /// Keys as the columns of an array each, for a statement.
@@ -70,14 +79,15 @@ impl Columns {
     }
 }
 
-/// Claims attempts for a worker: those that are neither outdated nor claimed by anyone, of runs that are not paused. Those not
-/// returned were refused; [`find`] says why. The `WHERE` clause is [`Standing::allows`]. Run and item must both match: a message
+/// Claims attempts for a worker: those that are neither outdated nor claimed by anyone, of runs of these kinds (none: of any) that are
+/// not paused.
+/// Those not returned were refused; [`find`] says why. The `WHERE` clause is [`Standing::allows`]. Run and item must both match: a message
 /// of another ledger names an item that may exist here, of another run.
 ///
-/// In a cancelled run, and for a person who is suppressed, deleted or has got an invitation after all, the claim goes to nobody: the attempt will never be carried out,
-/// and anyone may report that, now or later.
+/// In a cancelled run the claim goes to no worker: the attempt will never be made, and anyone may report that, now or later. Jobs
+/// withhold more, in the same transaction: see [`withhold`].
 ///
-/// The worker's receipt is written in the same transaction, whatever is granted.
+/// The worker's receipt is written by the same statement, whatever is granted.
 ///
 /// `IS TRUE` makes the last look one into a hash table. PostgreSQL, which expects a row or two, might compare each of them with
 /// each as a join.
@@ -87,27 +97,22 @@ impl Columns {
 pub async fn claim(
     conn: &mut PgConnection,
     worker_id: i64,
+    kinds: Option<&[String]>,
     keys: &[Key],
     receipt: &Receipt,
-) -> sqlx::Result<Vec<Claimed>> {
+) -> sqlx::Result<Vec<Granted>> {
     let asked = Columns::of(keys);
     let rows = sqlx::query!(
         r#"WITH asked AS MATERIALIZED (
-               SELECT asked.item_id, asked.number, i.run_id, i.position, coalesce(i.typed, u.email, '') AS email,
-                      nullif(coalesce(i.name, u.name), '') AS name,
-                      CASE WHEN u.id IS NULL OR r.id IS NULL OR u.erased_at IS NOT NULL THEN $7
-                           WHEN r.wanted = 'cancelled' THEN $5::bigint WHEN s.email IS NOT NULL THEN $6
-                           WHEN u.emailed_at IS NOT NULL OR i.overtaken THEN $8 ELSE $1::bigint END
-                      AS worker_id
+               SELECT asked.item_id, asked.number, i.run_id, i.position, i.data, r.kind,
+                      CASE WHEN r.id IS NULL THEN $6 WHEN r.wanted = 'cancelled' THEN $5 ELSE $1::bigint END AS worker_id
                FROM unnest($2::uuid[], $3::bigint[], $4::integer[]) AS asked (run_id, item_id, number)
                JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
                LEFT JOIN runs r ON r.id = i.run_id
-               LEFT JOIN users u ON u.id = i.user_id
-               LEFT JOIN suppressions s ON s.email = u.email
                WHERE ((i.attempt = asked.number AND i.state = 'pending')
                       OR (i.attempt < asked.number
                           AND i.state = ANY(mailrun_unsent())))
-                 AND (r.wanted IS NULL OR r.wanted IN ('running', 'cancelled'))
+                 AND (r.id IS NULL OR (r.wanted IN ('running', 'cancelled') AND ($10::text[] IS NULL OR r.kind = ANY($10))))
            ), claimed AS (
                INSERT INTO attempts (item_id, number, worker_id)
                SELECT item_id, number, worker_id FROM asked ORDER BY item_id, number
@@ -115,35 +120,54 @@ pub async fn claim(
                RETURNING item_id, number
            ), receipt AS (
                INSERT INTO receipts (worker_id, number, item_ids, attempts)
-               SELECT $1, $9, $10::bigint[], $11::integer[] WHERE cardinality($10) > 0
+               SELECT $1, $7, $8::bigint[], $9::integer[] WHERE cardinality($8) > 0
            )
-           SELECT item_id AS "item_id!", number AS "number!", run_id, position, email AS "email!", name,
-                  worker_id AS "worker_id!"
+           SELECT item_id AS "item_id!", number AS "number!", run_id, position, data, kind AS "kind?", worker_id AS "worker_id!"
            FROM asked WHERE ((item_id, number) IN (SELECT item_id, number FROM claimed)) IS TRUE"#,
         worker_id,
         &asked.run_ids,
         &asked.item_ids,
         &asked.numbers,
-        owner_for(Withheld::Cancelled),
-        owner_for(Withheld::Suppressed),
-        owner_for(Withheld::Deleted),
-        owner_for(Withheld::Invited),
+        CANCELLED,
+        DELETED,
         receipt.number,
         &receipt.item_ids,
         &receipt.attempts,
+        kinds,
     )
     .fetch_all(conn)
     .await?;
     Ok(rows
         .into_iter()
-        .map(|row| Claimed {
+        .map(|row| Granted {
             key: Key { run_id: row.run_id, item_id: row.item_id, attempt: row.number },
+            kind: row.kind,
             position: row.position,
-            email: row.email,
-            name: row.name,
+            data: row.data,
             withheld: withheld(row.worker_id),
         })
         .collect())
+}
+
+/// Withholds attempts that the caller's transaction has claimed: no worker will ever make them.
+///
+/// # Errors
+/// The database's.
+pub async fn withhold(conn: &mut PgConnection, claims: &[(Key, Withheld)]) -> sqlx::Result<()> {
+    let keys: Vec<Key> = claims.iter().map(|(key, _)| *key).collect();
+    let Columns { item_ids, numbers, .. } = Columns::of(&keys);
+    let owners: Vec<i64> = claims.iter().map(|(_, why)| owner_for(*why)).collect();
+    sqlx::query!(
+        "UPDATE attempts a SET worker_id = withheld.owner
+         FROM unnest($1::bigint[], $2::integer[], $3::bigint[]) AS withheld (item_id, number, owner)
+         WHERE a.item_id = withheld.item_id AND a.number = withheld.number",
+        &item_ids,
+        &numbers,
+        &owners,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
 }
 
 /// The rate limits that a claim has to keep.
@@ -157,50 +181,50 @@ pub struct Limits {
     pub unused: HashMap<Uuid, i32>,
 }
 
-/// What a claim under rate limits came to.
-#[derive(Debug, Default)]
+/// The meters of a claim under rate limits, locked until the caller's transaction ends.
+#[derive(Debug)]
 pub struct Paced {
-    /// The claims that were granted.
-    pub claimed: Vec<Claimed>,
-    /// How long each of those that are limited has to wait for its slot.
-    pub slots: HashMap<Key, Duration>,
-    /// What was not asked for, since no slot is near: how long until one will be.
+    meters: pacing::Locked,
+    /// Those whose send time lies within reach: to be claimed.
+    pub due: Vec<Key>,
+    /// The others, and how long each has to wait for its send time.
     pub not_due: Vec<(Key, Duration)>,
 }
 
-/// Claims attempts as [`claim`] does, but of limited runs only those whose send time lies within `ahead`, and reserves these
-/// times in the same transaction.
-///
-/// # Errors
-/// The database's.
-pub async fn claim_paced(
-    conn: &mut PgConnection,
-    worker_id: i64,
-    keys: &[Key],
-    receipt: &Receipt,
-    limits: &Limits,
-    ahead: Duration,
-) -> sqlx::Result<Paced> {
-    let mut tx = conn.begin().await?;
-    let mut meters = pacing::lock(&mut tx, &limits.runs, limits.installation).await?;
-    for (run_id, slots) in &limits.unused {
-        meters.unused(*run_id, *slots);
-    }
-    let until = meters.now + TimeDelta::from_std(ahead).unwrap_or_default();
-    let (due, not_due) = split_by_slot(&meters, keys, until);
-    let claimed = claim(&mut tx, worker_id, &due, receipt).await?;
-    // What was refused or is withheld takes no slot.
-    let granted: HashSet<Key> =
-        claimed.iter().filter(|claimed| claimed.withheld.is_none()).map(|claimed| claimed.key).collect();
-    let mut slots = HashMap::new();
-    for key in due.iter().filter(|key| granted.contains(key)) {
-        if let Some(slot) = meters.take(key.run_id) {
-            slots.insert(*key, wait(slot, meters.now));
+impl Paced {
+    /// Locks the meters, and finds out which attempts have a send time within `ahead`.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn lock(conn: &mut PgConnection, keys: &[Key], limits: &Limits, ahead: Duration) -> sqlx::Result<Self> {
+        let mut meters = pacing::lock(conn, &limits.runs, limits.installation).await?;
+        for (run_id, slots) in &limits.unused {
+            meters.unused(*run_id, *slots);
         }
+        let until = meters.now + TimeDelta::from_std(ahead).unwrap_or_default();
+        let (due, not_due) = split_by_slot(&meters, keys, until);
+        Ok(Self { meters, due, not_due })
     }
-    pacing::save(&mut tx, &meters).await?;
-    tx.commit().await?;
-    Ok(Paced { claimed, slots, not_due })
+
+    /// Reserves the send times of those that were granted, in the order in which they were asked for. What was refused or is
+    /// withheld takes none. Returns how long each has to wait, and what was not due.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn reserve(
+        mut self,
+        conn: &mut PgConnection,
+        granted: &HashSet<Key>,
+    ) -> sqlx::Result<(HashMap<Key, Duration>, Vec<(Key, Duration)>)> {
+        let mut slots = HashMap::new();
+        for key in self.due.iter().filter(|key| granted.contains(key)) {
+            if let Some(slot) = self.meters.take(key.run_id) {
+                slots.insert(*key, wait(slot, self.meters.now));
+            }
+        }
+        pacing::save(conn, &self.meters).await?;
+        Ok((slots, self.not_due))
+    }
 }
 
 /// Which attempts have a slot by `until`, and how long the others have to wait for theirs.
@@ -288,11 +312,12 @@ pub(super) async fn owners(conn: &mut PgConnection, claims: &[Held]) -> sqlx::Re
     Ok(owners)
 }
 
-/// Looks up attempts whose claim was refused. One that isn't returned names an item that doesn't exist in this run.
+/// Looks up attempts whose claim was refused, with the kind of their run. One that isn't returned names an item that doesn't
+/// exist in this run.
 ///
 /// # Errors
 /// The database's.
-pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Found>> {
+pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<(Found, Option<String>)>> {
     struct Row {
         run_id: Uuid,
         item_id: i64,
@@ -300,6 +325,7 @@ pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Fou
         attempt: i32,
         state: Stored<ItemState>,
         wanted: Option<Stored<Wanted>>,
+        kind: Option<String>,
         worker_id: Option<i64>,
         alive: bool,
     }
@@ -307,7 +333,7 @@ pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Fou
     let rows = sqlx::query_as!(
         Row,
         r#"SELECT i.run_id, asked.item_id AS "item_id!", asked.number AS "number!", i.attempt, i.state AS "state: Stored<ItemState>",
-                  r.wanted AS "wanted?: Stored<Wanted>", a.worker_id AS "worker_id?",
+                  r.wanted AS "wanted?: Stored<Wanted>", r.kind AS "kind?", a.worker_id AS "worker_id?",
                   w.id IS NOT NULL AS "alive!"
            FROM unnest($1::uuid[], $2::bigint[], $3::integer[]) AS asked (run_id, item_id, number)
            JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
@@ -326,11 +352,14 @@ pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<Fou
     Ok(rows
         .into_iter()
         .zip(owners)
-        .map(|(row, owner)| Found {
-            key: Key { run_id: row.run_id, item_id: row.item_id, attempt: row.number },
-            standing: row.state.known().map(|state| Standing { attempt: row.attempt, state }),
-            wanted: row.wanted.map(Stored::acted_on),
-            owner,
+        .map(|(row, owner)| {
+            let found = Found {
+                key: Key { run_id: row.run_id, item_id: row.item_id, attempt: row.number },
+                standing: row.state.known().map(|state| Standing { attempt: row.attempt, state }),
+                wanted: row.wanted.map(Stored::acted_on),
+                owner,
+            };
+            (found, row.kind)
         })
         .collect())
 }

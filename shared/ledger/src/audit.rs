@@ -192,10 +192,12 @@ pub async fn correct_flags(pool: &PgPool) -> sqlx::Result<()> {
 }
 
 /// A run of which something is still open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unfinished {
     /// The run.
     pub run_id: Uuid,
+    /// Its kind.
+    pub kind: String,
     /// What a person wants of it.
     pub wanted: Wanted,
 }
@@ -206,12 +208,15 @@ pub struct Unfinished {
 /// The database's.
 pub async fn unfinished(conn: &mut PgConnection) -> sqlx::Result<Vec<Unfinished>> {
     let rows = sqlx::query!(
-        r#"SELECT r.id AS run_id, r.wanted AS "wanted: Stored<Wanted>" FROM run_progress p JOIN runs r ON r.id = p.run_id
-           WHERE p.finished_at IS NULL ORDER BY r.created_at, r.id"#
+        r#"SELECT r.id AS run_id, r.kind, r.wanted AS "wanted: Stored<Wanted>" FROM run_progress p JOIN runs r ON r.id = p.run_id
+           WHERE p.finished_at IS NULL AND NOT r.hidden ORDER BY r.created_at, r.id"#
     )
     .fetch_all(conn)
     .await?;
-    Ok(rows.into_iter().map(|row| Unfinished { run_id: row.run_id, wanted: row.wanted.acted_on() }).collect())
+    Ok(rows
+        .into_iter()
+        .map(|row| Unfinished { run_id: row.run_id, kind: row.kind, wanted: row.wanted.acted_on() })
+        .collect())
 }
 
 /// A run that has not progressed although it has items that are due.
@@ -270,7 +275,7 @@ pub async fn troubled(conn: &mut PgConnection) -> sqlx::Result<Troubled> {
     sqlx::query_as!(
         Troubled,
         r#"SELECT count(*) FILTER (WHERE state = 'failed') AS "failed!", count(*) FILTER (WHERE state = 'unknown') AS "unknown!"
-           FROM run_items WHERE troubled"#
+           FROM run_items i JOIN runs r ON r.id = i.run_id AND NOT r.hidden WHERE i.troubled"#
     )
     .fetch_one(conn)
     .await

@@ -30,9 +30,9 @@ pub struct Gauges {
 pub async fn read(conn: &mut PgConnection) -> sqlx::Result<Gauges> {
     let row = sqlx::query!(
         r#"SELECT (SELECT coalesce(array_agg(summed.items ORDER BY summed.place), '{}')
-                   FROM (SELECT place, sum(items)::bigint AS items FROM run_counters, unnest(counts) WITH ORDINALITY AS c (items, place)
+                   FROM (SELECT place, sum(items)::bigint AS items FROM run_counters JOIN runs ON id = run_id AND NOT hidden, unnest(counts) WITH ORDINALITY AS c (items, place)
                          GROUP BY place) summed) AS "items!",
-                  (SELECT count(*) FROM run_counters WHERE is_open) AS "open!",
+                  (SELECT count(*) FROM run_counters JOIN runs ON id = run_id AND NOT hidden WHERE is_open) AS "open!",
                   o.messages AS "messages!", o.oldest AS "oldest!",
                   (SELECT count(*) FROM suppressions) AS "suppressions!",
                   (SELECT count(*) FROM relay_stops WHERE answered_at IS NULL) AS "relays_stopped!"

@@ -39,13 +39,14 @@ const TABLES: &[Table] = &[
     },
     Table {
         name: "runs",
-        insert: &[(Web, "id subject body sends_per_second total")],
+        insert: &[(Web, "id kind hidden subject body sends_per_second total")],
         update: &[
             (Web, "wanted total already_invited already_failed suppressed repeated invalid invalid_entries"),
             // With a relay that is stopped its runs are paused.
             (Send, "wanted"),
-            // To lock the rows of runs that are pruned. What is written there goes with the row.
-            (FanOut, "restored_at"),
+            // Pruning cancels hidden runs that nobody waits for. `restored_at` is for locking the rows of runs that are pruned:
+            // what is written there goes with the row.
+            (FanOut, "wanted restored_at"),
         ],
         delete: &[FanOut],
         filled_in: "created_at",
@@ -53,11 +54,11 @@ const TABLES: &[Table] = &[
     },
     Table {
         name: "run_items",
-        insert: &[(Web, "run_id user_id position name typed")],
+        insert: &[(Web, "run_id user_id position name typed data")],
         update: &[
             (Progress, "attempt tries replays state error due_at finished_at overtaken"),
             // Erasing a person.
-            (Web, "name typed error"),
+            (Web, "name typed data error"),
             (FanOut, "name typed error"),
         ],
         delete: &[FanOut],
@@ -66,7 +67,11 @@ const TABLES: &[Table] = &[
     },
     Table {
         name: "run_passes",
-        insert: &[(FanOut, "run_id number kind command_id states error")],
+        // Small hidden runs are released with their submission.
+        insert: &[
+            (FanOut, "run_id number kind command_id states error"),
+            (Web, "run_id number kind cursor released done_at"),
+        ],
         update: &[
             (
                 FanOut,
@@ -123,6 +128,8 @@ const TABLES: &[Table] = &[
     Table {
         name: "attempts",
         insert: &[(Send, "item_id number worker_id"), (FanOut, "item_id number worker_id")],
+        // What a job withholds, in the transaction of the claim.
+        update: &[(Send, "worker_id")],
         delete: &[FanOut],
         filled_in: "started_at",
         ..NONE
@@ -180,14 +187,6 @@ const TABLES: &[Table] = &[
         insert: &[(Send, "relay reason alike runs")],
         update: &[(Send, "runs alike"), (Web, "answered_at fault reason runs")],
         filled_in: "number stopped_at",
-        ..NONE
-    },
-    Table {
-        name: "test_sends",
-        insert: &[(Web, "id email subject body")],
-        update: &[(Send, "claimed_at worker_id state reason finished_at"), (Web, "reason")],
-        delete: &[FanOut, Web],
-        filled_in: "created_at",
         ..NONE
     },
     Table {

@@ -11,6 +11,7 @@ pub mod gauges;
 pub mod grants;
 pub mod held_suppressions;
 pub mod installation;
+pub mod invitations;
 pub mod mailboxes;
 pub mod outbox;
 pub mod pacing;
@@ -31,7 +32,7 @@ pub mod stored;
 pub mod submit;
 pub mod suppressions;
 pub mod sweep;
-pub mod test_sends;
+pub mod test_mails;
 pub mod workers;
 
 pub use self::{

@@ -338,7 +338,7 @@ pub async fn advance(conn: &mut PgConnection, pass: &Pass, by: Advance) -> sqlx:
 pub async fn count_running(conn: &mut PgConnection) -> sqlx::Result<i64> {
     sqlx::query_scalar!(
         r#"SELECT count(*) AS "count!" FROM run_progress p JOIN runs r ON r.id = p.run_id
-           WHERE p.finished_at IS NULL AND r.wanted = 'running'"#
+           WHERE p.finished_at IS NULL AND r.wanted = 'running' AND NOT r.hidden"#
     )
     .fetch_one(conn)
     .await

@@ -14,6 +14,7 @@ use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
+use crate::test_mails;
 use mailrun_core::{
     address::{Address, ERASED},
     outcome::DELETED,
@@ -195,8 +196,7 @@ pub async fn erase(conn: &mut PgConnection, email: &str) -> sqlx::Result<Erased>
     sqlx::query!("UPDATE held_suppressions SET email = $2, detail = NULL WHERE email = $1", email, tombstone)
         .execute(&mut *tx)
         .await?;
-    erased.tests =
-        sqlx::query!("DELETE FROM test_sends WHERE email = $1", email).execute(&mut *tx).await?.rows_affected();
+    erased.tests = test_mails::erase(&mut tx, email).await?;
     erased.texts = scrub(&mut tx, email).await?;
     tx.commit().await?;
     Ok(erased)
@@ -254,7 +254,6 @@ async fn scrub(conn: &mut PgConnection, email: &str) -> sqlx::Result<u64> {
     for (table, column) in [
         ("run_items", "error"),
         ("run_passes", "error"),
-        ("test_sends", "reason"),
         ("buried_results", "reason"),
         ("workers", "lane_reason"),
         ("suppressions", "detail"),
@@ -266,7 +265,7 @@ async fn scrub(conn: &mut PgConnection, email: &str) -> sqlx::Result<u64> {
         );
         rows += sqlx::query(AssertSqlSafe(statement)).bind(&pattern).execute(&mut *conn).await?.rows_affected();
     }
-    for (table, column) in [("runs", "invalid_entries"), ("outbox", "message")] {
+    for (table, column) in [("runs", "invalid_entries"), ("run_items", "data"), ("outbox", "message")] {
         let statement = format!(
             "UPDATE {table} SET {column} = regexp_replace({column}::text, $1, '{REPLACEMENT}', 'gi')::jsonb
              WHERE {column}::text ~* $1"

@@ -1,6 +1,9 @@
 //! Applies results: items and counters in one transaction, so that no counter can ever differ from a count of the items.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    future::Future,
+};
 
 use sqlx::{Connection as _, PgConnection, error::DatabaseError};
 use uuid::Uuid;
@@ -8,11 +11,9 @@ use uuid::Uuid;
 use super::{
     audit,
     counters::{self, Change},
-    held_suppressions::{Missing, suppress_missing},
     people::{self, REPLY_ERASED},
     stored::{SqlState, Stored},
 };
-use crate::settings::SuppressionsConfig;
 use mailrun_core::outcome::DELETED;
 use mailrun_core::{
     item::{ItemState, Standing, merge},
@@ -35,18 +36,44 @@ pub struct Applied {
     pub changed: usize,
     /// Results that were known, outdated or doubled.
     pub absorbed: usize,
-    /// The states that items have come into, and how many.
-    pub entered: BTreeMap<ItemState, u64>,
+    /// How many items of each run have entered each state.
+    pub entered: BTreeMap<(Uuid, ItemState), u64>,
     /// Results of items that don't exist in the run that they name, by their place in the batch: another ledger's.
     pub strange: Vec<usize>,
     /// Results of items in a state of a later version, which alone knows what follows, by their place in the batch.
     pub later: Vec<usize>,
 }
 
+/// An item that a result has settled, for the job of its run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// The run.
+    pub run_id: Uuid,
+    /// The item.
+    pub item_id: i64,
+    /// The person that it is about, if it is about one.
+    pub user_id: Option<i64>,
+    /// Its state: sent, failed, unknown, cancelled or skipped.
+    pub state: ItemState,
+    /// Why it was not sent.
+    pub error: Option<String>,
+    /// See [`ItemResult::flagged`].
+    pub flagged: bool,
+}
+
+/// What jobs do in the transaction in which their results are counted.
+pub trait OnSettled {
+    /// Called once for each batch that settles anything, after the counters are written.
+    fn on_settled(&self, conn: &mut PgConnection, settled: &[Settled])
+    -> impl Future<Output = sqlx::Result<()>> + Send;
+}
+
 /// An item as it is and as it becomes.
 struct Item {
     run_id: Uuid,
-    user_id: i64,
+    user_id: Option<i64>,
+    /// Whom or what it is about was erased.
+    is_empty: bool,
     /// In a state of a later version, which is left alone.
     is_later: bool,
     was: Standing,
@@ -74,16 +101,12 @@ const TRIES: u32 = 20;
 ///
 /// # Errors
 /// The database's. Nothing is applied then, and the batch can be applied again.
-pub async fn apply(
-    conn: &mut PgConnection,
-    suppressions: &SuppressionsConfig,
-    results: &[Report<'_>],
-) -> sqlx::Result<Applied> {
+pub async fn apply(conn: &mut PgConnection, jobs: &impl OnSettled, results: &[Report<'_>]) -> sqlx::Result<Applied> {
     let mut recounted = false;
     let mut tries = 0;
     loop {
         tries += 1;
-        match apply_once(conn, suppressions, results).await {
+        match apply_once(conn, jobs, results).await {
             Ok(Some(applied)) => return Ok(applied),
             Ok(None) => {}
             // The person of a late `sent` is invited again at this very moment.
@@ -109,7 +132,7 @@ fn violates(error: &sqlx::Error, constraints: &[&str]) -> bool {
 /// None: an item was not where it had been read; nothing is applied.
 async fn apply_once(
     conn: &mut PgConnection,
-    suppressions: &SuppressionsConfig,
+    jobs: &impl OnSettled,
     results: &[Report<'_>],
 ) -> sqlx::Result<Option<Applied>> {
     let mut tx = conn.begin().await?;
@@ -145,12 +168,14 @@ async fn apply_once(
             tx.rollback().await?;
             return Ok(None);
         }
-        mark_emailed(&mut tx, &items).await?;
         update_counters(&mut tx, &moved).await?;
-        suppress(&mut tx, suppressions, &items, results, &erased).await?;
+        let settled = settled(&items, results, &erased);
+        if !settled.is_empty() {
+            jobs.on_settled(&mut tx, &settled).await?;
+        }
         tx.commit().await?;
         for item in items.values().filter(|item| item.winner.is_some()) {
-            *applied.entered.entry(item.standing.state).or_default() += 1;
+            *applied.entered.entry((item.run_id, item.standing.state)).or_default() += 1;
         }
     }
     Ok(Some(applied))
@@ -160,7 +185,9 @@ async fn read_items(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Re
     let ids: HashSet<i64> = results.iter().map(|report| report.result.item_id).collect();
     let ids: Vec<i64> = ids.into_iter().collect();
     let rows = sqlx::query!(
-        r#"SELECT id, run_id, user_id, attempt, state AS "state: Stored<ItemState>" FROM run_items WHERE id = ANY($1)"#,
+        r#"SELECT id, run_id, user_id, user_id IS NULL AND data IS NULL AS "is_empty!", attempt,
+                  state AS "state: Stored<ItemState>"
+           FROM run_items WHERE id = ANY($1)"#,
         &ids
     )
     .fetch_all(conn)
@@ -170,8 +197,8 @@ async fn read_items(conn: &mut PgConnection, results: &[Report<'_>]) -> sqlx::Re
         .map(|row| {
             let state = row.state.known();
             let standing = Standing { attempt: row.attempt, state: state.unwrap_or(ItemState::Pending) };
-            let (run_id, user_id, is_later) = (row.run_id, row.user_id, state.is_none());
-            (row.id, Item { run_id, user_id, is_later, was: standing, standing, winner: None })
+            let (run_id, user_id, is_empty, is_later) = (row.run_id, row.user_id, row.is_empty, state.is_none());
+            (row.id, Item { run_id, user_id, is_empty, is_later, was: standing, standing, winner: None })
         })
         .collect())
 }
@@ -192,18 +219,23 @@ async fn mark_overtaken(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> 
     Ok(())
 }
 
-/// The people of whom a result says something, and who were erased since their attempt began.
+/// The items whose reason must not be kept: whom they are about was erased since the attempt began.
 async fn erased(
     conn: &mut PgConnection,
     items: &HashMap<i64, Item>,
     results: &[Report<'_>],
 ) -> sqlx::Result<HashSet<i64>> {
-    let says_something = |item: &&Item| item.winner.is_some_and(|index| results[index].result.error.is_some());
-    let users: Vec<i64> = items.values().filter(says_something).map(|item| item.user_id).collect();
-    match users.is_empty() {
-        true => Ok(HashSet::new()),
-        false => Ok(people::erased_of(conn, &users).await?.into_iter().collect()),
-    }
+    let with_reason = items
+        .iter()
+        .filter(|(_, item)| item.winner.is_some_and(|index| results[index].result.error.is_some()))
+        .collect::<Vec<_>>();
+    let users: Vec<i64> = with_reason.iter().filter_map(|(_, item)| item.user_id).collect();
+    let people: HashSet<i64> = match users.is_empty() {
+        true => HashSet::new(),
+        false => people::erased_of(conn, &users).await?.into_iter().collect(),
+    };
+    let is_erased = |item: &Item| item.is_empty || item.user_id.is_some_and(|user_id| people.contains(&user_id));
+    Ok(with_reason.into_iter().filter(|(_, item)| is_erased(item)).map(|(id, _)| *id).collect())
 }
 
 /// The reason that is written down: nothing that a mail server says about a person who was erased.
@@ -223,7 +255,7 @@ async fn update_items(
     changed.sort_unstable_by_key(|(result, _)| result.item_id);
     let (winners, changed): (Vec<&ItemResult>, Vec<&Item>) = changed.into_iter().unzip();
     let were: Vec<Standing> = changed.iter().map(|item| item.was).collect();
-    let is_erased: Vec<bool> = changed.iter().map(|item| erased.contains(&item.user_id)).collect();
+    let is_erased: Vec<bool> = winners.iter().map(|result| erased.contains(&result.item_id)).collect();
     let ids: Vec<i64> = winners.iter().map(|result| result.item_id).collect();
     let old_attempts: Vec<i32> = were.iter().map(|standing| standing.attempt).collect();
     let old_states: Vec<SqlState> = were.iter().map(|standing| standing.state.into()).collect();
@@ -259,53 +291,25 @@ async fn update_items(
     Ok(updated.rows_affected() == ids.len() as u64)
 }
 
-async fn mark_emailed(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> sqlx::Result<()> {
-    let users: Vec<i64> = items
-        .values()
-        .filter(|item| item.winner.is_some() && item.standing.state == ItemState::Sent)
-        .map(|item| item.user_id)
-        .collect();
-    if !users.is_empty() {
-        sqlx::query!("UPDATE users SET emailed_at = now() WHERE id = ANY($1) AND emailed_at IS NULL", &users)
-            .execute(conn)
-            .await?;
-    }
-    Ok(())
-}
-
-/// Addresses that a mail server called wrong receive no more mail.
-async fn suppress(
-    conn: &mut PgConnection,
-    settings: &SuppressionsConfig,
-    items: &HashMap<i64, Item>,
-    results: &[Report<'_>],
-    erased: &HashSet<i64>,
-) -> sqlx::Result<()> {
-    let bad = items.values().filter_map(|item| {
-        let result = results[item.winner?].result;
-        let detail = kept(result.error.as_deref(), erased.contains(&item.user_id));
-        result.bad_address.then_some((item.run_id, item.user_id, detail))
-    });
-    let bad: Vec<(Uuid, i64, Option<&str>)> = bad.collect();
-    if bad.is_empty() {
-        return Ok(());
-    }
-    let users: Vec<i64> = bad.iter().map(|(_, user_id, _)| *user_id).collect();
-    let emails: HashMap<i64, String> = sqlx::query!("SELECT id, email FROM users WHERE id = ANY($1)", &users)
-        .fetch_all(&mut *conn)
-        .await?
-        .into_iter()
-        .map(|row| (row.id, row.email))
-        .collect();
-    let missing: Vec<Missing> = bad
-        .into_iter()
-        .filter_map(|(run_id, user_id, detail)| {
-            let email = emails.get(&user_id)?.clone();
-            Some(Missing { run_id, email, detail: detail.map(str::to_owned) })
+/// What this batch has settled, in order of item.
+fn settled(items: &HashMap<i64, Item>, results: &[Report<'_>], erased: &HashSet<i64>) -> Vec<Settled> {
+    let mut settled: Vec<Settled> = items
+        .iter()
+        .filter(|(_, item)| !item.standing.state.is_open())
+        .filter_map(|(id, item)| {
+            let result = results[item.winner?].result;
+            Some(Settled {
+                run_id: item.run_id,
+                item_id: *id,
+                user_id: item.user_id,
+                state: item.standing.state,
+                error: kept(result.error.as_deref(), erased.contains(id)).map(str::to_owned),
+                flagged: result.flagged,
+            })
         })
         .collect();
-    suppress_missing(conn, settings, &missing).await?;
-    Ok(())
+    settled.sort_unstable_by_key(|item| item.item_id);
+    settled
 }
 
 async fn update_counters(conn: &mut PgConnection, runs: &BTreeMap<Uuid, Change>) -> sqlx::Result<()> {

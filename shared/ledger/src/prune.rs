@@ -8,15 +8,17 @@ use uuid::Uuid;
 
 use mailrun_core::setting::DAY;
 
-/// Published messages, ended workers and tests are of no use after a day.
+/// Published messages and ended workers are of no use after a day.
 const SCRAPS_AFTER: Duration = DAY;
+/// Hidden runs are kept for a day.
+const HIDDEN_FOR: Duration = DAY;
 /// Nobody repeats a result after this time.
 const BURIED_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// A run whose counters moved so lately is under way.
 const STILL_MOVING: Duration = Duration::from_secs(5);
 
-/// Deletes the oldest runs that were over for `after`, at most `limit`, and returns how many. Their items remain for
-/// [`step`]. A run with unknown items stays until a person has decided: without them, those people might be written to
+/// Deletes the oldest runs that were over for `after` (none: none of them), and hidden ones of a day ago, at most `limit`, and
+/// returns how many. Their items remain for [`step`]. A run with unknown items stays until a person has decided: without them, those people might be written to
 /// twice, and nobody would know. So does one whose suppressions are held for review, and one that was just asked to send
 /// something again. Of a cancelled run, passes that were broken off are never done.
 ///
@@ -25,18 +27,20 @@ const STILL_MOVING: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// The database's; 55P03 if claims are held up by somebody for long.
-pub async fn delete_runs(pool: &PgPool, after: Duration, limit: i64) -> sqlx::Result<usize> {
+pub async fn delete_runs(pool: &PgPool, after: Option<Duration>, limit: i64) -> sqlx::Result<usize> {
     let mut tx = pool.begin().await?;
     let candidates = sqlx::query_scalar!(
         "SELECT p.run_id FROM run_progress p JOIN runs r ON r.id = p.run_id
-         WHERE p.finished_at < now() - make_interval(secs => $1) AND p.unknown = 0
+         WHERE CASE WHEN r.hidden THEN r.created_at < now() - make_interval(secs => $3) AND p.finished_at IS NOT NULL
+                    ELSE p.finished_at < now() - make_interval(secs => $1) AND p.unknown = 0 END
            AND (r.wanted = 'cancelled'
                 OR NOT EXISTS (SELECT FROM run_passes pass WHERE pass.run_id = p.run_id AND pass.done_at IS NULL))
            AND NOT EXISTS (SELECT FROM suppression_reviews s WHERE s.run_id = p.run_id AND s.decided_at IS NULL)
          ORDER BY p.finished_at LIMIT $2
          FOR UPDATE SKIP LOCKED",
-        after.as_secs_f64(),
+        after.map(|after| after.as_secs_f64()),
         limit,
+        HIDDEN_FOR.as_secs_f64(),
     )
     .fetch_all(&mut *tx)
     .await?;
@@ -73,6 +77,23 @@ pub async fn delete_runs(pool: &PgPool, after: Duration, limit: i64) -> sqlx::Re
     sqlx::query!("DELETE FROM runs WHERE id = ANY($1)", &old).execute(&mut *tx).await?;
     tx.commit().await?;
     Ok(old.len())
+}
+
+/// Cancels the hidden runs that are still open after a day: nobody waits for them any more. They are deleted once they are over.
+///
+/// # Errors
+/// The database's.
+pub async fn cancel_hidden(pool: &PgPool) -> sqlx::Result<u64> {
+    // The sweeper finds that they have no command yet, and publishes it.
+    let cancelled = sqlx::query!(
+        "UPDATE runs r SET wanted = 'cancelled' FROM run_progress p
+         WHERE p.run_id = r.id AND p.finished_at IS NULL AND r.wanted <> 'cancelled'
+           AND r.hidden AND r.created_at < now() - make_interval(secs => $1)",
+        HIDDEN_FOR.as_secs_f64(),
+    )
+    .execute(pool)
+    .await?;
+    Ok(cancelled.rows_affected())
 }
 
 /// Whether [`delete_runs`] failed because somebody held up the claims.
@@ -123,7 +144,7 @@ pub async fn step(pool: &PgPool, limit: i64) -> sqlx::Result<Option<Step>> {
     )
     .fetch_all(&mut *tx)
     .await?;
-    let perhaps_sent: Vec<i64> = chunk.iter().filter(|row| row.alive.is_some()).map(|row| row.user_id).collect();
+    let perhaps_sent: Vec<i64> = chunk.iter().filter(|row| row.alive.is_some()).filter_map(|row| row.user_id).collect();
     if !perhaps_sent.is_empty() {
         sqlx::query!("UPDATE users SET emailed_at = now() WHERE id = ANY($1) AND emailed_at IS NULL", &perhaps_sent)
             .execute(&mut *tx)
@@ -168,7 +189,7 @@ async fn is_any_moving(conn: &mut PgConnection) -> sqlx::Result<bool> {
     .await
 }
 
-/// Deletes at most `limit` of each kind of scrap: published messages, workers that ended or died, and tests, of a day ago or more;
+/// Deletes at most `limit` of each kind of scrap: published messages and workers that ended or died, of a day ago or more;
 /// receipts that no item needs; results that were buried long ago; meters of runs that are gone. Returns how many there were.
 ///
 /// A receipt of a worker that is gone is needed for as long as one of its items is not shown as sent.
@@ -206,14 +227,6 @@ pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
     )
     .execute(pool)
     .await?;
-    let tests = sqlx::query!(
-        "DELETE FROM test_sends WHERE id IN (SELECT id FROM test_sends WHERE created_at < now() - make_interval(secs => $1)
-                                             ORDER BY created_at LIMIT $2)",
-        after,
-        limit,
-    )
-    .execute(pool)
-    .await?;
     let buried = sqlx::query!(
         "DELETE FROM buried_results WHERE (run_id, item_id, attempt, state) IN (
              SELECT run_id, item_id, attempt, state FROM buried_results
@@ -232,5 +245,5 @@ pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
     )
     .execute(pool)
     .await?;
-    Ok([messages, workers, receipts, tests, buried, meters].into_iter().map(|deleted| deleted.rows_affected()).sum())
+    Ok([messages, workers, receipts, buried, meters].into_iter().map(|deleted| deleted.rows_affected()).sum())
 }

@@ -3,8 +3,8 @@
 use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
+use crate::invitations::ByPeople;
 use crate::progress::{self, Report};
-use crate::settings::SuppressionsConfig;
 use crate::stored::SqlState;
 use mailrun_core::{
     item::ItemState,
@@ -26,12 +26,11 @@ pub struct Stopped {
     pub paused: u64,
     /// Unpublished messages that were removed.
     pub messages: u64,
-    /// Test mails that may have been sent.
-    pub tests: u64,
 }
 
 /// An item as it is in the ledger.
 struct Item {
+    hidden: bool,
     run_id: Uuid,
     id: i64,
     attempt: i32,
@@ -43,7 +42,7 @@ struct Item {
 impl Item {
     /// The attempt that it waits for.
     fn awaited(&self) -> ItemMessage {
-        let Self { run_id, id, attempt, tries, replays, state } = *self;
+        let Self { run_id, id, attempt, tries, replays, state, .. } = *self;
         ItemMessage { run_id, item_id: id, attempt, tries, replays }.awaited(state)
     }
 }
@@ -67,13 +66,16 @@ pub async fn connected_workers(conn: &mut PgConnection) -> sqlx::Result<Vec<Stri
 /// The database's. Nothing is changed then.
 pub async fn stop_all(conn: &mut PgConnection) -> sqlx::Result<Stopped> {
     let mut tx = conn.begin().await?;
-    let paused = sqlx::query!(
+    let paused = sqlx::query_scalar!(
         "UPDATE runs r SET wanted = 'paused' FROM run_progress p
-         WHERE p.run_id = r.id AND p.finished_at IS NULL AND r.wanted = 'running'"
+         WHERE p.run_id = r.id AND p.finished_at IS NULL AND r.wanted = 'running' RETURNING r.hidden"
     )
-    .execute(&mut *tx)
+    .fetch_all(&mut *tx)
     .await?;
-    let runs = sqlx::query!("UPDATE runs SET restored_at = clock_timestamp()").execute(&mut *tx).await?;
+    let runs = sqlx::query_scalar!("UPDATE runs SET restored_at = clock_timestamp() RETURNING hidden")
+        .fetch_all(&mut *tx)
+        .await?;
+    let visible = |hidden: Vec<bool>| hidden.into_iter().filter(|hidden| !hidden).count() as u64;
     // Whoever answers for a relay later must not resume them.
     sqlx::query!("UPDATE relay_stops SET runs = '{}' WHERE answered_at IS NULL").execute(&mut *tx).await?;
     // Every item is settled below, so no pass has anything left to release.
@@ -83,25 +85,12 @@ pub async fn stop_all(conn: &mut PgConnection) -> sqlx::Result<Stopped> {
     .execute(&mut *tx)
     .await?;
     let messages = sqlx::query!("DELETE FROM outbox WHERE published_at IS NULL").execute(&mut *tx).await?;
-    let tests = sqlx::query!(
-        "UPDATE test_sends SET claimed_at = coalesce(claimed_at, now()), worker_id = coalesce(worker_id, 0), state = 'unknown',
-                reason = $1, finished_at = now()
-         WHERE finished_at IS NULL",
-        "the ledger was restored from a backup",
-    )
-    .execute(&mut *tx)
-    .await?;
     // The workers of the time of the backup.
     sqlx::query!("UPDATE workers SET died_at = clock_timestamp() WHERE stopped_at IS NULL AND died_at IS NULL")
         .execute(&mut *tx)
         .await?;
     tx.commit().await?;
-    Ok(Stopped {
-        runs: runs.rows_affected(),
-        paused: paused.rows_affected(),
-        messages: messages.rows_affected(),
-        tests: tests.rows_affected(),
-    })
+    Ok(Stopped { runs: visible(runs), paused: visible(paused), messages: messages.rows_affected() })
 }
 
 /// Settles items as sent, of which a relay's log shows that they were. Returns how many were not known to be.
@@ -114,7 +103,7 @@ pub async fn settle_sent(conn: &mut PgConnection, sent: &[(Uuid, i64)]) -> sqlx:
         let (run_ids, item_ids): (Vec<Uuid>, Vec<i64>) = sent.iter().copied().unzip();
         let items = sqlx::query_as!(
             Item,
-            r#"SELECT i.run_id, i.id, i.attempt, i.tries, i.replays, i.state AS "state: SqlState"
+            r#"SELECT false AS "hidden!", i.run_id, i.id, i.attempt, i.tries, i.replays, i.state AS "state: SqlState"
                FROM unnest($1::uuid[], $2::bigint[]) AS s (run_id, id) JOIN run_items i ON i.id = s.id AND i.run_id = s.run_id
                WHERE i.state = ANY(mailrun_unsent())"#,
             &run_ids,
@@ -130,7 +119,7 @@ pub async fn settle_sent(conn: &mut PgConnection, sent: &[(Uuid, i64)]) -> sqlx:
 }
 
 /// Settles every open item as unknown, whether it was released or not: the backup's cursor is older than the sends. Returns how
-/// many there were; `progress` is told after each batch.
+/// many there were in visible runs; `progress` is told after each batch.
 ///
 /// # Errors
 /// The database's. A batch of them is settled or not; the call can be repeated.
@@ -139,8 +128,10 @@ pub async fn settle_open(conn: &mut PgConnection, mut progress: impl FnMut(usize
     loop {
         let items = sqlx::query_as!(
             Item,
-            r#"SELECT run_id, id, attempt, tries, replays, state AS "state: SqlState" FROM run_items
-               WHERE id > $1 AND state IN ('pending', 'retrying') ORDER BY id LIMIT $2"#,
+            r#"SELECT coalesce(r.hidden, false) AS "hidden!", i.run_id, i.id, i.attempt, i.tries, i.replays,
+                      i.state AS "state: SqlState"
+               FROM run_items i LEFT JOIN runs r ON r.id = i.run_id
+               WHERE i.id > $1 AND i.state IN ('pending', 'retrying') ORDER BY i.id LIMIT $2"#,
             after,
             BATCH,
         )
@@ -150,7 +141,8 @@ pub async fn settle_open(conn: &mut PgConnection, mut progress: impl FnMut(usize
         after = last.id;
         let unknown = |item: &Item| item.awaited().result(ItemState::Unknown, Some(MAY_HAVE_BEEN_SENT.to_owned()));
         let results: Vec<(Uuid, ItemResult)> = items.iter().map(|item| (item.run_id, unknown(item))).collect();
-        settled += apply(conn, &results).await?;
+        apply(conn, &results).await?;
+        settled += items.iter().filter(|item| !item.hidden).count();
         progress(settled);
     }
 }
@@ -158,5 +150,5 @@ pub async fn settle_open(conn: &mut PgConnection, mut progress: impl FnMut(usize
 async fn apply(conn: &mut PgConnection, results: &[(Uuid, ItemResult)]) -> sqlx::Result<usize> {
     let reports: Vec<Report<'_>> =
         results.iter().map(|(run_id, result)| Report { run_id: Some(*run_id), result }).collect();
-    Ok(progress::apply(conn, &SuppressionsConfig::default(), &reports).await?.changed)
+    Ok(progress::apply(conn, &ByPeople, &reports).await?.changed)
 }

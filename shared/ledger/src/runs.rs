@@ -86,7 +86,7 @@ pub struct Summary {
 pub struct Trouble {
     /// Its place in the run, from 1.
     pub position: i32,
-    /// The recipient, as the list wrote it.
+    /// The recipient as the list wrote it; the item's data where it is about no person.
     pub email: String,
     /// `failed` or `unknown`.
     pub state: Stored<ItemState>,
@@ -130,7 +130,7 @@ async fn list_where(
                   (SELECT max(w.lane_reason) FROM live_workers w
                    WHERE w.lane_until > clock_timestamp()) AS held_up
            FROM (SELECT * FROM runs
-                 WHERE ($1::uuid IS NULL OR id = $1) AND ($2::timestamptz IS NULL OR created_at < $2)
+                 WHERE NOT hidden AND ($1::uuid IS NULL OR id = $1) AND ($2::timestamptz IS NULL OR created_at < $2)
                  ORDER BY created_at DESC, id DESC LIMIT $3) r
            JOIN run_counters p ON p.run_id = r.id
            ORDER BY r.created_at DESC, r.id DESC"#,
@@ -193,12 +193,21 @@ pub async fn rate_limit(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<i32>
     Ok(limit.fetch_optional(pool).await?.flatten())
 }
 
+/// The kinds of these runs. One that isn't returned does not exist.
+///
+/// # Errors
+/// The database's.
+pub async fn kinds(conn: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<Vec<(Uuid, String)>> {
+    let rows = sqlx::query!("SELECT id, kind FROM runs WHERE id = ANY($1)", run_ids).fetch_all(conn).await?;
+    Ok(rows.into_iter().map(|row| (row.id, row.kind)).collect())
+}
+
 /// What a run says: its subject and text.
 ///
 /// # Errors
 /// The database's; `RowNotFound` if there is no such run.
-pub async fn text(pool: &PgPool, run_id: Uuid) -> sqlx::Result<(String, String)> {
-    let row = sqlx::query!("SELECT subject, body FROM runs WHERE id = $1", run_id).fetch_one(pool).await?;
+pub async fn text(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<(String, String)> {
+    let row = sqlx::query!("SELECT subject, body FROM runs WHERE id = $1", run_id).fetch_one(conn).await?;
     Ok((row.subject, row.body))
 }
 
@@ -209,8 +218,8 @@ pub async fn text(pool: &PgPool, run_id: Uuid) -> sqlx::Result<(String, String)>
 pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sqlx::Result<Vec<Trouble>> {
     sqlx::query_as!(
         Trouble,
-        r#"SELECT i.position, coalesce(i.typed, u.email) AS "email!", i.state AS "state: Stored<ItemState>", i.attempt AS attempts, i.error, i.finished_at
-           FROM run_items i JOIN users u ON u.id = i.user_id
+        r#"SELECT i.position, coalesce(i.typed, u.email, left(i.data::text, 200), '') AS "email!", i.state AS "state: Stored<ItemState>", i.attempt AS attempts, i.error, i.finished_at
+           FROM run_items i LEFT JOIN users u ON u.id = i.user_id
            WHERE i.run_id = $1 AND i.position > $2 AND i.troubled
            ORDER BY i.position LIMIT $3"#,
         run_id,
@@ -227,7 +236,8 @@ pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sq
 /// The database's.
 pub async fn dead_by_error(pool: &PgPool) -> sqlx::Result<Vec<(Stored<ItemState>, String, i64)>> {
     let rows = sqlx::query!(
-        r#"SELECT state AS "state: Stored<ItemState>", coalesce(error, '') AS "error!", count(*) AS "count!" FROM run_items
+        r#"SELECT state AS "state: Stored<ItemState>", coalesce(error, '') AS "error!", count(*) AS "count!"
+           FROM run_items i JOIN runs r ON r.id = i.run_id AND NOT r.hidden
            WHERE troubled GROUP BY state, error ORDER BY count(*) DESC LIMIT 50"#
     )
     .fetch_all(pool)
@@ -352,7 +362,8 @@ pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<Replayed> 
     let matching = sqlx::query!(
         r#"SELECT DISTINCT i.run_id, r.restored_at IS NOT NULL AS "restored!" FROM run_items i JOIN runs r ON r.id = i.run_id
          WHERE ($1::uuid IS NULL OR i.run_id = $1) AND i.troubled AND i.state = ANY($2)
-           AND ($3::text IS NULL OR i.error = $3) AND r.wanted <> 'cancelled'"#,
+           AND ($3::text IS NULL OR i.error = $3) AND r.wanted <> 'cancelled'
+           AND NOT r.hidden"#,
         wish.run_id,
         SqlState::all(&wish.states) as _,
         wish.error,

@@ -4,7 +4,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::progress::{self, Report};
-use crate::settings::SuppressionsConfig;
+use crate::invitations::ByPeople;
 use mailrun_core::{item::ItemState, message::ItemMessage};
 
 /// Items settled in one transaction.
@@ -42,7 +42,7 @@ pub async fn settle(conn: &mut PgConnection, which: &Selection, found: Found, by
     loop {
         let rows = sqlx::query!(
             "SELECT i.id, i.run_id, i.attempt, i.tries, i.replays
-             FROM run_items i
+             FROM run_items i JOIN runs r ON r.id = i.run_id AND NOT r.hidden
              WHERE i.troubled AND i.state = 'unknown' AND i.id > $1
                AND ($2::uuid IS NULL OR i.run_id = $2)
                AND ($3::text[] IS NULL OR i.user_id IN (SELECT id FROM users WHERE email = ANY($3)))
@@ -71,6 +71,6 @@ pub async fn settle(conn: &mut PgConnection, which: &Selection, found: Found, by
             .collect();
         let reports: Vec<Report<'_>> =
             results.iter().map(|(run_id, result)| Report { run_id: Some(*run_id), result }).collect();
-        settled += progress::apply(&mut *conn, &SuppressionsConfig::default(), &reports).await?.changed;
+        settled += progress::apply(&mut *conn, &ByPeople, &reports).await?.changed;
     }
 }

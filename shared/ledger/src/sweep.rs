@@ -24,10 +24,12 @@ pub async fn try_lock(conn: &mut PgConnection) -> sqlx::Result<bool> {
 }
 
 /// A run whose counters have not moved for long.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Stalled {
     /// The run.
     pub run_id: Uuid,
+    /// Its kind.
+    pub kind: String,
     /// What a person wants of it.
     pub wanted: Wanted,
     /// Whether a message that drives its present pass has been seen lately, or none is needed.
@@ -42,7 +44,7 @@ pub struct Stalled {
 /// The database's.
 pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> sqlx::Result<Vec<Stalled>> {
     let rows = sqlx::query!(
-        r#"SELECT p.run_id, r.wanted AS "wanted: Stored<Wanted>",
+        r#"SELECT p.run_id, r.kind, r.wanted AS "wanted: Stored<Wanted>",
                   coalesce(last.done_at IS NOT NULL
                            OR mailrun_is_recent(last.seen_at, $1), false) AS "driven!",
                   coalesce(last.kind = 'cancel', false) AS "cancel_begun!"
@@ -60,6 +62,7 @@ pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> s
         .into_iter()
         .map(|row| Stalled {
             run_id: row.run_id,
+            kind: row.kind,
             wanted: row.wanted.acted_on(),
             driven: row.driven,
             cancel_begun: row.cancel_begun,

@@ -118,10 +118,10 @@ impl Composer {
     /// # Errors
     /// How the attempt ends if it can't be written; the same on every try.
     pub fn compose(&self, mail: &Mail) -> Result<Letter, Outcome> {
-        let failed = |reason: String| Outcome::Failed { reason, bad_address: false };
+        let failed = |reason: String| Outcome::failed(reason);
         let to = in_ascii(&mail.email).ok_or_else(|| Outcome::Failed {
             reason: "this is not an address that mail servers know".into(),
-            bad_address: true,
+            flagged: true,
         })?;
         let unsubscribe = mail.unsubscribe.as_deref();
         let recipient = Recipient { email: &mail.email, name: mail.name.as_deref(), unsubscribe_url: unsubscribe };
@@ -231,9 +231,6 @@ mod tests {
                 Template::new("Grüße an {{ name or 'Sie' }} 🎂", "Hallo **{{ name }}**,\n.\nкуда").unwrap(),
             ),
             unsubscribe: Some(URL.into()),
-            position: 1,
-            tries: 1,
-            replays: 0,
         }
     }
 
@@ -297,7 +294,7 @@ mod tests {
             assert!(message.message_id().is_some() && message.body_html(0).is_some());
         }
         let reason = Composer::new(&config()).unwrap().compose(&mail("ann@example.org\r\nDATA", None)).unwrap_err();
-        assert!(matches!(reason, Outcome::Failed { bad_address: true, .. }));
+        assert!(matches!(reason, Outcome::Failed { flagged: true, .. }));
     }
 
     #[test]
@@ -328,7 +325,7 @@ mod tests {
     fn a_message_that_is_too_large_fails() {
         let composer = Composer::new(&SmtpConfig { max_message_bytes: 500, ..config() }).unwrap();
         let failed = composer.compose(&mail("ann@example.org", None)).unwrap_err();
-        let Outcome::Failed { reason, bad_address: false } = failed else { panic!("{failed:?}") };
+        let Outcome::Failed { reason, flagged: false } = failed else { panic!("{failed:?}") };
         assert!(reason.contains("max_message_bytes allows 500"), "{reason}");
     }
 

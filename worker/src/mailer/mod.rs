@@ -26,6 +26,8 @@ pub use smtp::{Smtp, SmtpError, TlsError, reply_classes};
 pub struct Mail {
     /// The same on every attempt, so that a mail server or a reader can tell a repetition.
     pub message_id: String,
+    /// The run that is paused if the mail's relay is stopped; none: it belongs to no run of invitations.
+    pub run_id: Option<Uuid>,
     /// The recipient.
     pub email: String,
     /// The recipient's name.
@@ -34,12 +36,6 @@ pub struct Mail {
     pub template: Arc<Template>,
     /// Where the recipient can say that this is enough; none: the installation has no address that others can reach.
     pub unsubscribe: Option<String>,
-    /// Its place in the run, from 1.
-    pub position: i32,
-    /// Which try of the present budget this is, from 1.
-    pub tries: i16,
-    /// How often a person has asked for it again.
-    pub replays: i16,
 }
 
 /// A relay that the mailer has stopped, since many refusals could not be explained.
@@ -58,7 +54,7 @@ pub struct Stopped {
 /// Sends mail, as many at a time as are asked of it.
 #[async_trait]
 pub trait Mailer: Send + Sync {
-    /// Hands `mail` to the mail server. Asks `attempt` before the mail is offered ([`Attempt::may_begin`]), and again before
+    /// Hands `mail` to the mail server. Asks `attempt` before the mail is offered ([`Attempt::may_proceed`]), and again before
     /// the bytes that let the server accept it ([`Attempt::may_commit`]).
     async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome;
 
@@ -85,8 +81,8 @@ pub trait Mailer: Send + Sync {
         true
     }
 
-    /// Whether a mail that failed may be tried again within a moment. Real mail servers take that ill.
-    fn bears_repetition(&self) -> bool {
+    /// Whether a mail that failed may be tried again within a moment. Real servers penalise immediate retries.
+    fn allows_immediate_retry(&self) -> bool {
         false
     }
 }
@@ -100,6 +96,21 @@ pub enum MailerError {
     /// The real one.
     #[error(transparent)]
     Smtp(#[from] SmtpError),
+}
+
+/// A mailer for a process that does not send.
+#[must_use]
+pub fn none() -> Arc<dyn Mailer> {
+    Arc::new(NoMailer)
+}
+
+struct NoMailer;
+
+#[async_trait]
+impl Mailer for NoMailer {
+    async fn send(&self, _: &Mail, _: &Attempt) -> Outcome {
+        Outcome::Later("this process does not send".into())
+    }
 }
 
 /// The mailer that the configuration asks for.

@@ -57,13 +57,13 @@ impl Simulated {
     }
 
     /// Whether, and how, a send fails.
-    fn failure(&self, mail: &Mail) -> Option<&'static str> {
-        let every = |n: i32| n > 0 && mail.position % n == 0;
-        if mail.replays > 0 {
+    fn failure(&self, attempt: &Attempt) -> Option<&'static str> {
+        let every = |n: i32| n > 0 && attempt.position() % n == 0;
+        if attempt.replays() > 0 {
             None
         } else if every(self.down_every) {
             Some(DOWN)
-        } else if every(self.flaky_every) && mail.tries == 1 {
+        } else if every(self.flaky_every) && attempt.tries() == 1 {
             Some(FLAKY)
         } else {
             None
@@ -74,14 +74,14 @@ impl Simulated {
 #[async_trait]
 impl Mailer for Simulated {
     async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome {
-        if let Err(withdrawn) = attempt.may_begin().await {
+        if let Err(withdrawn) = attempt.may_proceed().await {
             return Outcome::Withdrawn(withdrawn);
         }
         if !self.latency.is_zero() {
             // Tokio's timers count whole milliseconds, and are late by one of them on average.
             sleep(self.latency.saturating_sub(Duration::from_millis(1))).await;
         }
-        if let Some(error) = self.failure(mail) {
+        if let Some(error) = self.failure(attempt) {
             return Outcome::Retry(error.into());
         }
         if let Err(withdrawn) = attempt.may_commit() {
@@ -101,7 +101,7 @@ impl Mailer for Simulated {
         false
     }
 
-    fn bears_repetition(&self) -> bool {
+    fn allows_immediate_retry(&self) -> bool {
         true
     }
 }
@@ -112,33 +112,32 @@ mod tests {
 
     use super::*;
 
-    fn mail(position: i32, tries: i16, replays: i16) -> Mail {
-        Mail {
+    async fn send(session: &Simulated, position: i32, tries: i16, replays: i16) -> Outcome {
+        let mail = Mail {
             message_id: "<1@mailrun>".into(),
+            run_id: None,
             email: "ann@example.org".into(),
             name: None,
             template: Arc::new(Template::new("Hello", "").unwrap()),
             unsubscribe: None,
-            position,
-            tries,
-            replays,
-        }
+        };
+        session.send(&mail, &Attempt::unchecked_at(position, tries, replays)).await
     }
 
     #[tokio::test]
     async fn every_hundredth_meets_internet_down_until_it_is_replayed() {
         let session = Simulated::new(&SimulatedConfig::default()).unwrap();
         let down = Outcome::Retry(DOWN.into());
-        assert_eq!(session.send(&mail(99, 1, 0), &Attempt::unchecked()).await, Outcome::Sent);
-        assert_eq!(session.send(&mail(100, 1, 0), &Attempt::unchecked()).await, down);
-        assert_eq!(session.send(&mail(100, 4, 0), &Attempt::unchecked()).await, down);
-        assert_eq!(session.send(&mail(100, 1, 1), &Attempt::unchecked()).await, Outcome::Sent);
+        assert_eq!(send(&session, 99, 1, 0).await, Outcome::Sent);
+        assert_eq!(send(&session, 100, 1, 0).await, down);
+        assert_eq!(send(&session, 100, 4, 0).await, down);
+        assert_eq!(send(&session, 100, 1, 1).await, Outcome::Sent);
     }
 
     #[tokio::test]
     async fn a_smaller_share_fails_once() {
         let session = Simulated::new(&SimulatedConfig::default()).unwrap();
-        assert_eq!(session.send(&mail(150, 1, 0), &Attempt::unchecked()).await, Outcome::Retry(FLAKY.into()));
-        assert_eq!(session.send(&mail(150, 2, 0), &Attempt::unchecked()).await, Outcome::Sent);
+        assert_eq!(send(&session, 150, 1, 0).await, Outcome::Retry(FLAKY.into()));
+        assert_eq!(send(&session, 150, 2, 0).await, Outcome::Sent);
     }
 }

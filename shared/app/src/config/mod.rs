@@ -525,6 +525,7 @@ impl Config {
             dead_after_ms: ms(self.heartbeat.dead_after),
             sends_per_second: self.fan_out.sends_per_second,
             item_queues: self.amqp.item_queues,
+            jobs: None,
         }
     }
 

@@ -14,8 +14,8 @@ use uuid::Uuid;
 
 use crate::claim::{Fate, Found, Owner, Withheld};
 use crate::outcome::{
-    FollowUp, Next, OnUnknown, Outcome, Refused, Repair, Rules, Withdrawn, after_death, after_send, refused, repair,
-    withheld,
+    FollowUp, Next, OnUnknown, Outcome, Refused, Repair, RetryPolicy, Withdrawn, after_death, after_send, refused,
+    repair, withheld,
 };
 
 /// Deliveries that a worker holds at the same time.
@@ -38,7 +38,7 @@ pub(super) struct Limits {
 #[derive(Clone, Debug)]
 pub(super) struct Protocol {
     pub(super) limits: Limits,
-    pub(super) rules: Rules,
+    pub(super) policy: RetryPolicy,
     /// What the mail server may do.
     pub(super) answers: Vec<Answer>,
     /// Only one worker may claim an attempt.
@@ -378,10 +378,10 @@ impl World {
 impl Protocol {
     /// The protocol as it is.
     pub(super) fn whole(limits: Limits) -> Self {
-        let rules = Rules { rungs: vec![Duration::from_secs(1)], on_unknown: OnUnknown::Hold };
+        let policy = RetryPolicy::new(vec![Duration::from_secs(1)], OnUnknown::Hold);
         Self {
             limits,
-            rules,
+            policy,
             answers: Answer::ALL.to_vec(),
             fence: true,
             join: true,
@@ -535,7 +535,7 @@ impl Protocol {
             Step::Withhold(item) => {
                 let awaited = world.awaited(item);
                 world.claims.insert((awaited.item, awaited.attempt), 0);
-                put(&mut world.results, report(&withheld(message(awaited), Withheld::Cancelled)));
+                put(&mut world.results, report(&withheld(message(awaited), Withheld::Cancelled, &[])));
             }
             Step::Take(place, asked) => {
                 take(&mut world.waiting, asked);
@@ -682,7 +682,7 @@ impl Protocol {
         }
         if world.cancelled {
             world.claims.insert(key, 0);
-            return Some(Stage::Reporting(report(&withheld(message(asked), Withheld::Cancelled)), true));
+            return Some(Stage::Reporting(report(&withheld(message(asked), Withheld::Cancelled, &[])), true));
         }
         world.claims.insert(key, world.workers[place].id);
         world.receipt(place);
@@ -695,7 +695,7 @@ impl Protocol {
             Stage::Claimed => {
                 let why = if world.workers[place].stale { Withdrawn::CutOff } else { Withdrawn::Stopped };
                 let outcome = Outcome::Withdrawn(why);
-                Some(ended(&after_send(message(task.asked), outcome, Duration::ZERO, &self.rules), true))
+                Some(ended(&after_send(message(task.asked), outcome, Duration::ZERO, &self.policy), true))
             }
             Stage::FollowingUp(after, report, mine) => {
                 world.follow_up(after);
@@ -731,9 +731,9 @@ impl Protocol {
             Refused::Paused { reopen: true } => {
                 Some(Stage::Reporting(report(&message(asked).result(ItemState::Pending, None)), false))
             }
-            Refused::Withheld(why) => Some(Stage::Reporting(report(&withheld(message(asked), why)), false)),
+            Refused::Withheld(why) => Some(Stage::Reporting(report(&withheld(message(asked), why, &[])), false)),
             Refused::Accepted => Some(Stage::Reporting(report(&message(asked).result(ItemState::Sent, None)), false)),
-            Refused::Orphaned => Some(ended(&after_death(message(asked), self.rules.on_unknown), false)),
+            Refused::Orphaned => Some(ended(&after_death(message(asked), &self.policy), false)),
             // No state of the model is a later version's.
             Refused::InOtherHands | Refused::Later => {
                 put(&mut world.waiting, asked);
@@ -763,12 +763,12 @@ impl Protocol {
             Answer::Accepts => (true, Outcome::Sent),
             Answer::RefusesForNow => (false, Outcome::Retry(String::new())),
             Answer::IsAway => (false, Outcome::Later(String::new())),
-            Answer::RefusesForGood => (false, Outcome::Failed { reason: String::new(), bad_address: false }),
+            Answer::RefusesForGood => (false, Outcome::failed("")),
             Answer::Drops(went_out) => (went_out, Outcome::Unknown(String::new())),
         };
         world.sends[task.asked.item] += u8::from(went_out);
         world.sent_while_paused |= world.paused;
-        let next = after_send(message(task.asked), outcome, Duration::ZERO, &self.rules);
+        let next = after_send(message(task.asked), outcome, Duration::ZERO, &self.policy);
         move_on(&mut world.workers[place], task, Some(ended(&next, true)));
     }
 
@@ -805,12 +805,12 @@ impl Protocol {
         match repair(world.owner(awaited)) {
             Repair::PutBack => put(&mut world.waiting, awaited),
             Repair::Leave => {}
-            Repair::Withhold(why) => put(&mut world.results, report(&withheld(message(awaited), why))),
+            Repair::Withhold(why) => put(&mut world.results, report(&withheld(message(awaited), why, &[]))),
             Repair::Confirm => {
                 put(&mut world.results, report(&message(awaited).result(ItemState::Sent, None)));
             }
             Repair::Bury => {
-                let next = after_death(message(awaited), self.rules.on_unknown);
+                let next = after_death(message(awaited), &self.policy);
                 if let Some(follow_up) = &next.follow_up {
                     world.follow_up(after(follow_up));
                 }

@@ -140,7 +140,7 @@ impl Mailer for Smtp {
         let decision = self.0.breaker().before(&mail.message_id, Instant::now());
         match decision {
             Some(Decision::Wait(reason)) => return Outcome::Later(reason),
-            Some(Decision::Fail(reason)) => return Outcome::Failed { reason, bad_address: false },
+            Some(Decision::Fail(reason)) => return Outcome::failed(reason),
             None => {}
         }
         let letter = match self.0.compose(mail).await {
@@ -277,8 +277,8 @@ impl Carriers {
                 Verdict::Unexplained { reason, alike } => {
                     ticket.answered();
                     self.put_back(number, session, false, permit);
-                    let Some(run_id) = attempt.run_id() else {
-                        return Outcome::Failed { reason, bad_address: false };
+                    let Some(run_id) = mail.run_id else {
+                        return Outcome::failed(reason);
                     };
                     let message_id = mail.message_id.clone();
                     let recipient = letter.known_as.clone();
@@ -314,7 +314,7 @@ impl Carriers {
         }
         match decision {
             Decision::Wait(reason) => Outcome::Later(reason),
-            Decision::Fail(reason) => Outcome::Failed { reason, bad_address: false },
+            Decision::Fail(reason) => Outcome::failed(reason),
         }
     }
 
@@ -404,7 +404,7 @@ fn anonymous(verdict: Verdict, letter: &Letter) -> Verdict {
         Outcome::Sent => Outcome::Sent,
         Outcome::Retry(text) => Outcome::Retry(clean(text)),
         Outcome::Later(text) => Outcome::Later(clean(text)),
-        Outcome::Failed { reason, bad_address } => Outcome::Failed { reason: clean(reason), bad_address },
+        Outcome::Failed { reason, flagged } => Outcome::Failed { reason: clean(reason), flagged },
         Outcome::Unknown(text) => Outcome::Unknown(clean(text)),
         Outcome::Withdrawn(withdrawn) => Outcome::Withdrawn(withdrawn),
     };

@@ -115,7 +115,7 @@ impl Session {
     /// # Errors
     /// When the server did not say that it took it.
     pub async fn deliver(&mut self, letter: &Letter, attempt: &Attempt, deadline: &Deadline) -> Result<(), Failure> {
-        attempt.may_begin().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
+        attempt.may_proceed().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
         self.mails += 1;
         let mut mail = format!("MAIL FROM:<{}>", letter.from);
         if self.abilities.has(EXT_SIZE) {

@@ -148,7 +148,7 @@ impl Failure {
             Trouble::Withdrawn(withdrawn) => Verdict::Withdrawn(*withdrawn),
             Trouble::Refused(reply) => refusal(self.stage, reply, reason),
             _ if self.stage.is_before_mail() => Verdict::Away(Pause::new(reason)),
-            Trouble::Unable(_) => Verdict::Mail(Outcome::Failed { reason, bad_address: false }),
+            Trouble::Unable(_) => Verdict::Mail(Outcome::Failed { reason, flagged: false }),
             Trouble::Senseless(_) | Trouble::Lost(_) | Trouble::Slow(_) if self.stage == Stage::Content => {
                 Verdict::Broken(Outcome::Unknown(reason))
             }
@@ -160,7 +160,7 @@ impl Failure {
 /// What follows from a refusal.
 fn refusal(stage: Stage, reply: &Reply, reason: String) -> Verdict {
     let classified = classify(stage, reply.code, &reply.lines.join("\n"));
-    let failed = |reason, bad_address| Verdict::Mail(Outcome::Failed { reason, bad_address });
+    let failed = |reason, bad_address| Verdict::Mail(Outcome::Failed { reason, flagged: bad_address });
     if stage.is_before_mail() {
         return Verdict::Away(Pause::after(reason, classified));
     }
@@ -302,7 +302,7 @@ mod tests {
             (Rcpt, 550, "5.2.1 disabled", true),
             (Rcpt, 552, "over quota", false),
         ] {
-            let failed = Outcome::Failed { reason: format!("{code} {text}"), bad_address: bad };
+            let failed = Outcome::Failed { reason: format!("{code} {text}"), flagged: bad };
             assert_eq!(refused(stage, code, text).verdict(), Verdict::Mail(failed));
         }
         for (stage, code, text) in [

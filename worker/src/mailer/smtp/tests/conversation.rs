@@ -9,7 +9,7 @@ async fn outcome(script: Vec<Step>) -> Outcome {
 }
 
 fn failed(reason: &str, bad_address: bool) -> Outcome {
-    Outcome::Failed { reason: reason.into(), bad_address }
+    Outcome::Failed { reason: reason.into(), flagged: bad_address }
 }
 
 #[tokio::test]
@@ -113,7 +113,7 @@ async fn a_server_for_ascii_only_does_not_get_another_script() {
     let first = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&server)]) });
     let outcome = first.send(&petr(), &Attempt::unchecked()).await;
     assert!(
-        matches!(&outcome, Outcome::Failed { reason, bad_address: false } if reason.contains("SMTPUTF8")),
+        matches!(&outcome, Outcome::Failed { reason, flagged: false } if reason.contains("SMTPUTF8")),
         "{outcome:?}"
     );
     // The connection is as good as before.
@@ -137,7 +137,7 @@ async fn no_address_ends_a_command() {
         ["a@example.org>\r\nRCPT TO:<eve@example.org", "a@example.org\nDATA", "a> b@example.org", "<a@b>@c.org"]
     {
         let outcome = mailer.send(&mail(email), &Attempt::unchecked()).await;
-        assert!(matches!(outcome, Outcome::Failed { bad_address: true, .. }), "{email}: {outcome:?}");
+        assert!(matches!(outcome, Outcome::Failed { flagged: true, .. }), "{email}: {outcome:?}");
     }
     assert_eq!(server.connections(), 0);
 }

@@ -82,9 +82,6 @@ fn mail(email: &str) -> Mail {
         name: Some("Ann".into()),
         template: Arc::new(Template::new("Hello {{ name }}", "Come, {{ name }}.\n").unwrap()),
         unsubscribe: None,
-        position: 1,
-        tries: 1,
-        replays: 0,
     }
 }
 

@@ -36,7 +36,7 @@ async fn a_refused_mail_leaves_a_connection_that_is_used_again() {
     let server = Server::start(vec![script]).await;
     // With one connection, the next mail waits until this one is put by.
     let mailer = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&server)]) });
-    assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Failed { bad_address: true, .. }));
+    assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Failed { flagged: true, .. }));
     assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     assert_eq!((server.connections(), server.count("RSET")), (1, 1));
 }

@@ -1,28 +1,20 @@
-//! A submission: addresses become users, a run, its items and the message that starts it, in one transaction.
+//! A list of addresses: they become people and items.
 //!
 //! The list goes through a temporary table, so that a million addresses cost neither memory here nor a statement each.
 //! Statements on that table can't be checked at compile time: it does not exist then.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
-use sqlx::{AssertSqlSafe, PgConnection, PgPool, error::DatabaseError, types::Json};
+use sqlx::{PgConnection, PgPool, types::Json};
 use uuid::Uuid;
 
-use super::stored::Stored;
-use crate::{may_pass, outbox, people};
-use mailrun_core::{
-    address::{self, Address},
-    message::{Command, RunMessage, Step},
-    run::Wanted,
-};
+use super::{Insert, Inserted, NewRun, NotSubmitted, Refusal, Rows, Submitted, submit, to_count};
+use crate::{invitations, people};
+use mailrun_core::address::{self, Address};
 
 /// How many invalid entries are kept to be shown; all of them are counted.
 const SHOWN_INVALID: usize = 100;
 /// The list is copied to the server in pieces of about this size.
 const COPY_BYTES: usize = 256 * 1024;
-/// Two submissions that name the same people may deadlock; the one that PostgreSQL ends is run again.
-const TRIES: u32 = 5;
 
 /// What a person submits.
 #[derive(Clone, Copy, Debug)]
@@ -50,79 +42,51 @@ impl Submission<'_> {
         // A subject has no control characters.
         Uuid::new_v5(&listed, format!("{}\0{}", self.subject, self.body).as_bytes())
     }
-}
 
-/// What became of it.
-#[derive(Debug)]
-pub enum Submitted {
-    /// Committed: nothing that happens from here on can lose it.
-    Accepted(Uuid),
-    /// This very submission was accepted before, perhaps with another rate limit.
-    Before(Earlier),
-    /// No run was made.
-    Refused(Refusal),
-}
-
-/// A run that the same submission has made before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Earlier {
-    /// The run.
-    pub run_id: Uuid,
-    /// What a person wants of it by now.
-    pub wanted: Wanted,
-    /// Its rate limit, which stays.
-    pub sends_per_second: Option<i32>,
-}
-
-/// A submission that has no answer.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}")]
-pub struct NotSubmitted {
-    /// The database's.
-    #[source]
-    pub error: sqlx::Error,
-    /// Whether it is certain that nothing was kept. Otherwise the connection was lost while the database was committing, and the
-    /// same submission tells, once it is made again.
-    pub nothing_kept: bool,
-}
-
-/// An error that came from elsewhere, such as the end of all patience, says nothing about a commit.
-impl From<sqlx::Error> for NotSubmitted {
-    fn from(error: sqlx::Error) -> Self {
-        Self { error, nothing_kept: false }
-    }
-}
-
-impl NotSubmitted {
-    /// Nothing had been committed, nor asked to be.
+    /// The run, of invitations.
     #[must_use]
-    pub fn before_commit(error: sqlx::Error) -> Self {
-        Self { error, nothing_kept: true }
+    pub fn run(&self) -> NewRun<'_> {
+        NewRun {
+            id: self.run_id(),
+            kind: invitations::KIND,
+            hidden: false,
+            subject: self.subject,
+            body: self.body,
+            sends_per_second: self.sends_per_second,
+        }
     }
 
-    /// The commit had been asked for. It is undone for certain only if the database says why it refused it: a conflict of
-    /// transactions (class 40), or data (22, 23, 25).
-    fn at_commit(error: sqlx::Error) -> Self {
-        let refused = error
-            .as_database_error()
-            .and_then(DatabaseError::code)
-            .is_some_and(|code| ["22", "23", "25", "40"].iter().any(|class| code.starts_with(class)));
-        Self { error, nothing_kept: refused }
+    /// Submits it.
+    ///
+    /// # Errors
+    /// The database's, and whether it is certain that nothing is kept.
+    pub async fn submit(self, pool: &PgPool) -> Result<Submitted, NotSubmitted> {
+        submit(pool, self.run(), &self).await
     }
 }
 
-/// Why no run was made.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// There is nothing in the list.
-    Empty,
-    /// There are more addresses than a run may have.
-    TooMany {
-        /// The limit.
-        limit: usize,
-    },
-    /// Nobody in it can be invited.
-    NothingNew(Tally),
+impl Rows for Submission<'_> {
+    fn are_none(&self) -> bool {
+        address::parse(self.text).next().is_none()
+    }
+
+    async fn insert(&self, conn: &mut PgConnection, run_id: Uuid, insert: Insert) -> sqlx::Result<Inserted> {
+        let Some((listed, mut tally)) = copy_list(conn, *self).await? else {
+            return Ok(Err(Refusal::TooMany { limit: self.max_addresses }));
+        };
+        let distinct = deduplicate(conn).await?;
+        tally.repeated = listed - distinct;
+        insert_users(conn, insert).await?;
+        tally.accepted = insert_items(conn, run_id, insert).await?;
+        if tally.accepted < distinct {
+            count_others(conn, run_id, &mut tally).await?;
+        }
+        if tally.accepted == 0 {
+            return Ok(Err(Refusal::NothingNew(tally)));
+        }
+        note(conn, run_id, &tally).await?;
+        Ok(Ok(tally.accepted))
+    }
 }
 
 /// What was in a list.
@@ -153,128 +117,6 @@ pub struct InvalidEntry {
     pub text: String,
     /// What is wrong with it.
     pub reason: String,
-}
-
-/// A submission is taken in within this time, or not at all.
-pub const SUBMISSION: Duration = Duration::from_secs(300);
-
-/// Takes a submission in.
-///
-/// # Errors
-/// The database's, and whether it is certain that nothing is kept.
-pub async fn submit(pool: &PgPool, submission: Submission<'_>) -> Result<Submitted, NotSubmitted> {
-    if address::parse(submission.text).next().is_none() {
-        return Ok(Submitted::Refused(Refusal::Empty));
-    }
-    let mut tries = 1;
-    let mut insert = Insert::Plain;
-    // An earlier try's commit may have been carried out, unless a later one has found nothing of it.
-    let mut in_doubt = false;
-    loop {
-        match submit_once(pool, submission, insert, &mut in_doubt).await {
-            Err(failed) if insert == Insert::Plain && is_unique_violation(&failed.error) => insert = Insert::Checked,
-            Err(failed) if tries < TRIES && may_pass(&failed.error) => {
-                in_doubt |= !failed.nothing_kept;
-                tries += 1;
-            }
-            Err(failed) => return Err(NotSubmitted { nothing_kept: failed.nothing_kept && !in_doubt, ..failed }),
-            Ok(submitted) => return Ok(submitted),
-        }
-    }
-}
-
-/// How rows are inserted that another submission may insert at the same moment.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Insert {
-    /// Fails as a whole if one does. Without the look before each row, the list is taken in in three quarters of the time.
-    Plain,
-    /// Leaves such rows out.
-    Checked,
-}
-
-impl Insert {
-    fn rows(self, statement: &str, unique: &str) -> AssertSqlSafe<String> {
-        AssertSqlSafe(match self {
-            Self::Plain => statement.to_owned(),
-            Self::Checked => format!("{statement} ON CONFLICT {unique} DO NOTHING"),
-        })
-    }
-}
-
-fn is_unique_violation(error: &sqlx::Error) -> bool {
-    error.as_database_error().is_some_and(DatabaseError::is_unique_violation)
-}
-
-async fn submit_once(
-    pool: &PgPool,
-    submission: Submission<'_>,
-    insert: Insert,
-    in_doubt: &mut bool,
-) -> Result<Submitted, NotSubmitted> {
-    let mut tx = pool.begin().await.map_err(NotSubmitted::before_commit)?;
-    let submitted = take_in(&mut tx, submission, insert, in_doubt).await.map_err(NotSubmitted::before_commit)?;
-    if matches!(submitted, Submitted::Accepted(_)) {
-        tx.commit().await.map_err(NotSubmitted::at_commit)?;
-    }
-    Ok(submitted)
-}
-
-/// Everything but the commit. Whatever is not accepted is rolled back.
-async fn take_in(
-    tx: &mut PgConnection,
-    submission: Submission<'_>,
-    insert: Insert,
-    in_doubt: &mut bool,
-) -> sqlx::Result<Submitted> {
-    let run_id = submission.run_id();
-    // A statement for a million people takes longer than others may.
-    let timeout = format!("SET LOCAL statement_timeout = {}", SUBMISSION.as_millis());
-    sqlx::query(AssertSqlSafe(timeout)).execute(&mut *tx).await?;
-    // First of all, so that the second of two simultaneous clicks waits here for the first one's end.
-    if !insert_run(tx, run_id, submission).await? {
-        return earlier(tx, run_id).await.map(Submitted::Before);
-    }
-    // It waits for the end of an earlier try as well: that one has left nothing behind.
-    *in_doubt = false;
-    let (listed, mut tally) = match copy_list(tx, submission).await? {
-        Some(copied) => copied,
-        None => {
-            return Ok(Submitted::Refused(Refusal::TooMany { limit: submission.max_addresses }));
-        }
-    };
-    let distinct = deduplicate(tx).await?;
-    tally.repeated = listed - distinct;
-    insert_users(tx, insert).await?;
-    tally.accepted = insert_items(tx, run_id, insert).await?;
-    if tally.accepted < distinct {
-        count_others(tx, run_id, &mut tally).await?;
-    }
-    if tally.accepted == 0 {
-        return Ok(Submitted::Refused(Refusal::NothingNew(tally)));
-    }
-    complete_run(tx, run_id, &tally).await?;
-    let start = Command::Release(Step { pass: Some(1), step: Some(0) });
-    outbox::put(tx, &RunMessage { run_id, command: start }).await?;
-    Ok(Submitted::Accepted(run_id))
-}
-
-async fn earlier(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Earlier> {
-    let (wanted, sends_per_second): (Stored<Wanted>, Option<i32>) =
-        sqlx::query_as("SELECT wanted, sends_per_second FROM runs WHERE id = $1").bind(run_id).fetch_one(conn).await?;
-    Ok(Earlier { run_id, wanted: wanted.acted_on(), sends_per_second })
-}
-
-async fn insert_run(conn: &mut PgConnection, run_id: Uuid, submission: Submission<'_>) -> sqlx::Result<bool> {
-    let inserted = sqlx::query!(
-        "INSERT INTO runs (id, subject, body, sends_per_second, total) VALUES ($1, $2, $3, $4, 0) ON CONFLICT DO NOTHING",
-        run_id,
-        submission.subject,
-        submission.body,
-        submission.sends_per_second,
-    )
-    .execute(conn)
-    .await?;
-    Ok(inserted.rows_affected() == 1)
 }
 
 /// Copies the valid addresses into the temporary table `listed`. None: there are too many.
@@ -421,13 +263,12 @@ async fn count_others(conn: &mut PgConnection, run_id: Uuid, tally: &mut Tally) 
     Ok(())
 }
 
-async fn complete_run(conn: &mut PgConnection, run_id: Uuid, tally: &Tally) -> sqlx::Result<()> {
+async fn note(conn: &mut PgConnection, run_id: Uuid, tally: &Tally) -> sqlx::Result<()> {
     sqlx::query!(
-        "UPDATE runs SET total = $2, already_invited = $3, already_failed = $4, suppressed = $5, repeated = $6,
-                invalid = $7, invalid_entries = $8
+        "UPDATE runs SET already_invited = $2, already_failed = $3, suppressed = $4, repeated = $5, invalid = $6,
+                invalid_entries = $7
          WHERE id = $1",
         run_id,
-        tally.accepted,
         tally.already_invited,
         tally.already_failed,
         tally.suppressed,
@@ -435,16 +276,9 @@ async fn complete_run(conn: &mut PgConnection, run_id: Uuid, tally: &Tally) -> s
         tally.invalid,
         Json(&tally.invalid_entries) as _,
     )
-    .execute(&mut *conn)
+    .execute(conn)
     .await?;
-    sqlx::query!("INSERT INTO run_progress (run_id, total, pending) VALUES ($1, $2, $2)", run_id, tally.accepted)
-        .execute(conn)
-        .await?;
     Ok(())
-}
-
-fn to_count(rows: u64) -> i32 {
-    i32::try_from(rows).unwrap_or(i32::MAX)
 }
 
 #[cfg(test)]
@@ -470,14 +304,6 @@ mod tests {
         ] {
             assert_ne!(first.run_id(), other.run_id());
         }
-    }
-
-    #[test]
-    fn only_what_was_refused_or_never_committed_is_certainly_not_kept() {
-        let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
-        assert!(NotSubmitted::before_commit(lost()).nothing_kept);
-        assert!(!NotSubmitted::at_commit(lost()).nothing_kept);
-        assert!(!NotSubmitted::from(sqlx::Error::PoolTimedOut).nothing_kept);
     }
 
     #[test]

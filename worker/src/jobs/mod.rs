@@ -1,0 +1,56 @@
+//! Mailrun's own jobs, one file for each kind. Both send mail, through the same mailer.
+
+mod ids;
+mod invitations;
+mod relay_stops;
+mod test_mails;
+
+use std::{panic::resume_unwind, sync::Arc, time::Duration};
+
+use mailrun_app::config::Config;
+use mailrun_core::template::Template;
+use mailrun_ledger::runs;
+use sqlx::{PgConnection, PgPool};
+use tokio::task::spawn_blocking;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    job::JobError,
+    kinds::Jobs,
+    mailer::{self, Mailer, MailerError},
+};
+
+use self::{ids::Ids, invitations::Invitations, test_mails::TestMails};
+
+pub use self::test_mails::test_mail;
+
+/// Adds the jobs that send mail. A process that does not send has them without a mailer, for their reasons and their changes in the
+/// ledger.
+///
+/// # Errors
+/// When the mailer can't be used as configured.
+pub fn with_mail(jobs: Jobs, config: &Config, sends: bool) -> Result<(Jobs, Arc<dyn Mailer>), MailerError> {
+    let mailer = if sends { mailer::mailer(&config.mailer)? } else { mailer::none() };
+    let ids = Arc::new(Ids::new(config.message_id_domain(), config.web.public_url.clone()));
+    let invitations = Invitations::new(Arc::clone(&mailer), Arc::clone(&ids), config.suppressions);
+    let jobs = jobs.with(invitations).with(TestMails::new(Arc::clone(&mailer), ids));
+    Ok((jobs, mailer))
+}
+
+/// Keeps the mailer and the ledger in agreement about stopped relays until `stop`.
+pub(crate) async fn watch(pool: PgPool, mailer: Arc<dyn Mailer>, limit: Duration, stop: CancellationToken) {
+    relay_stops::watch(pool, mailer, limit, stop).await;
+}
+
+/// The text of a run's mails.
+async fn template(conn: &mut PgConnection, run_id: Uuid) -> Result<Arc<Template>, JobError> {
+    let (subject, body) = runs::text(conn, run_id).await?;
+    // Parsing a long text takes as long as composing some mails.
+    match spawn_blocking(move || Template::new(&subject, &body)).await {
+        // The form checks it, so it was written by an earlier version or by hand.
+        Ok(template) => template.map(Arc::new).map_err(|error| JobError::Unusable(error.to_string())),
+        Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
+        Err(_) => Err(sqlx::Error::WorkerCrashed.into()),
+    }
+}

@@ -1,0 +1,70 @@
+//! Test mails: a person looks at an invitation before sending it. The person waits for the result, so nothing is retried.
+
+use std::sync::Arc;
+
+use mailrun_core::{outcome::OnUnknown, template::Template};
+use mailrun_ledger::test_mails::{self, TestMail};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::ids::{Ids, Signed};
+use crate::{
+    attempt::Attempt,
+    job::{Granted, Items, Job, JobError, Outcome, RetryPolicy, from_data},
+    mailer::{Mail, Mailer},
+};
+
+/// The job.
+pub(super) struct TestMails {
+    mailer: Arc<dyn Mailer>,
+    ids: Arc<Ids>,
+}
+
+impl TestMails {
+    pub(super) fn new(mailer: Arc<dyn Mailer>, ids: Arc<Ids>) -> Self {
+        Self { mailer, ids }
+    }
+}
+
+/// The text, and what signs the link.
+pub(super) struct Run {
+    template: Arc<Template>,
+    signed: Signed,
+}
+
+impl Job for TestMails {
+    const KIND: &'static str = test_mails::KIND;
+    const HIDDEN: bool = true;
+    type Run = Run;
+    type Item = TestMail;
+
+    async fn run(&self, ledger: &mut PgConnection, run_id: Uuid) -> Result<Run, JobError> {
+        Ok(Run { template: super::template(ledger, run_id).await?, signed: self.ids.signed(ledger).await? })
+    }
+
+    async fn items(&self, _: &mut PgConnection, granted: &[Granted]) -> sqlx::Result<Items<TestMail>> {
+        Ok(from_data(granted))
+    }
+
+    async fn process(&self, attempt: &Attempt, run: &Run, TestMail { email }: &TestMail) -> Outcome {
+        let message_id = self.ids.test_message_id(attempt.key().run_id);
+        let mail = test_mail(message_id, email.clone(), Arc::clone(&run.template), self.ids.test_link(&run.signed));
+        match self.mailer.send(&mail, attempt).await {
+            // It would wait for the relay; the person waits for an answer.
+            Outcome::Later(reason) => Outcome::failed(reason),
+            // Says nothing about the mailbox that an invitation has not said.
+            Outcome::Failed { reason, .. } => Outcome::failed(reason),
+            outcome => outcome,
+        }
+    }
+
+    fn retry(&self, installation: &RetryPolicy) -> RetryPolicy {
+        RetryPolicy { tries: Some(1), on_unknown: OnUnknown::Hold, ..installation.clone() }
+    }
+}
+
+/// A mail that belongs to no run of invitations.
+#[must_use]
+pub fn test_mail(message_id: String, email: String, template: Arc<Template>, unsubscribe: Option<String>) -> Mail {
+    Mail { message_id, run_id: None, email, name: None, template, unsubscribe }
+}

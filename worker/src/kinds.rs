@@ -1,0 +1,400 @@
+//! The jobs of this program, by kind. A job is typed; the stages see a batch of its items as one [`Batch`], so that nothing is
+//! dispatched dynamically for an item.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use mailrun_core::{
+    claim::Withheld,
+    item::{ItemState, Key},
+    message::{ItemMessage, ItemResult},
+    metric,
+    outcome::{self, Next, Outcome, RetryPolicy, after_send},
+    retry::in_process,
+};
+use mailrun_ledger::{
+    attempts::Granted,
+    progress::{OnSettled, Settled},
+    runs,
+};
+use metrics::{Counter, Histogram, counter, histogram};
+use moka::sync::Cache;
+use sqlx::PgConnection;
+use tokio::time::sleep;
+use tracing::{debug, error};
+use uuid::Uuid;
+
+use crate::{
+    attempt::Attempt,
+    gate::Gate,
+    job::{Job, JobError, Loaded},
+    reporter::Reporter,
+};
+
+/// Runs of a kind whose shared part is cached: those that are processed at the same time, and more.
+const CACHED_RUNS: u64 = 256;
+/// Runs whose kind is cached.
+const CACHED_KINDS: u64 = 16_384;
+/// Tries within one attempt, where the remote side accepts an immediate second one.
+const REPETITIONS: u32 = 1;
+/// The time before the first of them; it doubles.
+const FIRST_REPETITION: Duration = Duration::from_millis(20);
+
+type MakeKind = Box<dyn FnOnce(&RetryPolicy) -> Arc<dyn Kind> + Send>;
+
+/// Jobs that a program adds to Mailrun's own.
+#[derive(Default)]
+pub struct Jobs(Vec<MakeKind>);
+
+impl Jobs {
+    /// None.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With this one.
+    #[must_use]
+    pub fn with<J: Job>(mut self, job: J) -> Self {
+        self.0.push(Box::new(|installation| Arc::new(Typed::new(job, installation))));
+        self
+    }
+}
+
+impl fmt::Debug for Jobs {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_tuple("Jobs").field(&self.0.len()).finish()
+    }
+}
+
+/// The jobs of a process, by kind.
+pub struct Kinds {
+    by_name: BTreeMap<&'static str, Arc<dyn Kind>>,
+    names: Vec<String>,
+    /// What the settings say of retries.
+    installation: RetryPolicy,
+    /// The kinds of runs, which never change.
+    of_runs: Cache<Uuid, Option<Arc<dyn Kind>>>,
+}
+
+impl Kinds {
+    /// These jobs, with what the settings say of retries.
+    #[must_use]
+    pub fn new(jobs: Jobs, installation: RetryPolicy) -> Self {
+        let kinds = jobs.0.into_iter().map(|make| make(&installation));
+        let by_name: BTreeMap<_, _> = kinds.map(|kind| (kind.name(), kind)).collect();
+        let names = by_name.keys().map(|name| (*name).to_owned()).collect();
+        Self { by_name, names, installation, of_runs: Cache::new(CACHED_KINDS) }
+    }
+
+    /// Their names, in alphabetical order.
+    pub(crate) fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The job of this kind. None: this program has no such job.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&dyn Kind> {
+        self.by_name.get(name).map(AsRef::as_ref)
+    }
+
+    /// What the settings say of retries.
+    pub(crate) fn installation(&self) -> &RetryPolicy {
+        &self.installation
+    }
+
+    /// The gate to show: a closed one, or one that is tried, before an open one.
+    pub(crate) fn gate(&self) -> Gate {
+        let mut shown = Gate::Open;
+        for gate in self.by_name.values().map(|kind| kind.gate()) {
+            match gate {
+                Gate::Closed { .. } => return gate,
+                Gate::Trying => shown = gate,
+                Gate::Open => {}
+            }
+        }
+        shown
+    }
+
+    /// The jobs of these runs; none: this program has no such job. A run that isn't returned does not exist.
+    pub(crate) async fn of_runs(
+        &self,
+        conn: &mut PgConnection,
+        run_ids: impl IntoIterator<Item = Uuid>,
+    ) -> sqlx::Result<HashMap<Uuid, Option<Arc<dyn Kind>>>> {
+        let mut found = HashMap::new();
+        let mut unread = Vec::new();
+        for run_id in run_ids {
+            match self.of_runs.get(&run_id) {
+                _ if found.contains_key(&run_id) => {}
+                Some(kind) => {
+                    found.insert(run_id, kind);
+                }
+                None => unread.push(run_id),
+            }
+        }
+        if !unread.is_empty() {
+            for (run_id, name) in runs::kinds(conn, &unread).await? {
+                let kind = self.by_name.get(name.as_str()).cloned();
+                self.of_runs.insert(run_id, kind.clone());
+                found.insert(run_id, kind);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Loads what was granted, each kind's items at once, in the transaction of the claim.
+    pub(crate) async fn load(&self, conn: &mut PgConnection, granted: Vec<Granted>) -> sqlx::Result<Vec<Batch>> {
+        let mut by_kind: BTreeMap<&str, (Arc<dyn Kind>, Vec<Granted>)> = BTreeMap::new();
+        for granted in granted {
+            // A claim is granted for these kinds only.
+            let Some((name, kind)) = granted.kind.as_deref().and_then(|name| self.by_name.get_key_value(name)) else {
+                continue;
+            };
+            by_kind.entry(name).or_insert_with(|| (Arc::clone(kind), Vec::new())).1.push(granted);
+        }
+        let mut batches = Vec::new();
+        for (kind, granted) in by_kind.into_values() {
+            batches.push(kind.load(conn, granted).await?);
+        }
+        Ok(batches)
+    }
+
+    /// How many items of visible runs have entered which state.
+    pub(crate) fn visible(&self, entered: &BTreeMap<(Uuid, ItemState), u64>) -> BTreeMap<ItemState, u64> {
+        let mut visible = BTreeMap::new();
+        for ((run_id, state), items) in entered {
+            if !self.of_runs.get(run_id).flatten().is_some_and(|kind| kind.is_hidden()) {
+                *visible.entry(*state).or_default() += items;
+            }
+        }
+        visible
+    }
+}
+
+impl fmt::Debug for Kinds {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_tuple("Kinds").field(&self.names()).finish()
+    }
+}
+
+impl OnSettled for Kinds {
+    async fn on_settled(&self, conn: &mut PgConnection, settled: &[Settled]) -> sqlx::Result<()> {
+        let kinds = self.of_runs(conn, settled.iter().map(|item| item.run_id)).await?;
+        let mut by_kind: BTreeMap<&str, (Arc<dyn Kind>, Vec<Settled>)> = BTreeMap::new();
+        for item in settled {
+            let Some(kind) = kinds.get(&item.run_id).cloned().flatten() else {
+                error!(run_id = %item.run_id, item_id = item.item_id, "an item of a job that this worker does not have");
+                continue;
+            };
+            by_kind.entry(kind.name()).or_insert_with(|| (kind, Vec::new())).1.push(item.clone());
+        }
+        for (kind, settled) in by_kind.into_values() {
+            kind.settled(conn, &settled).await?;
+        }
+        Ok(())
+    }
+}
+
+/// A job as the stages see it.
+#[async_trait]
+pub trait Kind: Send + Sync {
+    /// [`Job::KIND`].
+    fn name(&self) -> &'static str;
+    /// [`Job::HIDDEN`].
+    fn is_hidden(&self) -> bool;
+    /// [`Job::retry`].
+    fn policy(&self) -> &RetryPolicy;
+    /// [`Job::gate`].
+    fn gate(&self) -> Gate;
+    /// The result of an attempt at one of its items that no worker will make.
+    fn withheld(&self, item: ItemMessage, why: Withheld) -> ItemResult;
+    /// [`Job::run`] and [`Job::items`].
+    async fn load(self: Arc<Self>, conn: &mut PgConnection, granted: Vec<Granted>) -> sqlx::Result<Batch>;
+    /// [`Job::settled`].
+    async fn settled(&self, conn: &mut PgConnection, settled: &[Settled]) -> sqlx::Result<()>;
+}
+
+/// Why a job withholds items, by code.
+pub(crate) type Reasons = &'static [(u8, &'static str)];
+
+/// Claimed items of one kind, loaded.
+pub struct Batch {
+    /// Those that the job withholds.
+    pub(crate) withheld: Vec<(Key, Withheld)>,
+    /// The job's reasons for that.
+    pub(crate) reasons: Reasons,
+    /// Those to process, and their places in their runs.
+    pub(crate) items: Vec<(Key, i32)>,
+    start: Start,
+}
+
+type Start = Box<dyn FnOnce(HashMap<Key, Attempt>, &Reporter) + Send>;
+
+impl Batch {
+    /// Those to process.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = Key> {
+        self.items.iter().map(|(key, _)| *key)
+    }
+
+    /// Makes these attempts, each in a task of its own, and reports what follows.
+    pub(crate) fn start(self, attempts: HashMap<Key, Attempt>, reporter: &Reporter) {
+        (self.start)(attempts, reporter);
+    }
+}
+
+/// What is measured of every attempt: looked up once, since that costs more than counting.
+struct Measures {
+    seconds: Histogram,
+    attempts: [Counter; Outcome::NAMES.len()],
+}
+
+impl Measures {
+    fn new() -> Self {
+        Self {
+            seconds: histogram!(metric::SEND_SECONDS),
+            attempts: Outcome::NAMES.map(|outcome| counter!(metric::ATTEMPTS, "outcome" => outcome)),
+        }
+    }
+}
+
+struct Typed<J: Job> {
+    job: J,
+    policy: RetryPolicy,
+    runs: Cache<Uuid, Shared<J>>,
+    /// None: nothing is measured of hidden runs.
+    measures: Option<Measures>,
+}
+
+/// What the items of a run share, or why it cannot be used.
+type Shared<J> = Result<Arc<<J as Job>::Run>, Arc<str>>;
+
+impl<J: Job> Typed<J> {
+    fn new(job: J, installation: &RetryPolicy) -> Self {
+        let policy = job.retry(installation);
+        let dead_letters = policy.dead_letters && !J::HIDDEN;
+        Self {
+            policy: RetryPolicy { delays: installation.delays.clone(), dead_letters, ..policy },
+            runs: Cache::new(CACHED_RUNS),
+            measures: (!J::HIDDEN).then(Measures::new),
+            job,
+        }
+    }
+
+    async fn shared(&self, conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Shared<J>> {
+        if let Some(known) = self.runs.get(&run_id) {
+            return Ok(known);
+        }
+        let shared = match self.job.run(conn, run_id).await {
+            Ok(run) => Ok(Arc::new(run)),
+            Err(JobError::Unusable(reason)) => Err(reason.into()),
+            Err(JobError::Ledger(error)) => return Err(error),
+        };
+        self.runs.insert(run_id, shared.clone());
+        Ok(shared)
+    }
+
+    /// Makes an attempt, and decides what follows.
+    async fn process(&self, attempt: &Attempt, run: &J::Run, item: &J::Item) -> Next {
+        let repetitions = if self.policy.repeats_at_once && !attempt.is_limited() { REPETITIONS } else { 0 };
+        let mut waits = in_process(FIRST_REPETITION, repetitions);
+        loop {
+            let begun = Instant::now();
+            let outcome = self.job.process(attempt, run, item).await;
+            if let Some(measures) = &self.measures {
+                measures.seconds.record(begun.elapsed());
+                measures.attempts[outcome.place()].increment(1);
+            }
+            if let Outcome::Withdrawn(why) = &outcome {
+                debug!(item_id = attempt.key().item_id, attempt = attempt.key().attempt, ?why, "attempt withdrawn");
+            }
+            match (&outcome, waits.next()) {
+                (Outcome::Retry(_), Some(wait)) => sleep(wait).await,
+                _ => {
+                    let closed_for =
+                        if matches!(outcome, Outcome::Later(_)) { self.closed_for() } else { Duration::ZERO };
+                    break after_send(attempt.item(), outcome, closed_for, &self.policy);
+                }
+            }
+        }
+    }
+
+    /// How long the gate stays closed, as far as is known.
+    fn closed_for(&self) -> Duration {
+        match self.job.gate() {
+            Gate::Closed { until, .. } => until.saturating_duration_since(Instant::now()),
+            Gate::Open | Gate::Trying => Duration::ZERO,
+        }
+    }
+}
+
+#[async_trait]
+impl<J: Job> Kind for Typed<J> {
+    fn name(&self) -> &'static str {
+        J::KIND
+    }
+
+    fn is_hidden(&self) -> bool {
+        J::HIDDEN
+    }
+
+    fn policy(&self) -> &RetryPolicy {
+        &self.policy
+    }
+
+    fn gate(&self) -> Gate {
+        self.job.gate()
+    }
+
+    fn withheld(&self, item: ItemMessage, why: Withheld) -> ItemResult {
+        outcome::withheld(item, why, J::WITHHELD)
+    }
+
+    async fn load(self: Arc<Self>, conn: &mut PgConnection, granted: Vec<Granted>) -> sqlx::Result<Batch> {
+        let mut shared: HashMap<Uuid, Shared<J>> = HashMap::new();
+        for Granted { key, .. } in &granted {
+            if !shared.contains_key(&key.run_id) {
+                shared.insert(key.run_id, self.shared(conn, key.run_id).await?);
+            }
+        }
+        let mut loaded = self.job.items(conn, &granted).await?;
+        let (mut withheld, mut items, mut to_start) = (Vec::new(), Vec::new(), Vec::new());
+        for Granted { key, position, .. } in granted {
+            let item = match loaded.remove(&key.item_id).unwrap_or(Loaded::Withheld(Withheld::Deleted)) {
+                Loaded::Withheld(why) => {
+                    withheld.push((key, why));
+                    continue;
+                }
+                Loaded::Item(item) => shared[&key.run_id].clone().map(|run| (run, item)),
+                Loaded::Unusable(reason) => Err(reason.into()),
+            };
+            items.push((key, position));
+            to_start.push((key, item));
+        }
+        let start: Start = Box::new(move |mut attempts, reporter| {
+            for (key, item) in to_start {
+                let Some(attempt) = attempts.remove(&key) else { continue };
+                let (this, reporter) = (Arc::clone(&self), reporter.clone());
+                tokio::spawn(async move {
+                    let next = match item {
+                        Ok((run, item)) => this.process(&attempt, &run, &item).await,
+                        Err(reason) => {
+                            after_send(attempt.item(), Outcome::failed(&*reason), Duration::ZERO, &this.policy)
+                        }
+                    };
+                    reporter.finish(&attempt, next).await;
+                });
+            }
+        });
+        Ok(Batch { withheld, reasons: J::WITHHELD, items, start })
+    }
+
+    async fn settled(&self, conn: &mut PgConnection, settled: &[Settled]) -> sqlx::Result<()> {
+        self.job.settled(conn, settled).await
+    }
+}
