@@ -7,6 +7,9 @@ ALTER TABLE runs
 COMMENT ON COLUMN runs.kind IS 'The job that processes the items; it never changes. A worker without this job leaves the items alone.';
 COMMENT ON COLUMN runs.hidden IS 'In no list, count or metric; deleted after a day.';
 
+ALTER TABLE pruned_runs ADD COLUMN kind text NOT NULL DEFAULT 'invitations';
+COMMENT ON COLUMN pruned_runs.kind IS 'The kind that the run had: results of its last items may still arrive.';
+
 DROP INDEX runs_newest;
 CREATE INDEX runs_newest ON runs (created_at DESC, id DESC) WHERE NOT hidden;
 CREATE INDEX runs_hidden ON runs (created_at) WHERE hidden;

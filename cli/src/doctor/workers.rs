@@ -288,7 +288,7 @@ mod tests {
     }
 
     fn run(wanted: Wanted) -> Unfinished {
-        Unfinished { run_id: Uuid::nil(), wanted }
+        Unfinished { run_id: Uuid::nil(), kind: "invitations".into(), wanted }
     }
 
     #[test]

@@ -199,7 +199,7 @@ const TABLES: &[Table] = &[
     },
     Table {
         name: "pruned_runs",
-        insert: &[(FanOut, "run_id")],
+        insert: &[(FanOut, "run_id kind")],
         // To lock them.
         update: &[(FanOut, "pruned_at")],
         delete: &[FanOut],

@@ -66,7 +66,9 @@ pub async fn delete_runs(pool: &PgPool, after: Option<Duration>, limit: i64) -> 
     }
     sqlx::query("SET LOCAL lock_timeout = '2s'").execute(&mut *tx).await?;
     sqlx::query("LOCK TABLE attempts IN SHARE MODE").execute(&mut *tx).await?;
-    sqlx::query!("INSERT INTO pruned_runs (run_id) SELECT unnest($1::uuid[])", &old).execute(&mut *tx).await?;
+    sqlx::query!("INSERT INTO pruned_runs (run_id, kind) SELECT id, kind FROM runs WHERE id = ANY($1)", &old)
+        .execute(&mut *tx)
+        .await?;
     sqlx::query!("DELETE FROM run_samples WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM run_passes WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;
     sqlx::query!("DELETE FROM sweeps WHERE run_id = ANY($1)", &old).execute(&mut *tx).await?;

@@ -193,12 +193,19 @@ pub async fn rate_limit(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<i32>
     Ok(limit.fetch_optional(pool).await?.flatten())
 }
 
-/// The kinds of these runs. One that isn't returned does not exist.
+/// The kinds of these runs, also of those that were pruned and whose items are not all deleted. One that isn't returned does not
+/// exist.
 ///
 /// # Errors
 /// The database's.
 pub async fn kinds(conn: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<Vec<(Uuid, String)>> {
-    let rows = sqlx::query!("SELECT id, kind FROM runs WHERE id = ANY($1)", run_ids).fetch_all(conn).await?;
+    let rows = sqlx::query!(
+        r#"SELECT id AS "id!", kind AS "kind!" FROM runs WHERE id = ANY($1)
+           UNION ALL SELECT run_id, kind FROM pruned_runs WHERE run_id = ANY($1)"#,
+        run_ids,
+    )
+    .fetch_all(conn)
+    .await?;
     Ok(rows.into_iter().map(|row| (row.id, row.kind)).collect())
 }
 

@@ -225,6 +225,7 @@ mod tests {
     fn mail(email: &str, name: Option<&str>) -> Mail {
         Mail {
             message_id: "<5.abc@mailrun>".into(),
+            run_id: None,
             email: email.into(),
             name: name.map(Into::into),
             template: Arc::new(

@@ -3,28 +3,32 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use mailrun_core::{
-    claim::{Fate, Owner, Withheld},
+    claim::{Fate, Found, Owner, Withheld},
     item::{ItemState, Key, Standing},
     pacing::Rate,
     run::Wanted,
 };
 use mailrun_ledger::{
-    attempts::{self, Limits, Paced, claim_paced, find, reserve},
+    attempts::{self, Limits, reserve},
+    invitations::{INVITED, SUPPRESSED},
     may_pass,
-    receipts::Receipt,
 };
 use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::support::{
-    add_later_value, claim, execute, in_database, in_transaction, item, kill, receipt, run, run_of, set_wanted,
-    suppress, until_one_waits, value, worker,
+    add_later_value, claim, claim_paced, execute, in_database, in_transaction, item, kill, receipt, run, run_of,
+    set_wanted, suppress, until_one_waits, value, worker,
 };
 
 use ItemState::{Cancelled, Failed, Pending, Retrying, Sent};
 
+async fn find(conn: &mut PgConnection, keys: &[Key]) -> Vec<Found> {
+    attempts::find(conn, keys).await.unwrap().into_iter().map(|(found, _)| found).collect()
+}
+
 async fn owner(conn: &mut PgConnection, key: Key) -> Option<Owner> {
-    find(conn, &[key]).await.unwrap()[0].owner
+    find(conn, &[key]).await[0].owner
 }
 
 #[test]
@@ -35,8 +39,9 @@ fn grants_a_claim_with_what_it_takes_to_send() {
         let worker = worker(conn).await;
         let claimed = claim(conn, worker, &[run.key(1, 1)]).await;
         assert_eq!(claimed.len(), 1);
-        assert_eq!((claimed[0].key, claimed[0].position, claimed[0].withheld), (run.key(1, 1), 2, None));
-        assert_eq!((claimed[0].email.as_str(), claimed[0].name.as_deref()), ("Ann@example.org", Some("Ann")));
+        assert_eq!((claimed[0].key, claimed[0].withheld), (run.key(1, 1), None));
+        let recipient = claimed[0].recipient.clone().unwrap();
+        assert_eq!((recipient.email.as_str(), recipient.name.as_deref()), ("Ann@example.org", Some("Ann")));
         assert_eq!(owner(conn, run.key(1, 1)).await, Some(Owner::Worker { id: worker, fate: Fate::Alive }));
     });
 }
@@ -48,7 +53,7 @@ fn the_name_of_an_older_item_is_its_persons() {
         let worker = worker(conn).await;
         execute(conn, format!("UPDATE users SET name = 'Ann' WHERE id = {}", run.items[0].user_id)).await;
         execute(conn, format!("UPDATE run_items SET name = NULL WHERE id = {}", run.items[0].id)).await;
-        assert_eq!(claim(conn, worker, &run.keys()).await[0].name.as_deref(), Some("Ann"));
+        assert_eq!(claim(conn, worker, &run.keys()).await[0].recipient.clone().unwrap().name.as_deref(), Some("Ann"));
     });
 }
 
@@ -111,7 +116,7 @@ fn refuses_a_claim_whose_item_belongs_to_another_run() {
         let worker = worker(conn).await;
         let mixed = Key { run_id: other.id, ..run.key(0, 1) };
         assert!(claim(conn, worker, &[mixed]).await.is_empty());
-        assert!(find(conn, &[mixed]).await.unwrap().is_empty(), "the ledger does not know it");
+        assert!(find(conn, &[mixed]).await.is_empty(), "the ledger does not know it");
     });
 }
 
@@ -129,11 +134,11 @@ fn a_withheld_claim_is_nobodys() {
         let worker = worker(conn).await;
         for (key, expected) in [
             (cancelled.key(0, 1), Some(Withheld::Cancelled)),
-            (run.key(0, 1), Some(Withheld::Suppressed)),
+            (run.key(0, 1), Some(Withheld::ByJob(SUPPRESSED))),
             (run.key(1, 1), Some(Withheld::Deleted)),
             (run.key(2, 1), Some(Withheld::Deleted)),
-            (run.key(3, 1), Some(Withheld::Invited)),
-            (run.key(4, 1), Some(Withheld::Invited)),
+            (run.key(3, 1), Some(Withheld::ByJob(INVITED))),
+            (run.key(4, 1), Some(Withheld::ByJob(INVITED))),
             (run.key(5, 1), None),
         ] {
             let claimed = claim(conn, worker, &[key]).await;
@@ -193,7 +198,7 @@ fn writes_the_receipt_with_the_claim_whatever_is_granted() {
         let worker = worker(conn).await;
         claim(conn, worker, &[run.key(0, 1)]).await;
         let outdated = [run.key(1, 0)];
-        let claimed = attempts::claim(conn, worker, &outdated, &receipt(7, &[run.key(0, 1)])).await.unwrap();
+        let claimed = attempts::claim(conn, worker, None, &outdated, &receipt(7, &[run.key(0, 1)])).await.unwrap();
         assert!(claimed.is_empty());
         assert_eq!(value::<i64>(conn, "SELECT number FROM receipts").await, 7);
         kill(conn, worker).await;
@@ -219,8 +224,8 @@ fn a_receipt_that_exists_fails_the_whole_claim() {
         let run = run_of(&mut conn, &[Pending, Pending]).await;
         let worker = worker(&mut conn).await;
         let of_first = receipt(1, &[run.key(0, 1)]);
-        attempts::claim(&mut conn, worker, &[run.key(0, 1)], &of_first).await.unwrap();
-        let error = attempts::claim(&mut conn, worker, &[run.key(1, 1)], &of_first).await.unwrap_err();
+        attempts::claim(&mut conn, worker, None, &[run.key(0, 1)], &of_first).await.unwrap();
+        let error = attempts::claim(&mut conn, worker, None, &[run.key(1, 1)], &of_first).await.unwrap_err();
         assert!(!may_pass(&error), "{error}");
         assert_eq!(owner(&mut conn, run.key(1, 1)).await, None);
     });
@@ -236,7 +241,7 @@ fn finds_what_became_of_the_claims_worker() {
         }
         execute(conn, format!("UPDATE workers SET stopped_at = now() WHERE id = {stopped}")).await;
         kill(conn, dead).await;
-        let found = find(conn, &run.keys()).await.unwrap();
+        let found = find(conn, &run.keys()).await;
         let fate = |id: i64, fate| Some(Owner::Worker { id, fate });
         let expected = [fate(alive, Fate::Alive), fate(stopped, Fate::Dead), fate(dead, Fate::Dead), None];
         for (index, owner) in expected.into_iter().enumerate() {
@@ -272,7 +277,7 @@ fn finds_items_of_a_run_that_was_deleted() {
         let run = run_of(conn, &[Failed]).await;
         execute(conn, format!("DELETE FROM run_progress WHERE run_id = '{}'", run.id)).await;
         execute(conn, format!("DELETE FROM runs WHERE id = '{}'", run.id)).await;
-        let found = find(conn, &[run.key(0, 2)]).await.unwrap();
+        let found = find(conn, &[run.key(0, 2)]).await;
         assert_eq!((found[0].wanted, found[0].standing), (None, Some(Standing { attempt: 1, state: Failed })));
     });
 }
@@ -286,7 +291,7 @@ fn a_later_versions_state_is_no_standing() {
         execute(&mut conn, "UPDATE run_items SET state = 'later'").await;
         let worker = worker(&mut conn).await;
         assert!(claim(&mut conn, worker, &[run.key(0, 1), run.key(0, 2)]).await.is_empty());
-        assert_eq!(find(&mut conn, &run.keys()).await.unwrap()[0].standing, None);
+        assert_eq!(find(&mut conn, &run.keys()).await[0].standing, None);
         let item_id = run.items[0].id;
         assert_eq!(attempts::standings(&mut conn, &[item_id]).await.unwrap(), [(item_id, None)]);
     });
@@ -306,10 +311,6 @@ fn limits(run_id: Uuid, per_second: i32) -> Limits {
     Limits { runs: BTreeMap::from([(run_id, Some(Rate::new(per_second)))]), ..Limits::default() }
 }
 
-async fn claim_due(conn: &mut PgConnection, worker_id: i64, keys: &[Key], limits: &Limits, ahead: Duration) -> Paced {
-    claim_paced(conn, worker_id, keys, &Receipt::default(), limits, ahead).await.unwrap()
-}
-
 #[test]
 fn under_a_rate_limit_claims_what_has_a_slot_soon() {
     in_transaction(async |conn| {
@@ -317,7 +318,7 @@ fn under_a_rate_limit_claims_what_has_a_slot_soon() {
         let worker = worker(conn).await;
         let limits = limits(run.id, 10);
         let ahead = Duration::from_millis(250);
-        let paced = claim_due(conn, worker, &run.keys(), &limits, ahead).await;
+        let paced = claim_paced(conn, worker, &run.keys(), &limits, ahead).await;
         // Slots at 0, 100 and 200 ms are within reach; the others are told how long they have to wait.
         assert_eq!(paced.claimed.len(), 3);
         // Less the microseconds since the meter was made, which are made up for.
@@ -330,7 +331,7 @@ fn under_a_rate_limit_claims_what_has_a_slot_soon() {
         assert_eq!(owner(conn, run.key(3, 1)).await, None, "it is not claimed");
 
         // The next claim goes on behind them.
-        let paced = claim_due(conn, worker, &[run.key(3, 1)], &limits, Duration::from_secs(1)).await;
+        let paced = claim_paced(conn, worker, &[run.key(3, 1)], &limits, Duration::from_secs(1)).await;
         let wait = paced.slots[&run.key(3, 1)];
         assert!(wait > Duration::from_millis(200) && wait <= Duration::from_millis(300), "{wait:?}");
     });
@@ -345,7 +346,7 @@ fn what_is_refused_or_withheld_takes_no_slot() {
         suppress(conn, &run.items[1].email).await;
         let ahead = Duration::from_secs(60);
         let limits = limits(run.id, 1);
-        let paced = claim_due(conn, worker, &run.keys(), &limits, ahead).await;
+        let paced = claim_paced(conn, worker, &run.keys(), &limits, ahead).await;
         assert_eq!(paced.claimed.len(), 2);
         assert_eq!(paced.slots.into_iter().collect::<Vec<_>>(), [(run.key(2, 1), Duration::ZERO)]);
     });
@@ -363,7 +364,7 @@ fn the_installations_limit_holds_runs_that_have_none() {
         };
         let keys = [first.key(0, 1), second.key(0, 1)];
         let ahead = Duration::from_millis(500);
-        let paced = claim_due(conn, worker, &keys, &limits, ahead).await;
+        let paced = claim_paced(conn, worker, &keys, &limits, ahead).await;
         assert_eq!((paced.claimed.len(), paced.not_due.len()), (1, 1));
     });
 }
@@ -405,5 +406,21 @@ fn a_cancelled_items_next_attempt_may_be_claimed_by_a_replay() {
         let worker = worker(conn).await;
         assert!(claim(conn, worker, &[run.key(0, 1)]).await.is_empty());
         assert_eq!(claim(conn, worker, &[run.key(0, 2)]).await[0].withheld, None);
+    });
+}
+
+/// A worker without the job leaves the items to one that has it.
+#[test]
+fn grants_only_attempts_of_the_kinds_that_are_asked_for() {
+    in_transaction(async |conn| {
+        let run = run_of(conn, &[Pending]).await;
+        execute(conn, format!("UPDATE runs SET kind = 'calls' WHERE id = '{}'", run.id)).await;
+        let worker = worker(conn).await;
+        let claim = async |conn: &mut PgConnection, kind: &str| {
+            attempts::claim(conn, worker, Some(&[kind.to_owned()]), &run.keys(), &Default::default()).await.unwrap()
+        };
+        assert!(claim(conn, "invitations").await.is_empty());
+        assert_eq!(attempts::find(conn, &run.keys()).await.unwrap()[0].1.as_deref(), Some("calls"));
+        assert_eq!(claim(conn, "calls").await.len(), 1);
     });
 }

@@ -153,8 +153,8 @@ fn lists_unfinished_runs_oldest_first() {
         execute(conn, format!("UPDATE runs SET created_at = now() - interval '1 day' WHERE id = '{first}'")).await;
         set_wanted(conn, second, Wanted::Paused).await;
         let expected = [
-            Unfinished { run_id: first, wanted: Wanted::Running },
-            Unfinished { run_id: second, wanted: Wanted::Paused },
+            Unfinished { run_id: first, kind: "invitations".into(), wanted: Wanted::Running },
+            Unfinished { run_id: second, kind: "invitations".into(), wanted: Wanted::Paused },
         ];
         assert_eq!(unfinished(conn).await.unwrap(), expected);
     });

@@ -44,7 +44,7 @@ fn an_address_is_spelled_as_its_mailbox_and_its_mail_says_what_it_said() {
         assert_eq!(value::<String>(&mut conn, "SELECT email FROM suppressions").await, "bob@xn--bcher-kva.example");
         assert_eq!(unify(&mut conn).await.unwrap(), Unified::default(), "it may be repeated");
         let worker = worker(&mut conn).await;
-        assert_eq!(claim(&mut conn, worker, &run.keys()).await[0].email, WRITTEN);
+        assert_eq!(claim(&mut conn, worker, &run.keys()).await[0].recipient.as_ref().unwrap().email, WRITTEN);
     });
 }
 
@@ -94,7 +94,10 @@ fn the_overtaken_item_is_not_sent_any_more() {
         unify(&mut conn).await.unwrap();
         let worker = worker(&mut conn).await;
         let claimed = claim(&mut conn, worker, &second.keys()).await;
-        assert_eq!(claimed[0].withheld, Some(mailrun_core::claim::Withheld::Invited));
+        assert_eq!(
+            claimed[0].withheld,
+            Some(mailrun_core::claim::Withheld::ByJob(mailrun_ledger::invitations::INVITED))
+        );
     });
 }
 

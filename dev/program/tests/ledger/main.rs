@@ -23,5 +23,5 @@ mod submit;
 mod support;
 mod suppressions;
 mod sweep;
-mod test_sends;
+mod test_mails;
 mod workers;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mailrun_core::message::{Command, RunMessage, TestMessage};
+use mailrun_core::message::{Command, ItemMessage, RunMessage};
 use mailrun_ledger::outbox::{lock, mark_published, overdue, postpone, put, take};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -25,15 +25,15 @@ async fn taken(conn: &mut PgConnection) -> Vec<i64> {
 fn a_message_keeps_its_kind_and_body() {
     in_transaction(async |conn| {
         let run = RunMessage { run_id: Uuid::new_v4(), command: Command::default() };
-        let test = TestMessage { test_id: Uuid::new_v4() };
+        let item = ItemMessage { run_id: run.run_id, item_id: 1, attempt: 1, tries: 1, replays: 0 };
         put(conn, &run).await.unwrap();
         put(conn, &RunMessage { command: Command::Resume, ..run.clone() }).await.unwrap();
-        put(conn, &test).await.unwrap();
+        put(conn, &item).await.unwrap();
         let waiting = take(conn, 10).await.unwrap();
         let kinds: Vec<&str> = waiting.iter().map(|waiting| waiting.kind.as_str()).collect();
-        assert_eq!(kinds, ["mailrun.run.v1", "mailrun.run.v2", "mailrun.test.v1"]);
+        assert_eq!(kinds, ["mailrun.run.v1", "mailrun.run.v2", "mailrun.item.v1"]);
         assert_eq!(waiting[0].message, serde_json::to_value(&run).unwrap());
-        assert_eq!(waiting[2].message, serde_json::to_value(test).unwrap());
+        assert_eq!(waiting[2].message, serde_json::to_value(item).unwrap());
     });
 }
 

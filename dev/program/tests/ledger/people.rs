@@ -40,7 +40,8 @@ fn the_address_is_replaced_wherever_else_it_stands() {
         let id = run.id;
         for statement in [
             format!("INSERT INTO run_passes (run_id, number, kind, error) VALUES ('{id}', 1, 'first', 'to ann@xn--bcher-kva.example')"),
-            "INSERT INTO test_sends (id, email, subject, body) VALUES (gen_random_uuid(), 'ann@xn--bcher-kva.example', '', '')".into(),
+            r#"INSERT INTO runs (id, kind, hidden, subject, body, total) VALUES ('00000000-0000-0000-0000-000000000001', 'test_mail', true, '', '', 1)"#.into(),
+            r#"INSERT INTO run_items (run_id, position, data, error) VALUES ('00000000-0000-0000-0000-000000000001', 1, '{"email": "ann@xn--bcher-kva.example"}', '550 ann')"#.into(),
             "INSERT INTO workers (roles, host, pid, lane_reason) VALUES ('send', 'h', 1, '421 ann@xn--bcher-kva.example')".into(),
             "INSERT INTO relay_stops (relay, reason, alike, runs) VALUES ('r', 'like ann@xn--bcher-kva.example', '{}', '{}')".into(),
             "INSERT INTO suppressions (email, reason, detail) VALUES ('bob@x.org', 'asked', 'ann@xn--bcher-kva.example knows')".into(),

@@ -10,8 +10,8 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::support::{
-    Run, add_later_value, apply, counters_equal_counts, execute, idle_for, in_database, in_transaction, item, run,
-    run_of, set_wanted, standings, states, until_one_waits, value,
+    Invitations, Run, add_later_value, apply, counters_equal_counts, execute, idle_for, in_database, in_transaction,
+    item, run, run_of, set_wanted, standings, states, until_one_waits, value,
 };
 
 use ItemState::{Cancelled, Failed, Pending, Retrying, Sent, Skipped, Unknown};
@@ -64,7 +64,7 @@ fn absorbs_a_duplicate_within_a_batch() {
         let run = run_of(conn, &[Pending]).await;
         let applied = apply(conn, run.id, &[run.result(0, 1, Sent), run.result(0, 1, Sent)]).await;
         assert_eq!((applied.changed, applied.absorbed), (1, 1));
-        assert_eq!(applied.entered.into_iter().collect::<Vec<_>>(), [(Sent, 1)], "the item is counted once");
+        assert_eq!(applied.entered.into_iter().collect::<Vec<_>>(), [((run.id, Sent), 1)], "the item is counted once");
         counters_equal_counts(conn).await;
     });
 }
@@ -152,7 +152,7 @@ fn a_batch_may_speak_of_several_runs() {
         let (first, second) = (run_of(conn, &[Pending]).await, run_of(conn, &[Pending, Pending]).await);
         let results = [second.result(1, 1, Sent), first.result(0, 1, Failed), second.result(0, 1, Sent)];
         let reports: Vec<Report<'_>> = results.iter().map(|result| Report { run_id: None, result }).collect();
-        let applied = progress::apply(conn, &SuppressionsConfig::default(), &reports).await.unwrap();
+        let applied = progress::apply(conn, &Invitations::default(), &reports).await.unwrap();
         assert_eq!(applied.changed, 3, "messages of the first version name no run");
         counters_equal_counts(conn).await;
         assert!(is_finished(conn, first.id).await && is_finished(conn, second.id).await);
@@ -219,7 +219,7 @@ fn a_late_sent_is_overtaken_by_the_persons_newer_item() {
 
 fn bounced(run: &Run, index: usize) -> ItemResult {
     let failed = run.result(index, 1, Failed);
-    ItemResult { error: Some("550 no such user".into()), bad_address: true, ..failed }
+    ItemResult { error: Some("550 no such user".into()), flagged: true, ..failed }
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn holds_an_unusual_share_of_suppressions() {
         let results: Vec<ItemResult> = (0..3).map(|index| bounced(&run, index)).collect();
         let reports: Vec<Report<'_>> = results.iter().map(|result| Report { run_id: Some(run.id), result }).collect();
         let settings = SuppressionsConfig { hold_percent: 50, hold_at_least: 3 };
-        progress::apply(conn, &settings, &reports).await.unwrap();
+        progress::apply(conn, &Invitations(settings), &reports).await.unwrap();
         assert_eq!(value::<i64>(conn, "SELECT count(*) FROM suppressions").await, 0);
         assert_eq!(value::<i64>(conn, "SELECT count(*) FROM held_suppressions").await, 3);
     });

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mailrun_core::{item::ItemState, run::Wanted};
 use mailrun_ledger::{
-    prune::{Step, delete_runs, is_held_up, scraps, step},
+    prune::{Step, cancel_hidden, delete_runs, is_held_up, scraps, step},
     runs::{ReplayWish, replay},
 };
 use sqlx::{PgConnection, PgPool};
@@ -34,7 +34,7 @@ async fn age(conn: &mut PgConnection, run_id: Uuid) {
 }
 
 async fn deleted(ledger: &PgPool) -> usize {
-    delete_runs(ledger, DAY, 10).await.unwrap()
+    delete_runs(ledger, Some(DAY), 10).await.unwrap()
 }
 
 async fn stepped(ledger: &PgPool, limit: i64) -> Option<Step> {
@@ -176,7 +176,7 @@ fn a_claim_that_is_held_up_for_long_ends_the_try() {
         old_run(&mut conn, &[Sent]).await;
         let mut tx = ledger.begin().await.unwrap();
         execute(&mut tx, "LOCK TABLE attempts IN ROW EXCLUSIVE MODE").await;
-        let error = delete_runs(ledger, DAY, 10).await.unwrap_err();
+        let error = delete_runs(ledger, Some(DAY), 10).await.unwrap_err();
         assert!(is_held_up(&error), "{error}");
         assert_eq!(count(&mut conn, "runs").await, 1);
         assert!(!is_held_up(&sqlx::Error::RowNotFound));
@@ -239,7 +239,7 @@ fn prunes_at_most_as_many_as_asked_oldest_first() {
         let newer = old_run(&mut conn, &[Sent]).await;
         let older = old_run(&mut conn, &[Sent]).await;
         age(&mut conn, older.id).await;
-        assert_eq!(delete_runs(ledger, DAY, 1).await.unwrap(), 1);
+        assert_eq!(delete_runs(ledger, Some(DAY), 1).await.unwrap(), 1);
         assert_eq!(value::<Uuid>(&mut conn, "SELECT id FROM runs").await, newer.id);
     });
 }
@@ -262,21 +262,40 @@ fn scraps_are_what_nobody_needs_after_a_day() {
             "UPDATE outbox SET created_at = now() - interval '9 days'".into(),
             "UPDATE workers SET heartbeat_at = now() - interval '2 days'".into(),
             format!("UPDATE workers SET died_at = now() WHERE id = {gone}"),
-            "INSERT INTO test_sends (id, email, subject, body, created_at)
-             VALUES (gen_random_uuid(), '', '', '', now() - interval '2 days'), (gen_random_uuid(), '', '', '', now())".into(),
             format!("INSERT INTO buried_results VALUES ('{id}', 1, 1, 'sent', '', now() - interval '31 days'), ('{id}', 1, 2, 'sent', '', now())"),
             format!("INSERT INTO pacing (run_id, next_at) VALUES (gen_random_uuid(), now()), ('{id}', now()), ('{nil}', now())"),
         ] {
             execute(&mut conn, statement).await;
         }
-        assert_eq!(scraps(ledger, 100).await.unwrap(), 6);
-        for (table, left) in
-            [("outbox", 2), ("workers", 1), ("receipts", 2), ("test_sends", 1), ("buried_results", 1), ("pacing", 2)]
-        {
+        assert_eq!(scraps(ledger, 100).await.unwrap(), 5);
+        for (table, left) in [("outbox", 2), ("workers", 1), ("receipts", 2), ("buried_results", 1), ("pacing", 2)] {
             assert_eq!(count(&mut conn, table).await, left, "{table}");
         }
         let needed = format!("SELECT number FROM receipts WHERE worker_id = {gone}");
         assert_eq!(value::<i64>(&mut conn, needed).await, 2, "an item of it is not shown as sent");
         assert_eq!(scraps(ledger, 100).await.unwrap(), 0);
+    });
+}
+
+#[test]
+fn a_hidden_run_is_deleted_after_a_day_and_cancelled_if_it_is_open() {
+    in_database(async |ledger| {
+        let mut conn = ledger.acquire().await.unwrap();
+        let (over, unknown) = (run_of(&mut conn, &[Failed]).await, run_of(&mut conn, &[Unknown]).await);
+        let (open, new) = (run_of(&mut conn, &[Pending]).await, run_of(&mut conn, &[Sent]).await);
+        execute(&mut conn, "UPDATE runs SET hidden = true").await;
+        execute(
+            &mut conn,
+            format!("UPDATE runs SET created_at = now() - interval '25 hours' WHERE id <> '{}'", new.id),
+        )
+        .await;
+        assert_eq!(cancel_hidden(ledger).await.unwrap(), 1);
+        assert_eq!(cancel_hidden(ledger).await.unwrap(), 0);
+        assert_eq!(delete_runs(ledger, None, 10).await.unwrap(), 2, "{} {}", over.id, unknown.id);
+        let left = "SELECT string_agg(wanted::text, ',' ORDER BY created_at) FROM runs";
+        assert_eq!(value::<String>(&mut conn, left).await, "cancelled,running", "{} {}", open.id, new.id);
+        execute(&mut conn, "UPDATE run_progress SET pending = 0, cancelled = total, sent = 0, finished_at = now()")
+            .await;
+        assert_eq!(delete_runs(ledger, None, 10).await.unwrap(), 1, "once it is settled");
     });
 }

@@ -37,20 +37,18 @@ fn stops_everything_that_would_go_on() {
         worker(&mut conn).await;
         for statement in [
             "INSERT INTO outbox (message, published_at) VALUES ('1', NULL), ('2', now())".into(),
-            "INSERT INTO test_sends (id, email, subject, body) VALUES (gen_random_uuid(), '', '', '')".into(),
             format!("INSERT INTO relay_stops (relay, reason, alike, runs) VALUES ('r', '', '{{}}', '{{{open}}}')"),
         ] {
             execute(&mut conn, statement).await;
         }
         let stopped = stop_all(&mut conn).await.unwrap();
-        assert_eq!(stopped, Stopped { runs: 3, paused: 1, messages: 1, tests: 1 });
+        assert_eq!(stopped, Stopped { runs: 3, paused: 1, messages: 1 });
         let wanted = "SELECT string_agg(wanted::text, ',' ORDER BY wanted) FROM runs";
         assert_eq!(value::<String>(&mut conn, wanted).await, "running,paused,cancelled", "what is over stays as it is");
         assert!(runs::progress(ledger, over).await.unwrap().unwrap().restored);
         assert!(workers::beats(&mut conn).await.unwrap().is_empty());
         assert!(value::<bool>(&mut conn, "SELECT bool_and(done_at IS NOT NULL) FROM run_passes").await);
         assert!(value::<bool>(&mut conn, "SELECT runs = '{}' FROM relay_stops").await, "an answer resumes nothing");
-        assert_eq!(value::<String>(&mut conn, "SELECT state::text FROM test_sends").await, "unknown");
         let again = stop_all(&mut conn).await.unwrap();
         assert_eq!(again, Stopped { runs: 3, ..Stopped::default() }, "repeating it changes nothing");
     });

@@ -114,11 +114,17 @@ fn reads_what_a_run_was_made_of_and_says() {
         assert_eq!((summary.suppressed, summary.repeated, summary.invalid), (4, 5, 6));
         assert_eq!(summary.invalid_entries[0].reason, "no @");
         assert_eq!(rate_limit(ledger, run_id).await.unwrap(), Some(7));
-        assert_eq!(text(ledger, run_id).await.unwrap(), ("Hello".to_owned(), "Come!".to_owned()));
+        assert_eq!(
+            text(&mut *ledger.acquire().await.unwrap(), run_id).await.unwrap(),
+            ("Hello".to_owned(), "Come!".to_owned())
+        );
         let unknown = Uuid::new_v4();
         assert!(mailrun_ledger::runs::summary(ledger, unknown).await.unwrap().is_none());
         assert_eq!(rate_limit(ledger, unknown).await.unwrap(), None);
-        assert!(matches!(text(ledger, unknown).await.unwrap_err(), sqlx::Error::RowNotFound));
+        assert!(matches!(
+            text(&mut *ledger.acquire().await.unwrap(), unknown).await.unwrap_err(),
+            sqlx::Error::RowNotFound
+        ));
     });
 }
 

@@ -3,7 +3,7 @@
 use mailrun_core::{item::ItemState, run::Wanted};
 use mailrun_ledger::{
     people,
-    submit::{Earlier, Refusal, Submission, Submitted, Tally, submit},
+    submit::{Data, Earlier, NewRun, Refusal, Submission, Submitted, Tally, submit},
     suppressions,
 };
 use serde_json::json;
@@ -29,14 +29,14 @@ fn list(text: &str) -> Submission<'_> {
 }
 
 async fn accepted(ledger: &PgPool, submission: Submission<'_>) -> Uuid {
-    match submit(ledger, submission).await.unwrap() {
+    match submission.submit(ledger).await.unwrap() {
         Submitted::Accepted(run_id) => run_id,
         other => panic!("{other:?}"),
     }
 }
 
 async fn refused(ledger: &PgPool, submission: Submission<'_>) -> Refusal {
-    match submit(ledger, submission).await.unwrap() {
+    match submission.submit(ledger).await.unwrap() {
         Submitted::Refused(refusal) => refusal,
         other => panic!("{other:?}"),
     }
@@ -73,7 +73,7 @@ fn the_same_submission_is_the_same_run() {
         let mut conn = ledger.acquire().await.unwrap();
         set_wanted(&mut conn, run_id, Wanted::Paused).await;
         let again = Submission { sends_per_second: None, ..first };
-        match submit(ledger, again).await.unwrap() {
+        match again.submit(ledger).await.unwrap() {
             Submitted::Before(earlier) => {
                 assert_eq!(earlier, Earlier { run_id, wanted: Wanted::Paused, sends_per_second: Some(7) });
             }
@@ -94,7 +94,7 @@ fn a_second_click_at_the_same_moment_waits_for_the_first() {
         let run_id = submission.run_id();
         let insert = "INSERT INTO runs (id, subject, body, total) VALUES";
         execute(&mut tx, format!("{insert} ('{run_id}', 'Hello', 'Come!', 1)")).await;
-        let (second, ()) = tokio::join!(submit(ledger, submission), async {
+        let (second, ()) = tokio::join!(submission.submit(ledger), async {
             until_one_waits(ledger).await;
             tx.commit().await.unwrap();
         });
@@ -215,11 +215,8 @@ fn lists_in_any_order_at_the_same_moment_do_not_lose_anybody() {
         let forwards = emails.join("\n");
         let backwards = emails.iter().rev().cloned().collect::<Vec<_>>().join("\n");
         let mixed = format!("{backwards}\nextra@example.org");
-        let results = tokio::join!(
-            submit(ledger, list(&forwards)),
-            submit(ledger, list(&backwards)),
-            submit(ledger, list(&mixed))
-        );
+        let results =
+            tokio::join!(list(&forwards).submit(ledger), list(&backwards).submit(ledger), list(&mixed).submit(ledger));
         for result in <[_; 3]>::from(results) {
             result.unwrap();
         }
@@ -227,5 +224,44 @@ fn lists_in_any_order_at_the_same_moment_do_not_lose_anybody() {
         assert_eq!(value::<i64>(&mut conn, "SELECT count(*) FROM run_items WHERE active").await, 201);
         assert_eq!(value::<i64>(&mut conn, "SELECT count(DISTINCT user_id) FROM run_items").await, 201);
         counters_equal_counts(&mut conn).await;
+    });
+}
+
+#[derive(serde::Serialize)]
+struct Call {
+    url: String,
+}
+
+#[test]
+fn rows_of_data_become_a_run_of_their_kind() {
+    in_database(async |ledger| {
+        let calls = ["a", "b", "c"].map(|url| Call { url: url.into() });
+        let run = NewRun { sends_per_second: Some(5), ..NewRun::new("calls", "Three calls") };
+        let accepted = submit(ledger, run, &Data(&calls)).await.unwrap();
+        assert!(matches!(accepted, Submitted::Accepted(run_id) if run_id == run.id), "{accepted:?}");
+        let again = submit(ledger, run, &Data(&calls)).await.unwrap();
+        assert!(matches!(again, Submitted::Before(_)), "the same id is the same run");
+        let none = submit(ledger, NewRun::new("calls", "None"), &Data::<Call>(&[])).await.unwrap();
+        assert!(matches!(none, Submitted::Refused(Refusal::Empty)));
+        let mut conn = ledger.acquire().await.unwrap();
+        let items =
+            "SELECT string_agg(concat_ws(' ', position, data->>'url', state), ', ' ORDER BY position) FROM run_items";
+        assert_eq!(column(&mut conn, items).await, "1 a pending, 2 b pending, 3 c pending");
+        let message = "SELECT kind || ' ' || (message->'command'->'release'->>'pass') FROM outbox";
+        assert_eq!(column(&mut conn, message).await, "mailrun.run.v1 1", "the fan-out releases it");
+        let listed = mailrun_ledger::runs::list(ledger, None, 10).await.unwrap();
+        assert_eq!(listed.iter().map(|run| run.counters.total).collect::<Vec<_>>(), [3]);
+        counters_equal_counts(&mut conn).await;
+    });
+}
+
+#[test]
+fn a_large_hidden_run_is_released_by_the_fan_out() {
+    in_database(async |ledger| {
+        let run = NewRun { hidden: true, ..NewRun::new("calls", "") };
+        submit(ledger, run, &Data(&[1; 101])).await.unwrap();
+        let mut conn = ledger.acquire().await.unwrap();
+        assert_eq!(column(&mut conn, "SELECT string_agg(kind, ',') FROM outbox").await, "mailrun.run.v1");
+        assert_eq!(value::<i64>(&mut conn, "SELECT count(*) FROM run_passes").await, 0);
     });
 }

@@ -1,6 +1,7 @@
 //! A PostgreSQL with the ledger's schema, and builders for what tests put into it.
 
 use std::{
+    collections::HashMap,
     env,
     path::Path,
     sync::{
@@ -12,14 +13,16 @@ use std::{
 
 use mailrun_core::{
     agreement::Agreement,
+    claim::Withheld,
     item::{ItemState, Key, Standing},
     message::{ItemMessage, ItemResult},
     run::Wanted,
 };
 use mailrun_ledger::{
-    attempts::{self, Claimed},
+    attempts::{self, Limits, Paced},
+    invitations::{self, Recipient},
     migrate, open,
-    progress::{self, Applied, Report},
+    progress::{self, Applied, OnSettled, Report, Settled},
     receipts::Receipt,
     settings::{DatabaseConfig, SuppressionsConfig},
     stored::{SqlState, SqlWanted},
@@ -424,6 +427,7 @@ pub fn settings() -> Agreement {
         dead_after_ms: 8_000,
         sends_per_second: None,
         item_queues: 1,
+        jobs: None,
     }
 }
 
@@ -437,9 +441,66 @@ pub async fn suppress(conn: &mut PgConnection, email: &str) {
     insert.execute(conn).await.unwrap();
 }
 
-/// Claims attempts, without a receipt.
+/// A claim that was granted.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    pub key: Key,
+    pub recipient: Option<Recipient>,
+    pub withheld: Option<Withheld>,
+}
+
+/// Claims attempts at invitations, without a receipt, as a sender does.
 pub async fn claim(conn: &mut PgConnection, worker_id: i64, keys: &[Key]) -> Vec<Claimed> {
-    attempts::claim(conn, worker_id, keys, &Receipt::default()).await.unwrap()
+    let granted = attempts::claim(conn, worker_id, None, keys, &Receipt::default()).await.unwrap();
+    let ids: Vec<i64> = granted.iter().map(|granted| granted.key.item_id).collect();
+    let mut recipients = invitations::recipients(conn, &ids).await.unwrap();
+    let claimed: Vec<Claimed> = granted
+        .into_iter()
+        .map(|granted| {
+            let (recipient, withheld) = match recipients.remove(&granted.key.item_id).unwrap() {
+                _ if granted.withheld.is_some() => (None, granted.withheld),
+                Ok(recipient) => (Some(recipient), None),
+                Err(why) => (None, Some(why)),
+            };
+            Claimed { key: granted.key, recipient, withheld }
+        })
+        .collect();
+    let withheld: Vec<(Key, Withheld)> =
+        claimed.iter().filter_map(|claimed| Some((claimed.key, claimed.withheld?))).collect();
+    attempts::withhold(conn, &withheld).await.unwrap();
+    claimed
+}
+
+/// What a claim under rate limits came to.
+pub struct ClaimedPaced {
+    pub claimed: Vec<Claimed>,
+    pub slots: HashMap<Key, Duration>,
+    pub not_due: Vec<(Key, Duration)>,
+}
+
+/// Claims attempts at invitations of which a send time lies within `ahead`.
+pub async fn claim_paced(
+    conn: &mut PgConnection,
+    worker_id: i64,
+    keys: &[Key],
+    limits: &Limits,
+    ahead: Duration,
+) -> ClaimedPaced {
+    let paced = Paced::lock(conn, keys, limits, ahead).await.unwrap();
+    let claimed = claim(conn, worker_id, &paced.due).await;
+    let granted = claimed.iter().filter(|claimed| claimed.withheld.is_none()).map(|claimed| claimed.key).collect();
+    let (slots, not_due) = paced.reserve(conn, &granted).await.unwrap();
+    ClaimedPaced { claimed, slots, not_due }
+}
+
+/// The invitations' changes when results are counted, under the default settings.
+#[derive(Default)]
+pub struct Invitations(pub SuppressionsConfig);
+
+impl OnSettled for Invitations {
+    async fn on_settled(&self, conn: &mut PgConnection, settled: &[Settled]) -> sqlx::Result<()> {
+        invitations::settled(conn, &self.0, settled).await
+    }
 }
 
 /// A receipt for attempts.
@@ -454,7 +515,7 @@ pub fn receipt(number: i64, keys: &[Key]) -> Receipt {
 /// Applies results of one run, under the default settings.
 pub async fn apply(conn: &mut PgConnection, run_id: Uuid, results: &[ItemResult]) -> Applied {
     let reports: Vec<Report<'_>> = results.iter().map(|result| Report { run_id: Some(run_id), result }).collect();
-    progress::apply(conn, &SuppressionsConfig::default(), &reports).await.unwrap()
+    progress::apply(conn, &Invitations::default(), &reports).await.unwrap()
 }
 
 /// Where a run's items stand, by position.

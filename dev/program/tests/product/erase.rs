@@ -91,7 +91,9 @@ async fn an_erased_person_leaves_only_a_tombstone_that_prevents_a_second_mail() 
     .await;
     execute(
         &world,
-        "INSERT INTO test_sends (id, email, subject, body) VALUES (gen_random_uuid(), 'ann@erase.example', 'a', 'b')",
+        r#"WITH test AS (INSERT INTO runs (id, kind, hidden, subject, body, total)
+                         VALUES (gen_random_uuid(), 'test_mail', true, 'a', 'b', 1) RETURNING id)
+           INSERT INTO run_items (run_id, position, data) SELECT id, 1, '{"email": "ann@erase.example"}' FROM test"#,
     )
     .await;
     let said = run(&world, &["people", "erase", "Ann@Erase.example"]);

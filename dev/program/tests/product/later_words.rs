@@ -11,7 +11,7 @@ use serde_json::Value;
 use sqlx::AssertSqlSafe;
 use uuid::Uuid;
 
-const TYPES: [&str; 6] = ["item_state", "wanted_state", "pass_kind", "suppression_reason", "test_state", "relay_fault"];
+const TYPES: [&str; 5] = ["item_state", "wanted_state", "pass_kind", "suppression_reason", "relay_fault"];
 
 fn id(run: &str) -> Uuid {
     run.rsplit('/').next().unwrap().parse().unwrap()
@@ -70,8 +70,10 @@ async fn values_of_a_later_version_wait_for_the_upgrade_and_block_nothing_else()
         format!("INSERT INTO run_passes (run_id, number, kind) VALUES ('{}', 2, 'later')", id(&pass)),
         "INSERT INTO suppressions (email, reason) VALUES ('suppressed@example.org', 'later')".to_owned(),
         format!(
-            "INSERT INTO test_sends (id, email, subject, body, claimed_at, worker_id, state, finished_at)
-             VALUES ('{test_id}', 'a@example.org', 'Hello', 'Hello', now(), 1, 'later', now())"
+            "INSERT INTO runs (id, kind, hidden, subject, body, total) VALUES ('{test_id}', 'test_mail', true, '', '', 1)"
+        ),
+        format!(
+            r#"INSERT INTO run_items (run_id, position, state, data) VALUES ('{test_id}', 1, 'later', '{{"email": "a@example.org"}}')"#
         ),
         "INSERT INTO relay_stops (relay, reason, alike, runs, answered_at, fault)
          VALUES ('relay:25', 'refused', '{}', '{}', now(), 'later')"

@@ -11,19 +11,18 @@ use lapin::{
 use mailrun_broker::depth;
 use mailrun_core::{
     item::ItemState,
-    message::{ResultsMessage, TestMessage, decode},
+    message::{ResultsMessage, decode},
 };
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 /// All consumed queues, and three of those whose messages expire to one.
-const QUEUES: [&str; 8] = [
+const QUEUES: [&str; 7] = [
     "mailrun.runs",
     "mailrun.items",
     "mailrun.items.2",
     "mailrun.results",
-    "mailrun.tests",
     "mailrun.runs.wait",
     "mailrun.runs.paused",
     "mailrun.retry.100ms",
@@ -40,8 +39,6 @@ enum End {
     Buried,
     /// A well-formed result of an unknown item: buried separately, and once, however often it arrives.
     BuriedOnce,
-    /// Well-formed, but its test is pruned.
-    Dropped,
 }
 
 /// A valid message of the queue that refers to nothing.
@@ -54,7 +51,6 @@ fn right(queue: &str) -> Value {
         "mailrun.results" => json!({ "results": [
             { "item_id": 999_999_999, "attempt": 1, "tries": 1, "replays": 0, "state": "retrying", "error": "busy", "due_in_ms": 5 },
         ] }),
-        "mailrun.tests" => json!({ "test_id": id }),
         _ => json!({ "run_id": id, "item_id": 999_999_999, "attempt": 1, "tries": 1, "replays": 0 }),
     }
 }
@@ -63,7 +59,6 @@ fn right(queue: &str) -> Value {
 fn end_of(queue: &str, body: &[u8]) -> End {
     match queue {
         "mailrun.results" if decode::<ResultsMessage>(None, body).is_ok() => End::BuriedOnce,
-        "mailrun.tests" if decode::<TestMessage>(None, body).is_ok() => End::Dropped,
         // No run has such an id.
         _ => End::Buried,
     }
@@ -115,7 +110,6 @@ fn wrong_fields(queue: &str) -> Vec<Vec<u8>> {
             ("/results/0/due_in_ms", &["-1", "9223372036854775808"]),
             ("/results/0/error", &["\"a\\u0000b\"", "[]"]),
         ],
-        "mailrun.tests" => &[("/test_id", &["5", "\"00000000\"", "{}"])],
         _ => &[
             ("/run_id", &["5", "null", "\"\"", "[]"]),
             ("/item_id", &["9223372036854775808", "-1e400", "\"1\"", "1.5"]),
@@ -242,7 +236,6 @@ impl Publisher {
         match end {
             End::Buried => *self.buried.bodies.entry(body).or_default() += 1,
             End::BuriedOnce => self.buried.once.extend(once_buried(&body)),
-            End::Dropped => {}
         }
     }
 }
@@ -428,7 +421,6 @@ async fn messages_of_a_newer_version_wait_for_a_newer_worker() {
         ("mailrun.runs", "mailrun.run.v9", "mailrun.runs.paused"),
         ("mailrun.items", "mailrun.item.v9", "mailrun.items.wait"),
         ("mailrun.results", "mailrun.results.v9", "mailrun.results.wait"),
-        ("mailrun.tests", "mailrun.test.v9", "mailrun.tests.wait"),
     ];
     for (queue, kind, _) in waiting_rooms {
         let properties = BasicProperties::default().with_delivery_mode(2).with_type(kind.into());

@@ -3,7 +3,12 @@
 use std::{mem, process::Command};
 
 use crate::support::{World, field, people, until};
-use mailrun_core::{signed_id::Named, unsubscribe::Signer};
+use mailrun_broker::topology::depth;
+use mailrun_core::{
+    message::{ItemMessage, encode},
+    signed_id::Named,
+    unsubscribe::Signer,
+};
 use mailrun_ledger::signing;
 use reqwest::{
     Client, Response,
@@ -351,7 +356,9 @@ async fn a_test_is_sent_once_and_invites_nobody() {
     let id = test.strip_prefix("/tests/").unwrap();
     assert_eq!(world.handed_over(), [format!("<test.{id}@mailrun>")]);
     // A repetition is recognised; the worker has received it when the next test, behind it on the queue, is sent.
-    world.publish("mailrun.tests", format!(r#"{{"test_id":"{id}"}}"#).as_bytes()).await;
+    let item_id: i64 = sqlx::query_scalar("SELECT id FROM run_items").fetch_one(&world.pool).await.unwrap();
+    let again = ItemMessage { run_id: id.parse().unwrap(), item_id, attempt: 1, tries: 1, replays: 0 };
+    world.publish("mailrun.items", &encode(&again)).await;
     let second = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
     assert_ne!(second, test, "a finished one can be repeated");
     until("the second test is sent", async || page(&world, &second).await.contains("Test sent")).await;
@@ -366,9 +373,22 @@ async fn a_test_is_sent_once_and_invites_nobody() {
     let refused = refused.text().await.unwrap();
     assert!(refused.contains("This has no @ sign.") && refused.contains("ann@example.org"), "{refused}");
     assert!(!field(&refused, "token").is_empty());
-    world.publish("mailrun.tests", b"hello").await;
-    until("an invalid message is a dead letter", async || world.log().contains("message moved to the dead letters"))
-        .await;
+    world.counters_equal_counts().await;
+}
+
+#[tokio::test]
+async fn a_test_that_fails_is_not_retried_and_leaves_no_dead_letter() {
+    // Every item fails for as long as it is tried.
+    let mut world = World::new(&[("MAILRUN_MAILER__SIMULATED__DOWN_EVERY", "1")]).await;
+    world.workers();
+    let form = [("subject", "Hello"), ("body", "Come!"), ("test_email", "me@example.org")];
+    let test = post(&world, "/tests", &form).await.headers()[LOCATION].to_str().unwrap().to_owned();
+    until("the test has failed", async || page(&world, &test).await.contains("Test not sent")).await;
+    assert!(page(&world, &test).await.contains("Internet Down"));
+    assert_eq!(depth(&world.channel().await, "mailrun.dead").await.unwrap(), 0);
+    assert!(!page(&world, "/runs").await.contains(test.strip_prefix("/tests/").unwrap()), "it is in no list");
+    let attempts: i64 = sqlx::query_scalar("SELECT count(*) FROM attempts").fetch_one(&world.pool).await.unwrap();
+    assert_eq!(attempts, 1);
 }
 
 #[tokio::test]

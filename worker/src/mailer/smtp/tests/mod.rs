@@ -78,6 +78,7 @@ fn eager(config: &SmtpConfig) -> Smtp {
 fn mail(email: &str) -> Mail {
     Mail {
         message_id: "<1.abc@mailrun>".into(),
+        run_id: None,
         email: email.into(),
         name: Some("Ann".into()),
         template: Arc::new(Template::new("Hello {{ name }}", "Come, {{ name }}.\n").unwrap()),
