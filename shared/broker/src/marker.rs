@@ -1,8 +1,8 @@
-//! What a virtual host says about the ledger that it belongs to: which installation's it is, and its latest epoch.
+//! What a virtual host stores about its ledger: the installation that it belongs to, and the latest epoch.
 //!
-//! RabbitMQ compares the arguments of an exchange that is declared twice. So the exchange `mailrun.installation` names its
-//! owner in its alternate exchange, `mailrun.installation.<id>`: the first declaration wins, and another installation's is
-//! refused, without a race. The latest epoch is the only message of the queue `mailrun.epoch`.
+//! RabbitMQ compares the arguments when an exchange is declared again. So the exchange `mailrun.installation` names its owner in
+//! its alternate exchange, `mailrun.installation.<id>`: the first declaration wins, and one by another installation is refused,
+//! without a race. The latest epoch is the only message of the queue `mailrun.epoch`.
 
 use std::time::Duration;
 
@@ -32,18 +32,18 @@ pub fn exchange_of(id: Uuid) -> String {
     format!("{OWNED}.{id}")
 }
 
-/// What to do about a virtual host's owner.
+/// How to check or set the owner of a virtual host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claim {
-    /// Mark an unmarked virtual host; refuse one that belongs to another installation.
+    /// Mark an unmarked virtual host; refuse one of another installation.
     Adopt,
-    /// Look only: for users who may not declare exchanges.
+    /// Only check: for users who may not declare exchanges.
     Verify,
-    /// Mark it, whoever owned it before.
+    /// Mark it, replacing any other owner.
     TakeOver,
 }
 
-/// The marks of a virtual host, over a connection of their own.
+/// Access to the marker of a virtual host, over a separate connection.
 #[derive(Debug)]
 pub struct Marker {
     link: Link,
