@@ -60,7 +60,7 @@ enum OnRejection {
     /// Publish them again until they are accepted.
     Repeat,
     /// Return them to the caller.
-    Tell,
+    Return,
 }
 
 /// A batch of rejected messages that waits to be published again.
@@ -407,8 +407,8 @@ impl Broker {
             for message in &mut batch.messages {
                 message.try_another(&self.item_queues);
             }
-            let give_back = (batch.on_rejection, on_rejection) == (OnRejection::Return, OnRejection::Return);
-            if batch.messages.is_empty() || give_back {
+            let return_rejected = (batch.on_rejection, on_rejection) == (OnRejection::Return, OnRejection::Return);
+            if batch.messages.is_empty() || return_rejected {
                 // This fails only if the caller has stopped waiting.
                 let _ = batch.done.send(batch.messages);
             } else {

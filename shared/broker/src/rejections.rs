@@ -76,7 +76,12 @@ impl Rejections {
         }
         (entry.why, entry.newest, entry.count) = (why, now, entry.count + 1);
         if entry.logged.is_none_or(|logged| now.duration_since(logged) >= LOG_EVERY) {
-            error!(queue, why, rejected = entry.count, "RabbitMQ rejects messages; they are kept, other queues continue");
+            error!(
+                queue,
+                why,
+                rejected = entry.count,
+                "RabbitMQ rejects messages; they are kept, other queues continue"
+            );
             (entry.logged, entry.count) = (Some(now), 0);
         }
     }
