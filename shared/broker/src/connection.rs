@@ -187,17 +187,11 @@ impl Broker {
     }
 
     /// The number of ready messages on the item queues. Opens its own connection.
-    ///
-    /// # Errors
-    /// The broker's.
     pub async fn waiting_items(&self) -> Result<u32, BrokerError> {
         self.waiting(&self.item_queues).await
     }
 
     /// The number of ready messages on the results queue. Opens its own connection.
-    ///
-    /// # Errors
-    /// The broker's.
     pub async fn waiting_results(&self) -> Result<u32, BrokerError> {
         self.waiting(&[queue::RESULTS.into()]).await
     }

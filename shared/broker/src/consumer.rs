@@ -91,7 +91,7 @@ impl Consumer {
         for queue in queues {
             let (broker, watchdog) = (Arc::clone(broker), Arc::clone(watchdog));
             // Before the task is spawned, so that the process is never ready before it consumes.
-            broker.health().trouble(queue.clone(), "not read yet");
+            broker.health().trouble(queue.clone(), "not consumed yet");
             tasks.spawn(supervise(broker, queue.clone(), prefetch, sender.clone(), watchdog, stop.clone()));
         }
         Self { deliveries: receiver, ahead: None }
@@ -161,7 +161,7 @@ async fn supervise(
             ended
         };
         let Err(error) = ended.await else { return };
-        health.trouble(queue.clone(), "reading it is interrupted");
+        health.trouble(queue.clone(), "its consumer is interrupted");
         let wait = reconnect.next_wait();
         warn!(%queue, %error, wait_ms = wait.as_millis(), "consuming interrupted, reconnecting");
         tokio::select! {

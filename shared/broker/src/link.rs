@@ -34,9 +34,6 @@ impl Link {
     }
 
     /// Opens a channel.
-    ///
-    /// # Errors
-    /// The broker's.
     pub async fn channel(&self) -> lapin::Result<Channel> {
         let channel = self.connection.create_channel().await?;
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);

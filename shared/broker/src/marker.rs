@@ -52,9 +52,6 @@ pub struct Marker {
 
 impl Marker {
     /// Connects.
-    ///
-    /// # Errors
-    /// The broker's.
     pub async fn open(broker: &Broker) -> Result<Self, BrokerError> {
         Ok(Self { link: broker.connect("marker").await?, limit: broker.answer_timeout() })
     }

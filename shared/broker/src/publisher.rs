@@ -240,7 +240,7 @@ impl Broker {
 
     /// One publishing task: it owns a connection, its confirm channel and the unconfirmed messages.
     async fn publish_channel(self: Arc<Self>, number: usize, receiver: Arc<Mutex<mpsc::Receiver<Batch>>>) {
-        let health_key = format!("publishing over connection {number}");
+        let health_key = format!("publisher channel {number}");
         let mut reconnect = Reconnect::default();
         let mut in_hand = InHand::default();
         loop {

@@ -77,9 +77,6 @@ impl Queue {
     }
 
     /// Binds it to its exchanges.
-    ///
-    /// # Errors
-    /// The broker's.
     pub async fn bind(&self, channel: &Channel) -> lapin::Result<()> {
         for (exchange, key) in &self.bindings {
             let (queue, exchange, key) = (self.name.as_ref().into(), (*exchange).into(), key.as_ref().into());

@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_read_in_every_wrapping() {
+    fn any_wrapping_is_removed() {
         for (text, person) in [
             ("mailto:ann@x.org", "ann@x.org"),
             ("Ann <mailto:ann@x.org>", "Ann = ann@x.org"),
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn spellings_of_a_mailbox_are_one_person_and_shown_as_typed() {
+    fn spellings_of_a_mailbox_are_one_person_shown_as_typed() {
         let text = "ann@bücher.example\nann@xn--bcher-kva.example\nANN@BÜCHER.EXAMPLE\nann@bu\u{308}cher.example\na\u{ad}nn@bücher.example";
         assert_eq!(emails(text), ["ann@xn--bcher-kva.example"; 5]);
         assert_eq!(read(text)[..3], ["ann@bücher.example", "ann@xn--bcher-kva.example", "ANN@BÜCHER.EXAMPLE"]);
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_names_the_line_that_it_stands_on() {
+    fn an_entry_has_its_line_number() {
         let lines = |text| parse(text).map(|entry| entry.line).collect::<Vec<_>>();
         assert_eq!(lines("a@x.org, b@x.org\r\n\n\"c,\nd\";e@x.org\nf@x.org"), [1, 1, 3, 4, 5]);
     }
@@ -284,7 +284,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_pasted_nothing_panics_and_lines_are_in_order(text in "\\PC*|[\\s\\S]{0,200}") {
+        fn any_text_is_parsed_without_a_panic_and_lines_are_in_order(text in "\\PC*|[\\s\\S]{0,200}") {
             let mut last = 1;
             for entry in parse(&text) {
                 prop_assert!(entry.line >= last);
@@ -297,7 +297,7 @@ mod tests {
         }
 
         #[test]
-        fn an_accepted_address_is_one_wherever_it_is_read_again(
+        fn an_accepted_address_is_valid_everywhere_else(
             text in "([a-cA-C@.,;<>\"\\\\ \t\r\n\u{feff}\u{200b}\u{85}éİß()\\[\\]:\\-]|@x\\.org|\"a b\"){0,24}"
         ) {
             for Address { email, name, typed } in parse(&text).filter_map(|entry| entry.parsed.ok()) {
@@ -315,7 +315,7 @@ mod tests {
         }
 
         #[test]
-        fn a_list_is_the_same_however_a_file_is_written(
+        fn line_endings_and_encoding_marks_do_not_change_a_list(
             list in prop::collection::vec((valid(), prop::option::of("[A-Z][a-z]{0,8}( [A-Z][a-z;,]{0,8})?"), 0usize..3), 0..20),
             bom: bool, quoted: bool, end in prop::sample::select(&["\n", "\r\n", "\r"][..]), last: bool,
         ) {
@@ -339,7 +339,7 @@ mod tests {
         }
 
         #[test]
-        fn every_valid_address_is_found_whatever_separates_them(
+        fn every_valid_address_is_found_with_any_separator(
             list in prop::collection::vec((valid(), prop::sample::select(&["\n", ", ", ";", "\r\n", "\n\n", " ; "][..])), 0..20)
         ) {
             let text: String = list.iter().flat_map(|(email, separator)| [email.as_str(), separator]).collect();
@@ -348,7 +348,7 @@ mod tests {
         }
 
         #[test]
-        fn case_and_name_make_no_other_person(email in valid(), name in "[A-Za-z ]{0,20}") {
+        fn case_and_name_do_not_make_another_person(email in valid(), name in "[A-Za-z ]{0,20}") {
             let spelled: Address = format!("{name} <{}>", email.to_uppercase()).parse().unwrap();
             prop_assert_eq!(spelled.email, email);
         }

@@ -103,10 +103,10 @@ mod tests {
     fn a_problem_is_reported_until_it_is_cleared() {
         let health = Health::default();
         health.database_answers(false);
-        health.trouble("mailrun.items", "not read yet");
-        health.trouble("mailrun.items", "reading it is interrupted");
+        health.trouble("mailrun.items", "not consumed yet");
+        health.trouble("mailrun.items", "its consumer is interrupted");
         let told = health.clone();
-        assert_eq!(told.troubles(), ["PostgreSQL: does not answer", "mailrun.items: reading it is interrupted"]);
+        assert_eq!(told.troubles(), ["PostgreSQL: does not answer", "mailrun.items: its consumer is interrupted"]);
         health.database_answers(true);
         health.fine("mailrun.items");
         assert!(told.troubles().is_empty() && told.failure().is_none());

@@ -345,7 +345,7 @@ mod tests {
         fn the_rate_is_exact_over_any_time(
             per_second in 1..5000i32,
             waits_ms in prop::collection::vec(1..400i64, 1..50),
-            wish in 1..2000i32,
+            wanted in 1..2000i32,
         ) {
             let start = DateTime::UNIX_EPOCH;
             let burst = Duration::from_millis(250);
@@ -353,7 +353,7 @@ mod tests {
             for wait in &waits_ms {
                 now += TimeDelta::milliseconds(*wait);
                 let budget = Budget::new(per_second, next_due_at, now, burst);
-                let items = budget.due(now).min(wish);
+                let items = budget.due(now).min(wanted);
                 next_due_at = budget.spend(items).next_due_at;
                 released += i64::from(items);
             }
@@ -361,7 +361,7 @@ mod tests {
             // Each chunk may round down by one microsecond.
             let most = (elapsed_ms * i64::from(per_second)) / 1000 + 1 + i64::try_from(waits_ms.len()).unwrap();
             prop_assert!(released <= most, "{released} released, {most} allowed");
-            let held_back = waits_ms.iter().any(|wait| *wait > 250) || i64::from(wish) * 1000 < i64::from(per_second) * 400;
+            let held_back = waits_ms.iter().any(|wait| *wait > 250) || i64::from(wanted) * 1000 < i64::from(per_second) * 400;
             if !held_back {
                 let least = elapsed_ms * i64::from(per_second) / 1000 - 1;
                 prop_assert!(released >= least, "{released} released, {least} due");
