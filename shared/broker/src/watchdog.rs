@@ -31,7 +31,7 @@ const MAX_BACKOFF: u32 = 60;
 pub struct Tally {
     /// Deliveries received.
     pub delivered: AtomicU64,
-    /// Deliveries that were acked or dropped by their handler.
+    /// Deliveries that the handler has acked.
     pub finished: AtomicU64,
     /// Deliveries whose ack was sent to the broker.
     pub acknowledged: AtomicU64,

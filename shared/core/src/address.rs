@@ -315,7 +315,7 @@ mod tests {
         }
 
         #[test]
-        fn line_endings_and_encoding_marks_do_not_change_a_list(
+        fn line_endings_and_a_byte_order_mark_do_not_change_a_list(
             list in prop::collection::vec((valid(), prop::option::of("[A-Z][a-z]{0,8}( [A-Z][a-z;,]{0,8})?"), 0usize..3), 0..20),
             bom: bool, quoted: bool, end in prop::sample::select(&["\n", "\r\n", "\r"][..]), last: bool,
         ) {
