@@ -1,5 +1,5 @@
-//! What a process needs around its stages: settings, logs, metrics and health, an HTTP server with time limits, a shutdown by signal,
-//! and the comparison of ledger and broker before anything is sent.
+//! What every process needs besides its own work: settings, logs, metrics and health, an HTTP server with time limits, shutdown on
+//! a signal, and the check that ledger and broker belong together before anything is sent.
 
 pub mod config;
 pub mod lineage;

@@ -1,5 +1,5 @@
-//! Keeps a process's view of whether its ledger and its virtual host belong together: the same installation, and a ledger
-//! that is not older than the messages.
+//! Checks that a process's ledger and virtual host belong together: the same installation, and a ledger that is not older than
+//! the messages.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,7 +21,7 @@ use mailrun_ledger::{
 
 /// How often the ledger is read.
 const READ_EVERY: Duration = Duration::from_secs(1);
-/// What a process is not ready for while the virtual host belongs to another installation.
+/// The health key while the virtual host belongs to another installation.
 const OWNER: &str = "RabbitMQ";
 
 /// The virtual host belongs to another installation.
@@ -32,9 +32,9 @@ const OWNER: &str = "RabbitMQ";
     owner.map(|owner| format!(" ({owner})")).unwrap_or_default()
 )]
 pub struct Foreign {
-    /// The one that this ledger belongs to.
+    /// The installation of this ledger.
     pub id: Uuid,
-    /// The one that the virtual host belongs to, where the broker says so.
+    /// The installation that owns the virtual host, if the broker names it.
     pub owner: Option<Uuid>,
 }
 
@@ -48,12 +48,12 @@ enum LineageError {
     Foreign(#[from] Foreign),
 }
 
-/// Keeps [`Broker::epoch`] up to date until `stop`: compares the ledger with the broker once, begins this process's epoch,
-/// then reads the ledger each second or when a message asks for it, and begins a new epoch each minute. Consumers,
-/// the sweeper and the outbox relay wait for the first comparison.
+/// Keeps [`Broker::epoch`] up to date until `stop`. It compares the ledger with the broker once and begins this process's epoch.
+/// Then it reads the ledger every second, or when a message requests it, and begins a new epoch every minute. Consumers, the
+/// sweeper and the outbox publisher wait for the first comparison.
 ///
 /// # Errors
-/// When the virtual host belongs to another installation. The process must not go on.
+/// The virtual host belongs to another installation. The process must end.
 pub async fn keep(
     pool: &PgPool,
     broker: &Arc<Broker>,
@@ -63,8 +63,8 @@ pub async fn keep(
     let mut retry = Reconnect::default();
     let mut failed = false;
     let id = loop {
-        // A connection that is broken off while it is being made counts as an error of the AMQP library, so this goes on to
-        // its end, whoever waits for it.
+        // A separate task, so that it always runs to completion: lapin logs an error if a connection is dropped while it is being
+        // established.
         let begun = tokio::spawn({
             let (pool, broker) = (pool.clone(), Arc::clone(broker));
             async move { in_time(limit * 4, begin(&pool, &broker)).await }
@@ -74,10 +74,10 @@ pub async fn keep(
             Ok(Ok(id)) => break id,
             Ok(Err(LineageError::Foreign(foreign))) => return Err(foreign),
             Ok(Err(error)) if !failed => {
-                warn!(%error, "the ledger can't be compared with the broker; trying again");
+                warn!(%error, "can't compare the ledger with the broker, trying again");
                 failed = true;
             }
-            // Logged before; or it has panicked, which is reported where it happened.
+            // Logged already; or a panic, which is logged where it happened.
             Ok(Err(_)) | Err(_) => {}
         }
         if stop.run_until_cancelled(sleep(retry.next_wait())).await.is_none() {
@@ -111,13 +111,13 @@ pub async fn keep(
         match begin_due(pool, broker, limit, id, installation).await {
             Ok(()) => marked = true,
             Err(LineageError::Foreign(foreign)) => return Err(foreign),
-            Err(error) => warn!(%error, "the new epoch can't be marked on the broker; trying again"),
+            Err(error) => warn!(%error, "can't store the new epoch on the broker, trying again"),
         }
     }
 }
 
-/// Compares ledger and broker, and begins this process's epoch unless the ledger is behind. Starting processes do this one
-/// after the other, since only one at a time can read the broker's marker.
+/// Compares ledger and broker, and begins this process's epoch unless the ledger is behind. The lock serialises processes that
+/// start together, since only one at a time can read the marker's epoch.
 async fn begin(pool: &PgPool, broker: &Broker) -> Result<Uuid, LineageError> {
     let mut tx = pool.begin().await?;
     installation::lock(&mut tx).await?;
@@ -135,13 +135,13 @@ async fn begin(pool: &PgPool, broker: &Broker) -> Result<Uuid, LineageError> {
     epochs.present = installation::begin_epoch(&mut tx).await?;
     tx.commit().await?;
     broker.epoch().record(epochs, latest);
-    // After the commit: the marker must never be ahead of the ledger. If this fails, the next epoch is marked.
+    // After the commit, since the marker must never be ahead of the ledger. If this fails, the next epoch is stored.
     marker.write_epoch(installation.id, epochs.present).await.map_err(LineageError::Broker)?;
     marker.close().await;
     Ok(installation.id)
 }
 
-/// Begins the next epoch, unless another process has, and marks it.
+/// Begins the next epoch, unless another process already has, and stores it on the broker.
 async fn begin_due(
     pool: &PgPool,
     broker: &Broker,

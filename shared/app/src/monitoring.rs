@@ -1,4 +1,4 @@
-//! What a monitoring system asks of a process: `/metrics`, `/livez` and `/readyz`, on an address of their own.
+//! The monitoring endpoints `/metrics`, `/livez` and `/readyz`, on an address of their own.
 
 use std::{io, net::SocketAddr, sync::OnceLock, time::Duration};
 
@@ -21,19 +21,19 @@ use crate::{
 };
 use mailrun_core::{health::Health, metric};
 
-/// Few ask, and each asks little.
+/// A few scrapers, with small requests.
 const LIMITS: Limits = Limits { connections: 16, header: Duration::from_secs(10), age: Duration::from_secs(300) };
-/// Histograms are summed up so often, whether somebody reads them or not.
+/// How often histograms are aggregated, since samples accumulate until the next scrape otherwise.
 const UPKEEP: Duration = Duration::from_secs(5);
-/// The version of Prometheus' text format.
+/// The version of the Prometheus text format.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// From a millisecond, which is a claim, to half a minute, which is a slow mail server.
+/// From 1 ms (a claim) to 30 s (a slow relay).
 const BUCKETS: [f64; 14] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
 
 static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
 
-/// Has everything recorded from now on, in the name of this process. What was asked for before is not recorded.
+/// Installs the metrics recorder for this process. Events before this call are lost.
 ///
 /// # Errors
 /// None in practice: the buckets are not empty.
@@ -43,46 +43,46 @@ fn install(process: &str) -> Result<&'static PrometheusHandle, BuildError> {
     }
     let recorder = PrometheusBuilder::new().set_buckets(&BUCKETS)?.build_recorder();
     let handle = RECORDER.get_or_init(|| recorder.handle());
-    // Otherwise there is one already, which is the one that is read.
+    // This fails if a recorder is installed already, whose handle is the one in use.
     let _ = metrics::set_global_recorder(recorder);
     metric::describe();
     gauge!(metric::INFO, "version" => env!("CARGO_PKG_VERSION"), "process" => process.to_owned()).set(1);
     Ok(handle)
 }
 
-/// Why a process can't be monitored as configured.
+/// Why the monitoring endpoints can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitoringError {
-    /// The address is taken, or not this machine's.
+    /// The address is in use, or does not belong to this machine.
     #[error(
-        "can't listen on {address}: {source}; set metrics.listen to an address of its own for each process, or leave it out"
+        "can't listen on {address}: {source}; give each process its own address in metrics.listen, or remove the setting"
     )]
     Listen {
         /// The setting `metrics.listen`.
         address: SocketAddr,
-        /// What the system says.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// A bug.
-    #[error("nothing can be recorded: {0}")]
+    #[error("can't record metrics: {0}")]
     Recorder(#[from] BuildError),
 }
 
-/// The listener of a process, if it has one. Answers until it is stopped: so also while the process drains.
+/// The monitoring listener of a process, if it has one. It answers until [`Self::stop`], so also while the process drains.
 #[derive(Debug, Default)]
 pub struct Monitoring(Option<(CancellationToken, JoinHandle<()>)>);
 
 impl Monitoring {
-    /// Listens, if `config` says so, in the name of `process`. To be called first: what is counted before is not recorded.
+    /// Starts listening if `config` has an address. Call it first: metrics recorded before are lost.
     ///
     /// # Errors
-    /// When the address can't be listened on.
+    /// The address can't be listened on.
     pub async fn start(config: &MetricsConfig, process: &str, health: &Health) -> Result<Self, MonitoringError> {
         let Some(address) = config.listen else { return Ok(Self::default()) };
         let metrics = install(process)?;
         let not_listening = |source| MonitoringError::Listen { address, source };
         let listener = TcpListener::bind(address).await.map_err(not_listening)?;
-        // Port 0 is only known by now.
+        // Log the bound address: the port is not known before if the setting says 0.
         info!("metrics at http://{}/metrics", listener.local_addr().map_err(not_listening)?);
         let router = Router::new()
             .route("/metrics", get(scrape))
@@ -106,11 +106,11 @@ impl Monitoring {
         Ok(Self(Some((stop, serving))))
     }
 
-    /// Stops listening: the last thing that a process does.
+    /// Stops listening. Call it last.
     pub async fn stop(self) {
         if let Some((stop, serving)) = self.0 {
             stop.cancel();
-            // It can only have panicked, which is reported where it happened.
+            // It fails only after a panic, which is logged where it happened.
             let _ = serving.await;
         }
     }
@@ -127,13 +127,13 @@ async fn scrape(State(App { metrics, health }): State<App>) -> impl IntoResponse
     ([(header::CONTENT_TYPE, TEXT)], metrics.render())
 }
 
-/// `GET /livez`: 503 if only a new start helps.
+/// `GET /livez`: 503 if the process must be restarted.
 #[must_use]
 pub fn live(health: &Health) -> Response {
     answer(health.failure().as_slice())
 }
 
-/// `GET /readyz`: 503 while the process can't do its work, with the reasons.
+/// `GET /readyz`: 503 with the reasons while the process can't do its work.
 #[must_use]
 pub fn ready(health: &Health) -> Response {
     answer(&health.troubles())

@@ -1,4 +1,4 @@
-//! Serves HTTP: accepts connections, no more than are wanted at once, and gives up those that are silent or old.
+//! An HTTP server that bounds the number, idle time and age of its connections.
 
 use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -18,44 +18,44 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 use tracing::warn;
 
-/// After the stop, requests under way get this long.
+/// How long requests in progress may take after the stop.
 const DRAIN: Duration = Duration::from_secs(10);
-/// A connection that is too old ends after its request; one whose request does not end is given up after this time. Taking in a
-/// list over a slow line is what takes longest.
+/// How long the last request of an old connection may take before the connection is dropped. The slowest legitimate request is
+/// the upload of a list over a slow line.
 const LAST_REQUEST: Duration = Duration::from_secs(3_600);
-/// After an error that is the system's, such as too many open files, accepting rests.
+/// The pause after an error of this machine, such as too many open files.
 const REST: Duration = Duration::from_secs(1);
 
-/// What connections may take.
+/// Limits for connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// So many at once; further ones wait to be accepted.
+    /// The maximum number of connections. Others wait in the listen queue.
     pub connections: usize,
-    /// The head of a request must have arrived after this time, counted from the connection's begin or from the answer before:
-    /// so it limits idle connections as well.
+    /// The time limit for a request head, counted from the start of the connection or from the previous response. So it also limits
+    /// idle time.
     pub header: Duration,
-    /// An older connection ends with the request that it serves.
+    /// A connection older than this closes after the current request.
     pub age: Duration,
 }
 
-/// Serves until `stop`, then for as long as the requests under way need, up to ten seconds.
+/// Serves until `stop`, then until the requests in progress have ended, up to ten seconds.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: &CancellationToken) {
     let free = Arc::new(Semaphore::new(limits.connections));
     let open = TaskTracker::new();
     let accepting = async {
         loop {
-            // Before the connection is accepted: one that can't be served costs nothing.
+            // Get the permit before accepting, so that a connection beyond the limit costs nothing.
             let Ok(permit) = Arc::clone(&free).acquire_owned().await else { return };
             let (stream, peer) = accept(&listener).await;
             open.spawn(connection(stream, peer, router.clone(), limits, stop.clone(), permit));
         }
     };
     stop.run_until_cancelled(accepting).await;
-    // Nobody is let wait for an answer that won't come.
+    // Close the listener, so that clients are refused instead of waiting for a response that never comes.
     drop(listener);
     open.close();
     if timeout(DRAIN, open.wait()).await.is_err() {
-        warn!(requests = open.len(), "some requests did not end in time; leaving them");
+        warn!(requests = open.len(), "requests still in progress after the time limit, abandoning them");
     }
 }
 
@@ -65,7 +65,7 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
             Ok(accepted) => return accepted,
             Err(error) if is_the_client_s(&error) => {}
             Err(error) => {
-                warn!(%error, "a connection can't be accepted; trying again");
+                warn!(%error, "can't accept a connection, trying again");
                 sleep(REST).await;
             }
         }
@@ -85,7 +85,7 @@ async fn connection(
     stop: CancellationToken,
     _permit: OwnedSemaphorePermit,
 ) {
-    // Best effort: without it, an answer may wait for an acknowledgement.
+    // Best effort: with Nagle's algorithm, a response may wait for the client's TCP ack.
     let _ = stream.set_nodelay(true);
     let service = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
@@ -96,7 +96,7 @@ async fn connection(
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(limits.header);
     let mut serving = pin!(http.serve_connection(TokioIo::new(stream), service));
-    // How a connection ends is the client's business, and logged nowhere.
+    // The result is not logged: how a connection ends is up to the client.
     tokio::select! {
         _ = serving.as_mut() => return,
         () = stop.cancelled() => {}

@@ -1,4 +1,4 @@
-//! Ending in good order: the first signal asks every part to finish, the second one ends the process at once.
+//! Graceful shutdown: the first signal asks every part to finish, the second ends the process at once.
 
 use std::{
     env,
@@ -11,16 +11,16 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// Set for a child that shall stop when its standard input ends.
+/// Set for a child process that must stop when its standard input ends.
 pub const STOP_ON_STDIN_EOF: &str = "MAILRUN_STOP_ON_STDIN_EOF";
 
-/// The exit code of a process that was told twice.
-const EXIT_IMPATIENT: i32 = 130;
+/// The exit code after a second signal.
+const EXIT_SECOND_SIGNAL: i32 = 130;
 
-/// A token that is cancelled by the first SIGINT or SIGTERM. A second one ends the process.
+/// A token that the first SIGINT or SIGTERM cancels. The second one ends the process.
 ///
 /// # Errors
-/// When the signals can't be caught.
+/// The signal handlers can't be installed.
 pub fn on_signal() -> io::Result<CancellationToken> {
     let token = CancellationToken::new();
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -30,22 +30,22 @@ pub fn on_signal() -> io::Result<CancellationToken> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        info!("stopping: finishing what is in flight; a second signal ends it at once");
+        info!("stopping: finishing work in progress; a second signal ends the process at once");
         stop.cancel();
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        warn!("told to stop a second time: ending at once");
-        process::exit(EXIT_IMPATIENT);
+        warn!("second signal received, ending at once");
+        process::exit(EXIT_SECOND_SIGNAL);
     });
     Ok(token)
 }
 
-/// The same, and also cancelled when the parent that watches over this process has gone.
+/// The same, but the token is also cancelled when the parent process is gone.
 ///
 /// # Errors
-/// When the signals can't be caught.
+/// The signal handlers can't be installed.
 pub fn on_signal_or_orphaned() -> io::Result<CancellationToken> {
     let stop = on_signal()?;
     let token = stop.clone();
@@ -56,13 +56,13 @@ pub fn on_signal_or_orphaned() -> io::Result<CancellationToken> {
     Ok(stop)
 }
 
-/// Returns when the parent has gone, if that is what it was started to watch for; otherwise never.
+/// Returns when the parent process is gone, if [`STOP_ON_STDIN_EOF`] is set; otherwise never.
 async fn parent_gone() {
     if env::var_os(STOP_ON_STDIN_EOF).is_none_or(|value| value != "1") {
         return std::future::pending().await;
     }
     let (tell, told) = oneshot::channel();
-    // A thread, not the runtime's blocking pool: a read that never returns would hold up the runtime's end.
+    // A thread instead of the runtime's blocking pool, whose pending read would block the runtime's shutdown.
     let watcher = std::thread::Builder::new().name("parent".to_owned()).spawn(move || {
         let mut input = io::stdin().lock();
         let mut buffer = [0; 64];
@@ -72,7 +72,7 @@ async fn parent_gone() {
     match watcher {
         Ok(_) => drop(told.await),
         Err(error) => {
-            tracing::error!(%error, "The parent can't be watched");
+            tracing::error!(%error, "can't watch the parent process");
             std::future::pending::<()>().await;
         }
     }

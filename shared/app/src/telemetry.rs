@@ -1,4 +1,4 @@
-//! Logs: to standard error, with ids as fields, never an address, a secret or a message's body.
+//! Logs to standard error. Ids are fields; addresses, secrets and message bodies are never logged.
 
 use std::io::IsTerminal as _;
 
@@ -7,13 +7,13 @@ use tracing_subscriber::{EnvFilter, fmt, layer::SubscriberExt, util::SubscriberI
 
 use crate::config::Config;
 
-/// The AMQP library logs the bodies of messages that the broker returns: never, whatever the filter says.
+/// lapin logs the bodies of returned messages. They stay off, whatever the filter says.
 const BODIES: [&str; 1] = ["lapin::returned_messages=off"];
 
-/// Installs the log for the whole process. `RUST_LOG` wins over the configuration.
+/// Installs the process-wide logger. `RUST_LOG` overrides the configured filter.
 ///
 /// # Panics
-/// When called twice.
+/// If called twice.
 pub fn init(config: &Config) {
     let Config { log: config, ignored, .. } = config;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(&config.filter));

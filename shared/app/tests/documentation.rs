@@ -1,4 +1,4 @@
-//! docs/configuration.md names every setting, no other, and its default.
+//! docs/configuration.md documents every setting and its default, and no others.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::{
@@ -17,19 +17,19 @@ fn load(toml: &str) -> Result<Config, ConfigError> {
     Config::load(Some(file.path()))
 }
 
-/// What stands between backticks.
+/// The texts between backticks.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
 
-/// The keys of a section, which the error about an unknown one lists.
+/// The keys of a section, taken from the error about an unknown one.
 fn keys(section: &str) -> BTreeSet<String> {
     let error = load(&format!("[{section}]\n{UNKNOWN} = 1\n")).unwrap_err().to_string();
     let (_, expected) = error.split_once("expected").unwrap_or_else(|| panic!("{section}: {error}"));
     quoted(expected).filter(|key| *key != section).map(str::to_owned).collect()
 }
 
-/// The documented keys by section, with the text of their default.
+/// The documented keys by section, with their documented default.
 fn documented() -> BTreeMap<&'static str, BTreeMap<&'static str, &'static str>> {
     let mut sections: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
     for part in DOCUMENTATION.split("\n## `[").skip(1) {
@@ -37,7 +37,7 @@ fn documented() -> BTreeMap<&'static str, BTreeMap<&'static str, &'static str>> 
         let rows = text.lines().filter_map(|line| line.strip_prefix("| `"));
         for row in rows {
             let cells: Vec<&str> = row.split(" | ").collect();
-            // Other tables have no keys in their first column.
+            // Skip tables whose first column does not hold keys.
             let names: Vec<&str> = cells[0].split(", ").map(|name| name.trim_matches('`')).collect();
             if names.iter().all(|name| name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')) {
                 sections.entry(section).or_default().extend(names.iter().map(|name| (*name, cells[1])));
@@ -48,7 +48,7 @@ fn documented() -> BTreeMap<&'static str, BTreeMap<&'static str, &'static str>> 
 }
 
 #[test]
-fn names_every_setting_and_no_other() {
+fn documents_every_setting_and_no_other() {
     let documented = documented();
     for (section, described) in &documented {
         let is_section = |key: &String| documented.contains_key(format!("{section}.{key}").as_str());
@@ -64,7 +64,7 @@ fn names_every_setting_and_no_other() {
 }
 
 #[test]
-fn names_the_defaults() {
+fn documents_the_defaults() {
     let mut toml = String::new();
     let mut stated = 0;
     for (section, described) in documented() {
@@ -82,6 +82,6 @@ fn names_the_defaults() {
         }
     }
     let config = Config { named: Named::default(), ..load(&toml).unwrap() };
-    assert!(stated > 40, "only {stated} defaults are found");
+    assert!(stated > 40, "only {stated} defaults found");
     assert_eq!(format!("{config:#?}"), format!("{:#?}", Config::default()));
 }

@@ -1,5 +1,5 @@
-//! Connections over a list of nodes. Supervision is our own, not lapin's: any error or timeout tears the connection down and builds
-//! a new one, because a channel error would otherwise leave its users waiting for ever.
+//! Connections to a list of nodes. We supervise them ourselves instead of relying on lapin's recovery: any error or timeout
+//! closes the connection and opens a new one, because after a channel error lapin may leave its users waiting for ever.
 
 use std::{
     borrow::Cow,
@@ -29,14 +29,14 @@ use crate::{
 };
 
 const CONNECT_TIMEOUT_MS: u64 = 5_000;
-/// A queue that was missing is asked for again after this time.
-const ASK_AGAIN: Duration = Duration::from_secs(10);
+/// How long a queue that was not found is assumed to be missing before it is checked again.
+const CHECK_MISSING_AGAIN: Duration = Duration::from_secs(10);
 
 /// How to reach RabbitMQ.
 #[derive(Debug)]
 pub struct Broker {
     urls: Vec<SecretString>,
-    /// Which node the next connection is tried at first.
+    /// The index of the node that the next connection tries first.
     turn: AtomicUsize,
     name: String,
     pub(crate) declare: bool,
@@ -51,18 +51,19 @@ pub struct Broker {
     pub(crate) health: Health,
     /// Queues that were found missing, and when.
     missing: Mutex<HashMap<String, Instant>>,
-    /// Publishing, and connections that are being closed.
+    /// The publishing tasks, and the connections that are being closed.
     pub(crate) tasks: TaskTracker,
 }
 
 impl Broker {
-    /// `retry_delays` are those that any process may use: each has a queue. `name` is what the management console shows the connections as.
+    /// `retry_delays` must list every delay that any process may use, since each has a queue. `name` is the connection name in
+    /// the management console.
     #[must_use]
     pub fn new(settings: &AmqpConfig, retry_delays: Vec<Duration>, name: impl Into<String>) -> Arc<Self> {
         Self::with_health(settings, retry_delays, name, Health::default())
     }
 
-    /// The same, for a process that shows its health. Trouble with RabbitMQ is reported to `health`.
+    /// The same, for a process that exposes its health: problems with RabbitMQ are reported to `health`.
     #[must_use]
     pub fn with_health(
         settings: &AmqpConfig,
@@ -80,7 +81,7 @@ impl Broker {
         });
         Arc::new(Self {
             urls: settings.urls.clone(),
-            // By chance, so that processes that start together don't all begin with the same node.
+            // Random, so that processes that start together do not all begin with the same node.
             turn: AtomicUsize::new(rand::random_range(0..settings.urls.len().max(1))),
             name: name.into(),
             declare: settings.declare_topology,
@@ -98,11 +99,11 @@ impl Broker {
         })
     }
 
-    /// Connects to the next node in turn, or to the first one after it that answers, and declares the topology. So the
-    /// connections of a process are spread over the nodes, and what a dead node held goes to all of the others.
+    /// Connects to the next node in turn, or to the first one after it that answers, and declares the topology. This spreads a
+    /// process's connections over the nodes, and the connections of a dead node over the remaining ones.
     ///
     /// # Errors
-    /// The last node's.
+    /// That of the last node tried.
     pub async fn connect(&self, purpose: &str) -> Result<Link, BrokerError> {
         let mut last = BrokerError::Timeout;
         for url in in_turn(&self.urls, self.turn.fetch_add(1, Ordering::Relaxed)) {
@@ -139,10 +140,10 @@ impl Broker {
         Ok(())
     }
 
-    /// Declares the topology, whatever the configuration says of it: what `mailrun setup` does.
+    /// Declares the topology even if `amqp.declare_topology` is false. `mailrun setup` uses it.
     ///
     /// # Errors
-    /// The broker's, for instance when the user has no right to.
+    /// For instance, the user may not configure resources.
     pub async fn declare_topology(&self) -> Result<(), BrokerError> {
         let link = self.connect("setup").await?;
         if !self.declare {
@@ -173,26 +174,26 @@ impl Broker {
         Ok(())
     }
 
-    /// Returns when all publishers have ended and all connections that are being closed are closed, or after `limit`: for the end
-    /// of the process, after whatever holds a publisher or a connection has ended.
+    /// Returns when all publishers have stopped and all closing connections are closed, or after `limit`. Call it when the process
+    /// ends, after everything that holds a publisher or a connection has ended.
     pub async fn closed(&self, limit: Duration) {
         self.tasks.close();
         let _ = timeout(limit, self.tasks.wait()).await;
     }
 
-    /// What the broker rejects at present.
+    /// The queues that currently reject messages.
     #[must_use]
     pub fn rejections(&self) -> &Rejections {
         &self.rejections
     }
 
-    /// What keeps the process from its work.
+    /// What currently keeps the process from working.
     #[must_use]
     pub fn health(&self) -> &Health {
         &self.health
     }
 
-    /// Every queue there is, by name.
+    /// The names of all queues.
     #[must_use]
     pub fn queue_names(&self) -> Vec<String> {
         topology::queues(&self.item_queues, &self.retry_delays)
@@ -207,18 +208,12 @@ impl Broker {
         &self.item_queues
     }
 
-    /// How many item messages wait on their queues, asked on a connection of its own.
-    ///
-    /// # Errors
-    /// The broker's.
+    /// The number of ready messages on the item queues. Opens its own connection.
     pub async fn waiting_items(&self) -> Result<u32, BrokerError> {
         self.waiting(&self.item_queues).await
     }
 
-    /// How many messages with results wait to be counted, asked on a connection of its own.
-    ///
-    /// # Errors
-    /// The broker's.
+    /// The number of ready messages on the results queue. Opens its own connection.
     pub async fn waiting_results(&self) -> Result<u32, BrokerError> {
         self.waiting(&[queue::RESULTS.into()]).await
     }
@@ -231,7 +226,7 @@ impl Broker {
             for queue in queues.iter().filter(|queue| !self.was_missing(queue)) {
                 match depth(&channel, queue).await {
                     Ok(messages) => waiting += messages,
-                    // Nothing waits on a queue that does not exist. The question has cost the channel.
+                    // A missing queue has no messages. The error has closed the channel.
                     Err(error) if is_not_found(&error) => {
                         self.missing().insert(queue.to_string(), Instant::now());
                         channel = link.channel().await?;
@@ -246,13 +241,13 @@ impl Broker {
         Ok(waiting.map_err(|_| BrokerError::Timeout)??)
     }
 
-    /// What is known about the ledger's epoch: `lineage` in the crate `mailrun-app` keeps it.
+    /// The ledger's epoch as this process knows it. `lineage` in the crate `mailrun-app` updates it.
     #[must_use]
     pub fn epoch(&self) -> &Epoch {
         &self.epoch
     }
 
-    /// Whether connections declare exchanges and queues, or leave that to `mailrun setup`.
+    /// Whether connections declare the exchanges and queues; otherwise `mailrun setup` does.
     #[must_use]
     pub fn declares_topology(&self) -> bool {
         self.declare
@@ -262,30 +257,30 @@ impl Broker {
         self.missing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a queue was found missing just now: asking for it ends a channel, with an error in the AMQP library's log.
+    /// Whether the queue was recently found missing. Asking again would close a channel and make lapin log an error.
     fn was_missing(&self, queue: &str) -> bool {
-        self.missing().get(queue).is_some_and(|at| at.elapsed() < ASK_AGAIN)
+        self.missing().get(queue).is_some_and(|at| at.elapsed() < CHECK_MISSING_AGAIN)
     }
 
-    /// Counts a consumer whose connection is built anew because it was of no use.
+    /// Counts a consumer whose connection the watchdog has replaced.
     pub(crate) fn add_rebuild(&self) {
         self.rebuilds.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How often consumers got a new connection because theirs was of no use.
+    /// How often the watchdog has replaced a consumer's connection.
     #[must_use]
     pub fn rebuilds(&self) -> i32 {
         self.rebuilds.load(Ordering::Relaxed)
     }
 
-    /// How long the broker may take to answer.
+    /// The time limit for each reply of the broker.
     #[must_use]
     pub fn answer_timeout(&self) -> Duration {
         self.answer_timeout
     }
 }
 
-/// All of `nodes`, from one of them on.
+/// All of `nodes`, starting at index `turn` (modulo their number).
 fn in_turn<T>(nodes: &[T], turn: usize) -> impl Iterator<Item = &T> {
     let (before, from) = nodes.split_at(turn % nodes.len().max(1));
     from.iter().chain(before)
@@ -296,7 +291,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_connection_begins_with_the_next_node_and_leaves_none_out() {
+    fn each_connection_starts_at_the_next_node_and_tries_all() {
         let turns: Vec<Vec<_>> = (4..7).map(|turn| in_turn(&["a", "b", "c"], turn).copied().collect()).collect();
         assert_eq!(turns, [["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]);
         assert_eq!(in_turn::<&str>(&[], 7).count(), 0);

@@ -1,7 +1,7 @@
-//! Takes messages off a queue, and is the only file that acknowledges them.
+//! Consumes queues. This is the only file that acknowledges their messages.
 //!
-//! A consumer has a connection of its own and rebuilds it after any trouble; what was delivered on the lost one comes
-//! again. A [`Delivery`] is acknowledged by consuming it. Dropping it unacknowledged gives it back when the channel ends.
+//! Each queue is consumed over its own connection, which is rebuilt after any error; the broker then redelivers what was
+//! unacknowledged. Acking consumes the [`Delivery`]. One that is dropped without an ack is redelivered when the channel closes.
 
 use std::{
     borrow::Cow,
@@ -30,12 +30,12 @@ use crate::watchdog::{Tally, Watchdog};
 
 const CONSUMER_TAG: &str = "mailrun";
 const BEHIND: &str = "the ledger is older than a message";
-const CANCELLED: &str = "RabbitMQ has ended the consumer, for instance because its queue is gone";
-/// Acknowledgements are gathered for so long, or until a quarter of the prefetch waits for one: sends end in any order, and
-/// the gaps between them close meanwhile. Each frame costs a quorum queue an entry in its log.
+const CANCELLED: &str = "RabbitMQ cancelled the consumer, for instance because its queue was deleted";
+/// How long acks are collected, unless a quarter of the prefetch is ready before: sends end in any order, and meanwhile the
+/// gaps close. Each ack frame costs a quorum queue an entry in its log.
 const GATHER_ACKS: Duration = Duration::from_millis(5);
 
-/// A message that was delivered, and has to be acknowledged.
+/// A delivered message that has to be acknowledged.
 #[derive(Debug)]
 pub struct Delivery {
     /// Its AMQP properties.
@@ -50,13 +50,13 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    /// Acknowledges the message: everything that follows from it is on disk. If its channel is gone by now this says
-    /// nothing, and the message comes again.
+    /// Acknowledges the message. Call it only when all its effects are on disk. If the channel is closed this does nothing, and the
+    /// message is redelivered.
     pub fn ack(self) {
         let _ = self.acks.send(self.tag);
     }
 
-    /// Whether the connection that it came over is gone, so that it comes again.
+    /// Whether its channel is closed, so that the message will be redelivered.
     fn is_outdated(&self) -> bool {
         self.acks.is_closed()
     }
@@ -67,17 +67,17 @@ impl Delivery {
     }
 }
 
-/// The receiving end of a queue, or of several that are as good as one.
+/// Receives the deliveries of one queue, or of several equivalent ones.
 #[derive(Debug)]
 pub struct Consumer {
     deliveries: mpsc::Receiver<Delivery>,
-    /// Looked at, and not taken yet.
+    /// Received by `next_older_than`, and not handed out yet.
     ahead: Option<Delivery>,
 }
 
 impl Consumer {
-    /// Consumes `queues` until `stop`, each over a connection of its own; then takes nothing more, waits until each delivery
-    /// is acknowledged or dropped, and closes. `prefetch` deliveries of each may be unacknowledged at a time.
+    /// Consumes `queues` until `stop`, each over its own connection; then accepts no more deliveries, waits until each one is acked
+    /// or dropped, and closes. `prefetch` applies to each queue.
     pub fn start(
         broker: &Arc<Broker>,
         queues: &[Cow<'static, str>],
@@ -90,14 +90,14 @@ impl Consumer {
         metric::begin(metric::REBUILDS, "queue", queues.iter().cloned());
         for queue in queues {
             let (broker, watchdog) = (Arc::clone(broker), Arc::clone(watchdog));
-            // At once, so that the process is at no moment ready before it reads.
-            broker.health().trouble(queue.clone(), "not read yet");
+            // Before the task is spawned, so that the process is never ready before it consumes.
+            broker.health().trouble(queue.clone(), "not consumed yet");
             tasks.spawn(supervise(broker, queue.clone(), prefetch, sender.clone(), watchdog, stop.clone()));
         }
         Self { deliveries: receiver, ahead: None }
     }
 
-    /// The next delivery; none: the consumer has stopped.
+    /// The next delivery. None: the consumer has stopped.
     pub async fn next(&mut self) -> Option<Delivery> {
         loop {
             let delivery = match self.ahead.take() {
@@ -110,7 +110,7 @@ impl Consumer {
         }
     }
 
-    /// Another delivery, if one is here already.
+    /// The next delivery, if one has already arrived.
     pub fn next_now(&mut self) -> Option<Delivery> {
         let ahead = self.ahead.take();
         ahead
@@ -119,7 +119,7 @@ impl Consumer {
             .find(|delivery| !delivery.is_outdated())
     }
 
-    /// A delivery that has waited here for `age`; none: the oldest has not.
+    /// The next delivery, if it arrived at least `age` ago.
     pub fn next_older_than(&mut self, age: Duration) -> Option<Delivery> {
         let delivery = self.next_now()?;
         if delivery.received_at.elapsed() < age {
@@ -141,29 +141,29 @@ async fn supervise(
     let mut reconnect = Reconnect::default();
     let mut watch = watchdog.begin();
     let health = broker.health();
-    // A ledger that is older than the messages must not act on any: they stay on the queue until it is current.
+    // A ledger that is older than the messages must not act on them: they stay on the queue until it is current.
     while stop.run_until_cancelled(broker.epoch().current()).await.is_some() {
         let ended = async {
-            // lapin cancels a consumer that is dropped, which fails while its connection is being closed: so it stays until then.
+            // Dropping a lapin consumer cancels it, which fails while its connection is closing. So it lives until the close.
             let (link, channel, mut consumer) = open(&broker, &queue, prefetch).await?;
             info!(%queue, "consuming");
             health.fine(&queue);
             reconnect.reset();
             let tally = Tally::default();
-            let useless = watchdog.watch(&mut watch, &queue, prefetch, &tally, || deliveries.capacity());
+            let broken = watchdog.watch(&mut watch, &queue, prefetch, &tally, || deliveries.capacity());
             let ended = tokio::select! {
                 ended = serve(&channel, prefetch, &mut consumer, &deliveries, &tally, &stop, &broker) => ended,
                 () = broker.epoch().behind() => Err(BrokerError::Useless(BEHIND)),
-                // Whoever stops wants nothing more.
-                Some(why) = stop.run_until_cancelled(useless) => Err(BrokerError::Useless(why)),
+                // While stopping, deliveries are not expected any more.
+                Some(why) = stop.run_until_cancelled(broken) => Err(BrokerError::Useless(why)),
             };
             link.close().await;
             ended
         };
         let Err(error) = ended.await else { return };
-        health.trouble(queue.clone(), "reading it is interrupted");
+        health.trouble(queue.clone(), "its consumer is interrupted");
         let wait = reconnect.next_wait();
-        warn!(%queue, %error, wait_ms = wait.as_millis(), "consuming is interrupted; trying again");
+        warn!(%queue, %error, wait_ms = wait.as_millis(), "consuming interrupted, reconnecting");
         tokio::select! {
             () = sleep(wait) => {}
             () = stop.cancelled() => {}
@@ -185,8 +185,8 @@ async fn open(broker: &Broker, queue: &str, prefetch: u16) -> Result<(Link, Chan
     Ok((link, channel, consumer))
 }
 
-/// Hands deliveries out and acknowledgements back, until told to stop and all are accounted for (`Ok`), or until the
-/// channel is of no use any more (`Err`).
+/// Hands out deliveries and sends their acks, until `stop` and all of them are acked or dropped (`Ok`), or until the channel
+/// can't be used any more (`Err`).
 async fn serve(
     channel: &Channel,
     prefetch: u16,
@@ -196,7 +196,7 @@ async fn serve(
     stop: &CancellationToken,
     broker: &Broker,
 ) -> Result<(), BrokerError> {
-    let patience = broker.answer_timeout();
+    let limit = broker.answer_timeout();
     let (acks, mut acked) = mpsc::unbounded_channel();
     let few = usize::from(prefetch) / 4;
     let mut watermark = Watermark::new(2 * few);
@@ -212,12 +212,12 @@ async fn serve(
                 finished.push(tag);
                 tally.finished.fetch_add(1, Ordering::Relaxed);
                 if finished.len() > few {
-                    acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
+                    acknowledge(channel, watermark.pass(mem::take(&mut finished)), limit).await?;
                     tally.acknowledged.store(watermark.acknowledged(), Ordering::Relaxed);
                 }
             }
             () = sleep_until(flush_at), if !finished.is_empty() => {
-                acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
+                acknowledge(channel, watermark.pass(mem::take(&mut finished)), limit).await?;
                 tally.acknowledged.store(watermark.acknowledged(), Ordering::Relaxed);
             }
             delivery = consumer.next() => {
@@ -233,7 +233,7 @@ async fn serve(
                     acks: acks.clone(),
                     received_at: Instant::now(),
                 };
-                // The channel has room for as many as the broker sends without an acknowledgement.
+                // This never waits: the buffer has space for the whole prefetch.
                 if deliveries.send(delivery).await.is_err() {
                     break;
                 }
@@ -241,15 +241,15 @@ async fn serve(
         }
     }
     drop(acks);
-    timeout(patience, channel.basic_cancel(CONSUMER_TAG.into(), BasicCancelOptions::default()))
+    timeout(limit, channel.basic_cancel(CONSUMER_TAG.into(), BasicCancelOptions::default()))
         .await
         .map_err(|_| BrokerError::Timeout)??;
-    // Ends when the last delivery is acknowledged or dropped.
+    // Ends when the last delivery is acked or dropped.
     while acked.recv_many(&mut finished, usize::from(prefetch)).await > 0 {
-        acknowledge(channel, watermark.pass(mem::take(&mut finished)), patience).await?;
+        acknowledge(channel, watermark.pass(mem::take(&mut finished)), limit).await?;
     }
-    acknowledge(channel, watermark.pass(finished), patience).await?;
-    acknowledge(channel, watermark.rest(), patience).await
+    acknowledge(channel, watermark.pass(finished), limit).await?;
+    acknowledge(channel, watermark.rest(), limit).await
 }
 
 /// Whether a message of this epoch was published before the last restore.
@@ -261,43 +261,42 @@ async fn is_stale(ledger: &Epoch, epoch: Option<i64>) -> Result<bool, BrokerErro
     }
 }
 
-async fn acknowledge(channel: &Channel, acks: Vec<Ack>, patience: Duration) -> Result<(), BrokerError> {
+async fn acknowledge(channel: &Channel, acks: Vec<Ack>, limit: Duration) -> Result<(), BrokerError> {
     let acks = acks.into_iter().map(|Ack { tag, multiple }| channel.basic_ack(tag, BasicAckOptions { multiple }));
-    timeout(patience, try_join_all(acks)).await.map_err(|_| BrokerError::Timeout)??;
+    timeout(limit, try_join_all(acks)).await.map_err(|_| BrokerError::Timeout)??;
     Ok(())
 }
 
-/// An acknowledgement: of one delivery, or of all up to it.
+/// An ack of one delivery, or of all up to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ack {
     tag: u64,
     multiple: bool,
 }
 
-/// Turns finished deliveries into few acknowledgements: one for all that are finished without a gap. Those beyond a gap wait
-/// until it is closed; if they become too many, each gets its own, so that a slow send holds nobody else's place in the
-/// prefetch.
+/// Combines finished deliveries into few acks: one covers all that are finished without a gap. Those beyond a gap wait until it
+/// closes. If too many wait, each gets its own ack, so that one slow send does not block the prefetch of the others.
 #[derive(Debug)]
 struct Watermark {
-    /// Every delivery up to here is acknowledged. Tags count from 1.
+    /// All deliveries up to this tag are acked. Tags start at 1.
     level: u64,
-    /// Acknowledged beyond that.
+    /// Acked beyond `level`.
     beyond: BTreeSet<u64>,
-    /// Finished beyond that, and not acknowledged yet.
+    /// Finished beyond `level`, and not acked yet.
     waiting: BTreeSet<u64>,
-    /// So many may wait.
-    patience: usize,
+    /// How many may wait.
+    max_waiting: usize,
 }
 
 impl Watermark {
-    fn new(patience: usize) -> Self {
-        Self { level: 0, beyond: BTreeSet::new(), waiting: BTreeSet::new(), patience }
+    fn new(max_waiting: usize) -> Self {
+        Self { level: 0, beyond: BTreeSet::new(), waiting: BTreeSet::new(), max_waiting }
     }
 
-    /// These are finished as well.
+    /// Marks these tags as finished, and returns the acks to send now.
     fn pass(&mut self, tags: impl IntoIterator<Item = u64>) -> Vec<Ack> {
         self.waiting.extend(tags);
-        // The broker must know the tag that stands for many, so it is the highest of those not acknowledged before.
+        // The broker closes the channel if it does not expect the tag, so a multiple ack names the highest tag not acked before.
         let mut many = None;
         loop {
             let next = self.level + 1;
@@ -308,16 +307,16 @@ impl Watermark {
             }
             self.level = next;
         }
-        let singles = if self.waiting.len() > self.patience { self.rest() } else { Vec::new() };
+        let singles = if self.waiting.len() > self.max_waiting { self.rest() } else { Vec::new() };
         many.into_iter().chain(singles).collect()
     }
 
-    /// How many are acknowledged.
+    /// The number of acked deliveries.
     fn acknowledged(&self) -> u64 {
         self.level + self.beyond.len() as u64
     }
 
-    /// Those that wait need not wait any longer.
+    /// Acks for all deliveries that wait.
     fn rest(&mut self) -> Vec<Ack> {
         let waiting = mem::take(&mut self.waiting);
         self.beyond.extend(&waiting);
@@ -334,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn finished_deliveries_without_a_gap_are_one_acknowledgement() {
+    fn finished_deliveries_without_a_gap_share_one_ack() {
         let mut watermark = Watermark::new(9);
         assert_eq!(watermark.pass([2, 1, 3]), [ack(3, true)]);
         assert_eq!(watermark.pass([4]), [ack(4, true)]);
@@ -343,20 +342,20 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_delivery_holds_up_only_a_few() {
+    fn a_slow_delivery_delays_only_a_few_acks() {
         let mut watermark = Watermark::new(1);
         assert_eq!(watermark.pass([2]), []);
         assert_eq!(watermark.pass([4]), [ack(2, false), ack(4, false)]);
-        // 2 is known to be acknowledged, so the one for many names 3, and covers 1.
+        // 2 is acked already, so the multiple ack names 3, and covers 1.
         assert_eq!(watermark.pass([1, 3]), [ack(3, true)]);
-        // Here the level rises to 8, but 8 itself was acknowledged before.
+        // The level rises to 8, but 8 itself is acked already.
         assert_eq!(watermark.pass([6, 8]), [ack(6, false), ack(8, false)]);
         assert_eq!(watermark.pass([5, 7]), [ack(7, true)]);
         assert_eq!(watermark.pass([9]), [ack(9, true)]);
     }
 
     #[tokio::test]
-    async fn only_a_delivery_that_has_waited_is_taken_before_its_turn() {
+    async fn only_a_delivery_that_has_waited_is_taken_early() {
         let (sender, deliveries) = mpsc::channel(2);
         let (acks, _acked) = mpsc::unbounded_channel();
         for tag in [1, 2] {
@@ -379,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn at_the_end_none_waits() {
+    fn the_rest_is_acked_one_by_one() {
         let mut watermark = Watermark::new(9);
         assert_eq!(watermark.pass([2, 4]), []);
         assert_eq!(watermark.rest(), [ack(2, false), ack(4, false)]);

@@ -1,5 +1,5 @@
-//! Walks over the dead-letter queue. What stays goes to the tail, confirmed there before it is acknowledged here: a crash may leave
-//! a dead letter too many, and never loses one.
+//! Walks the dead-letter queue. A dead letter that stays is published to the tail, and acked at the head only after its confirm: a
+//! crash may duplicate a dead letter, but never loses one.
 
 use std::time::Duration;
 
@@ -14,37 +14,37 @@ use tokio::time::timeout;
 
 use crate::{Broker, BrokerError, Link, Outgoing, Publisher, topology::depth};
 
-/// Letters looked at together.
+/// Dead letters handled together.
 const BATCH: u16 = 200;
-/// A walk ends after this time; the next one goes on where it ended.
+/// The longest time for one walk. The next one continues where it ended.
 const LONGEST_WALK: Duration = Duration::from_secs(600);
-/// When no letter comes for so long, the queue holds fewer than it did.
+/// If no dead letter arrives for this time, the queue holds fewer than were counted.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 
-/// What becomes of a dead letter.
+/// What to do with a dead letter.
 #[derive(Debug)]
 pub enum Fate {
-    /// It stays.
+    /// Keep it.
     Stays,
-    /// It is taken off.
+    /// Remove it.
     Goes,
-    /// It is replaced by this one.
+    /// Replace it.
     Becomes(Box<Outgoing>),
 }
 
-/// What a walk over the dead letters has done.
+/// The result of a walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Walked {
-    /// Letters that were taken off or replaced.
+    /// Dead letters removed or replaced.
     pub changed: usize,
-    /// Letters that were not reached.
+    /// Dead letters not reached.
     pub left: u32,
 }
 
-/// Walks once over the dead letters, and does with each what `fate` says.
+/// Walks the dead-letter queue once and applies `fate` to each dead letter.
 ///
 /// # Errors
-/// The broker's; the letters not reached yet stay where they are.
+/// The dead letters not reached yet stay in the queue.
 pub async fn walk_over(
     broker: &Broker,
     publisher: &Publisher,
@@ -69,7 +69,7 @@ async fn walk(link: &Link, publisher: &Publisher, fate: impl Fn(&Delivery) -> Fa
             let mut batch = Vec::new();
             let room = u32::from(BATCH).min(total - seen);
             while u32::try_from(batch.len()).is_ok_and(|count| count < room) {
-                // Somebody else may have taken letters meanwhile: then there are fewer than were counted.
+                // Another consumer may have taken some since they were counted.
                 let Ok(Some(letter)) = timeout(LONGEST_WAIT, letters.next()).await else { break };
                 batch.push(letter?);
             }
@@ -92,19 +92,19 @@ async fn walk(link: &Link, publisher: &Publisher, fate: impl Fn(&Delivery) -> Fa
         Ok(Walked { changed, left: total.saturating_sub(seen) })
     };
     let walked = walked.await;
-    // Before the consumer is dropped, which lapin cancels then: that fails while the connection is being closed.
+    // Close before `letters` is dropped: lapin cancels a dropped consumer, which fails while the connection is closing.
     link.close().await;
     walked
 }
 
-/// The same letter once more.
+/// A copy of the dead letter, for the tail of the queue.
 #[must_use]
 pub fn to_the_tail(letter: &Delivery) -> Outgoing {
     let kind = letter.properties.kind().as_ref().map_or_else(String::new, ToString::to_string);
     Outgoing::raw(queue::DEAD, kind, letter.data.clone()).with_headers_of(&letter.properties)
 }
 
-/// A header of a letter, if it holds text.
+/// A header of a dead letter, if it holds text.
 #[must_use]
 pub fn header_text(letter: &Delivery, header: &str) -> Option<String> {
     match letter.properties.headers().as_ref()?.inner().get(header)? {

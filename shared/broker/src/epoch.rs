@@ -1,4 +1,4 @@
-//! What a process knows of the ledger's epoch: consumers wait here until the ledger is known to be no older than a message.
+//! What this process knows about the ledger's epoch. Consumers wait here until the ledger is at least as new as a message.
 
 use std::{
     sync::atomic::{AtomicI64, Ordering},
@@ -11,19 +11,19 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a message of a later epoch waits for the ledger to be read again.
+/// How long a message of a later epoch waits for a new read of the ledger.
 const WAIT_FOR_LEDGER: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Known {
     epochs: Option<Epochs>,
-    /// The latest epoch that was known when this read began.
-    informed_of: i64,
+    /// The latest known epoch when this read began.
+    latest_before: i64,
     /// Whether the ledger's epoch is earlier than that.
     behind: bool,
 }
 
-/// What a process knows about the ledger's epoch.
+/// What this process knows about the ledger's epoch.
 #[derive(Debug, Default)]
 pub struct Epoch {
     known: watch::Sender<Known>,
@@ -33,26 +33,26 @@ pub struct Epoch {
 }
 
 impl Epoch {
-    /// The latest epoch seen anywhere. Take it before reading the ledger, for [`Self::record`].
+    /// The latest epoch seen anywhere. Read it before reading the ledger, and pass it to [`Self::record`].
     #[must_use]
     pub fn latest(&self) -> i64 {
         self.latest.load(Ordering::Acquire)
     }
 
-    /// A message or the broker's marker carries this epoch.
+    /// Records an epoch found in a message or in the broker's marker.
     pub fn observe(&self, epoch: i64) {
         self.latest.fetch_max(epoch, Ordering::AcqRel);
     }
 
-    /// Records what was read from the ledger. `latest_before` is [`Self::latest`] before the read: an epoch that was seen
-    /// during the read may be later than what was read. Returns true if the ledger has fallen behind, or has caught up.
+    /// Records a read of the ledger. `latest_before` is [`Self::latest`] before the read, since an epoch seen during the read may be
+    /// later than the one read. Returns true if the ledger has fallen behind or has caught up.
     pub fn record(&self, epochs: Epochs, latest_before: i64) -> bool {
         let behind = epochs.present < latest_before;
         self.observe(epochs.present);
         let mut changed = false;
         self.known.send_modify(|known| {
             changed = known.behind != behind;
-            *known = Known { epochs: Some(epochs), informed_of: latest_before, behind };
+            *known = Known { epochs: Some(epochs), latest_before, behind };
         });
         changed
     }
@@ -77,7 +77,7 @@ impl Epoch {
 
     /// Waits until the ledger is current.
     pub async fn current(&self) {
-        // The sender lives in `self`, so this never fails.
+        // The sender lives in `self`, so this can't fail.
         let _ = self.known.subscribe().wait_for(is_current).await;
     }
 
@@ -86,20 +86,20 @@ impl Epoch {
         let _ = self.known.subscribe().wait_for(|known| known.behind).await;
     }
 
-    /// Ends when the ledger should be read at once.
+    /// Returns when the ledger should be read again at once.
     pub async fn asked(&self) {
         self.ask.notified().await;
     }
 
-    /// What to do with a message of this epoch, if that needs no new read of the ledger.
+    /// What to do with a message of this epoch, if that is known without reading the ledger again.
     fn admit_now(&self, epoch: Option<i64>) -> Option<Admission> {
         let known = self.known.borrow();
         let is_known = epoch.is_none_or(|epoch| known.epochs.is_some_and(|epochs| epoch <= epochs.present));
         is_known.then(|| admission(known.epochs, known.behind, epoch))
     }
 
-    /// What to do with a message of this epoch. Messages without one were published by hand or by an older version. Asks for
-    /// the ledger to be read again if the epoch is later than the last read.
+    /// What to do with a message of this epoch. A message without one was published by hand or by an older version. If the epoch is
+    /// later than the one last read, requests a new read of the ledger and waits for it.
     pub async fn admit(&self, epoch: Option<i64>) -> Admission {
         if let Some(admission) = self.admit_now(epoch) {
             return admission;
@@ -109,7 +109,7 @@ impl Epoch {
         self.observe(epoch);
         self.ask.notify_one();
         // A read that is in progress may have begun before the epoch was observed.
-        let read = timeout(WAIT_FOR_LEDGER, reads.wait_for(|known| known.informed_of >= epoch)).await;
+        let read = timeout(WAIT_FOR_LEDGER, reads.wait_for(|known| known.latest_before >= epoch)).await;
         match read {
             Ok(Ok(known)) => admission(known.epochs, known.behind, Some(epoch)),
             _ => Admission::Behind,
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_ledger_that_goes_back_is_behind_until_the_restore_is_declared() {
+    async fn a_restored_ledger_is_behind_until_the_restore_is_declared() {
         let epoch = Epoch::default();
         assert_eq!((epoch.present(), epoch.admit(None).await), (None, Admission::Behind));
         assert!(!epoch.record(epochs(7), epoch.latest()));
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn an_epoch_that_is_seen_during_a_read_does_not_make_the_ledger_behind() {
+    fn an_epoch_seen_during_a_read_does_not_put_the_ledger_behind() {
         let epoch = Epoch::default();
         epoch.record(epochs(7), 0);
         let before = epoch.latest();

@@ -1,7 +1,7 @@
 //! RabbitMQ: the topology, connections, the publisher and consumers. It knows nothing of the ledger.
 //!
-//! Publishing has its own connections, since a broker that blocks a publisher stops everything else on that connection too, acks
-//! and heartbeats included.
+//! Publishers and consumers use separate connections: when the broker blocks a publisher, it blocks the whole connection,
+//! including its acks and heartbeats.
 
 mod connection;
 pub mod consumer;

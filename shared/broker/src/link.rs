@@ -1,4 +1,4 @@
-//! A connection that is closed in good order, whatever becomes of what it was for.
+//! A connection that is always closed properly, even when its user fails or is dropped.
 
 use std::{
     ops::Deref,
@@ -10,21 +10,21 @@ use lapin::{Channel, Connection};
 use tokio::{runtime::Handle, time::timeout};
 use tokio_util::task::TaskTracker;
 
-/// A broker that does not answer to the end of a connection is not waited for.
+/// How long to wait for the broker's reply to a close.
 const CLOSE: Duration = Duration::from_secs(1);
 
-/// A connection that is closed when it is dropped. [`Link::close`] waits for that.
+/// A connection that closes in the background when it is dropped. [`Link::close`] closes it and waits.
 ///
-/// lapin's own outlives all its owners if an answer is due on one of its channels: a consumer that the broker sets up after
-/// our wait has ended would be given messages, and hold them until the broker's own time limit, half an hour later.
+/// A dropped lapin connection stays open while one of its channels still expects a reply. A consumer that the broker sets up
+/// after our timeout would then receive messages and hold them until the broker's consumer timeout, half an hour later.
 ///
-/// lapin closes a channel whose last owner is gone. While its connection is being closed, that fails, and counts as an error of
-/// the connection; so the link owns every channel until the connection is closed.
+/// lapin closes a channel when its last owner is dropped. If that happens while the connection is closing, it fails and counts as
+/// a connection error. So the link keeps every channel until the connection is closed.
 #[derive(Debug)]
 pub struct Link {
     connection: Arc<Connection>,
     channels: Mutex<Vec<Channel>>,
-    /// Closing goes on in here when nobody waits for it.
+    /// Tracks connections that close in the background after a drop.
     tasks: TaskTracker,
 }
 
@@ -34,9 +34,6 @@ impl Link {
     }
 
     /// Opens a channel.
-    ///
-    /// # Errors
-    /// The broker's.
     pub async fn channel(&self) -> lapin::Result<Channel> {
         let channel = self.connection.create_channel().await?;
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
@@ -45,8 +42,8 @@ impl Link {
         Ok(channel)
     }
 
-    /// Closes the connection. It may be in any state by now, and whatever matters is confirmed or acknowledged before: so this
-    /// is best effort, and errors are ignored.
+    /// Closes the connection. Best effort, errors are ignored: the connection may be in any state, and whatever matters has been
+    /// confirmed or acknowledged before.
     pub async fn close(&self) {
         close(&self.connection).await;
     }

@@ -1,8 +1,8 @@
-//! What a virtual host says about the ledger that it belongs to: which installation's it is, and its latest epoch.
+//! What a virtual host stores about its ledger: the installation that it belongs to, and the latest epoch.
 //!
-//! RabbitMQ compares the arguments of an exchange that is declared twice. So the exchange `mailrun.installation` names its
-//! owner in its alternate exchange, `mailrun.installation.<id>`: the first declaration wins, and another installation's is
-//! refused, without a race. The latest epoch is the only message of the queue `mailrun.epoch`.
+//! RabbitMQ compares the arguments when an exchange is declared again. So the exchange `mailrun.installation` names its owner in
+//! its alternate exchange, `mailrun.installation.<id>`: the first declaration wins, and one by another installation is refused,
+//! without a race. The latest epoch is the only message of the queue `mailrun.epoch`.
 
 use std::time::Duration;
 
@@ -32,18 +32,18 @@ pub fn exchange_of(id: Uuid) -> String {
     format!("{OWNED}.{id}")
 }
 
-/// What to do about a virtual host's owner.
+/// How to check or set the owner of a virtual host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claim {
-    /// Mark an unmarked virtual host; refuse one that belongs to another installation.
+    /// Mark an unmarked virtual host; refuse one of another installation.
     Adopt,
-    /// Look only: for users who may not declare exchanges.
+    /// Only check: for users who may not declare exchanges.
     Verify,
-    /// Mark it, whoever owned it before.
+    /// Mark it, replacing any other owner.
     TakeOver,
 }
 
-/// The marks of a virtual host, over a connection of their own.
+/// Access to the marker of a virtual host, over a separate connection.
 #[derive(Debug)]
 pub struct Marker {
     link: Link,
@@ -52,9 +52,6 @@ pub struct Marker {
 
 impl Marker {
     /// Connects.
-    ///
-    /// # Errors
-    /// The broker's.
     pub async fn open(broker: &Broker) -> Result<Self, BrokerError> {
         Ok(Self { link: broker.connect("marker").await?, limit: broker.answer_timeout() })
     }
@@ -79,7 +76,7 @@ impl Marker {
                     })
                     .await?;
                     self.adopt(id).await?;
-                    // In place of the former owner's; the next process that starts marks its epoch.
+                    // Replaces the former owner's epoch. The next process that starts writes its own.
                     self.write_epoch(id, 0).await
                 }
                 claimed => claimed,
@@ -120,9 +117,9 @@ impl Marker {
         });
         match declared.await {
             Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::PRECONDITIONFAILED) => {
-                // It would make the virtual host look like ours.
+                // The exchange just declared would make the virtual host look like ours.
                 self.on_channel(async |channel| delete(&channel, &own).await).await?;
-                // RabbitMQ cuts long refusals off.
+                // RabbitMQ truncates long error texts, so the owner may be missing from it.
                 let owner = match owner_in(&error.to_string(), id) {
                     Some(owner) => Some(owner),
                     None => self.read().await?.map(|marker| marker.installation).filter(|owner| *owner != id),
@@ -133,11 +130,8 @@ impl Marker {
         }
     }
 
-    /// The latest epoch of the installation `id` that was marked. None: none was. Several processes must not read it at the same
-    /// moment: the message is out of the queue meanwhile.
-    ///
-    /// # Errors
-    /// The broker's.
+    /// The latest epoch stored for the installation `id`, if any. Only one process may read it at a time, since the message is not
+    /// on the queue meanwhile.
     pub async fn read_epoch(&self, id: Uuid) -> Result<Option<i64>, BrokerError> {
         Ok(self.read().await?.filter(|marker| marker.installation == id).map(|marker| marker.epoch))
     }
@@ -145,11 +139,11 @@ impl Marker {
     async fn read(&self) -> Result<Option<EpochMessage>, BrokerError> {
         let looked = self.on_channel(async |channel| {
             let got = channel.basic_get(queue::EPOCH.into(), BasicGetOptions::default()).await?;
-            // It goes back to the queue when the channel closes.
+            // Not acked: it returns to the queue when the channel closes.
             Ok(got.and_then(|got| decode::<EpochMessage>(None, &got.delivery.data).ok()))
         });
         match looked.await {
-            // Only users who may declare queues create it.
+            // Only users who may declare queues create this queue.
             Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::NOTFOUND) => Ok(None),
             Err(BrokerError::Amqp(error)) if soft_error(&error) == Some(AMQPSoftError::ACCESSREFUSED) => {
                 warn!("no right to read the queue {}: a restored backup is detected only by messages", queue::EPOCH);
@@ -159,10 +153,7 @@ impl Marker {
         }
     }
 
-    /// Marks the latest epoch, in place of an earlier one.
-    ///
-    /// # Errors
-    /// The broker's.
+    /// Stores the latest epoch, replacing an earlier one.
     pub async fn write_epoch(&self, installation: Uuid, epoch: i64) -> Result<(), BrokerError> {
         self.on_channel(async |channel| {
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -181,7 +172,7 @@ impl Marker {
         .await
     }
 
-    /// Does `work` on a channel of its own, which an error costs.
+    /// Runs `work` on a channel of its own, because an error closes the channel.
     async fn on_channel<T>(&self, work: impl AsyncFnOnce(Channel) -> lapin::Result<T>) -> Result<T, BrokerError> {
         let done = async {
             let channel = self.link.channel().await?;
@@ -192,7 +183,7 @@ impl Marker {
         Ok(timeout(self.limit, done).await.map_err(|_| BrokerError::Timeout)??)
     }
 
-    /// Closes the connection. One that is only dropped is closed as well, and not waited for.
+    /// Closes the connection and waits. Dropping it closes it in the background.
     pub async fn close(self) {
         self.link.close().await;
     }
@@ -202,7 +193,7 @@ async fn delete(channel: &Channel, exchange: &str) -> lapin::Result<()> {
     channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await
 }
 
-/// The installation that the server's refusal names: *inequivalent arg … received '…<id>' but current is '…<owner>'*.
+/// Extracts the owner from the broker's error: *inequivalent arg … received '…<id>' but current is '…<owner>'*.
 fn owner_in(text: &str, id: Uuid) -> Option<Uuid> {
     text.split(&format!("{OWNED}."))
         .skip(1)
@@ -225,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_owner_is_read_from_the_refusal() {
+    fn the_owner_is_extracted_from_the_error() {
         let (me, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let text = format!(
             "PRECONDITION_FAILED - inequivalent arg 'alternate-exchange' for exchange 'mailrun.installation' in vhost '/': \

@@ -1,4 +1,4 @@
-//! A message to publish, and the headers of ours that it carries.
+//! A message to publish, and the headers that Mailrun adds.
 
 use std::{
     borrow::Cow,
@@ -18,19 +18,18 @@ use mailrun_core::{
 use uuid::Uuid;
 
 const PERSISTENT: u8 = 2;
-/// Headers go in one frame, of 128 KB at most: a message whose headers are larger can never be published. So much of others'
-/// headers is kept.
+/// All headers must fit into one frame of 128 KB, or the message can't be published. This much is kept of a delivery's headers.
 const MAX_HEADERS_BYTES: usize = 64 * 1024;
-/// So much of an error is kept in the header of a dead letter.
+/// The length at which the error in a dead letter's header is cut.
 const MAX_ERROR_CHARS: usize = 1_000;
 
-/// Why a message in the outbox can't be published by this program.
+/// Why this program can't publish a message of the outbox.
 #[derive(Debug, thiserror::Error)]
 pub enum NotUnderstood {
-    /// A later version's, or nobody's.
+    /// An unknown type, for instance of a later version.
     #[error("its type is not known")]
     Kind,
-    /// Not of the form that its type says.
+    /// The body does not match its type.
     #[error(transparent)]
     Body(#[from] serde_json::Error),
 }
@@ -47,16 +46,16 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    /// `message` for the queue where it belongs.
+    /// Addresses `message` to the queue of its type.
     #[must_use]
     pub fn new<M: Message>(message: &M) -> Self {
         Self { spread_by: message.spread_by(), ..Self::raw(M::QUEUE, message.kind(), encode(message)) }
     }
 
-    /// Reads a message out of the outbox, so that nothing is published that no worker could read.
+    /// Parses a message of the outbox, so that no message is published that workers could not parse.
     ///
     /// # Errors
-    /// Why no worker could.
+    /// Why it can't be parsed.
     pub fn read(kind: &str, message: serde_json::Value) -> Result<Self, NotUnderstood> {
         match kind {
             kind if RunMessage::TYPES.contains(&kind) => {
@@ -68,7 +67,7 @@ impl Outgoing {
         }
     }
 
-    /// A body that is not understood, as it came.
+    /// A body of any form, published as it is.
     #[must_use]
     pub fn raw(queue: impl Into<Cow<'static, str>>, kind: impl Into<Cow<'static, str>>, body: Vec<u8>) -> Self {
         Self {
@@ -81,14 +80,14 @@ impl Outgoing {
         }
     }
 
-    /// Results of a run, in as few messages as `batch` to a message allows; no results are no message.
+    /// Packs results of one run into messages of at most `batch` results. No results give no message.
     #[must_use]
     pub fn results(run_id: Uuid, results: &[ItemResult], batch: usize) -> Vec<Self> {
         let message = |results: &[ItemResult]| ResultsMessage { run_id: Some(run_id), results: results.to_vec() };
         results.chunks(batch).map(|results| Self::new(&message(results))).collect()
     }
 
-    /// Results of any runs, each in a message of its run.
+    /// Packs results of any runs; each message holds results of one run.
     #[must_use]
     pub fn results_by_run(results: impl IntoIterator<Item = (Uuid, ItemResult)>, batch: usize) -> Vec<Self> {
         let mut by_run: BTreeMap<Uuid, Vec<ItemResult>> = BTreeMap::new();
@@ -98,17 +97,17 @@ impl Outgoing {
         by_run.into_iter().flat_map(|(run_id, results)| Self::results(run_id, &results, batch)).collect()
     }
 
-    /// Sends it to another queue: one that waits, or the dead letters.
+    /// Redirects it to another queue, such as a wait queue or the dead-letter queue.
     #[must_use]
     pub fn to(self, queue: impl Into<Cow<'static, str>>) -> Self {
         Self { queue: queue.into(), spread_by: None, ..self }
     }
 
-    /// Turns it into a dead letter, with its reason where the management console shows it.
+    /// Turns it into a dead letter, with the reason in headers, where the management console shows it.
     #[must_use]
     pub fn dead(self, reason: DeadReason, error: &str) -> Self {
         let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-        // An error may quote what it is about, which may be a megabyte.
+        // An error may quote its input, which may be a megabyte.
         let error: String = error.chars().take(MAX_ERROR_CHARS).collect();
         let mut this = self.to(queue::DEAD).header(REASON_HEADER, reason.as_str()).header(ERROR_HEADER, &error);
         let now_ms = i64::try_from(now_ms).unwrap_or(i64::MAX);
@@ -123,16 +122,16 @@ impl Outgoing {
         self
     }
 
-    /// Says in which epoch of the ledger it was published; without that, it is published in the present one.
+    /// Sets the epoch in which it was published. Otherwise it is published in the current one.
     #[must_use]
     pub fn in_epoch(mut self, epoch: i64) -> Self {
         self.headers.insert(EPOCH_HEADER.into(), AMQPValue::LongLongInt(epoch));
         self
     }
 
-    /// Carries over headers of a delivery, as far as they do no harm: not those with which the broker counts its rounds,
-    /// since a message that still has them can be dropped as a cycle; not those that name further queues, since the message
-    /// would go round for ever; and no more than fit into a frame with ours.
+    /// Copies the headers of a delivery, except: the broker's own counters, since RabbitMQ may drop a message that still has them as
+    /// a dead-letter cycle; `CC` and `BCC`, since the message would go to those queues again, for ever; and what does not fit into
+    /// one frame together with our headers.
     #[must_use]
     pub fn with_headers_of(mut self, properties: &BasicProperties) -> Self {
         const BROKERS_OWN: [&str; 5] =
@@ -155,13 +154,13 @@ impl Outgoing {
         self
     }
 
-    /// Which message it is.
+    /// Its id.
     #[must_use]
     pub fn id(&self) -> Uuid {
         self.id
     }
 
-    /// The queue that it is for.
+    /// Its destination queue.
     #[must_use]
     pub fn queue(&self) -> &str {
         &self.queue
@@ -189,7 +188,7 @@ impl Outgoing {
     }
 }
 
-/// How much of a frame a header's value takes, or a little less.
+/// The size of a header's value in a frame, as a lower bound.
 fn bytes_of(value: &AMQPValue) -> usize {
     8 + match value {
         AMQPValue::ShortString(text) => text.as_str().len(),
@@ -203,17 +202,17 @@ fn bytes_of(value: &AMQPValue) -> usize {
     }
 }
 
-/// The header that says why a message is dead: `failed`, `unknown` or `poison`.
+/// The header with the reason of a dead letter: `failed`, `unknown` or `poison`.
 pub const REASON_HEADER: &str = "x-mailrun-reason";
-/// The header with the error's text.
+/// The header with the error text of a dead letter.
 pub const ERROR_HEADER: &str = "x-mailrun-error";
-/// The header with the moment of death, in milliseconds since 1970.
+/// The header with the time at which a message became a dead letter, in milliseconds since 1970.
 pub const DIED_AT_HEADER: &str = "x-mailrun-died-at";
 
-/// The header with the ledger's epoch in which the message was published.
+/// The header with the ledger's epoch at the time of publishing.
 pub const EPOCH_HEADER: &str = "x-mailrun-epoch";
 
-/// The epoch that a message carries. None: it was published by hand, or by a version before epochs.
+/// The epoch of a message. None if it was published by hand, or by a version without epochs.
 #[must_use]
 pub fn epoch_of(properties: &BasicProperties) -> Option<i64> {
     match properties.headers().as_ref()?.inner().get(EPOCH_HEADER)? {
@@ -238,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_is_published_as_what_it_is() {
+    fn an_outbox_message_is_published_with_its_type() {
         let id = "00000000-0000-0000-0000-000000000007";
         let run = Outgoing::read("mailrun.run.v1", serde_json::json!({ "run_id": id })).unwrap();
         assert_eq!(run.properties().kind().as_ref().unwrap().as_str(), "mailrun.run.v1");

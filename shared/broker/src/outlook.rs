@@ -1,4 +1,4 @@
-//! Looks at queues, over a connection that is kept from one look to the next, and apart from those that messages come over.
+//! Queries the length of queues over a connection that stays open, separate from those that carry messages.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,7 +6,7 @@ use crate::{Broker, BrokerError, Link, depth};
 use lapin::Channel;
 use tokio::time::timeout;
 
-/// Where queues are looked at from.
+/// A connection for querying queues.
 #[derive(Debug)]
 pub struct Outlook {
     broker: Arc<Broker>,
@@ -14,15 +14,13 @@ pub struct Outlook {
 }
 
 impl Outlook {
-    /// Not connected yet.
+    /// Connects at the first query.
     pub fn new(broker: Arc<Broker>) -> Self {
         Self { broker, open: None }
     }
 
-    /// How many messages wait on a queue; none: there is no such queue. After an error the next look takes a new connection.
-    ///
-    /// # Errors
-    /// The broker's.
+    /// The number of ready messages on a queue; None if the queue does not exist. After an error the next query opens a new
+    /// connection.
     pub async fn depth(&mut self, queue: &str) -> Result<Option<u32>, BrokerError> {
         let limit = self.broker.answer_timeout();
         let (link, channel) = match self.open.take() {
@@ -35,7 +33,7 @@ impl Outlook {
                 Ok(Some(messages))
             }
             Err(error) => {
-                // The question has cost the channel.
+                // The error has closed the channel.
                 link.close().await;
                 if error.is_not_found() { Ok(None) } else { Err(error) }
             }
@@ -48,7 +46,7 @@ impl Outlook {
         Ok((link, channel))
     }
 
-    /// Closes what is open.
+    /// Closes the connection, if it is open.
     pub async fn close(&mut self) {
         if let Some((link, _)) = self.open.take() {
             link.close().await;

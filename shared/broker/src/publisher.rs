@@ -1,7 +1,7 @@
-//! Publishing: bursts over publisher channels, and what becomes of messages that the broker returns or rejects.
+//! Publishing: bursts over publisher channels, and the handling of messages that the broker returns or rejects.
 //!
-//! A rejected message (its queue is missing, or full) never holds up its channel. Whoever has offered it is told; or, if the
-//! caller waits until it is taken, it is set aside and published again by itself, with growing waits.
+//! A rejected message (its queue is missing or full) never blocks its channel. `offer` returns it to the caller; `publish` sets
+//! it aside and publishes it again with growing delays, without holding up other messages.
 
 use std::{
     borrow::Cow,
@@ -28,42 +28,42 @@ use super::{
 };
 use mailrun_core::{metric, retry::Reconnect};
 
-/// A burst is published, then all of its confirms are awaited: so a returned message is always told within its burst.
+/// Messages per burst. All confirms of a burst are awaited together, so a returned message is always seen within its burst.
 const BURST: usize = 1_536;
-/// Publishes polled together: one system call for many frames.
+/// Publishes that are polled together, so that many frames share one system call.
 const POLLED_TOGETHER: usize = 64;
-/// How long those wait for a confirm who hold a transaction open meanwhile.
+/// The time limit for confirms while the caller holds a transaction open.
 pub(super) const CONFIRMED_SOON: Duration = Duration::from_secs(10);
-/// Batches that may wait for a publisher channel before `publish` makes its callers wait.
+/// The number of batches that may wait for a publisher channel before `publish` applies backpressure.
 const WAITING_BATCHES: usize = 64;
-/// A rejected message is published again after the first of these waits, which double up to the second.
+/// The first delay before a rejected message is published again. It doubles up to `LAST_AGAIN`.
 const FIRST_AGAIN: Duration = Duration::from_millis(200);
 const LAST_AGAIN: Duration = Duration::from_secs(10);
-/// A channel is given up for another one at most so often.
+/// The shortest time between two replacements of a channel.
 const RENEW_EVERY: Duration = Duration::from_secs(1);
-/// What is missing is declared at most so often.
+/// The shortest time between two declarations of missing queues.
 const DECLARE_EVERY: Duration = Duration::from_secs(1);
 
-/// Messages that are confirmed together.
+/// Messages whose confirms are awaited together.
 #[derive(Debug)]
 struct Batch {
     messages: Vec<Outgoing>,
-    /// What becomes of the messages that the broker rejects.
+    /// What to do with rejected messages.
     on_rejection: OnRejection,
-    /// The messages that were rejected.
+    /// Receives the rejected messages.
     done: oneshot::Sender<Vec<Outgoing>>,
 }
 
-/// What becomes of a rejected message.
+/// What to do with rejected messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OnRejection {
-    /// It is published again until it is taken.
+    /// Publish them again until they are accepted.
     Repeat,
-    /// The caller is told.
-    Tell,
+    /// Return them to the caller.
+    Return,
 }
 
-/// A batch of rejected messages, set aside.
+/// A batch of rejected messages that waits to be published again.
 #[derive(Debug)]
 struct Aside {
     batch: Batch,
@@ -71,7 +71,7 @@ struct Aside {
     waits: Reconnect,
 }
 
-/// Publishes messages and waits for the broker's confirms. Clones share the same publisher channels.
+/// Publishes messages and awaits their confirms. Clones share the same publisher channels.
 #[derive(Clone, Debug)]
 pub struct Publisher {
     channels: mpsc::Sender<Batch>,
@@ -81,17 +81,16 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// What the broker rejects at present.
+    /// The queues that currently reject messages.
     #[must_use]
     pub fn rejections(&self) -> &Rejections {
         &self.rejections
     }
 
-    /// As [`Self::offer`], but gives up after ten seconds, and when a message is rejected: for callers that hold a transaction
-    /// open meanwhile.
+    /// Like [`Self::offer`], but fails after ten seconds or if a message is rejected. For callers that hold a transaction open.
     ///
     /// # Errors
-    /// When the publisher is closed, a message was rejected, or nothing was confirmed in time.
+    /// The publisher is closed, a message was rejected, or not all were confirmed in time.
     pub async fn publish_soon(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
         let rejected = timeout(CONFIRMED_SOON, self.offer(messages)).await.map_err(|_| BrokerError::Unconfirmed)??;
         match rejected.first() {
@@ -100,22 +99,23 @@ impl Publisher {
         }
     }
 
-    /// Returns when the broker has every message on disk: publishes again after every interruption and rejection, for as long
-    /// as it takes. Dropping the future gives up on what is not confirmed yet.
+    /// Returns when the broker has confirmed every message. Publishes again after each interruption and rejection, for as long as
+    /// it takes. Dropping the future abandons the messages that are not confirmed yet.
     ///
     /// # Errors
+    /// Only if the publisher is closed.
     /// Only when the publisher is closed.
     pub async fn publish(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
         self.send(messages, OnRejection::Repeat).await.map(drop)
     }
 
-    /// Returns when the broker has taken or rejected every message, with those that it rejected: their queue is missing, or
-    /// full. Publishes again after every interruption.
+    /// Returns when the broker has confirmed or rejected every message, with the rejected ones: their queue is missing or full.
+    /// Publishes again after each interruption.
     ///
     /// # Errors
-    /// Only when the publisher is closed.
+    /// Only if the publisher is closed.
     pub async fn offer(&self, messages: Vec<Outgoing>) -> Result<Vec<Outgoing>, BrokerError> {
-        self.send(messages, OnRejection::Tell).await
+        self.send(messages, OnRejection::Return).await
     }
 
     async fn send(&self, mut messages: Vec<Outgoing>, on_rejection: OnRejection) -> Result<Vec<Outgoing>, BrokerError> {
@@ -125,7 +125,7 @@ impl Publisher {
         for message in &mut messages {
             message.spread_over(&self.item_queues);
         }
-        // Spread evenly over the channels: each publishes and awaits its confirms for itself.
+        // Split evenly over the channels, which publish and await confirms independently.
         let part = part(messages.len(), self.channel_count);
         let mut confirms = Vec::new();
         while !messages.is_empty() {
@@ -143,7 +143,8 @@ impl Publisher {
     }
 }
 
-/// How many of `messages` go to a channel at a time: few stay together, many end at the same moment on all `channels`.
+/// How many of `messages` go to one channel at a time. A few stay together; many are split so that all `channels` finish
+/// together.
 fn part(messages: usize, channels: usize) -> usize {
     if messages <= POLLED_TOGETHER {
         return messages;
@@ -151,7 +152,7 @@ fn part(messages: usize, channels: usize) -> usize {
     messages.div_ceil(messages.div_ceil(BURST).next_multiple_of(channels))
 }
 
-/// What a publishing task has in hand, through all of its connections.
+/// The messages of one publishing task. They survive its connections.
 #[derive(Debug, Default)]
 struct InHand {
     /// To be published now.
@@ -161,7 +162,7 @@ struct InHand {
 }
 
 impl InHand {
-    /// Forgets what nobody waits for any more.
+    /// Drops batches whose callers have stopped waiting.
     fn tidy(&mut self) {
         self.batches.retain(|batch| !batch.done.is_closed());
         self.aside.retain(|aside| !aside.batch.done.is_closed());
@@ -171,7 +172,7 @@ impl InHand {
         self.batches.is_empty() && self.aside.is_empty()
     }
 
-    /// Waits for something to publish. False: the publisher is gone, and all is published.
+    /// Waits for something to publish. Returns false if the publisher is gone and everything is published.
     async fn fill(&mut self, receiver: &Mutex<mpsc::Receiver<Batch>>) -> bool {
         self.tidy();
         if self.batches.is_empty() {
@@ -187,12 +188,12 @@ impl InHand {
         true
     }
 
-    /// Has a batch published again after the next wait.
+    /// Schedules a batch to be published again after its next delay.
     fn set_aside(&mut self, batch: Batch, mut waits: Reconnect) {
         self.aside.push(Aside { batch, again_at: Instant::now() + waits.next_wait(), waits });
     }
 
-    /// What was rejected and is due, a batch at a time: each has its own wait.
+    /// Takes the rejected batches that are due. Each has a delay of its own.
     fn take_due(&mut self, now: Instant) -> Vec<Aside> {
         let (due, later) = std::mem::take(&mut self.aside).into_iter().partition(|aside| aside.again_at <= now);
         self.aside = later;
@@ -200,7 +201,8 @@ impl InHand {
     }
 }
 
-/// Waits for a batch, then takes what else is there, up to a burst. False: the publisher is gone, and all is published.
+/// Waits for a batch, then takes all others that are ready, up to a burst. Returns false if the publisher is gone and everything
+/// is published.
 async fn fill(receiver: &Mutex<mpsc::Receiver<Batch>>, batches: &mut Vec<Batch>) -> bool {
     let mut receiver = receiver.lock().await;
     let Some(first) = receiver.recv().await else {
@@ -218,15 +220,15 @@ async fn fill(receiver: &Mutex<mpsc::Receiver<Batch>>, batches: &mut Vec<Batch>)
 }
 
 impl Broker {
-    /// Starts a publisher with `count` connections. It lives until every clone of it is dropped.
+    /// Starts a publisher with `count` publisher channels. It runs until every clone is dropped.
     #[must_use]
     pub fn publisher(self: &Arc<Self>, count: usize) -> Publisher {
         let (sender, receiver) = mpsc::channel(WAITING_BATCHES);
         let receiver = Arc::new(Mutex::new(receiver));
         metric::begin(metric::PUBLISHED, "queue", self.queue_names());
         metric::begin(metric::REJECTED, "reason", [NO_QUEUE, NO_ROOM].map(reason));
-        for lane in 1..=count {
-            self.tasks.spawn(Arc::clone(self).publish_channel(lane, Arc::clone(&receiver)));
+        for number in 1..=count {
+            self.tasks.spawn(Arc::clone(self).publish_channel(number, Arc::clone(&receiver)));
         }
         Publisher {
             channels: sender,
@@ -236,13 +238,13 @@ impl Broker {
         }
     }
 
-    /// One publishing task: its connection, its confirm channel, and what it has not got a confirm for yet.
-    async fn publish_channel(self: Arc<Self>, lane: usize, receiver: Arc<Mutex<mpsc::Receiver<Batch>>>) {
-        let health_key = format!("publishing over connection {lane}");
+    /// One publishing task: it owns a connection, its confirm channel and the unconfirmed messages.
+    async fn publish_channel(self: Arc<Self>, number: usize, receiver: Arc<Mutex<mpsc::Receiver<Batch>>>) {
+        let health_key = format!("publisher channel {number}");
         let mut reconnect = Reconnect::default();
         let mut in_hand = InHand::default();
         loop {
-            // At first before there is anything to say, so that the first message need not wait.
+            // Connect before there is anything to publish, so that the first message does not wait for the connection.
             let error = match self.confirm_channel().await {
                 Ok((link, channel)) => {
                     self.health.fine(&health_key);
@@ -256,20 +258,20 @@ impl Broker {
                 Err(error) => error,
             };
             self.health.trouble(health_key.clone(), "is interrupted");
-            // Told once, not with each of the tries that follow.
+            // Warn once per interruption, not for each attempt to reconnect.
             if reconnect.is_under_way() {
                 debug!(%error, "publishing is still interrupted");
             } else {
-                warn!(%error, "publishing is interrupted; it is tried again until it works");
+                warn!(%error, "publishing interrupted, reconnecting until it works");
             }
             let wait = reconnect.next_wait();
             sleep(wait).await;
             in_hand.tidy();
             if in_hand.is_empty() {
-                // Nobody waits for it.
+                // No caller is waiting.
                 self.health.fine(&health_key);
             }
-            // Again only for something to say.
+            // Reconnect only when there is something to publish.
             if !in_hand.fill(&receiver).await {
                 return;
             }
@@ -291,8 +293,8 @@ impl Broker {
         Ok(timeout(self.answer_timeout, open).await.map_err(|_| BrokerError::Timeout)??)
     }
 
-    /// Goes on over another channel after a queue has rejected messages: RabbitMQ 3.10 goes on rejecting those of the same channel
-    /// when the queue's limit is lifted.
+    /// Replaces the channel after a full queue has rejected messages: RabbitMQ 3.10 keeps rejecting messages of the same channel
+    /// even after the queue's limit is lifted.
     async fn renew(
         &self,
         link: &Link,
@@ -311,7 +313,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Publishes burst after burst, until the publisher is dropped (`Ok`) or something goes wrong (`Err`).
+    /// Publishes burst after burst, until the publisher is dropped (`Ok`) or an error occurs (`Err`).
     async fn publish_on(
         &self,
         link: &Link,
@@ -331,15 +333,15 @@ impl Broker {
                         declared = Some(Instant::now());
                         match timeout(self.answer_timeout, self.declare_on(link)).await {
                             Ok(Ok(())) => {}
-                            Ok(Err(error)) => debug!(%error, "what is missing can't be declared"),
+                            Ok(Err(error)) => debug!(%error, "missing queues can't be declared"),
                             Err(_) => return Err(BrokerError::Timeout),
                         }
                     }
-                    // It may be there now, and another queue may do as well.
+                    // The queue may exist now, and item messages have moved on to the next item queue.
                     rejected = self.burst(&channel, &in_hand.batches).await?;
                 }
                 let batches = std::mem::take(&mut in_hand.batches);
-                for batch in self.settle(batches, &rejected, OnRejection::Tell) {
+                for batch in self.settle(batches, &rejected, OnRejection::Return) {
                     in_hand.set_aside(batch, Reconnect::between(FIRST_AGAIN, LAST_AGAIN));
                 }
                 self.renew(link, &mut channel, &rejected, &mut renewed).await?;
@@ -350,7 +352,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Publishes what was set aside and is due, in a burst of its own. Returns what was rejected again.
+    /// Publishes the due batches of rejected messages, in a burst of their own. Returns the messages that were rejected again.
     async fn publish_aside(
         &self,
         channel: &Channel,
@@ -365,7 +367,7 @@ impl Broker {
         match self.burst(channel, &batches).await {
             Ok(rejected) => {
                 for (batch, waits) in batches.into_iter().zip(waits) {
-                    if let Some(batch) = self.settle(vec![batch], &rejected, OnRejection::Tell).pop() {
+                    if let Some(batch) = self.settle(vec![batch], &rejected, OnRejection::Return).pop() {
                         in_hand.set_aside(batch, waits);
                     }
                 }
@@ -388,8 +390,8 @@ impl Broker {
         Ok(rejected)
     }
 
-    /// Tells those whose messages were all taken; at `OnRejection::Tell` also those that want to know which were rejected. Returns
-    /// what is left of the other batches.
+    /// Completes the batches whose messages were all confirmed, and, at `OnRejection::Return`, those whose callers want the rejected
+    /// messages back. Returns the rest of the other batches.
     fn settle(
         &self,
         batches: Vec<Batch>,
@@ -405,9 +407,9 @@ impl Broker {
             for message in &mut batch.messages {
                 message.try_another(&self.item_queues);
             }
-            let tell = (batch.on_rejection, on_rejection) == (OnRejection::Tell, OnRejection::Tell);
-            if batch.messages.is_empty() || tell {
-                // Nobody waits any more if this fails.
+            let return_rejected = (batch.on_rejection, on_rejection) == (OnRejection::Return, OnRejection::Return);
+            if batch.messages.is_empty() || return_rejected {
+                // This fails only if the caller has stopped waiting.
                 let _ = batch.done.send(batch.messages);
             } else {
                 left.push(batch);
@@ -428,7 +430,7 @@ impl Broker {
     }
 }
 
-/// Counts what became of messages.
+/// Counts published and rejected messages.
 fn count(batches: &[Batch], rejected: &HashMap<Uuid, &'static str>) {
     let mut taken: HashMap<&str, u64> = HashMap::new();
     for message in batches.iter().flat_map(|batch| &batch.messages) {
@@ -442,14 +444,14 @@ fn count(batches: &[Batch], rejected: &HashMap<Uuid, &'static str>) {
     }
 }
 
-/// A word for why a message was rejected.
+/// The metric label for why a message was rejected.
 fn reason(why: &str) -> &'static str {
     if why == NO_QUEUE { "no_queue" } else { "no_room" }
 }
 
-/// Publishes all messages of `batches` and awaits their confirms. Returns those that were rejected, and why. After an error it is
-/// not known which were taken, so all are published again: a message too many is absorbed by the fence and the join, one too few
-/// would be lost.
+/// Publishes all messages of `batches` and awaits their confirms. Returns the rejected messages and why. After an error the state of
+/// each message is uncertain, so all are published again: the fence and the join absorb a duplicate, but a missing message would
+/// be lost.
 async fn burst(
     channel: &Channel,
     batches: &[Batch],
@@ -470,7 +472,7 @@ async fn burst(
         if !taken {
             rejected.insert(message.id, NO_ROOM);
         }
-        // The broker returns a message before it confirms it, so lapin may attach it to a neighbour's confirm.
+        // The broker returns a message before it confirms it, so lapin may attach the return to the confirm of another message.
         if let Some(id) = returned.and_then(|returned| returned.properties.message_id().as_ref()?.as_str().parse().ok())
         {
             rejected.insert(id, NO_QUEUE);
@@ -480,15 +482,15 @@ async fn burst(
 }
 
 impl Outgoing {
-    /// Chooses one of several queues, evenly and always the same, if it is to be spread.
+    /// If the message is to be spread, chooses its queue by its key: evenly, and always the same queue for the same key.
     fn spread_over(&mut self, queues: &[Cow<'static, str>]) {
         if let Some(key) = self.spread_by {
-            // Less than their number.
+            // The remainder is a valid index.
             self.queue = queues[(key % queues.len() as u64) as usize].clone();
         }
     }
 
-    /// Chooses the next queue of those that are as good as the one that has rejected it.
+    /// After a rejection, moves an item message on to the next item queue.
     fn try_another(&mut self, queues: &[Cow<'static, str>]) {
         if self.spread_by.is_some()
             && let Some(place) = queues.iter().position(|queue| *queue == self.queue)
@@ -497,7 +499,7 @@ impl Outgoing {
         }
     }
 
-    /// A message that does not carry an epoch gets `epoch`.
+    /// `epoch` applies if the message does not carry one.
     async fn publish(&self, channel: &Channel, epoch: Option<i64>) -> lapin::Result<lapin::PublisherConfirm> {
         let options = lapin::options::BasicPublishOptions { mandatory: true, ..Default::default() };
         let mut headers = self.headers.clone();
@@ -521,7 +523,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_messages_are_spread_evenly_over_the_channels() {
+    fn many_messages_are_split_evenly_over_the_channels() {
         assert_eq!(part(64, 2), 64);
         assert_eq!(part(2_501, 2), 1_251);
         assert_eq!(part(2_501, 1), 1_251);
@@ -529,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rejected_item_message_goes_to_another_item_queue() {
+    fn a_rejected_item_message_moves_to_the_next_item_queue() {
         let queues = queue::item_queues(3);
         let mut message = Outgoing { spread_by: Some(1), ..Outgoing::raw("", "", Vec::new()) };
         message.spread_over(&queues);

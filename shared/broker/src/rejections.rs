@@ -1,4 +1,4 @@
-//! What the broker does not take at present: logged at a low rate, and shown to whoever asks.
+//! The queues whose messages the broker currently rejects: logged at most once a minute each, and reported to callers.
 
 use std::{
     collections::BTreeMap,
@@ -11,35 +11,35 @@ use std::{
 
 use tracing::{debug, error};
 
-/// While a queue's messages are rejected, that is logged as often as this.
+/// The shortest time between two log lines about the same queue.
 const LOG_EVERY: Duration = Duration::from_secs(60);
-/// A queue that nothing was published to for so long is not reported any more.
+/// A queue to which nothing was published for this time is no longer reported.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(300);
 
-/// Why the broker did not take a message.
+/// Why the broker rejected a message.
 pub(super) const NO_QUEUE: &str = "there is no such queue";
 pub(super) const NO_ROOM: &str = "it is full, or its disk or memory is";
 
-/// A queue whose messages the broker rejects at present.
+/// A queue whose messages the broker currently rejects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
     /// The queue.
     pub queue: String,
     /// Why.
     pub why: &'static str,
-    /// For how long that has been so.
+    /// For how long.
     pub for_time: Duration,
 }
 
 #[derive(Debug)]
 struct Entry {
     why: &'static str,
-    /// Whether nothing was taken for this queue since the newest rejection.
+    /// Whether no message was accepted on this queue since the last rejection.
     is_current: bool,
     since: Instant,
     newest: Instant,
     logged: Option<Instant>,
-    /// Since it was logged last.
+    /// Rejections since the last log line.
     count: u64,
 }
 
@@ -49,7 +49,7 @@ pub struct Rejections(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// So that a broker that takes everything costs no lock.
+    /// Avoids the lock while there are no rejections.
     any: AtomicBool,
     queues: Mutex<BTreeMap<String, Entry>>,
 }
@@ -59,7 +59,7 @@ impl Rejections {
         self.0.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A message was rejected.
+    /// Records a rejected message.
     pub(super) fn add(&self, queue: &str, why: &'static str, now: Instant) {
         self.0.any.store(true, Ordering::Relaxed);
         let mut queues = self.queues();
@@ -76,28 +76,33 @@ impl Rejections {
         }
         (entry.why, entry.newest, entry.count) = (why, now, entry.count + 1);
         if entry.logged.is_none_or(|logged| now.duration_since(logged) >= LOG_EVERY) {
-            error!(queue, why, rejected = entry.count, "RabbitMQ rejects messages; others go on, and these are kept");
+            error!(
+                queue,
+                why,
+                rejected = entry.count,
+                "RabbitMQ rejects messages; they are kept, other queues continue"
+            );
             (entry.logged, entry.count) = (Some(now), 0);
         }
     }
 
-    /// Whether there are any, as far as is known without a lock.
+    /// Whether there are rejections, without taking the lock.
     pub(super) fn any(&self) -> bool {
         self.0.any.load(Ordering::Relaxed)
     }
 
-    /// A message for this queue was taken.
+    /// Records that a message was accepted on this queue.
     pub(super) fn end(&self, queue: &str) {
         let mut queues = self.queues();
-        // It stays for a while: a queue that takes some messages and rejects others is not logged each time.
+        // The entry stays for a while, so that a queue that accepts some messages and rejects others is not logged each time.
         if let Some(entry) = queues.get_mut(queue).filter(|entry| entry.is_current) {
             entry.is_current = false;
-            debug!(queue, why = entry.why, "RabbitMQ takes messages for this queue again");
+            debug!(queue, why = entry.why, "RabbitMQ accepts messages for this queue again");
         }
         self.0.any.store(queues.values().any(|entry| entry.is_current), Ordering::Relaxed);
     }
 
-    /// The queues whose messages are rejected at present.
+    /// The queues that currently reject messages.
     #[must_use]
     pub fn current(&self) -> Vec<Rejection> {
         self.at(Instant::now())
@@ -118,7 +123,7 @@ impl Rejections {
             .collect()
     }
 
-    /// The same in words; none: the broker takes everything.
+    /// The same as text. None if there are no rejections.
     #[must_use]
     pub fn words(&self) -> Option<String> {
         let all: Vec<String> =
@@ -132,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rejection_is_shown_until_the_queue_takes_messages_or_nothing_is_published_to_it() {
+    fn a_rejection_is_reported_until_a_message_is_accepted_or_nothing_is_published() {
         let (rejections, now) = (Rejections::default(), Instant::now());
         assert!(!rejections.any() && rejections.words().is_none());
         rejections.add("a", NO_QUEUE, now);
@@ -153,7 +158,7 @@ mod tests {
         let logged = |rejections: &Rejections| rejections.queues()["a"].logged;
         for second in 0..100 {
             rejections.add("a", NO_QUEUE, now + Duration::from_secs(second));
-            // Also if some are taken in between.
+            // Accepting a message in between does not log more often.
             rejections.end("a");
         }
         assert_eq!(logged(&rejections), Some(now + LOG_EVERY));

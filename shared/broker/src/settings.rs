@@ -1,4 +1,4 @@
-//! `[amqp]`: how RabbitMQ is reached, encrypted beyond this machine.
+//! `[amqp]`: how to reach RabbitMQ. Connections that leave this machine must be encrypted.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -14,24 +14,25 @@ use serde::Deserialize;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AmqpConfig {
-    /// `amqp://user:password@host:port/vhost`, one for each node of the cluster, tried in turn. `AMQP_URL` wins over it,
-    /// with commas between several.
+    /// `amqp://user:password@host:port/vhost`, one for each node of the cluster, tried in turn. `AMQP_URL` overrides it; it
+    /// separates several with commas.
     pub urls: Vec<SecretString>,
-    /// Lets connections beyond this machine go unencrypted.
+    /// Allows unencrypted connections to other machines.
     pub allow_plaintext: bool,
-    /// A PEM file with the authorities to trust beside the system's, for `amqps://`.
+    /// A PEM file with certificate authorities to trust in addition to the system's, for `amqps://`.
     pub ca_file: Option<PathBuf>,
-    /// Connections that a process publishes on, each with one confirm channel.
+    /// The number of publisher channels of a process. Each is a connection of its own with one confirm channel.
     pub publish_lanes: usize,
-    /// Queues that item messages are spread over. Raise it at the senders first, since they read only what they know of.
+    /// The number of queues that item messages are spread over. Raise it on the senders first: they consume only the queues that
+    /// they know of.
     pub item_queues: u16,
-    /// Whether processes declare the exchanges and queues when they connect. Set it to false where they have no right to,
-    /// and run `mailrun setup` with a user who has.
+    /// Whether processes declare the exchanges and queues when they connect. Set it to false if they lack the permission, and run
+    /// `mailrun setup` with a user that has it.
     pub declare_topology: bool,
-    /// The broker must answer a publish, an ack or a declaration within this time.
+    /// The time limit for a publish, an ack or a declaration.
     #[serde(rename = "answer_timeout_ms", with = "ms")]
     pub answer_timeout: Duration,
-    /// How often both ends of a connection show that they live. One that was silent for twice as long is given up.
+    /// The AMQP heartbeat interval. A connection that is silent for two intervals is closed.
     #[serde(rename = "heartbeat_s", with = "s")]
     pub heartbeat: Duration,
 }
@@ -52,10 +53,10 @@ impl Default for AmqpConfig {
 }
 
 impl AmqpConfig {
-    /// Whether they can be used.
+    /// Checks the settings.
     ///
     /// # Errors
-    /// The first setting that can't.
+    /// The first invalid setting.
     pub fn check(&self) -> Result<(), InvalidSetting> {
         self.check_urls()?;
         if !(1..=64).contains(&self.item_queues) {
@@ -78,13 +79,13 @@ impl AmqpConfig {
         for (number, url) in (1..).zip(&self.urls) {
             let Ok(uri) = url.expose_secret().parse::<AMQPUri>() else {
                 return wrong(format!(
-                    "address {number} is not like amqp://user:password@host:port/vhost; special characters of a password are \
-                     written as in any URL, such as %40 for @ and %2C for a comma"
+                    "URL {number} does not look like amqp://user:password@host:port/vhost; percent-encode special characters of \
+                     the password, such as %40 for @ and %2C for a comma"
                 ));
             };
             if uri.scheme == AMQPScheme::AMQP && !is_this_machine(&uri.authority.host) && !self.allow_plaintext {
                 return wrong(format!(
-                    "address {number} is beyond this machine and not encrypted: use amqps://, or set amqp.allow_plaintext"
+                    "URL {number} leaves this machine unencrypted: use amqps://, or set amqp.allow_plaintext"
                 ));
             }
         }
@@ -92,7 +93,7 @@ impl AmqpConfig {
     }
 }
 
-/// Reads the authorities that `amqp.ca_file` names.
+/// Reads the certificate authorities from `amqp.ca_file`.
 pub(crate) async fn authorities(file: Option<&PathBuf>) -> std::io::Result<Option<String>> {
     match file {
         Some(file) => tokio::fs::read_to_string(file).await.map(Some),
@@ -105,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn beyond_this_machine_rabbitmq_is_encrypted() {
+    fn connections_to_other_machines_must_be_encrypted() {
         let amqp = |url: &str, allow_plaintext| {
             let config = AmqpConfig { urls: vec![url.into()], allow_plaintext, ..AmqpConfig::default() };
             config.check_urls().map_err(|error| error.to_string())
@@ -128,7 +129,7 @@ mod tests {
             |url: &str| AmqpConfig { urls: vec!["amqp://localhost".into(), url.into()], ..AmqpConfig::default() };
         for url in ["hunter2", "", "http://u:hunter2@h", "amqp://u:hunter2@h:port", "amqps://u:hun#ter2@h/x/y"] {
             let error = amqp(url).check_urls().unwrap_err().to_string();
-            assert!(error.contains("address 2") && !error.contains("hun"), "{url}: {error}");
+            assert!(error.contains("URL 2") && !error.contains("hun"), "{url}: {error}");
         }
     }
 }

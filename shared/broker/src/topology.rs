@@ -1,7 +1,7 @@
-//! The exchanges and queues, and who is bound to whom: the same declarations on RabbitMQ 3.10 and 4.x.
+//! The exchanges, queues and bindings: the same declarations on RabbitMQ 3.10 and 4.x.
 //!
-//! Every queue is a quorum queue, because a classic queue confirms a message before it is on disk. Arguments can't be
-//! changed once a queue exists and win over policies, so the ones here are those that the promises depend on.
+//! All queues are quorum queues, because a classic queue confirms a message before it is on disk. A queue's arguments are fixed
+//! once it exists and take precedence over policies, so only arguments that the promises depend on are set here.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -16,30 +16,30 @@ use mailrun_core::queue::{
     retry_queue,
 };
 
-/// How long a run waits before the pump looks at it again.
+/// How long a run message waits before the fan-out handles it again.
 const WAIT: Duration = Duration::from_millis(100);
-/// The same for a paused run. Each look costs a transaction, there may be many such runs, and they may stay for weeks.
+/// The same for a paused run, and longer: each check costs a transaction, and many runs may stay paused for weeks.
 const PAUSED: Duration = Duration::from_secs(1);
-/// Before a message of a newer version is looked at again: an upgrade takes minutes.
+/// How long a message of a newer version waits before it is delivered again. An upgrade takes minutes.
 const NEWER: Duration = Duration::from_secs(5);
-/// A message that was given back so often has killed that many workers.
+/// A message that was returned this often has probably crashed that many workers.
 const DELIVERY_LIMIT: i64 = 20;
-/// RabbitMQ 4 defaults to 20 and drops the message beyond it, which would lose a dead letter that is often looked at.
+/// RabbitMQ 4 drops messages beyond its default of 20, which would lose a dead letter that is inspected often.
 const DEAD_DELIVERY_LIMIT: i64 = 1_000_000;
 
-/// How long messages stay in a waiting room of runs.
+/// How long run messages stay in a wait queue.
 #[must_use]
-pub fn waiting_time(waiting_room: &str) -> Duration {
-    if waiting_room == RUNS_PAUSED { PAUSED } else { WAIT }
+pub fn waiting_time(wait_queue: &str) -> Duration {
+    if wait_queue == RUNS_PAUSED { PAUSED } else { WAIT }
 }
 
-/// A queue as it has to be.
+/// A queue with its required arguments and bindings.
 #[derive(Clone, Debug)]
 pub struct Queue {
-    /// Its name, which is its routing key as well.
+    /// Its name, which is also its routing key.
     pub name: Cow<'static, str>,
     arguments: FieldTable,
-    /// Exchanges, and the routing keys there.
+    /// Exchanges and routing keys.
     bindings: Vec<(&'static str, Cow<'static, str>)>,
 }
 
@@ -50,8 +50,8 @@ impl Queue {
         Self { name, arguments, bindings }
     }
 
-    /// A queue without consumers, whose messages move on to `target` after `ttl`.
-    fn waiting_room(name: impl Into<Cow<'static, str>>, ttl: Duration, target: &str) -> Self {
+    /// A wait queue: it has no consumers, and its messages move on to `target` after `ttl`.
+    fn wait_queue(name: impl Into<Cow<'static, str>>, ttl: Duration, target: &str) -> Self {
         let mut arguments = quorum(DEAD_DELIVERY_LIMIT);
         dead_letter_to(&mut arguments, EXCHANGE, Some(target));
         let ttl = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX);
@@ -59,28 +59,24 @@ impl Queue {
         Self::new(name, arguments)
     }
 
-    /// Declares it: creates it, or says that it exists in this form.
+    /// Declares it: creates it, or confirms that it exists with these arguments.
     ///
     /// # Errors
-    /// The broker's, and then the channel is of no use any more: 406 if it exists with other arguments, 403 if the user may
-    /// not configure.
+    /// They close the channel: 406 if it exists with other arguments, 403 if the user may not configure it.
     pub async fn declare(&self, channel: &Channel) -> lapin::Result<lapin::Queue> {
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         channel.queue_declare(self.name.as_ref().into(), options, self.arguments.clone()).await
     }
 
-    /// Looks at it as it is, whatever its arguments.
+    /// Declares it passively, so its arguments do not matter.
     ///
     /// # Errors
-    /// The broker's, and then the channel is of no use any more: 404 if it does not exist.
+    /// They close the channel: 404 if it does not exist.
     pub async fn look(&self, channel: &Channel) -> lapin::Result<lapin::Queue> {
         look(channel, &self.name).await
     }
 
     /// Binds it to its exchanges.
-    ///
-    /// # Errors
-    /// The broker's.
     pub async fn bind(&self, channel: &Channel) -> lapin::Result<()> {
         for (exchange, key) in &self.bindings {
             let (queue, exchange, key) = (self.name.as_ref().into(), (*exchange).into(), key.as_ref().into());
@@ -90,19 +86,19 @@ impl Queue {
     }
 }
 
-/// Looks at the queue of this name as it is, as [`Queue::look`] does.
+/// Declares the queue of this name passively, like [`Queue::look`].
 ///
 /// # Errors
-/// The broker's, and then the channel is of no use any more: 404 if it does not exist.
+/// They close the channel: 404 if it does not exist.
 pub async fn look(channel: &Channel, queue: &str) -> lapin::Result<lapin::Queue> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     channel.queue_declare(queue.into(), options, FieldTable::default()).await
 }
 
-/// How many messages wait in `queue`, not counting those that are delivered and not acknowledged.
+/// The number of ready messages in `queue`, without unacknowledged ones.
 ///
 /// # Errors
-/// The broker's; the channel is of no use after that.
+/// They close the channel.
 pub async fn depth(channel: &Channel, queue: &str) -> lapin::Result<u32> {
     Ok(look(channel, queue).await?.message_count())
 }
@@ -120,23 +116,23 @@ pub fn queues(item_queues: &[Cow<'static, str>], retry_delays: &[Duration]) -> V
         dead_letter_to(&mut arguments, DEAD_EXCHANGE, None);
         Queue::new(name, arguments)
     });
-    let rungs = retry_delays.iter().map(|delay| Queue::waiting_room(retry_queue(*delay), *delay, ITEMS));
-    let runs = [(RUNS_WAIT, WAIT), (RUNS_PAUSED, PAUSED)].map(|(name, ttl)| Queue::waiting_room(name, ttl, RUNS));
+    let retries = retry_delays.iter().map(|delay| Queue::wait_queue(retry_queue(*delay), *delay, ITEMS));
+    let runs = [(RUNS_WAIT, WAIT), (RUNS_PAUSED, PAUSED)].map(|(name, ttl)| Queue::wait_queue(name, ttl, RUNS));
     let newer =
-        [(ITEMS_WAIT, ITEMS), (RESULTS_WAIT, RESULTS)].map(|(name, target)| Queue::waiting_room(name, NEWER, target));
+        [(ITEMS_WAIT, ITEMS), (RESULTS_WAIT, RESULTS)].map(|(name, target)| Queue::wait_queue(name, NEWER, target));
     let mut newest = quorum(DEAD_DELIVERY_LIMIT);
     newest.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
     let epoch = Queue::new(EPOCH, newest);
-    [dead, epoch].into_iter().chain(worked_on).chain(runs).chain(newer).chain(rungs).collect()
+    [dead, epoch].into_iter().chain(worked_on).chain(runs).chain(newer).chain(retries).collect()
 }
 
-/// The exchanges. The dead letters' is a fanout: one arrives whatever routing key it had.
+/// The exchanges. That of the dead letters is a fanout exchange, so that it accepts any routing key.
 const EXCHANGES: [(&str, ExchangeKind); 2] = [(EXCHANGE, ExchangeKind::Direct), (DEAD_EXCHANGE, ExchangeKind::Fanout)];
 
 /// Declares the exchanges.
 ///
 /// # Errors
-/// The broker's, as for a [`Queue`].
+/// As for [`Queue::declare`].
 pub async fn declare_exchanges(channel: &Channel) -> lapin::Result<()> {
     for (name, kind) in EXCHANGES {
         let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
@@ -145,10 +141,10 @@ pub async fn declare_exchanges(channel: &Channel) -> lapin::Result<()> {
     Ok(())
 }
 
-/// Looks at the exchanges as they are.
+/// Declares the exchanges passively.
 ///
 /// # Errors
-/// The broker's: 404 if one does not exist.
+/// 404 if one does not exist.
 pub async fn look_at_exchanges(channel: &Channel) -> lapin::Result<()> {
     for (name, kind) in EXCHANGES {
         let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
@@ -157,17 +153,17 @@ pub async fn look_at_exchanges(channel: &Channel) -> lapin::Result<()> {
     Ok(())
 }
 
-/// Declares everything. Repeating it changes nothing.
+/// Declares everything. Idempotent.
 ///
 /// # Errors
-/// The broker's, for instance when a queue exists with other arguments, or the user may not configure.
+/// For instance, a queue exists with other arguments, or the user may not configure it.
 pub async fn declare(
     channel: &Channel,
     item_queues: &[Cow<'static, str>],
     retry_delays: &[Duration],
 ) -> lapin::Result<()> {
     declare_exchanges(channel).await?;
-    // The broker answers in order: so all of them take little longer than one.
+    // The requests are pipelined, so all of them take little longer than one.
     let queues = queues(item_queues, retry_delays);
     try_join_all(queues.iter().map(|queue| queue.declare(channel))).await?;
     try_join_all(queues.iter().map(|queue| queue.bind(channel))).await?;
@@ -181,7 +177,7 @@ fn quorum(delivery_limit: i64) -> FieldTable {
     arguments
 }
 
-/// At-least-once dead-lettering; without `reject-publish` the broker silently falls back to at-most-once.
+/// At-least-once dead-lettering. Without `reject-publish`, the broker silently falls back to at-most-once.
 fn dead_letter_to(arguments: &mut FieldTable, exchange: &str, routing_key: Option<&str>) {
     set(arguments, "x-dead-letter-exchange", exchange);
     set(arguments, "x-dead-letter-strategy", "at-least-once");

@@ -1,8 +1,8 @@
-//! Watches over a consumer: one whose connection lives and is of no use gets a new one.
+//! Replaces the connection of a consumer that is connected but receives nothing.
 //!
-//! Heartbeats may pass while deliveries don't. So what the broker has for the consumer, what the consumer has in hand, and
-//! whether there is progress are compared. The broker hands messages out up to the prefetch, whatever holds them up here:
-//! that sends take long, a lane is closed or a run is paused excuses nobody who has room and gets nothing.
+//! Heartbeats may get through while deliveries don't. So the watchdog compares what the broker has for the consumer, what the
+//! consumer holds, and whether it makes progress. The broker delivers up to the prefetch, whatever delays the consumer here. So
+//! slow sends, a closed gate or a paused run do not explain why a consumer with free capacity receives nothing.
 
 use std::{
     pin::Pin,
@@ -20,39 +20,39 @@ use tracing::debug;
 
 use crate::{Broker, outlook::Outlook};
 
-/// So many looks in a row make `idle_after_ms`. Looks are counted and not the time, since a process that was stopped meanwhile
-/// has not looked.
-const LOOKS: u32 = 4;
-/// Trouble that new connections do not end calls for another one after at most so many times as long as at first.
-const LONGEST: u32 = 60;
+/// This many checks in a row make `idle_after_ms`. Checks are counted instead of time, since a process that was suspended has not
+/// checked.
+const CHECKS: u32 = 4;
+/// While new connections do not help, the number of checks before the next one grows up to this multiple of the first.
+const MAX_BACKOFF: u32 = 60;
 
-/// What a consumer has done with its present connection, in its own words.
+/// What a consumer has counted on its current connection.
 #[derive(Debug, Default)]
 pub struct Tally {
-    /// Deliveries that came.
+    /// Deliveries received.
     pub delivered: AtomicU64,
-    /// Deliveries that are done with.
+    /// Deliveries that the handler has acked.
     pub finished: AtomicU64,
-    /// Deliveries that the broker has been told are done with.
+    /// Deliveries whose ack was sent to the broker.
     pub acknowledged: AtomicU64,
 }
 
-/// What is seen of a consumer at one moment.
+/// The state of a consumer at one check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Look {
+struct Snapshot {
     delivered: u64,
     finished: u64,
-    /// It has fewer messages than it asked for, and place for the next one.
+    /// It has fewer unacked messages than its prefetch, and buffer space for the next one.
     has_room: bool,
-    /// Messages that wait on its queue.
+    /// Ready messages on its queue.
     ready: u32,
-    /// A run that should be under way has not moved since the last look.
-    standstill: bool,
+    /// A run that should be in progress has not moved since the last check.
+    run_stalled: bool,
 }
 
-impl Look {
+impl Snapshot {
     fn of(tally: &Tally, prefetch: u16, places: usize) -> Self {
-        // In this order: what is finished was delivered before.
+        // Read in this order, so that each count is at least the one read before it.
         let acknowledged = tally.acknowledged.load(Ordering::Relaxed);
         let finished = tally.finished.load(Ordering::Relaxed);
         let delivered = tally.delivered.load(Ordering::Relaxed);
@@ -65,101 +65,101 @@ impl Look {
     }
 }
 
-/// What is to be done with a connection.
+/// What to do with a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    Leave,
-    /// Build it anew, because of this.
+enum Action {
+    Keep,
+    /// Replace it, for this reason.
     Rebuild(&'static str),
 }
 
-const OWED: &str = "messages wait on the queue, and none is delivered";
-const SILENT: &str = "a run stands still, and nothing is delivered";
-const STUCK: &str = "of the messages in hand none is finished";
+const STARVED: &str = "messages wait on the queue, and none is delivered";
+const STALLED: &str = "a run stands still, and nothing is delivered";
+const STUCK: &str = "none of the messages in progress is finished";
 
-/// Looks in a row at the same trouble, and how many are too many. A new connection that did not end it calls for another one
-/// after twice as many: each gives back what is in hand, and the broker counts how often a message comes back.
+/// Counts consecutive checks with the same problem. If a new connection does not solve it, the limit doubles: each new connection
+/// returns the messages in progress, and the broker counts how often a message is returned.
 #[derive(Clone, Copy, Debug)]
-struct Trouble {
-    looks: u32,
+struct Streak {
+    checks: u32,
     limit: u32,
     first_limit: u32,
 }
 
-impl Trouble {
-    fn after(looks: u32) -> Self {
-        Self { looks: 0, limit: looks, first_limit: looks }
+impl Streak {
+    fn with_limit(checks: u32) -> Self {
+        Self { checks: 0, limit: checks, first_limit: checks }
     }
 
-    /// Whether this look at it is one too many.
-    fn is_too_much(&mut self, there: bool) -> bool {
-        self.looks = if there { self.looks + 1 } else { 0 };
-        if self.looks <= self.limit {
+    /// Counts a check. Returns true when the problem has lasted for more checks than the limit.
+    fn exceeds_limit(&mut self, has_problem: bool) -> bool {
+        self.checks = if has_problem { self.checks + 1 } else { 0 };
+        if self.checks <= self.limit {
             return false;
         }
-        self.limit = self.limit.saturating_mul(2).min(self.first_limit.saturating_mul(LONGEST));
+        self.limit = self.limit.saturating_mul(2).min(self.first_limit.saturating_mul(MAX_BACKOFF));
         true
     }
 
-    fn is_over(&mut self) {
+    fn reset_limit(&mut self) {
         self.limit = self.first_limit;
     }
 }
 
-/// The judgement over one consumer, through all of its connections.
+/// The watchdog's state for one consumer. It survives the consumer's connections.
 #[derive(Debug)]
 pub struct Watch {
-    last: Look,
-    /// Messages waited, and there was room, and nothing came.
-    owed: Trouble,
-    /// A run stood still, and nothing came or was in hand.
-    silent: Trouble,
-    /// Nothing of what was in hand was finished, and nothing came.
-    stuck: Trouble,
+    last: Snapshot,
+    /// Messages are ready and there is capacity, but none arrives.
+    starved: Streak,
+    /// A run is stalled, and nothing arrives or is in progress.
+    stalled: Streak,
+    /// Messages are in progress, but none is finished and none arrives.
+    stuck: Streak,
 }
 
 impl Watch {
     fn new(stuck_for: u32) -> Self {
-        let soon = Trouble::after(LOOKS);
-        Self { last: Look::default(), owed: soon, silent: soon, stuck: Trouble::after(stuck_for) }
+        let soon = Streak::with_limit(CHECKS);
+        Self { last: Snapshot::default(), starved: soon, stalled: soon, stuck: Streak::with_limit(stuck_for) }
     }
 
-    /// The tally begins anew.
+    /// Starts over with a new connection, whose tally starts at 0.
     fn reconnected(&mut self) {
-        self.last = Look::default();
-        for trouble in [&mut self.owed, &mut self.silent, &mut self.stuck] {
-            trouble.looks = 0;
+        self.last = Snapshot::default();
+        for streak in [&mut self.starved, &mut self.stalled, &mut self.stuck] {
+            streak.checks = 0;
         }
     }
 
-    /// Judges by what is seen now and was seen before.
-    fn judge(&mut self, look: Look) -> Verdict {
-        let came = look.delivered > self.last.delivered;
-        let went = look.finished > self.last.finished;
-        let in_hand = look.in_hand() > 0;
-        self.last = look;
-        if came {
-            self.owed.is_over();
-            self.silent.is_over();
+    /// Decides by comparing this snapshot with the previous one.
+    fn check(&mut self, now: Snapshot) -> Action {
+        let received = now.delivered > self.last.delivered;
+        let finished = now.finished > self.last.finished;
+        let in_hand = now.in_hand() > 0;
+        self.last = now;
+        if received {
+            self.starved.reset_limit();
+            self.stalled.reset_limit();
         }
-        if went {
-            self.stuck.is_over();
+        if finished {
+            self.stuck.reset_limit();
         }
-        let owed = self.owed.is_too_much(!came && look.has_room && look.ready > 0);
-        // With nothing in hand, a new connection costs nobody anything. It is the way to get back what the broker takes for
-        // delivered, and what has never arrived.
-        let silent = self.silent.is_too_much(!came && !in_hand && look.standstill);
-        let stuck = self.stuck.is_too_much(!came && !went && in_hand);
-        match (owed, silent, stuck) {
-            (true, ..) => Verdict::Rebuild(OWED),
-            (_, true, _) => Verdict::Rebuild(SILENT),
-            (.., true) => Verdict::Rebuild(STUCK),
-            _ => Verdict::Leave,
+        let starved = self.starved.exceeds_limit(!received && now.has_room && now.ready > 0);
+        // With nothing in progress, a new connection costs nothing. It recovers messages that the broker considers delivered but
+        // that never arrived.
+        let stalled = self.stalled.exceeds_limit(!received && !in_hand && now.run_stalled);
+        let stuck = self.stuck.exceeds_limit(!received && !finished && in_hand);
+        match (starved, stalled, stuck) {
+            (true, ..) => Action::Rebuild(STARVED),
+            (_, true, _) => Action::Rebuild(STALLED),
+            (.., true) => Action::Rebuild(STUCK),
+            _ => Action::Keep,
         }
     }
 }
 
-/// Asks whether a run that should be under way has not moved for so long. False: so it is not, or nobody knows.
+/// Returns true if a run that should be in progress has not moved for this long. False also if that can't be determined.
 pub type Standstill = Box<dyn Fn(Duration) -> Pin<Box<dyn Future<Output = bool> + Send>> + Send + Sync>;
 
 /// The watchdog of one process.
@@ -168,13 +168,13 @@ pub struct Watchdog {
     standstill: Standstill,
     idle_after: Duration,
     stuck_after: Duration,
-    /// Where the queues are looked at: not over a connection that is itself in doubt.
+    /// Queries the queues, over a connection other than those that are being checked.
     outlook: Mutex<Outlook>,
 }
 
 impl Watchdog {
-    /// The watchdog of this process. A consumer that has got nothing for `idle_after`, although there is something for it, gets a
-    /// new connection; so does one that has messages in hand and has finished none for `stuck_after`.
+    /// A consumer that receives nothing for `idle_after`, although messages or a stalled run are waiting for it, gets a new
+    /// connection. So does one that has messages in progress and finishes none for `stuck_after`.
     #[must_use]
     pub fn new(broker: Arc<Broker>, idle_after: Duration, stuck_after: Duration, standstill: Standstill) -> Arc<Self> {
         Arc::new(Self {
@@ -187,17 +187,17 @@ impl Watchdog {
     }
 
     fn interval(&self) -> Duration {
-        self.idle_after / LOOKS
+        self.idle_after / CHECKS
     }
 
-    /// The judgement over a consumer that has no connection yet.
+    /// The state for a consumer that is not connected yet.
     pub fn begin(&self) -> Watch {
-        let looks = self.stuck_after.as_millis() / self.interval().as_millis().max(1);
-        Watch::new(u32::try_from(looks).unwrap_or(u32::MAX))
+        let checks = self.stuck_after.as_millis() / self.interval().as_millis().max(1);
+        Watch::new(u32::try_from(checks).unwrap_or(u32::MAX))
     }
 
-    /// Watches over a connection, and returns when it is to be given up, and why. `places` is how many deliveries the consumer has
-    /// place for at present.
+    /// Watches a connection until it has to be replaced, and returns the reason. `places` returns the free space in the consumer's
+    /// buffer.
     pub async fn watch(
         &self,
         watch: &mut Watch,
@@ -209,20 +209,20 @@ impl Watchdog {
         watch.reconnected();
         loop {
             sleep(self.interval()).await;
-            // Whoever gets something, or wants nothing, is not asked about.
+            // Query the broker only for a consumer that received nothing and has capacity.
             let mut ready = 0;
-            let before = Look::of(tally, prefetch, places());
+            let before = Snapshot::of(tally, prefetch, places());
             let idle = before.delivered == watch.last.delivered;
             if idle && before.has_room {
                 match self.ready(queue).await {
                     Some(now) => ready = now,
-                    // Nobody knows anything without the broker.
+                    // Without an answer from the broker, nothing can be decided.
                     None => continue,
                 }
             }
-            let standstill = idle && before.in_hand() == 0 && (self.standstill)(self.interval()).await;
-            let look = Look { ready, standstill, ..Look::of(tally, prefetch, places()) };
-            if let Verdict::Rebuild(why) = watch.judge(look) {
+            let run_stalled = idle && before.in_hand() == 0 && (self.standstill)(self.interval()).await;
+            let now = Snapshot { ready, run_stalled, ..Snapshot::of(tally, prefetch, places()) };
+            if let Action::Rebuild(why) = watch.check(now) {
                 self.broker.add_rebuild();
                 counter!(metric::REBUILDS, "queue" => queue.to_owned()).increment(1);
                 return why;
@@ -230,13 +230,13 @@ impl Watchdog {
         }
     }
 
-    /// How many messages wait on a queue. None: the broker does not say.
+    /// The number of ready messages on a queue. None: the query failed or the queue does not exist.
     async fn ready(&self, queue: &str) -> Option<u32> {
         let looked = self.outlook.lock().await.depth(queue).await;
-        looked.inspect_err(|error| debug!(queue, %error, "the queue can't be looked at")).ok().flatten()
+        looked.inspect_err(|error| debug!(queue, %error, "can't query the queue")).ok().flatten()
     }
 
-    /// Closes what it has opened.
+    /// Closes the connection that it opened for queries.
     pub async fn close(&self) {
         self.outlook.lock().await.close().await;
     }
@@ -248,11 +248,11 @@ mod tests {
 
     const STUCK_FOR: u32 = 40;
 
-    /// Looks that follow each other, and after how many of them the connection is given up.
-    fn given_up(watch: &mut Watch, look: impl Fn(u64) -> Look) -> Option<(u64, &'static str)> {
-        (1..=1_000).find_map(|number| match watch.judge(look(number)) {
-            Verdict::Leave => None,
-            Verdict::Rebuild(why) => Some((number, why)),
+    /// Feeds snapshots until the connection is given up. Returns the number of checks and the reason.
+    fn given_up(watch: &mut Watch, snapshot: impl Fn(u64) -> Snapshot) -> Option<(u64, &'static str)> {
+        (1..=1_000).find_map(|number| match watch.check(snapshot(number)) {
+            Action::Keep => None,
+            Action::Rebuild(why) => Some((number, why)),
         })
     }
 
@@ -261,47 +261,49 @@ mod tests {
     }
 
     #[test]
-    fn whoever_is_owed_messages_and_gets_none_is_given_up_soon() {
-        let owed = Look { has_room: true, ready: 7, ..Look::default() };
-        assert_eq!(given_up(&mut fresh(), |_| owed), Some((5, OWED)));
-        // Whatever it still has in hand, and finishes meanwhile.
-        assert_eq!(given_up(&mut fresh(), |number| Look { delivered: 900, finished: number, ..owed }), Some((6, OWED)));
+    fn rebuilds_a_starved_consumer() {
+        let starved = Snapshot { has_room: true, ready: 7, ..Snapshot::default() };
+        assert_eq!(given_up(&mut fresh(), |_| starved), Some((5, STARVED)));
+        // Even if it still finishes earlier deliveries.
+        let finishing = |number| Snapshot { delivered: 900, finished: number, ..starved };
+        assert_eq!(given_up(&mut fresh(), finishing), Some((6, STARVED)));
     }
 
     #[test]
-    fn whoever_gets_something_now_and_then_is_left_alone() {
-        let looks =
-            |number| Look { delivered: number / 4, has_room: true, ready: 7, standstill: true, ..Look::default() };
-        assert_eq!(given_up(&mut fresh(), looks), None);
+    fn keeps_a_consumer_that_receives_something_now_and_then() {
+        let snapshots = |number| Snapshot {
+            delivered: number / 4,
+            has_room: true,
+            ready: 7,
+            run_stalled: true,
+            ..Snapshot::default()
+        };
+        assert_eq!(given_up(&mut fresh(), snapshots), None);
     }
 
     #[test]
-    fn whoever_has_no_room_is_owed_nothing_until_it_is_stuck() {
-        let full = Look { delivered: 400, ready: 9_000, standstill: true, ..Look::default() };
-        assert_eq!(given_up(&mut fresh(), |number| Look { finished: number / 30, ..full }), None);
+    fn a_full_consumer_is_rebuilt_only_when_it_is_stuck() {
+        let full = Snapshot { delivered: 400, ready: 9_000, run_stalled: true, ..Snapshot::default() };
+        assert_eq!(given_up(&mut fresh(), |number| Snapshot { finished: number / 30, ..full }), None);
         let mut watch = fresh();
-        for looks in [u64::from(STUCK_FOR) + 2, 2 * u64::from(STUCK_FOR) + 2] {
-            assert_eq!(given_up(&mut watch, |_| full), Some((looks, STUCK)), "each time after twice as long");
+        for checks in [u64::from(STUCK_FOR) + 2, 2 * u64::from(STUCK_FOR) + 2] {
+            assert_eq!(given_up(&mut watch, |_| full), Some((checks, STUCK)), "the limit doubles each time");
             watch.reconnected();
         }
     }
 
     #[test]
-    fn an_empty_queue_is_no_trouble_unless_a_run_stands_still() {
-        let quiet = Look { has_room: true, ..Look::default() };
+    fn an_empty_queue_is_normal_unless_a_run_is_stalled() {
+        let quiet = Snapshot { has_room: true, ..Snapshot::default() };
         assert_eq!(given_up(&mut fresh(), |_| quiet), None);
         let mut watch = fresh();
-        let standstill = Look { standstill: true, ..quiet };
-        for looks in [5, 9, 17] {
-            assert_eq!(given_up(&mut watch, |_| standstill), Some((looks, SILENT)), "each time after twice as long");
+        let stalled = Snapshot { run_stalled: true, ..quiet };
+        for checks in [5, 9, 17] {
+            assert_eq!(given_up(&mut watch, |_| stalled), Some((checks, STALLED)), "the limit doubles each time");
             watch.reconnected();
         }
-        watch.judge(Look { delivered: 1, finished: 1, ..quiet });
-        let served = Look { delivered: 1, finished: 1, ..standstill };
-        assert_eq!(
-            given_up(&mut watch, |_| served),
-            Some((5, SILENT)),
-            "what has been of use is given up as soon as at first"
-        );
+        watch.check(Snapshot { delivered: 1, finished: 1, ..quiet });
+        let served = Snapshot { delivered: 1, finished: 1, ..stalled };
+        assert_eq!(given_up(&mut watch, |_| served), Some((5, STALLED)), "a delivery resets the limit");
     }
 }

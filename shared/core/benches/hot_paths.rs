@@ -1,6 +1,6 @@
-//! The pure code that runs once for each address or item: how long it takes, without any server.
+//! Benchmarks of the pure code that runs for each address or item, without any server.
 //!
-//! `cargo bench -p mailrun-shared` measures; `cargo test --benches` runs each once.
+//! `cargo bench -p mailrun-core` measures; `cargo test --benches` runs each once.
 #![allow(missing_docs, reason = "the macros of criterion make undocumented functions")]
 
 use std::hint::black_box;
@@ -14,16 +14,16 @@ use mailrun_core::{
 };
 use uuid::Uuid;
 
-/// Addresses in a list, and results in a merge.
+/// The number of addresses in a list, and of results in a merge.
 const MANY: u32 = 1_000;
-/// Results in a message, as many as a sender puts into one.
+/// The number of results in a message, the same as the default of a sender.
 const BATCH: i64 = 200;
 
 fn item(item_id: i64) -> ItemMessage {
     ItemMessage { run_id: Uuid::from_u128(7), item_id, attempt: 1, tries: 1, replays: 0 }
 }
 
-/// What the form does with each address.
+/// What the form does for each address.
 fn addresses(criterion: &mut Criterion) {
     let plain: String = (1..=MANY).map(|number| format!("guest-{number:06}@example.org\n")).collect();
     let named: String =
@@ -38,7 +38,7 @@ fn addresses(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// What the progress worker does with each result.
+/// What a progress worker does for each result.
 fn merging(criterion: &mut Criterion) {
     let sent = Standing { attempt: 1, state: ItemState::Sent };
     let mut group = criterion.benchmark_group("item::merge");
@@ -58,7 +58,7 @@ fn merging(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// What a message costs on either end.
+/// Encoding and decoding messages.
 fn messages(criterion: &mut Criterion) {
     let one = item(1_234_567);
     let results = ResultsMessage {
@@ -78,7 +78,7 @@ fn messages(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// What a sender does with each mail.
+/// What a sender does for each mail.
 fn rendering(criterion: &mut Criterion) {
     let ann =
         Recipient { email: "ann@example.org", name: Some("Ann"), unsubscribe_url: Some("https://example.org/u/a_b") };

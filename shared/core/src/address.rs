@@ -1,6 +1,7 @@
-//! Reads what people paste: addresses one to a line, or between commas and semicolons, with or without names. Pure and lazy: a million addresses are never held at once.
+//! Parses pasted addresses: one per line, or separated by commas and semicolons, with or without names. Pure and lazy, so a
+//! million addresses are never held at once.
 //!
-//! What could be read in two ways is never read as an invitation: it is an invalid entry, which the page shows.
+//! Anything ambiguous becomes an invalid entry, which the page shows, and never an invitation.
 
 mod entry;
 mod lines;
@@ -14,36 +15,35 @@ use std::{borrow::Cow, str::FromStr};
 /// One entry of the pasted text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The line it stands on, from 1.
+    /// Its line number, from 1.
     pub line: u32,
-    /// What it says.
+    /// The address, or why it is invalid.
     pub parsed: Result<Address, Invalid>,
 }
 
 /// A person to invite.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address {
-    /// The mailbox: two spellings are one person. See [`mailbox()`].
+    /// The mailbox, which identifies the person whatever the spelling. See [`mailbox()`].
     pub email: String,
-    /// How it was typed, if that is not the mailbox itself: in NFC and without invisible characters.
+    /// How it was typed, if different from the mailbox: in NFC and without invisible characters.
     pub typed: Option<String>,
     /// The display name, if one was given.
     pub name: Option<String>,
 }
 
-/// An entry that is no address.
+/// An entry that is not an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invalid {
-    /// The entry, cut to a length that can be shown.
+    /// The entry, shortened for display.
     pub text: String,
-    /// What is wrong with it, in plain words.
+    /// What is wrong with it, as the end of a sentence about it.
     pub reason: &'static str,
 }
 
-/// The mailbox of an address without a name: what people, suppressions, unsubscribe links and bounces are compared by.
+/// The mailbox of an address without a name. People, suppressions, unsubscribe links and bounces are matched by it.
 ///
-/// It is in NFC and lower case, with the domain in ASCII form and without invisible characters. The mailbox of a mailbox is
-/// itself.
+/// It is in NFC and lower case, with the domain in ASCII form and without invisible characters. The function is idempotent.
 ///
 /// # Errors
 /// What is wrong with the address.
@@ -52,18 +52,18 @@ pub fn mailbox(address: &str) -> Result<String, &'static str> {
     mailbox::read(&address).map(|spelling| spelling.mailbox.into_owned())
 }
 
-/// A mailbox as people read it: with its domain in the domain's own script. Nobody can read a tombstone.
+/// A mailbox for display: the domain in Unicode, and a text in place of a tombstone.
 #[must_use]
 pub fn shown(mailbox: &str) -> Cow<'_, str> {
     if is_tombstone(mailbox) { "erased person".into() } else { mailbox::shown(mailbox) }
 }
 
-/// Reads all entries of `text`, in their order. Blank lines, empty entries and what is invisible around them are nothing.
+/// Parses all entries of `text`, in their order. Blank lines, empty entries and invisible characters around entries are skipped.
 pub fn parse(text: &str) -> impl Iterator<Item = Entry> + '_ {
     lines::lines(text).flat_map(|(first, line)| {
         split::entries(line).map(move |split| {
             let text = split.unwrap_or_else(|(text, _)| text);
-            // Both are parts of the same text.
+            // Both are slices of the same text.
             let before = text.as_ptr().addr().saturating_sub(line.as_ptr().addr()).min(line.len());
             let parsed = split.map_err(|(text, reason)| entry::invalid(text, reason)).and_then(entry::parse);
             Entry { line: first + lines::breaks(&line[..before]), parsed }
@@ -74,16 +74,16 @@ pub fn parse(text: &str) -> impl Iterator<Item = Entry> + '_ {
 impl FromStr for Address {
     type Err = Invalid;
 
-    /// Reads a single entry, `ann@example.org` or `Ann <ann@example.org>`.
+    /// Parses a single entry, `ann@example.org` or `Ann <ann@example.org>`.
     fn from_str(text: &str) -> Result<Self, Invalid> {
         entry::parse(wrapping::trim(text))
     }
 }
 
-/// What the tombstones of erased people begin with. No address does: it holds no @.
+/// The prefix of the tombstones of erased people. No address starts with it, since a tombstone contains no @.
 pub const ERASED: &str = "erased:";
 
-/// Whether this is a tombstone, and no address.
+/// Whether this is a tombstone instead of an address.
 #[must_use]
 pub fn is_tombstone(email: &str) -> bool {
     email.starts_with(ERASED)
@@ -108,13 +108,13 @@ mod tests {
     }
 
     #[test]
-    fn every_way_of_separating_addresses_is_read() {
+    fn all_separators_are_recognised() {
         let text = "\u{feff}a@x.org\r\nB@X.org, c@x.org;d@x.org\n\n  \n,;\ne@x.org f@x.org\rg@x.org";
         assert_eq!(emails(text), ["a@x.org", "b@x.org", "c@x.org", "d@x.org", "e@x.org", "f@x.org", "g@x.org"]);
     }
 
     #[test]
-    fn names_are_kept_and_may_hold_separators() {
+    fn names_are_kept_and_may_contain_separators() {
         let text = r#"Ann Lee <Ann@x.org>; "Lee, Bob \"B\"" <bob@x.org>, <c@x.org>"#;
         let people: Vec<_> = parse(text).map(|entry| entry.parsed.unwrap()).collect();
         let names: Vec<_> = people.iter().map(|person| person.name.as_deref()).collect();
@@ -143,22 +143,22 @@ mod tests {
     }
 
     #[test]
-    fn an_unclosed_quote_spoils_one_entry_only() {
+    fn an_unclosed_quote_affects_only_one_entry() {
         let entries: Vec<_> = parse("\"oops <a@x.org, b@x.org").collect();
         assert_eq!(entries.len(), 2);
         assert_eq!(entries[1].parsed.as_ref().unwrap().email, "b@x.org");
     }
 
     #[test]
-    fn invisible_characters_make_no_other_person() {
+    fn invisible_characters_do_not_make_another_person() {
         let text = "\u{feff}a@x.org\n\u{feff}b@x.org\u{200b}, \u{200e}<\u{200b}c@x.org\u{ad}>\n\u{feff}\n";
         assert_eq!(emails(text), ["a@x.org", "b@x.org", "c@x.org"]);
         assert_eq!(emails("a\u{200b}b@x.org"), ["ab@x.org"]);
-        // In lower case this is an i with a second dot, which is no letter of an address.
+        // In lower case this is an i with a second dot, which is not allowed in an address.
         assert_eq!(reason("İ@x.org"), "is not an email address");
     }
 
-    /// What each entry says: the address as typed with its name, or a question mark for what is invalid.
+    /// One text per entry: the address as typed with its name, or a question mark if it is invalid.
     fn read(text: &str) -> Vec<String> {
         let say = |entry: Entry| match entry.parsed {
             Ok(Address { email, typed, name: Some(name) }) => format!("{name} = {}", typed.unwrap_or(email)),
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn people_beside_each_other_are_several_people() {
+    fn adjacent_people_are_separate_entries() {
         for (text, people) in [
             ("Ann Lee <ann@x.org> Bob Ray <bob@y.org>", &["Ann Lee = ann@x.org", "Bob Ray = bob@y.org"][..]),
             ("<ann@x.org> <bob@y.org>", &["ann@x.org", "bob@y.org"]),
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_never_holds_another_address() {
+    fn a_name_never_contains_another_address() {
         for text in [
             "bob@y.org Ann <ann@x.org>",
             "\"bob@y.org\" <ann@x.org>",
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_in_a_note_is_no_invitation() {
+    fn an_address_in_a_note_is_not_invited() {
         for (text, people) in [
             ("Zoe <zoe@x.org> (ask bob@y.org, kim@y.org)", &["Zoe = zoe@x.org"][..]),
             ("zoe@x.org (boss@y.org)", &["zoe@x.org"]),
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_read_in_every_wrapping() {
+    fn any_wrapping_is_removed() {
         for (text, person) in [
             ("mailto:ann@x.org", "ann@x.org"),
             ("Ann <mailto:ann@x.org>", "Ann = ann@x.org"),
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn spellings_of_a_mailbox_are_one_person_and_shown_as_typed() {
+    fn spellings_of_a_mailbox_are_one_person_shown_as_typed() {
         let text = "ann@bücher.example\nann@xn--bcher-kva.example\nANN@BÜCHER.EXAMPLE\nann@bu\u{308}cher.example\na\u{ad}nn@bücher.example";
         assert_eq!(emails(text), ["ann@xn--bcher-kva.example"; 5]);
         assert_eq!(read(text)[..3], ["ann@bücher.example", "ann@xn--bcher-kva.example", "ANN@BÜCHER.EXAMPLE"]);
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_names_the_line_that_it_stands_on() {
+    fn an_entry_has_its_line_number() {
         let lines = |text| parse(text).map(|entry| entry.line).collect::<Vec<_>>();
         assert_eq!(lines("a@x.org, b@x.org\r\n\n\"c,\nd\";e@x.org\nf@x.org"), [1, 1, 3, 4, 5]);
     }
@@ -284,7 +284,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_pasted_nothing_panics_and_lines_are_in_order(text in "\\PC*|[\\s\\S]{0,200}") {
+        fn any_text_is_parsed_without_a_panic_and_lines_are_in_order(text in "\\PC*|[\\s\\S]{0,200}") {
             let mut last = 1;
             for entry in parse(&text) {
                 prop_assert!(entry.line >= last);
@@ -297,7 +297,7 @@ mod tests {
         }
 
         #[test]
-        fn an_accepted_address_is_one_wherever_it_is_read_again(
+        fn an_accepted_address_is_valid_everywhere_else(
             text in "([a-cA-C@.,;<>\"\\\\ \t\r\n\u{feff}\u{200b}\u{85}éİß()\\[\\]:\\-]|@x\\.org|\"a b\"){0,24}"
         ) {
             for Address { email, name, typed } in parse(&text).filter_map(|entry| entry.parsed.ok()) {
@@ -315,7 +315,7 @@ mod tests {
         }
 
         #[test]
-        fn a_list_is_the_same_however_a_file_is_written(
+        fn line_endings_and_a_byte_order_mark_do_not_change_a_list(
             list in prop::collection::vec((valid(), prop::option::of("[A-Z][a-z]{0,8}( [A-Z][a-z;,]{0,8})?"), 0usize..3), 0..20),
             bom: bool, quoted: bool, end in prop::sample::select(&["\n", "\r\n", "\r"][..]), last: bool,
         ) {
@@ -339,7 +339,7 @@ mod tests {
         }
 
         #[test]
-        fn every_valid_address_is_found_whatever_separates_them(
+        fn every_valid_address_is_found_with_any_separator(
             list in prop::collection::vec((valid(), prop::sample::select(&["\n", ", ", ";", "\r\n", "\n\n", " ; "][..])), 0..20)
         ) {
             let text: String = list.iter().flat_map(|(email, separator)| [email.as_str(), separator]).collect();
@@ -348,7 +348,7 @@ mod tests {
         }
 
         #[test]
-        fn case_and_name_make_no_other_person(email in valid(), name in "[A-Za-z ]{0,20}") {
+        fn case_and_name_do_not_make_another_person(email in valid(), name in "[A-Za-z ]{0,20}") {
             let spelled: Address = format!("{name} <{}>", email.to_uppercase()).parse().unwrap();
             prop_assert_eq!(spelled.email, email);
         }

@@ -1,19 +1,19 @@
-//! The settings that have to be the same in every worker, and where two workers differ.
+//! The settings that must be the same in every worker, and how to find where two workers differ.
 
 use serde::{Deserialize, Serialize};
 
-/// The settings that have to agree. An unknown field, of a later version, is not compared.
+/// The settings that must be the same. Unknown fields, from a later version, are not compared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Agreement {
-    /// `retry.rungs_ms`, or what suits the mailer: each delay is a queue.
+    /// `retry.rungs_ms`, or the mailer's default: each delay has a queue.
     pub retry_delays_ms: Vec<u64>,
     /// `heartbeat.interval_ms`.
     pub heartbeat_interval_ms: u64,
-    /// `heartbeat.dead_after_ms`: a worker that waits longer than the others sends although they have settled its claims.
+    /// `heartbeat.dead_after_ms`: a worker with a longer timeout than the others still sends after they have settled its claims.
     pub dead_after_ms: u64,
     /// `fan_out.sends_per_second`.
     pub sends_per_second: Option<i32>,
-    /// `amqp.item_queues`: a queue that no sender reads is never emptied.
+    /// `amqp.item_queues`: a queue that no sender consumes is never emptied.
     pub item_queues: u16,
     /// The kinds of runs that the worker has a job for, which follow from its program: any worker may be handed any item. None:
     /// recorded by an earlier version.
@@ -21,7 +21,7 @@ pub struct Agreement {
     pub jobs: Option<Vec<String>>,
 }
 
-/// A setting that two workers have different values of.
+/// A setting with different values in two workers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
     /// The key.
@@ -33,7 +33,7 @@ pub struct Difference {
 }
 
 impl Agreement {
-    /// Where `theirs` differs.
+    /// The settings whose values differ.
     #[must_use]
     pub fn differences(&self, theirs: &Self) -> Vec<Difference> {
         let list = |delays: &[u64]| delays.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_difference_is_named_with_both_values() {
+    fn each_difference_names_both_values() {
         let ours = Agreement {
             retry_delays_ms: vec![100, 200],
             heartbeat_interval_ms: 1_000,

@@ -1,6 +1,6 @@
-//! What keeps a process from doing its work at present, in words: for `/livez` and `/readyz`.
+//! What currently keeps a process from working, as text for `/livez` and `/readyz`.
 //!
-//! The words are for everybody who may ask, so they name no host, user or error of a server: the log has those.
+//! Anyone who reaches the endpoints can read these texts, so they name no host, user or server error. The log has those.
 
 use std::{
     borrow::Cow,
@@ -9,22 +9,22 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// What is wrong with none of the servers.
+/// The key for problems of the process itself.
 const PROCESS: &str = "this process";
 
-/// Asked whenever somebody wants to know; none: nothing is wrong.
+/// Evaluated for each report. None: no problem.
 type Question = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
-/// The health of a process. Clones share it: each part reports what it meets, and takes it back when it has passed.
+/// The health of a process. Clones share it: each part reports its problems, and clears them when they are over.
 #[derive(Clone, Default)]
 pub struct Health(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
-    /// What is wrong, by what it is wrong with.
+    /// Problems by their subject.
     troubles: BTreeMap<Cow<'static, str>, String>,
     questions: Vec<Question>,
-    /// Why only a new start helps.
+    /// Why the process must be restarted.
     failure: Option<String>,
 }
 
@@ -39,19 +39,19 @@ impl Health {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something is wrong with `what`. It stays so until [`Self::fine`]; a newer reason takes the place of an older one.
+    /// Reports a problem with `what`. It lasts until [`Self::fine`]; a newer reason replaces an older one.
     pub fn trouble(&self, what: impl Into<Cow<'static, str>>, why: impl Into<String>) {
         self.state().troubles.insert(what.into(), why.into());
     }
 
-    /// Nothing is wrong with `what` any more.
+    /// Clears the problem with `what`.
     pub fn fine(&self, what: &str) {
         self.state().troubles.remove(what);
     }
 
     /// The process can't work yet.
     pub fn starting(&self, waits_for: &str) {
-        self.trouble(PROCESS, format!("is starting, and waits for {waits_for}"));
+        self.trouble(PROCESS, format!("is starting, waiting for {waits_for}"));
     }
 
     /// The process has started.
@@ -59,28 +59,28 @@ impl Health {
         self.fine(PROCESS);
     }
 
-    /// The process finishes what it has in hand, and ends.
+    /// The process finishes its work in progress and ends.
     pub fn stopping(&self) {
         self.trouble(PROCESS, "is stopping");
     }
 
-    /// Whether PostgreSQL has answered just now.
+    /// Records whether PostgreSQL answered the last request.
     pub fn database_answers(&self, answers: bool) {
         const POSTGRESQL: &str = "PostgreSQL";
         if answers { self.fine(POSTGRESQL) } else { self.trouble(POSTGRESQL, "does not answer") }
     }
 
-    /// Asks this as well, each time that somebody wants to know.
+    /// Adds a check that is evaluated for each report.
     pub fn ask(&self, question: impl Fn() -> Option<String> + Send + Sync + 'static) {
         self.state().questions.push(Box::new(question));
     }
 
-    /// The process is of no use any more, and has to be started again.
+    /// The process can't work any more and must be restarted.
     pub fn fail(&self, why: impl Into<String>) {
         self.state().failure = Some(why.into());
     }
 
-    /// Everything that is wrong; nothing: the process is ready.
+    /// All problems. None: the process is ready.
     #[must_use]
     pub fn troubles(&self) -> Vec<String> {
         let state = self.state();
@@ -88,7 +88,7 @@ impl Health {
         state.failure.iter().cloned().chain(troubles).chain(state.questions.iter().filter_map(|ask| ask())).collect()
     }
 
-    /// Why only a new start helps; none: it would not.
+    /// Why the process must be restarted, if it must.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
         self.state().failure.clone()
@@ -100,20 +100,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn trouble_is_told_until_it_has_passed() {
+    fn a_problem_is_reported_until_it_is_cleared() {
         let health = Health::default();
         health.database_answers(false);
-        health.trouble("mailrun.items", "not read yet");
-        health.trouble("mailrun.items", "reading it is interrupted");
+        health.trouble("mailrun.items", "not consumed yet");
+        health.trouble("mailrun.items", "its consumer is interrupted");
         let told = health.clone();
-        assert_eq!(told.troubles(), ["PostgreSQL: does not answer", "mailrun.items: reading it is interrupted"]);
+        assert_eq!(told.troubles(), ["PostgreSQL: does not answer", "mailrun.items: its consumer is interrupted"]);
         health.database_answers(true);
         health.fine("mailrun.items");
         assert!(told.troubles().is_empty() && told.failure().is_none());
     }
 
     #[test]
-    fn a_failure_is_no_readiness_either_and_questions_are_asked_each_time() {
+    fn a_failure_makes_the_process_not_ready_and_checks_run_for_each_report() {
         let health = Health::default();
         let rejections = Arc::new(Mutex::new(Some("full".to_owned())));
         let asked = Arc::clone(&rejections);

@@ -1,29 +1,29 @@
-//! One invitation's state, and the join that makes counting safe: a pure function from what is known and what is reported to what is known next.
+//! An item's state, and the join that makes counting safe: a pure function that merges a reported state into the known one.
 
 use std::hash::{Hash, Hasher};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// Where an invitation stands, in order of rank.
+/// The state of an item, in order of rank.
 ///
-/// The order is the protocol: between two reports of the same attempt, the greater one wins.
+/// The order is part of the protocol: of two reports about the same attempt, the greater one wins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ItemState {
     /// To be sent.
     Pending,
-    /// An attempt failed for a reason that may pass; the next one is due.
+    /// An attempt failed for a reason that may pass; another one follows.
     Retrying,
     /// Will not be sent.
     Cancelled,
-    /// Will not be sent: the address was suppressed by then.
+    /// Will not be sent: the address was suppressed.
     Skipped,
-    /// Perhaps sent: the answer of the mail server was lost, or the worker that waited for it.
+    /// Possibly sent: the relay's reply was lost, or the worker died while it waited for the reply.
     Unknown,
-    /// Out of tries, or refused for good.
+    /// Out of tries, or refused permanently.
     Failed,
-    /// Accepted by the mail server. Final.
+    /// Accepted by the relay. Final.
     Sent,
 }
 
@@ -32,7 +32,7 @@ impl ItemState {
     pub const ALL: [Self; 7] =
         [Self::Pending, Self::Retrying, Self::Cancelled, Self::Skipped, Self::Unknown, Self::Failed, Self::Sent];
 
-    /// Its name, as in the ledger and in messages.
+    /// Its name in the ledger and in messages.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -46,17 +46,17 @@ impl ItemState {
         }
     }
 
-    /// Whether the item still has to be sent in the present pass.
+    /// Whether the item still has to be sent in the current pass.
     #[must_use]
     pub fn is_open(self) -> bool {
         matches!(self, Self::Pending | Self::Retrying)
     }
 }
 
-/// An attempt at an item: what a claim is for.
+/// Identifies an attempt, and so a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
-    /// The run. An item of another run under the same number belongs to another ledger.
+    /// The run. An item with the same number in another run belongs to another ledger.
     pub run_id: Uuid,
     /// The item.
     pub item_id: i64,
@@ -64,7 +64,7 @@ pub struct Key {
     pub attempt: i32,
 }
 
-/// Senders look attempts up many times for each send. The item alone tells them apart, but for another ledger's.
+/// Hashes without the run, since senders look attempts up many times for each send. Items of one ledger differ in their number.
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_i64(self.item_id);
@@ -72,32 +72,32 @@ impl Hash for Key {
     }
 }
 
-/// An item's state together with the attempt it speaks of.
+/// An item's state together with the attempt that it is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Standing {
     /// The attempt, from 1.
     pub attempt: i32,
-    /// What is known of it.
+    /// The state after it.
     pub state: ItemState,
 }
 
 impl Standing {
-    /// Every item begins here.
+    /// The standing of a new item.
     pub const NEW: Self = Self { attempt: 1, state: ItemState::Pending };
 
-    /// The order of the join: `sent` is above everything, then the newer attempt, then the higher rank.
+    /// The order of the join: `sent` wins, then the later attempt, then the higher rank.
     fn rank(self) -> (bool, i32, ItemState) {
         if self.state == ItemState::Sent {
-            // All reports of `sent` are equal, whichever attempt they name: the first one stays.
+            // All reports of `sent` are equal, whichever attempt they name, so the first one stays.
             (true, 0, self.state)
         } else {
             (false, self.attempt, self.state)
         }
     }
 
-    /// Whether a message asking for `attempt` may still be carried out.
+    /// Whether a message that asks for `attempt` may still be carried out.
     ///
-    /// The claim's `WHERE` clause in `attempts` in the crate `mailrun-ledger` says the same in SQL.
+    /// The `WHERE` clause of the claim in `attempts` in the crate `mailrun-ledger` is the same condition in SQL.
     #[must_use]
     pub fn allows(self, attempt: i32) -> bool {
         match self.state {
@@ -107,14 +107,14 @@ impl Standing {
         }
     }
 
-    /// Whether everything a report of `other` says is already known.
+    /// Whether a report of `other` adds nothing new.
     #[must_use]
     pub fn covers(self, other: Self) -> bool {
         self.rank() >= other.rank()
     }
 }
 
-/// How one applied result changes a run's counters.
+/// How applied results change a run's counters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CounterDelta([i32; ItemState::ALL.len()]);
 
@@ -125,7 +125,7 @@ impl CounterDelta {
         self.0[state as usize]
     }
 
-    /// The change from one count of each state to another.
+    /// The difference between two sets of counts.
     pub(crate) fn between(from: [i32; ItemState::ALL.len()], to: [i32; ItemState::ALL.len()]) -> Self {
         let mut delta = Self(to);
         for (change, from) in delta.0.iter_mut().zip(from) {
@@ -151,9 +151,9 @@ impl CounterDelta {
 
 /// Joins a reported standing into the known one.
 ///
-/// Commutative, associative and idempotent, so that reports may come late, twice, or in any order, through any number
-/// of progress consumers: the outcome is the same. The delta keeps the counters equal to a count of the items, if both
-/// are written in one transaction.
+/// Commutative, associative and idempotent: reports may come late, twice or in any order, through any number of progress workers,
+/// and the result is the same. The delta keeps the counters equal to a count of the items if both are written in one
+/// transaction.
 #[must_use]
 pub fn merge(current: Standing, incoming: Standing) -> (Standing, CounterDelta) {
     if current.covers(incoming) {
@@ -178,7 +178,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_order_and_any_duplicates_give_the_same_state(
+        fn order_and_duplicates_do_not_matter(
             (reports, shuffled) in prop::collection::vec(standing(), 0..12).prop_flat_map(|reports| {
                 let doubled: Vec<_> = reports.iter().chain(&reports).copied().collect();
                 (Just(reports), Just(doubled).prop_shuffle())
@@ -188,7 +188,7 @@ mod tests {
         }
 
         #[test]
-        fn counters_equal_counts_after_every_single_result(
+        fn counters_equal_counts_after_every_result(
             results in prop::collection::vec((0..5usize, standing()), 0..60)
         ) {
             let mut items = [Standing::NEW; 5];
@@ -212,14 +212,14 @@ mod tests {
         }
 
         #[test]
-        fn a_replay_reopens_what_is_settled_but_not_sent(known in standing()) {
+        fn a_replay_reopens_any_item_that_is_not_sent(known in standing()) {
             let replayed = Standing { attempt: known.attempt + 1, state: ItemState::Pending };
             let (next, _) = merge(known, replayed);
             prop_assert_eq!(next == replayed, known.state != ItemState::Sent);
         }
 
         #[test]
-        fn an_attempt_that_was_reported_is_not_allowed_again(known in standing(), report in standing()) {
+        fn a_reported_attempt_is_not_allowed_again(known in standing(), report in standing()) {
             let (next, _) = merge(known, report);
             if report.state != ItemState::Pending {
                 prop_assert!(!next.allows(report.attempt));

@@ -1,5 +1,5 @@
-//! The decisions, without any I/O: what a state becomes, what follows an outcome, when an item is sent, what a message says. The
-//! model checker runs over these very functions.
+//! Decisions without I/O: how a state changes, what follows an outcome, when an item is sent, what a message contains. The model
+//! checker runs these same functions.
 
 pub mod address;
 pub mod agreement;

@@ -1,49 +1,49 @@
-//! The `Message-ID`s of invitations: unguessable, and each names the run and the item that it belongs to. Pure.
+//! The `Message-ID`s of invitations: unguessable, and each identifies its run and item. Pure.
 
 use uuid::Uuid;
 
 use crate::signed_id::{Named, SignedIds, SigningKey};
 
-/// Separates these ids from others that are signed with the same key.
+/// Separates these ids from other ids signed with the same key.
 const PURPOSE: &[u8] = b"mailrun message id v1";
 
 /// Writes, reads and finds `Message-ID`s.
 ///
-/// An invitation has the same one on every attempt, so that a mail server or a reader can tell a repetition, and no other
-/// invitation has it.
+/// An invitation has the same one in every attempt, so that mail servers and readers can recognise a duplicate. No two invitations
+/// share one.
 #[derive(Clone, Debug)]
 pub struct MessageIds(SignedIds);
 
 impl MessageIds {
-    /// With the ledger's key.
+    /// Uses the ledger's key.
     #[must_use]
     pub fn new(key: &SigningKey) -> Self {
         Self(SignedIds::new(key, PURPOSE))
     }
 
-    /// The `Message-ID` of an invitation, without its angle brackets. `domain` stands behind the @.
+    /// The `Message-ID` of an invitation, without angle brackets. `domain` follows the @.
     #[must_use]
     pub fn write(&self, named: Named, domain: &str) -> String {
         format!("{}@{domain}", self.0.write(named))
     }
 
-    /// What a `Message-ID` names, with or without angle brackets; none: this ledger did not make it. The domain does not
-    /// matter: the setting may have changed since.
+    /// The item of a `Message-ID`, with or without angle brackets. None: this ledger did not create it. The domain is ignored,
+    /// since the setting may have changed.
     #[must_use]
     pub fn read(&self, message_id: &str) -> Option<Named> {
         let id = message_id.trim().trim_start_matches('<');
         self.0.read(id.split_once('@').map_or(id.trim_end_matches('>'), |(id, _)| id))
     }
 
-    /// What the `Message-ID`s of ours in a text name, each once: of a returned mail, a report, or a mail server's log.
+    /// The items of all our `Message-ID`s in a text such as a bounce, a report or a relay's log, each once.
     #[must_use]
     pub fn find(&self, text: &str) -> Vec<Named> {
         self.0.find(text)
     }
 }
 
-/// What the `Message-ID`s of earlier versions name that stand in a text: `<item>.<run>@<domain>`. Anybody can make one up, so
-/// they count only in a text that the operator trusts, such as the log of the relay.
+/// The items of all `Message-ID`s of earlier versions in a text: `<item>.<run>@<domain>`. They are not signed, so use this only
+/// for text that the operator trusts, such as the relay's log.
 pub fn find_unsigned(text: &str) -> impl Iterator<Item = Named> {
     let parts = text.split(|letter: char| !(letter.is_ascii_alphanumeric() || letter == '.' || letter == '@'));
     parts.filter_map(|part| {
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_of_earlier_versions_are_found_in_the_log_of_a_relay() {
+    fn ids_of_earlier_versions_are_found_in_a_relays_log() {
         let run_id = Uuid::from_u128(7);
         let log = format!(
             "Nov 29 04:12:00 mx postfix/cleanup[1]: 4F2: message-id=<12.{}@mail.example.org>\n => a@b.org id=13.{}@b.org S=9",
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_and_a_run_are_no_message_id() {
+    fn an_item_and_a_run_alone_are_not_a_message_id() {
         let ids = MessageIds::new(&SigningKey::new(b"key".to_vec(), Uuid::nil()));
         for text in ["<64001.12b06094beb35fa29ecb1750595e94db@millers.example>", "", "<>", "@"] {
             assert_eq!(ids.read(text), None, "{text}");

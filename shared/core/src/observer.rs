@@ -1,23 +1,23 @@
-//! Finds out which workers have died: those whose heartbeat does not change. A pure function of what was seen, and of time that this
-//! process has been awake to see it.
+//! Detects dead workers: those whose heartbeat does not change. A pure function of the observed heartbeats and of the time during
+//! which this process was running to observe them.
 
 use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 
-/// Time between two looks counts for at most so many intervals: while this process was stopped it saw nothing.
+/// The longest time, in intervals, that counts between two observations: a process that was suspended observed nothing.
 const LONGEST_GAP: u32 = 2;
 
-/// A worker's heartbeat, as its row shows it.
+/// A worker's heartbeat, as stored in its row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Beat {
     /// The worker.
     pub worker_id: i64,
-    /// Its newest heartbeat, by the database's clock. Only whether it changes says something.
+    /// The latest heartbeat by the database's clock. Only changes matter, not the value.
     pub at: DateTime<Utc>,
 }
 
-/// What is known of other workers' heartbeats.
+/// What is known about the heartbeats of other workers.
 #[derive(Debug)]
 pub struct Observer {
     interval: Duration,
@@ -32,14 +32,14 @@ struct Seen {
 }
 
 impl Observer {
-    /// Nothing was seen yet. Workers beat every `interval`, and one that has not for `dead_after` is dead.
+    /// Nothing is observed yet. Workers write a heartbeat every `interval`; one without for `dead_after` is dead.
     #[must_use]
     pub fn new(interval: Duration, dead_after: Duration) -> Self {
         Self { interval, dead_after, seen: HashMap::new() }
     }
 
-    /// Looks at the heartbeats of all workers that count as alive, `elapsed` after the last look. Returns those that have not
-    /// changed for too long.
+    /// Observes the heartbeats of all workers that count as alive, `elapsed` after the last observation. Returns those that have
+    /// not changed for too long.
     pub fn look(&mut self, beats: &[Beat], elapsed: Duration) -> Vec<Beat> {
         let elapsed = elapsed.min(self.interval * LONGEST_GAP);
         let mut seen = HashMap::with_capacity(beats.len());
@@ -76,7 +76,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn a_heartbeat_that_does_not_change_is_a_dead_workers() {
+    fn a_worker_whose_heartbeat_does_not_change_is_dead() {
         let mut observer = observer();
         for second in 0..8 {
             assert_eq!(observer.look(&[beat(1, second), beat(2, 0)], SECOND), []);
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_is_set_forward_or_back_kills_nobody_and_revives_nobody() {
+    fn setting_the_clock_neither_kills_nor_revives_a_worker() {
         let mut observer = observer();
         observer.look(&[beat(1, 0), beat(2, 0)], SECOND);
         for second in 0..7 {
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn an_observer_that_was_stopped_has_seen_nothing_meanwhile() {
+    fn an_observer_that_was_suspended_counts_only_observed_time() {
         let mut observer = observer();
         observer.look(&[beat(1, 0)], SECOND);
         assert_eq!(observer.look(&[beat(1, 0)], Duration::from_secs(3_600)), []);
@@ -104,7 +104,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_worker_that_beats_is_never_dead(looks in prop::collection::vec((0..3_000u64, -50_000..50_000i64), 1..60)) {
+        fn a_worker_with_a_heartbeat_is_never_dead(looks in prop::collection::vec((0..3_000u64, -50_000..50_000i64), 1..60)) {
             let mut observer = observer();
             let mut silent_ms = 0;
             let mut last = None;

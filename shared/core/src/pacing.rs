@@ -1,19 +1,19 @@
-//! The send times that rate limits allow: a meter for each limited run and one for the installation. Pure functions.
+//! The send times that rate limits allow: one meter for each limited run and one for the installation. Pure functions.
 //!
 //! A claim reserves a send time (a slot) for each attempt, in the meters of its run and of the installation, within its own
-//! transaction. So every attempt is paced, whichever way its message came: from fan-out, a retry queue or a dead letter.
+//! transaction. So every attempt is paced, whether its message comes from fan-out, a retry queue or a dead letter.
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-/// Time that passed unused is made up for if it is at most this long: a hiccup of the machine, a claim that ended without a
-/// send. A longer gap is a pause, an outage or a lack of work, and is not made up for.
+/// Unused time is made up for if it is at most this long: a hiccup of the machine, or a claim that ended without a send. A longer
+/// gap is a pause, an outage or a lack of work, and is not made up for.
 const MAKE_UP: TimeDelta = TimeDelta::seconds(5);
-/// While time is made up for, slots follow each other faster by this share: a tenth.
+/// While time is made up for, the interval between slots shrinks so that a tenth more of them fit.
 const FASTER_BY: i32 = 10;
-/// No meter is reserved further ahead than this. One that is has been written before the clock was set back.
+/// The furthest that a meter reserves ahead. If one is further ahead, it was written before the clock was set back.
 const FURTHEST_AHEAD: TimeDelta = TimeDelta::seconds(30);
 
-/// How many sends a second a limit allows; at least one.
+/// The sends per second that a limit allows; at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate(i32);
 
@@ -24,13 +24,13 @@ impl Rate {
         Self(per_second.max(1))
     }
 
-    /// How many sends it allows in `time`, rounded down.
+    /// The number of sends allowed in `time`, rounded down.
     #[must_use]
     pub fn within(self, time: std::time::Duration) -> i32 {
         (f64::from(self.0) * time.as_secs_f64()) as i32
     }
 
-    /// From one slot to the next.
+    /// The time between two slots.
     fn interval(self) -> TimeDelta {
         TimeDelta::nanoseconds(1_000_000_000 / i64::from(self.0))
     }
@@ -38,24 +38,24 @@ impl Rate {
 
 /// How far a rate limit is used up.
 ///
-/// Over any time, a meter grants at most the rate, and one slot more. Over a short time it may grant a tenth more than the
-/// rate, for as long as unused time of at most five seconds is being made up for.
+/// Over any time, a meter grants at most the rate plus one slot. For a short time it may grant a tenth more than the rate, while
+/// up to five seconds of unused time are made up for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Meter {
-    /// The next free slot. Earlier ones are taken, or gone unused.
+    /// The next free slot. Earlier ones are taken or have passed unused.
     pub next_at: DateTime<Utc>,
-    /// Unused time that is still to be made up for.
+    /// Unused time still to be made up for.
     pub owed: TimeDelta,
 }
 
 impl Meter {
-    /// A meter of which nothing is used yet.
+    /// An unused meter.
     #[must_use]
     pub fn new(now: DateTime<Utc>) -> Self {
         Self { next_at: now, owed: TimeDelta::zero() }
     }
 
-    /// The meter as it stands `now`: slots in the past can't be taken any more.
+    /// The meter at time `now`: slots in the past can't be taken any more.
     #[must_use]
     pub fn at(self, now: DateTime<Utc>) -> Self {
         let unused = now - self.next_at;
@@ -68,15 +68,15 @@ impl Meter {
         }
     }
 
-    /// The meter after the slot at `slot` is taken, which is [`Self::next_at`] or later.
+    /// The meter after taking the slot at `slot`, which is [`Self::next_at`] or later.
     fn take(self, slot: DateTime<Utc>, rate: Rate) -> Self {
         let interval = rate.interval();
         let saved = (interval / (FASTER_BY + 1)).min(self.owed);
         Self { next_at: slot + interval - saved, owed: self.owed - saved }
     }
 
-    /// The meter after attempts ended that had been granted `slots` and were never offered to the far side. Those slots are
-    /// gone, so they are not charged: their time is made up for.
+    /// The meter after attempts that had `slots` ended without being offered to the relay. Those slots are over, so their time is
+    /// made up for instead of charged.
     #[must_use]
     pub fn unused(self, slots: i32, rate: Rate) -> Self {
         self.give_back(rate.interval() * slots)
@@ -87,10 +87,10 @@ impl Meter {
     }
 }
 
-/// The meters that a run's attempts have to pass, with their rates.
+/// The meters that apply to a run's attempts, with their rates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Meters {
-    /// The run's own.
+    /// That of the run.
     pub run: Option<(Rate, Meter)>,
     /// That of the whole installation.
     pub installation: Option<(Rate, Meter)>,
@@ -101,13 +101,13 @@ impl Meters {
         self.run.iter_mut().chain(&mut self.installation)
     }
 
-    /// When the next attempt may be sent; none: nothing limits it.
+    /// When the next attempt may be sent. None: no limit applies.
     #[must_use]
     pub fn next_slot(&self) -> Option<DateTime<Utc>> {
         self.run.iter().chain(&self.installation).map(|(_, meter)| meter.next_at).max()
     }
 
-    /// Takes the next slot; none: nothing limits the attempt.
+    /// Takes the next slot. None: no limit applies.
     pub fn take(&mut self) -> Option<DateTime<Utc>> {
         let slot = self.next_slot()?;
         for (rate, meter) in self.each() {
@@ -129,7 +129,7 @@ mod tests {
         DateTime::from_timestamp(1_800_000_000, 0).unwrap()
     }
 
-    /// Takes every slot that is due within `ahead`, and at most `wanted`.
+    /// Takes up to `wanted` slots that are due within `ahead`.
     fn take_due(meters: &mut Meters, now: DateTime<Utc>, ahead: TimeDelta, wanted: usize) -> Vec<DateTime<Utc>> {
         let mut slots = Vec::new();
         while slots.len() < wanted && meters.next_slot().is_some_and(|slot| slot <= now + ahead) {
@@ -146,7 +146,7 @@ mod tests {
         Meters { run: Some((Rate::new(per_second), Meter::new(start()))), installation: None }
     }
 
-    /// The most slots in any window of this length.
+    /// The maximum number of slots in any window of this length.
     fn most_in(slots: &[DateTime<Utc>], window: TimeDelta) -> usize {
         slots
             .iter()
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hiccup_is_made_up_for_at_a_bounded_pace_and_an_outage_is_not() {
+    fn a_hiccup_is_made_up_for_at_a_bounded_rate_and_an_outage_is_not() {
         for (gap_ms, made_up) in [(3_000, 30), (60_000, 0)] {
             let mut meters = run_of(10);
             let after = start() + TimeDelta::milliseconds(gap_ms);
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn slots_of_attempts_that_were_never_offered_are_made_up_for() {
+    fn slots_of_attempts_that_were_not_offered_are_made_up_for() {
         let meter = Meter::new(start()).unused(5, Rate::new(10));
         assert_eq!(meter.owed, TimeDelta::milliseconds(500));
         assert_eq!(meter.unused(1_000, Rate::new(10)).owed, MAKE_UP);
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_was_set_back_stops_nothing() {
+    fn a_clock_that_is_set_back_stops_nothing() {
         let mut meters = run_of(10);
         take_due(&mut meters, start(), TimeDelta::seconds(1), 99);
         let earlier = start() - TimeDelta::hours(3);
@@ -217,14 +217,14 @@ mod tests {
         assert_eq!(Rate::new(150).within(Duration::from_millis(500)), 75);
     }
 
-    /// What may happen to a limited run.
+    /// What can happen to a limited run.
     #[derive(Clone, Copy, Debug)]
     enum Event {
-        /// Time passes, and work waits: a claim takes what is due.
+        /// Time passes, then a claim takes what is due.
         Claim { after_ms: i64, wanted: usize },
-        /// Time passes without a claim: a pause, an outage, a lack of work.
+        /// Time passes without claims: a pause, an outage, a lack of work.
         Idle { ms: i64 },
-        /// Attempts that were claimed end without having been offered.
+        /// Claimed attempts end without being offered.
         Unused { slots: i32 },
     }
 

@@ -1,12 +1,12 @@
-//! The address under which others reach the pages, as it stands in links: checked once, when the settings are read.
+//! The public address of the pages, as used in links. It is validated once, when the settings are read.
 
 use std::{fmt, net::IpAddr};
 
 use serde::Deserialize;
 use url::Url;
 
-/// An `http` or `https` origin, without a slash at its end: a path can be put behind it. It has no path of its own, since the
-/// pages link to each other from the root.
+/// An `http` or `https` origin without a trailing slash, so that a path can be appended. It has no path of its own, since the pages
+/// link to each other from the root.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct PublicUrl(String);
@@ -14,7 +14,8 @@ pub struct PublicUrl(String);
 /// Why an address can't be the public one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the public address is like https://invites.example.org: it begins with https:// (or http://), and has neither a login nor a path nor a query; give the pages a host name of their own"
+    "the public address must look like https://invites.example.org: https:// (or http://) and a host, without a login, path or \
+     query; give the pages a host name of their own"
 )]
 pub struct NotPublic;
 
@@ -35,26 +36,26 @@ impl TryFrom<String> for PublicUrl {
 }
 
 impl PublicUrl {
-    /// The address of a page; `path` begins with a slash.
+    /// The URL of a page; `path` starts with a slash.
     #[must_use]
     pub fn page(&self, path: &str) -> String {
         format!("{}{path}", self.0)
     }
 
-    /// Scheme, host and port as a browser's `Origin` has them: without the scheme's own port.
+    /// Scheme, host and port in the form of the `Origin` header: without the scheme's default port.
     #[must_use]
     pub fn origin(&self) -> &str {
         &self.0
     }
 
-    /// Whether it names this machine, so that others can't follow it.
+    /// Whether it names this machine, so that others can't follow its links.
     #[must_use]
     pub fn is_local(&self) -> bool {
         Url::parse(&self.0).is_ok_and(|url| is_this_machine(url.host_str().unwrap_or_default()))
     }
 }
 
-/// Whether a host's name or address, in brackets or not, is this machine's own.
+/// Whether a host name or address, with or without brackets, is this machine's own.
 #[must_use]
 pub fn is_this_machine(host: &str) -> bool {
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
@@ -77,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn slashes_at_the_end_make_no_difference() {
+    fn trailing_slashes_are_ignored() {
         for text in ["https://a.example", "https://a.example/", " HTTPS://A.example// "] {
             assert_eq!(read(text).as_deref(), Ok("https://a.example/u/x"), "{text}");
         }
@@ -85,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn an_origin_is_as_browsers_send_it() {
+    fn the_origin_is_in_the_form_that_browsers_send() {
         let url = PublicUrl::try_from("HTTPS://A.example:443/".to_owned()).unwrap();
         assert_eq!(url.origin(), "https://a.example");
     }
@@ -102,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_plain_address_is_refused() {
+    fn urls_other_than_a_plain_origin_are_refused() {
         for text in [
             "a.example",
             "ftp://a.example",

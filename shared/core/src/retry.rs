@@ -1,10 +1,10 @@
-//! When to try again. The only file that uses the `backoff` crate: short tries in process, reconnects, and the durable rungs.
+//! Retry timing: short retries in the process, reconnects, and the retry schedule. The only file that uses the `backoff` crate.
 
 use std::time::Duration;
 
 use backoff::{ExponentialBackoff, ExponentialBackoffBuilder, backoff::Backoff};
 
-/// Waits between attempts to reach a server: from a tenth of a second to five seconds, for as long as it takes.
+/// Delays between attempts to reach a server: by default from 100 ms to 5 s, without end.
 #[derive(Debug)]
 pub struct Reconnect(ExponentialBackoff);
 
@@ -15,37 +15,37 @@ impl Default for Reconnect {
 }
 
 impl Reconnect {
-    /// Waits that begin with `first`, and double up to `longest`; each up to a half longer or shorter, by chance.
+    /// Delays that start at `first` and double up to `longest`, each with a random jitter of up to 50%.
     #[must_use]
     pub fn between(first: Duration, longest: Duration) -> Self {
         Self(endless(first, longest))
     }
 
-    /// How long to wait before the next attempt.
+    /// The delay before the next attempt.
     pub fn next_wait(&mut self) -> Duration {
         self.0.next_backoff().unwrap_or(self.0.max_interval)
     }
 
-    /// Whether the last attempt failed as well.
+    /// Whether the last attempt failed.
     #[must_use]
     pub fn is_under_way(&self) -> bool {
         self.0.current_interval > self.0.initial_interval
     }
 
-    /// The server was reached: the next failure starts from the shortest wait again.
+    /// Call it when the server was reached: the next failure starts with the shortest delay again.
     pub fn reset(&mut self) {
         self.0.reset();
     }
 }
 
-/// The waits between the tries that a worker makes while it holds the delivery: `count` of them, jittered, starting from
-/// `first` and doubling. They are short, since nobody else gets that place in the prefetch meanwhile.
+/// The delays between the retries that a worker makes while it holds the delivery: `count` of them, with jitter, starting at
+/// `first` and doubling. They are short, because they occupy a place in the prefetch.
 pub fn in_process(first: Duration, count: u32) -> impl Iterator<Item = Duration> {
     let mut schedule = endless(first, first * 8);
     std::iter::from_fn(move || schedule.next_backoff()).take(count as usize)
 }
 
-/// `max_elapsed_time` is cleared because it defaults to a quarter of an hour, after which the crate gives up.
+/// `max_elapsed_time` is cleared, because the crate stops after 15 minutes by default.
 fn endless(initial: Duration, max: Duration) -> ExponentialBackoff {
     ExponentialBackoffBuilder::default()
         .with_initial_interval(initial)
@@ -55,9 +55,9 @@ fn endless(initial: Duration, max: Duration) -> ExponentialBackoff {
         .build()
 }
 
-/// The rung on which try `tries` (from 1) waits for the next one; none: the budget is spent.
+/// The retry delay after try number `tries` (from 1). None: the budget is spent.
 ///
-/// With the rungs 250 ms, 1 s and 5 s, an item is tried four times: at once, and after each rung.
+/// With the schedule 250 ms, 1 s and 5 s, an item has four tries: one at once, and one after each delay.
 #[must_use]
 pub fn rung(rungs: &[Duration], tries: i16) -> Option<Duration> {
     usize::try_from(tries).ok().and_then(|tries| rungs.get(tries.checked_sub(1)?)).copied()
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_try_waits_on_its_rung_and_then_the_budget_is_spent() {
+    fn each_try_gets_the_next_delay_until_the_budget_is_spent() {
         let rungs = [Duration::from_millis(250), Duration::from_secs(1)];
         assert_eq!([1, 2, 3, i16::MAX].map(|tries| rung(&rungs, tries)), [Some(rungs[0]), Some(rungs[1]), None, None]);
         assert_eq!([0, -1].map(|tries| rung(&rungs, tries)), [None, None]);
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn tries_in_process_are_few_and_short() {
+    fn retries_in_the_process_are_few_and_short() {
         let waits: Vec<_> = in_process(Duration::from_millis(20), 3).collect();
         assert_eq!(waits.len(), 3);
         assert!(waits.iter().sum::<Duration>() < Duration::from_secs(1));

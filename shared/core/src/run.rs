@@ -1,4 +1,4 @@
-//! A run's counters and what follows from them: its phase, the room in its window, and how fast it is released. Pure functions.
+//! A run's counters and what follows from them: its phase, the free space in its window, and its speed. Pure functions.
 
 use std::time::Duration;
 
@@ -13,13 +13,13 @@ use crate::item::{CounterDelta, ItemState};
 pub enum Wanted {
     /// Release its items.
     Running,
-    /// Release nothing more for now.
+    /// Release nothing for now.
     Paused,
-    /// Send nothing more, for good.
+    /// Send nothing more, permanently.
     Cancelled,
 }
 
-/// How many of a run's items are in each state. They always add up to `total`.
+/// The number of a run's items in each state. They add up to `total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// All items of the run.
@@ -28,8 +28,8 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// The counters as the ledger has them, in the order of [`ItemState::ALL`]. What stands behind them counts states of a later
-    /// version: then [`Self::sum`] is less than `total`.
+    /// The counters from the ledger, in the order of [`ItemState::ALL`]. Further counters belong to states of a later version; then
+    /// [`Self::sum`] is less than `total`.
     #[must_use]
     pub fn new(total: i32, counts: &[i32]) -> Self {
         let mut counters = Self { total, ..Self::default() };
@@ -39,7 +39,7 @@ impl Counters {
         counters
     }
 
-    /// A run whose items are in these states.
+    /// The counters of a run with items in these states.
     #[must_use]
     pub fn of_items(items: &[(ItemState, i32)]) -> Self {
         let mut counters = Self::default();
@@ -56,32 +56,32 @@ impl Counters {
         self.counts[state as usize]
     }
 
-    /// Items that still have to be sent in the present pass.
+    /// Items that still have to be sent in the current pass.
     #[must_use]
     pub fn open(&self) -> i32 {
         ItemState::ALL.into_iter().filter(|state| state.is_open()).map(|state| self.of(state)).sum()
     }
 
-    /// Items in any of these states.
+    /// Items in any known state.
     #[must_use]
     pub fn sum(&self) -> i32 {
         self.counts.iter().sum()
     }
 
-    /// Items that are settled, one way or another.
+    /// Items that are settled.
     #[must_use]
     pub fn settled(&self) -> i32 {
         self.total - self.open()
     }
 
-    /// How they have to change to become `other`.
+    /// The change from these counters to `other`.
     #[must_use]
     pub fn delta(&self, other: &Self) -> CounterDelta {
         CounterDelta::between(self.counts, other.counts)
     }
 }
 
-/// `total`, and each state by its name.
+/// Serialized as `total` and each state by its name.
 impl Serialize for Counters {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(None)?;
@@ -93,26 +93,26 @@ impl Serialize for Counters {
     }
 }
 
-/// What a run is doing, in the words of the pages.
+/// What a run is doing, as the pages show it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// Accepted; nothing is settled yet.
+    /// Accepted; no item is settled yet.
     Queued,
     /// Being sent.
     Running,
-    /// Nothing more is released until a person resumes it.
+    /// Nothing is released until a person resumes it.
     Paused,
-    /// A person cancelled it; what was in flight is still being settled.
+    /// Cancelled by a person; attempts in progress are still being settled.
     Cancelling,
-    /// Settled after a person cancelled it.
+    /// Cancelled by a person, and all items are settled.
     Cancelled,
     /// Every item is settled.
     Finished,
 }
 
 impl Phase {
-    /// What `counters` and the wanted state amount to.
+    /// Derives the phase from the wanted state and the counters.
     #[must_use]
     pub fn of(wanted: Wanted, counters: &Counters) -> Self {
         match (wanted, counters.open()) {
@@ -125,45 +125,45 @@ impl Phase {
         }
     }
 
-    /// Whether nothing will change without a person.
+    /// Whether nothing changes any more unless a person acts.
     #[must_use]
     pub fn is_over(self) -> bool {
         matches!(self, Self::Cancelled | Self::Finished)
     }
 }
 
-/// How many released items wait for their first attempt since. `unreleased` are those that the first pass has not reached:
-/// they are pending, but not on the conveyor.
+/// The number of released items that wait for the first attempt since their release. `unreleased` are the items that the first pass
+/// has not reached: they are pending, but not on the broker.
 ///
-/// An item that waits for its next attempt on a rung of the retry schedule is in nobody's way, and does not count.
+/// An item that waits on a retry queue does not count, since it delays no other item.
 #[must_use]
 pub fn outstanding(counters: &Counters, unreleased: i32) -> i32 {
     (counters.of(ItemState::Pending) - unreleased).max(0)
 }
 
-/// How fast a run goes, as the pump measures it: by what it has released and what is not outstanding any more.
+/// A run's speed, as fan-out measures it: by the items released and no longer outstanding.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Flow {
-    /// When the pump last looked.
+    /// When it was last measured.
     pub looked_at: DateTime<Utc>,
-    /// What the pass had released and was not outstanding by then.
+    /// The items of the pass that were released and no longer outstanding at that time.
     pub drained: i32,
-    /// Items a second, between that look and the one before.
+    /// Items per second between the last two measurements.
     pub per_second: f32,
 }
 
-/// Results arrive in batches: over a shorter time they say little about the throughput.
+/// The shortest time between two measurements. Results arrive in batches, so a shorter time says little about the speed.
 const LOOK_EVERY: TimeDelta = TimeDelta::milliseconds(400);
-/// If nothing is outstanding any more the window was too small: then even this tells how much larger it may be.
+/// The same if nothing is outstanding: then the window was too small, and even a short time shows how much larger it may be.
 const LOOK_WHEN_DRAINED: TimeDelta = TimeDelta::milliseconds(100);
 
 impl Flow {
-    /// Looks again, unless the last time was a moment ago.
+    /// Measures again, unless the last measurement is too recent.
     #[must_use]
     pub fn look(self, now: DateTime<Utc>, released: i32, outstanding: i32) -> Self {
         let (elapsed, drained) = (now - self.looked_at, released - outstanding);
         if elapsed < TimeDelta::zero() {
-            // The clock was set back: measure from here.
+            // The clock was set back: start a new measurement.
             return Self { looked_at: now, drained, ..self };
         }
         if elapsed < if outstanding <= 0 { LOOK_WHEN_DRAINED } else { LOOK_EVERY } {
@@ -173,46 +173,46 @@ impl Flow {
         Self { looked_at: now, drained, per_second: fewer / elapsed.as_seconds_f32() }
     }
 
-    /// How many items may be on the conveyor: what the run drains in `time`, but at least `least`, so that it gets going
-    /// and its senders have work, and at most `most`.
+    /// The window in items: what the run drains in `time`, but at least `least`, so that a new run gets started and its senders
+    /// have work, and at most `most`.
     #[must_use]
     pub fn window(self, time: Duration, least: i32, most: i32) -> i32 {
         let wanted = self.per_second * time.as_secs_f32();
-        // A float beyond the range of an i32 becomes its end.
+        // The cast saturates.
         (wanted as i32).max(least).min(most)
     }
 }
 
-/// How many items go into the next chunk, given what waits on the conveyor: none before a quarter of the window is free,
-/// since each chunk costs a transaction and a round of confirms.
+/// The number of items in the next chunk, given what is outstanding. 0 until a quarter of the window is free, since each chunk
+/// costs a transaction and a round of confirms.
 #[must_use]
 pub fn room(window: i32, outstanding: i32) -> i32 {
     let room = window - outstanding;
     if room * 4 >= window { room } else { 0 }
 }
 
-/// How fast items are released under a rate limit, and how far that is used up. The claims keep the limit
-/// ([`crate::pacing`]); this keeps what waits on the queues small.
+/// How many items may be released now under a rate limit. The limit itself is enforced by the claims ([`crate::pacing`]); this
+/// keeps the queues short.
 ///
-/// This is the leaky bucket as a meter (GCRA): each send moves `next_due_at` on by its share of a second, so the rate is
-/// exact over any time, however many pumps spend from it.
+/// It is the leaky bucket as a meter (GCRA): each send moves `next_due_at` forward by one interval, so the rate is exact over any
+/// time, even if several fan-out workers spend from the same budget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     per_second: i32,
-    /// The next send is due from this moment on.
+    /// The time from which the next send is due.
     pub next_due_at: DateTime<Utc>,
 }
 
-/// At one a second, the next send is due a second after the last one.
+/// The furthest that `next_due_at` can lie ahead: at one send per second it is at most a second ahead.
 const FURTHEST_AHEAD: TimeDelta = TimeDelta::seconds(2);
 
 impl Budget {
-    /// The budget as it stands `now`. A step that comes late catches up, but what went unused for longer than `burst` is
-    /// not made up for: nobody was there to send.
+    /// The budget at time `now`. A late step catches up, but at most `burst` of unused time is made up for: before that, nothing
+    /// was waiting to be sent.
     #[must_use]
     pub fn new(per_second: i32, next_due_at: DateTime<Utc>, now: DateTime<Utc>, burst: Duration) -> Self {
         let burst = TimeDelta::from_std(burst).unwrap_or(TimeDelta::zero());
-        // Nothing is spent that is not due, so one that lies further ahead was written before the clock was set back.
+        // Only due sends are spent, so a value further ahead was written before the clock was set back.
         let possible = now - burst..=now + FURTHEST_AHEAD;
         let next_due_at = if possible.contains(&next_due_at) { next_due_at } else { now };
         Self { per_second: per_second.max(1), next_due_at }
@@ -222,19 +222,19 @@ impl Budget {
     #[must_use]
     pub fn due(&self, now: DateTime<Utc>) -> i32 {
         let Some(late_us) = (now - self.next_due_at).num_microseconds().filter(|late| *late >= 0) else { return 0 };
-        // One is due at the moment itself, another one after each interval since.
+        // One send is due at `next_due_at` itself, and one more after each interval.
         let due = late_us.saturating_mul(i64::from(self.per_second)) / 1_000_000 + 1;
         i32::try_from(due).unwrap_or(i32::MAX)
     }
 
-    /// The budget after so many sends, which were due.
+    /// The budget after this many due sends.
     #[must_use]
     pub fn spend(self, sends: i32) -> Self {
         let spent_us = i64::from(sends) * 1_000_000 / i64::from(self.per_second);
         Self { next_due_at: self.next_due_at + TimeDelta::microseconds(spent_us), ..self }
     }
 
-    /// How many sends it allows in `time`.
+    /// The number of sends that it allows in `time`.
     #[must_use]
     pub fn within(&self, time: Duration) -> i32 {
         (f64::from(self.per_second) * time.as_secs_f64()) as i32
@@ -251,19 +251,19 @@ mod tests {
     }
 
     #[test]
-    fn a_phase_follows_from_the_wish_and_the_counters() {
+    fn the_phase_follows_from_the_wanted_state_and_the_counters() {
         assert_eq!(Phase::of(Wanted::Running, &counters(5, 0, 0)), Phase::Queued);
         assert_eq!(Phase::of(Wanted::Running, &counters(4, 1, 0)), Phase::Running);
         assert_eq!(Phase::of(Wanted::Paused, &counters(4, 1, 0)), Phase::Paused);
         assert_eq!(Phase::of(Wanted::Cancelled, &counters(4, 1, 0)), Phase::Cancelling);
         assert_eq!(Phase::of(Wanted::Cancelled, &counters(0, 1, 4)), Phase::Cancelled);
-        // Cancelled too late: everything had been sent.
+        // Cancelled too late: everything was sent.
         assert_eq!(Phase::of(Wanted::Cancelled, &counters(0, 5, 0)), Phase::Finished);
         assert_eq!(Phase::of(Wanted::Paused, &counters(0, 5, 0)), Phase::Finished);
     }
 
     #[test]
-    fn what_is_not_released_is_not_outstanding() {
+    fn unreleased_items_are_not_outstanding() {
         assert_eq!(outstanding(&counters(100, 20, 0), 70), 30);
         assert_eq!(outstanding(&counters(0, 120, 0), 0), 0);
         assert_eq!(outstanding(&Counters::of_items(&[(ItemState::Retrying, 9)]), 0), 0);
@@ -274,14 +274,14 @@ mod tests {
         let start = DateTime::UNIX_EPOCH;
         let flow = Flow { looked_at: start, drained: 0, per_second: 0.0 };
         let time = Duration::from_millis(500);
-        assert_eq!(flow.window(time, 100, 5_000), 100, "an unknown speed gets the least");
-        assert_eq!(flow.look(start + TimeDelta::milliseconds(100), 1_000, 100), flow, "too early to tell");
+        assert_eq!(flow.window(time, 100, 5_000), 100, "an unknown speed gets the minimum");
+        assert_eq!(flow.look(start + TimeDelta::milliseconds(100), 1_000, 100), flow, "too early to measure");
         assert_eq!(flow.look(start + TimeDelta::milliseconds(100), 900, 0).per_second, 9_000.0);
         let flow = flow.look(start + TimeDelta::seconds(2), 4_400, 400);
         assert_eq!(flow.window(time, 100, 5_000), 1_000);
         assert_eq!(flow.window(time, 2_000, 5_000), 2_000);
         assert_eq!(flow.window(time, 100, 700), 700);
-        // What a replay releases is outstanding before it is known to be released: that is no speed below zero.
+        // Items of a replay are outstanding before they count as released. The speed must not become negative.
         assert_eq!(flow.look(start + TimeDelta::seconds(3), 4_400, 1_400).window(time, 100, 5_000), 100);
     }
 
@@ -295,8 +295,8 @@ mod tests {
     }
 
     proptest! {
-        /// The conveyor as the pump sees it: whatever its speed and its latency, the window finds the speed, and then
-        /// holds about its time's worth of items.
+        /// A simulated pipeline: whatever its speed and latency, the window finds the speed and then holds the items of about
+        /// its time.
         #[test]
         fn the_window_finds_any_speed(capacity in 20..20_000i32, latency_ms in 10..300i64) {
             let time = Duration::from_millis(500);
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_budget_of_before_the_clock_was_set_back_stops_nothing() {
+    fn a_budget_written_before_the_clock_was_set_back_stops_nothing() {
         let now = DateTime::UNIX_EPOCH;
         let budget = Budget::new(10, now + TimeDelta::hours(3), now, Duration::ZERO);
         assert_eq!(budget.due(now), 1);
@@ -342,10 +342,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn over_any_time_the_rate_is_what_was_set(
+        fn the_rate_is_exact_over_any_time(
             per_second in 1..5000i32,
             waits_ms in prop::collection::vec(1..400i64, 1..50),
-            wish in 1..2000i32,
+            wanted in 1..2000i32,
         ) {
             let start = DateTime::UNIX_EPOCH;
             let burst = Duration::from_millis(250);
@@ -353,15 +353,15 @@ mod tests {
             for wait in &waits_ms {
                 now += TimeDelta::milliseconds(*wait);
                 let budget = Budget::new(per_second, next_due_at, now, burst);
-                let items = budget.due(now).min(wish);
+                let items = budget.due(now).min(wanted);
                 next_due_at = budget.spend(items).next_due_at;
                 released += i64::from(items);
             }
             let elapsed_ms = (now - start).num_milliseconds();
-            // Each chunk may round one microsecond down for each of its items.
+            // Each chunk may round down by one microsecond.
             let most = (elapsed_ms * i64::from(per_second)) / 1000 + 1 + i64::try_from(waits_ms.len()).unwrap();
             prop_assert!(released <= most, "{released} released, {most} allowed");
-            let held_back = waits_ms.iter().any(|wait| *wait > 250) || i64::from(wish) * 1000 < i64::from(per_second) * 400;
+            let held_back = waits_ms.iter().any(|wait| *wait > 250) || i64::from(wanted) * 1000 < i64::from(per_second) * 400;
             if !held_back {
                 let least = elapsed_ms * i64::from(per_second) / 1000 - 1;
                 prop_assert!(released >= least, "{released} released, {least} due");

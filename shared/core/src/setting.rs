@@ -1,22 +1,22 @@
-//! What settings have in common: durations, whose unit is in the key, and what is wrong with one.
+//! Common parts of settings: durations with the unit in the key, and the error for an invalid value.
 
 use std::time::Duration;
 
-/// A day: what retention counts in, and the longest that a server may be given to answer.
+/// One day: the unit of retention, and the longest timeout for a server's answer.
 pub const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A setting that can be read, but not used.
+/// A setting that can be parsed but is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the setting {key} is not usable: {reason}")]
+#[error("invalid setting {key}: {reason}")]
 pub struct InvalidSetting {
     /// The key.
     pub key: &'static str,
-    /// Why not, and what would be.
+    /// Why it is invalid, and what would be valid.
     pub reason: String,
 }
 
 impl InvalidSetting {
-    /// The setting `key` can't be used, for this reason.
+    /// `key` is invalid for this reason.
     #[must_use]
     pub fn new(key: &'static str, reason: impl Into<String>) -> Self {
         Self { key, reason: reason.into() }
@@ -29,10 +29,10 @@ pub mod ms {
 
     use serde::{Deserialize as _, Deserializer};
 
-    /// Reads milliseconds.
+    /// Deserializes milliseconds.
     ///
     /// # Errors
-    /// Where there is no whole number.
+    /// The value is not a whole number.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
         u64::deserialize(deserializer).map(Duration::from_millis)
     }
@@ -44,25 +44,25 @@ pub mod s {
 
     use serde::{Deserialize as _, Deserializer};
 
-    /// Reads seconds.
+    /// Deserializes seconds.
     ///
     /// # Errors
-    /// Where there is no whole number.
+    /// The value is not a whole number.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
         u64::deserialize(deserializer).map(Duration::from_secs)
     }
 }
 
-/// A duration in a key that ends in `_ms`, where there may be none.
+/// An optional duration in a key that ends in `_ms`.
 pub mod ms_if_any {
     use std::time::Duration;
 
     use serde::{Deserialize as _, Deserializer};
 
-    /// Reads milliseconds.
+    /// Deserializes milliseconds.
     ///
     /// # Errors
-    /// Where there is something else than a whole number.
+    /// There is a value, and it is not a whole number.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
         Ok(Option::<u64>::deserialize(deserializer)?.map(Duration::from_millis))
     }

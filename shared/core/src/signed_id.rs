@@ -1,5 +1,5 @@
-//! Ids that leave the system, in `Message-ID`s and unsubscribe links: each names an item of a run, and only this ledger's key
-//! makes or verifies one. Pure.
+//! Ids that leave the system, in `Message-ID`s and unsubscribe links. Each identifies an item of a run, and only the ledger's key
+//! can create or verify it. Pure.
 
 use std::fmt;
 
@@ -9,14 +9,14 @@ use secrecy::{ExposeSecret as _, SecretSlice};
 use sha2::Sha256;
 use uuid::Uuid;
 
-/// Characters of an id: base32 of 40 bytes, which needs no padding.
+/// The length of an id in characters: base32 of 40 bytes, which needs no padding.
 pub const ID_CHARS: usize = 64;
-/// Half of an HMAC-SHA256: 128 bits cannot be guessed, and the id stays short.
+/// Half of an HMAC-SHA256: 128 bits can't be guessed, and the id stays short.
 pub(crate) const MAC_BYTES: usize = 16;
 const ID_BYTES: usize = RUN_BYTES + ITEM_BYTES + MAC_BYTES;
 const RUN_BYTES: usize = 16;
 const ITEM_BYTES: usize = 8;
-/// A text is searched for so many candidates at most: each costs an HMAC, and a stranger chose the text.
+/// The maximum number of candidates checked in one text: each costs an HMAC, and the text comes from a stranger.
 const MAX_CANDIDATES: usize = 1_000;
 
 /// The ledger's key, and the installation that it signs for.
@@ -27,13 +27,13 @@ pub struct SigningKey {
 }
 
 impl SigningKey {
-    /// `installation` is part of what is signed: another installation with a copy of the key verifies none of these ids.
+    /// `installation` is signed too, so another installation with a copy of the key verifies none of these ids.
     #[must_use]
     pub fn new(key: Vec<u8>, installation: Uuid) -> Self {
         Self { key: key.into(), installation }
     }
 
-    /// The MAC of ids for one purpose, without the installation.
+    /// The MAC for one purpose, without the installation.
     pub(crate) fn mac(&self, purpose: &[u8]) -> Hmac<Sha256> {
         #[expect(clippy::expect_used, reason = "HMAC takes keys of any length")]
         let mac = Hmac::<Sha256>::new_from_slice(self.key.expose_secret()).expect("a key");
@@ -47,12 +47,12 @@ impl fmt::Debug for SigningKey {
     }
 }
 
-/// What an id names.
+/// The run and item of an id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Named {
     /// The run.
     pub run_id: Uuid,
-    /// The item. Both must match: a ledger that was restored may have given the number to another person.
+    /// The item. Run and item must both match: after a restore, the ledger may have given the number to another person.
     pub item_id: i64,
 }
 
@@ -67,12 +67,12 @@ impl fmt::Debug for SignedIds {
 }
 
 impl SignedIds {
-    /// `purpose` separates the kinds of ids: one made for another purpose does not verify.
+    /// `purpose` separates the kinds of ids: an id for another purpose does not verify.
     pub(crate) fn new(key: &SigningKey, purpose: &[u8]) -> Self {
         Self(key.mac(purpose).chain_update(key.installation.as_bytes()))
     }
 
-    /// The id: always the same, [`ID_CHARS`] lower-case letters and digits.
+    /// The id, always the same for an item: [`ID_CHARS`] lower-case letters and digits.
     pub(crate) fn write(&self, named: Named) -> String {
         let mut id = Vec::with_capacity(ID_BYTES);
         id.extend_from_slice(named.run_id.as_bytes());
@@ -84,7 +84,7 @@ impl SignedIds {
         id
     }
 
-    /// What an id names, in upper or lower case; none: this ledger did not make it. Takes the same time however wrong it is.
+    /// The item of an id, in upper or lower case. None: this ledger did not create it. The MAC is compared in constant time.
     pub(crate) fn read(&self, id: &str) -> Option<Named> {
         if id.len() != ID_CHARS {
             return None;
@@ -96,7 +96,7 @@ impl SignedIds {
         Some(Named { run_id: Uuid::from_bytes(*run_id), item_id: i64::from_be_bytes(item_id.try_into().ok()?) })
     }
 
-    /// What the ids in a text name, each once, in their order.
+    /// The items of all ids in a text, each once, in their order.
     pub(crate) fn find(&self, text: &str) -> Vec<Named> {
         let candidates = text.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| word.len() == ID_CHARS);
         let mut found = Vec::new();
@@ -125,13 +125,13 @@ mod tests {
 
     #[test]
     fn ids_that_were_sent_stay_valid() {
-        // A change of this text breaks every id that was ever sent.
+        // If this text changes, every id that was ever sent becomes invalid.
         let id = ids(b"key", 3, b"purpose").write(Named { run_id: Uuid::from_u128(7), item_id: 42 });
         assert_eq!(id, "aaaaaaaaaaaaaaaaaaaaaaaaa4aaaaaaaaaaakx3apylojhxx3xs4toxvsvkefqt");
     }
 
     #[test]
-    fn a_text_of_candidates_is_searched_for_so_many_only() {
+    fn the_number_of_checked_candidates_is_bounded() {
         let ids = ids(b"key", 3, b"purpose");
         let named = Named { run_id: Uuid::from_u128(7), item_id: 42 };
         let text =
@@ -142,7 +142,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_id_is_good_for_its_item_key_installation_and_purpose(named in named(), place in 0..ID_CHARS, other in "[a-z2-7]") {
+        fn an_id_verifies_only_for_its_item_key_installation_and_purpose(
+            named in named(), place in 0..ID_CHARS, other in "[a-z2-7]"
+        ) {
             let ours = ids(b"key", 3, b"purpose");
             let id = ours.write(named);
             prop_assert!(id.len() == ID_CHARS && id.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()));
@@ -157,14 +159,14 @@ mod tests {
         }
 
         #[test]
-        fn an_id_is_found_wherever_it_stands(named in named(), before in "(\\PC{0,20}[^A-Za-z0-9])?", after in "([^A-Za-z0-9]\\PC{0,20})?") {
+        fn an_id_is_found_anywhere_in_a_text(named in named(), before in "(\\PC{0,20}[^A-Za-z0-9])?", after in "([^A-Za-z0-9]\\PC{0,20})?") {
             let ids = ids(b"key", 3, b"purpose");
             let text = format!("{before}{id}{after} <{id}@example.org>", id = ids.write(named));
             prop_assert_eq!(ids.find(&text), [named]);
         }
 
         #[test]
-        fn a_text_that_was_made_up_names_nothing(text in "\\PC{0,60}|[a-z2-7]{64}|a{24}[a-z2-7]{40}") {
+        fn an_invented_id_does_not_verify(text in "\\PC{0,60}|[a-z2-7]{64}|a{24}[a-z2-7]{40}") {
             prop_assert_eq!(ids(b"key", 3, b"purpose").find(&text), []);
         }
     }

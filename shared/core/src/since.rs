@@ -1,9 +1,8 @@
-//! A moment as an operator writes it: a date, a time, or how long ago.
+//! Parses a point in time as an operator writes it: a date, a time, or an age.
 
 use chrono::{DateTime, Duration, NaiveDate, NaiveDateTime, Utc};
 
-/// Reads `2026-11-28`, `2026-11-28T14:30` or `2026-11-28 14:30` (UTC), RFC 3339, or `90m`, `2h`, `3d` before `now`. None: it is
-/// none of these.
+/// Parses `2026-11-28`, `2026-11-28T14:30` or `2026-11-28 14:30` (UTC), RFC 3339, or an age such as `90m`, `2h`, `3d` before `now`.
 #[must_use]
 pub fn parse(text: &str, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
     let text = text.trim();
@@ -34,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_moment_is_read_as_it_is_written() {
+    fn every_form_is_parsed() {
         let now = DateTime::parse_from_rfc3339("2026-11-28T12:00:00Z").unwrap().to_utc();
         let read = |text: &str| parse(text, now).map(|moment| moment.format("%m-%d %H:%M").to_string());
         for (text, moment) in [

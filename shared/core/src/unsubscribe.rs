@@ -1,5 +1,5 @@
-//! The tokens of unsubscribe links. A token allows its holder to suppress the person that one invitation went to, and nothing
-//! else; nobody can make one up. Pure.
+//! The tokens of unsubscribe links. A token allows its holder only to suppress the recipient of one invitation, and can't be
+//! forged. Pure.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hmac::{Hmac, Mac as _};
@@ -11,23 +11,23 @@ use crate::{
     signed_id::{ID_CHARS, MAC_BYTES, Named, SignedIds, SigningKey},
 };
 
-/// Separates these ids from others that are signed with the same key.
+/// Separates these ids from other ids signed with the same key.
 const PURPOSE: &[u8] = b"mailrun unsubscribe v2";
-/// In place of an item, in a mail that somebody sends to look at it: its link works, and unsubscribes nobody.
+/// The item number in the link of a test mail. The link works, but unsubscribes nobody.
 const TEST_ITEM: i64 = 0;
-/// Tokens were made like this before, and mails that carry them are still in mailboxes.
+/// The purpose of tokens of earlier versions. Mails with them are still in mailboxes.
 const FORMER_PURPOSE: &[u8] = b"mailrun unsubscribe v1";
-/// Base64 of a number and a MAC.
+/// The length of a former token: base64 of an item number and a MAC.
 const FORMER_CHARS: usize = 32;
-/// Mail programs end a link before `-` and `_`, so a former token may have lost so many of them.
+/// Mail programs end a link before a trailing `-` or `_`. This many may be missing from a former token.
 const LOST_CHARS: usize = 2;
 
-/// What a token names.
+/// What a token identifies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Token {
     /// An invitation.
     Item(Named),
-    /// An invitation by its number alone, in a mail of an earlier version. After a restore the number may be another person's.
+    /// An invitation by its number alone, in a mail of an earlier version. After a restore, the number may be another person's.
     Former(i64),
     /// A test mail.
     Test,
@@ -41,32 +41,32 @@ pub struct Signer {
 }
 
 impl Signer {
-    /// With the ledger's key.
+    /// Uses the ledger's key.
     #[must_use]
     pub fn new(key: &SigningKey) -> Self {
         Self { ids: SignedIds::new(key, PURPOSE), former: key.mac(FORMER_PURPOSE) }
     }
 
-    /// The token of an invitation: always the same, 64 lower-case letters and digits.
+    /// The token of an invitation, always the same: 64 lower-case letters and digits.
     #[must_use]
     pub fn token(&self, named: Named) -> String {
         self.ids.write(named)
     }
 
-    /// The link that goes into an invitation.
+    /// The link in an invitation.
     #[must_use]
     pub fn link(&self, public_url: &PublicUrl, named: Named) -> String {
         public_url.page(&format!("/u/{}", self.token(named)))
     }
 
-    /// The link that goes into a test mail.
+    /// The link in a test mail.
     #[must_use]
     pub fn test_link(&self, public_url: &PublicUrl) -> String {
         self.link(public_url, Named { run_id: Uuid::nil(), item_id: TEST_ITEM })
     }
 
-    /// What the text behind `/u/` names; none: we did not make it. What a mail program took for a part of the link, such as a
-    /// full stop, a bracket or a slash, is ignored.
+    /// What the text after `/u/` identifies. None: this ledger did not create it. Trailing characters that a mail program added to
+    /// the link, such as a full stop, a bracket or a slash, are ignored.
     #[must_use]
     pub fn read(&self, text: &str) -> Option<Token> {
         let token = leading(text, |byte| byte.is_ascii_alphanumeric());
@@ -80,7 +80,7 @@ impl Signer {
         })
     }
 
-    /// What the tokens in a text name, each once: a returned mail carries its link.
+    /// The items of all tokens in a text, each once. A bounce often quotes the mail with its link.
     #[must_use]
     pub fn find(&self, text: &str) -> Vec<Named> {
         self.ids.find(text)
@@ -92,7 +92,7 @@ impl Signer {
         if let Some((token, rest)) = token.split_at_checked(FORMER_CHARS) {
             return rest.bytes().all(is_stripped).then(|| self.verify_former(token)).flatten();
         }
-        // Each of the characters that may have been lost carries 6 bits of 128.
+        // Try the missing characters. That is safe: each carries only 6 of the MAC's 128 bits.
         let lost: &[&str] = match FORMER_CHARS - token.len() {
             1 => &["-", "_"],
             LOST_CHARS => &["--", "-_", "_-", "__"],
@@ -112,7 +112,7 @@ impl Signer {
     }
 }
 
-/// The first characters of a text, up to one that is not allowed; more than a token needs are not looked at.
+/// The longest prefix of allowed characters. Characters beyond the length of any token are not examined.
 fn leading(text: &str, allowed: impl Fn(u8) -> bool) -> &str {
     let end = text.bytes().take(2 * ID_CHARS).take_while(|byte| allowed(*byte)).count();
     &text[..end]
@@ -135,21 +135,21 @@ mod tests {
         signer(b"another")
     }
 
-    /// As earlier versions made them.
+    /// Creates a token of an earlier version.
     fn former(key: &[u8], item_id: i64) -> String {
         let mac = signer(key).former.chain_update(item_id.to_be_bytes()).finalize().into_bytes();
         URL_SAFE_NO_PAD.encode([&item_id.to_be_bytes()[..], &mac[..MAC_BYTES]].concat())
     }
 
     #[test]
-    fn links_in_mails_that_went_out_stay_valid() {
-        // A change of these texts breaks every link that was ever sent.
+    fn links_in_sent_mails_stay_valid() {
+        // If these texts change, every link that was ever sent becomes invalid.
         assert_eq!(signer(b"key").token(named(42)), "aaaaaaaaaaaaaaaaaaaaaaaaa4aaaaaaaaaaaku336gbzfqlqtkrvcj5mmnc47rr");
         assert_eq!(signer(b"key").read("AAAAAAAAACq7AzdmFRcHJIe4zqRIXDj4"), Some(Token::Former(42)));
     }
 
     #[test]
-    fn a_link_stands_behind_the_public_address() {
+    fn a_link_is_below_the_public_address() {
         let signer = signer(b"key");
         let url = PublicUrl::try_from("https://a.example/".to_owned()).unwrap();
         assert_eq!(signer.link(&url, named(7)), format!("https://a.example/u/{}", signer.token(named(7))));
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_no_token() {
+    fn malformed_tokens_are_refused() {
         let signer = signer(b"key");
         for token in [signer.token(named(7)), former(b"key", 7)] {
             for wrong in ["", "x", "AAAAAAAAAAc", &token[1..], &format!("{token}A"), &token[..29], "ä", "-"] {
@@ -184,7 +184,7 @@ mod tests {
         }
 
         #[test]
-        fn a_token_of_an_earlier_version_survives_them_too(item_id in 1i64.., end in "[.,)>/]{0,3}") {
+        fn a_former_token_survives_mail_programs(item_id in 1i64.., end in "[.,)>/]{0,3}") {
             let signer = signer(b"key");
             let token = former(b"key", item_id);
             prop_assert_eq!(signer.read(&format!("{token}{end}")), Some(Token::Former(item_id)));
@@ -196,7 +196,7 @@ mod tests {
         }
 
         #[test]
-        fn a_changed_token_is_none(item_id in 1i64.., place in 0usize..FORMER_CHARS, other in "[A-Za-z0-9_-]") {
+        fn a_changed_token_is_refused(item_id in 1i64.., place in 0usize..FORMER_CHARS, other in "[A-Za-z0-9_-]") {
             for token in [signer(b"key").token(named(item_id)), former(b"key", item_id)] {
                 let mut changed = token.clone();
                 changed.replace_range(place..=place, &other);
@@ -205,14 +205,14 @@ mod tests {
         }
 
         #[test]
-        fn nobody_makes_a_token_up(token in "\\PC{0,60}|[A-Za-z0-9_-]{30,32}|[a-z2-7]{64}|AAAAAAAA[A-Za-z0-9_-]{24}") {
+        fn an_invented_token_is_refused(token in "\\PC{0,60}|[A-Za-z0-9_-]{30,32}|[a-z2-7]{64}|AAAAAAAA[A-Za-z0-9_-]{24}") {
             prop_assert_eq!(signer(b"key").read(&token), None);
         }
     }
 
     #[test]
-    fn a_token_of_an_earlier_version_that_lost_its_end_is_recognised() {
-        // About one in 16 ends in a character that mail programs leave out of a link.
+    fn a_former_token_that_lost_its_end_is_accepted() {
+        // About one in 16 ends in a character that mail programs cut off.
         let ends: Vec<_> = (1..2_000).map(|item_id| (item_id, former(b"key", item_id))).collect();
         let stripped = ends.iter().filter(|(_, token)| token.ends_with(['-', '_']));
         assert!(stripped.clone().count() > 40);

@@ -40,13 +40,13 @@ fn the_address_is_replaced_wherever_else_it_stands() {
         let id = run.id;
         for statement in [
             format!("INSERT INTO run_passes (run_id, number, kind, error) VALUES ('{id}', 1, 'first', 'to ann@xn--bcher-kva.example')"),
-            r#"INSERT INTO runs (id, kind, hidden, subject, body, total) VALUES ('00000000-0000-0000-0000-000000000001', 'test_mail', true, '', '', 1)"#.into(),
-            r#"INSERT INTO run_items (run_id, position, data, error) VALUES ('00000000-0000-0000-0000-000000000001', 1, '{"email": "ann@xn--bcher-kva.example"}', '550 ann')"#.into(),
             "INSERT INTO workers (roles, host, pid, lane_reason) VALUES ('send', 'h', 1, '421 ann@xn--bcher-kva.example')".into(),
             "INSERT INTO relay_stops (relay, reason, alike, runs) VALUES ('r', 'like ann@xn--bcher-kva.example', '{}', '{}')".into(),
             "INSERT INTO suppressions (email, reason, detail) VALUES ('bob@x.org', 'asked', 'ann@xn--bcher-kva.example knows')".into(),
             r#"UPDATE runs SET invalid_entries = '[{"line": 1, "text": "ann@bücher.example x", "reason": "no"}]'"#.into(),
             format!("INSERT INTO buried_results (run_id, item_id, attempt, state, reason) VALUES ('{id}', 1, 1, 'sent', 'ann@bücher.example')"),
+            r#"INSERT INTO runs (id, kind, hidden, subject, body, total) VALUES ('00000000-0000-0000-0000-000000000001', 'test_mail', true, '', '', 1)"#.into(),
+            r#"INSERT INTO run_items (run_id, position, data, error) VALUES ('00000000-0000-0000-0000-000000000001', 1, '{"email": "ann@xn--bcher-kva.example"}', '550 ann')"#.into(),
             r#"INSERT INTO outbox (message) VALUES ('{"error": "550 ann@bücher.example"}')"#.into(),
         ] {
             execute(conn, statement).await;

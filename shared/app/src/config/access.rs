@@ -1,4 +1,4 @@
-//! Who may reach the pages: what the settings must say before they are served.
+//! Access to the pages: what the settings must contain before they are served.
 
 use std::net::IpAddr;
 
@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{ConfigError, InvalidSetting, WebConfig};
 
-/// A shorter password is guessed in spite of the limit on failed logins.
+/// Shorter passwords can be guessed despite the limit on failed logins.
 const MIN_PASSWORD_CHARS: usize = 8;
 
 /// A proxy, or a network of proxies: `10.0.0.5`, `10.0.0.0/8`, `fd00::/8`.
@@ -16,7 +16,7 @@ const MIN_PASSWORD_CHARS: usize = 8;
 #[serde(try_from = "String")]
 pub struct Proxy(IpNet);
 
-/// Why a text names no proxy.
+/// The text is neither an IP address nor a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a trusted proxy is an IP address or a network, such as 10.0.0.5 or 10.0.0.0/8; names are not looked up")]
 pub struct NoProxy;
@@ -40,11 +40,11 @@ impl Proxy {
 }
 
 impl WebConfig {
-    /// A password that is set must be one; an address that others can reach needs one.
+    /// A configured password must not be too short. An address that others can reach needs a password.
     pub(super) fn check_password(&self) -> Result<(), ConfigError> {
         let wrong = |key, reason: &str| Err(InvalidSetting::new(key, reason).into());
         match &self.password {
-            // An empty one is a mistake, for instance a variable that was never set: it must not mean that there is none.
+            // An empty password is a mistake, for instance an unset variable: it must not mean that no password is needed.
             Some(password) if password.expose_secret().trim().chars().count() < MIN_PASSWORD_CHARS => wrong(
                 "web.password",
                 "it is empty or too short: at least 8 characters, for instance from `openssl rand -hex 24`; \
@@ -57,18 +57,18 @@ impl WebConfig {
         }
     }
 
-    /// Whether the pages may be served like this: what announces them to others needs a password. Asked by the process that
-    /// serves them; a worker needs the public address, and not the password.
+    /// Whether the pages may be served with these settings: any setting that exposes them to others needs a password. Only the web
+    /// process checks this, since a worker uses the public address without the password.
     ///
     /// # Errors
-    /// The setting that needs one.
+    /// The setting that needs a password.
     pub fn check_access(&self) -> Result<(), ConfigError> {
         self.check_password()?;
         if self.password.is_some() {
             return Ok(());
         }
         let needs = |key| {
-            let reason = "it announces the pages to others: set web.password as well, or leave it out".to_owned();
+            let reason = "it exposes the pages to others: set web.password as well, or leave it out".to_owned();
             Err(InvalidSetting { key, reason }.into())
         };
         if self.public_url.as_ref().is_some_and(|url| !url.is_local()) {
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn what_announces_the_pages_needs_a_password() {
+    fn exposing_the_pages_needs_a_password() {
         let public = |url: &str| Some(url.to_owned().try_into().unwrap());
         for config in [
             WebConfig { public_url: public("https://invites.example.org"), ..web(None) },

@@ -1,6 +1,6 @@
 //! Settings: read once in `main` from defaults, `mailrun.toml` and the environment, then passed down as typed values.
 //!
-//! Every key has its unit in its name, unknown keys are refused, and secrets are redacted wherever settings are printed.
+//! Keys contain their unit, unknown keys are refused, and secrets are redacted when settings are printed.
 
 mod access;
 mod relay;
@@ -35,7 +35,7 @@ pub use access::Proxy;
 pub use relay::{Login, Mechanism, Password, Relay, RelayTls};
 pub use smtp::{BreakerConfig, DkimConfig, MailerKind, Sender, SmtpConfig};
 
-/// Everything that can be set. Each part is documented where it stands.
+/// All settings.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -45,39 +45,39 @@ pub struct Config {
     pub amqp: AmqpConfig,
     /// The pages.
     pub web: WebConfig,
-    /// The pump.
+    /// The fan-out.
     pub fan_out: FanOutConfig,
     /// The senders.
     pub send: SendConfig,
-    /// What happens after an attempt that failed for a passing reason.
+    /// Retries after a temporary failure.
     pub retry: RetryConfig,
-    /// The counters.
+    /// The progress workers.
     pub progress: ProgressConfig,
-    /// The repair of what went missing.
+    /// The sweeper, which repairs stalled runs.
     pub sweep: SweepConfig,
-    /// The repair of consumers that get nothing.
+    /// The watchdog, which replaces consumers that receive nothing.
     pub watchdog: WatchdogConfig,
     /// How long runs are kept.
     pub retention: RetentionConfig,
-    /// How workers tell that another one is dead.
+    /// How workers detect that another one has died.
     pub heartbeat: HeartbeatConfig,
-    /// Who carries the mail.
+    /// The mailer.
     pub mailer: MailerConfig,
-    /// When what a run suppresses is held for a person.
+    /// When the suppressions of a run are held for a person.
     pub suppressions: SuppressionsConfig,
-    /// What monitoring systems ask for.
+    /// The monitoring endpoints.
     pub metrics: MetricsConfig,
     /// Logging.
     pub log: LogConfig,
-    /// Which servers are named, and not only assumed.
+    /// Which servers are configured explicitly.
     #[serde(skip)]
     pub named: Named,
-    /// Settings that were found and have no effect any more.
+    /// Removed settings that were found. They have no effect.
     #[serde(skip)]
     pub ignored: Vec<&'static str>,
 }
 
-/// Which servers the settings name, whether in the file or in the environment.
+/// Which servers are configured explicitly, in the file or in the environment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Named {
     /// `database.url`, or `DATABASE_URL`.
@@ -90,37 +90,38 @@ pub struct Named {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WebConfig {
-    /// Where to listen. An address that others can reach needs a password.
+    /// The address to listen on. If others can reach it, a password is required.
     pub listen: SocketAddr,
-    /// The password of the pages (any user name); none: no login, on loopback only.
+    /// The password for the pages (any user name). None: no login, only allowed on loopback.
     pub password: Option<SecretString>,
-    /// The largest form that is read.
+    /// The maximum size of a request body.
     pub max_body_bytes: usize,
-    /// The most addresses in one run.
+    /// The maximum number of addresses in one run.
     pub max_addresses: usize,
-    /// The subject of the invitations.
+    /// The default subject of invitations.
     pub subject: String,
-    /// The text of the invitations.
+    /// The default text of invitations.
     pub body: String,
-    /// Where others reach these pages, for links in mails; none: mails have no link to unsubscribe with.
+    /// The public address of the pages, for links in mails. None: mails contain no unsubscribe link.
     pub public_url: Option<PublicUrl>,
-    /// The proxies in front of these pages. What their forwarding headers say of a request's client, host, port and scheme is
-    /// believed; from any other address those headers are ignored.
+    /// Reverse proxies in front of the pages. Their forwarding headers are trusted for a request's client, host, port and scheme;
+    /// those from any other address are ignored.
     pub trusted_proxies: Vec<Proxy>,
-    /// Connections that are served at once; further ones wait.
+    /// The maximum number of connections. Others wait.
     pub max_connections: usize,
-    /// The head of a request must have arrived after this time, counted from the begin of the connection or from the answer before:
-    /// so it is also how long a connection may be idle.
+    /// The time limit for a request head, counted from the start of the connection or from the previous response. So it also limits
+    /// idle time.
     #[serde(rename = "header_timeout_ms", with = "ms")]
     pub header_timeout: Duration,
-    /// A connection that is older ends with the request that it serves.
+    /// A connection older than this closes after the current request.
     #[serde(rename = "connection_age_ms", with = "ms")]
     pub connection_age: Duration,
-    /// What a mail provider has to know to report bounces and complaints; none: nobody may.
+    /// The secret with which mail providers report bounces and complaints. None: reports are refused.
     pub hook_key: Option<SecretString>,
-    /// The topics of Amazon SNS whose messages are accepted, as ARNs.
+    /// The ARNs of the Amazon SNS topics whose messages are accepted.
     pub sns_topics: Vec<String>,
-    /// Files with the certificates of Amazon SNS; none: they are fetched from Amazon, and an authority must have signed them.
+    /// Files with the signing certificates of Amazon SNS. None: they are fetched from Amazon and verified against the trusted
+    /// authorities.
     pub sns_certificates: Vec<PathBuf>,
 }
 
@@ -149,21 +150,20 @@ impl Default for WebConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FanOutConfig {
-    /// So much of a run may be released and not yet tried: what it gets through in this time. It is how long a pause takes
-    /// to act, and how long a small run waits behind a big one.
+    /// The window of a run in time: at most what it gets through in this time may be released and not yet tried. It is the delay of
+    /// a pause, and the time for which a small run waits behind a large one.
     #[serde(rename = "window_ms", with = "ms")]
     pub window: Duration,
-    /// But never more items of a run than this: it bounds the queue of items.
+    /// The maximum window of a run in items. It bounds the item queues.
     pub window_items: i32,
-    /// While so many items of a run wait for their next attempt, nothing more of it is released: it bounds the queues of
-    /// the retry schedule.
+    /// While this many items of a run are deferred, no more of its items are released. It bounds the retry queues.
     pub deferred_items: i32,
-    /// Items released by one step.
+    /// The number of items that one step releases.
     pub chunk_items: i32,
-    /// The most emails that all runs together send in a second; none: no limit. The same for all processes.
+    /// The maximum rate of all runs and processes together, in emails per second. None: no limit.
     pub sends_per_second: Option<i32>,
-    /// Under a rate limit a send may be late by this time. Later, it gets another send time: so what was held up does not go out
-    /// in one burst.
+    /// How late a send may be under a rate limit. A later one gets a new send time, so that delayed mails do not go out in one
+    /// burst.
     #[serde(rename = "rate_burst_ms", with = "ms")]
     pub rate_burst: Duration,
 }
@@ -185,16 +185,16 @@ impl Default for FanOutConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SendConfig {
-    /// Sends in flight in one process, or fewer with a mail server: see [`Config::permits`]. A worker that is killed leaves at
-    /// most so many invitations in the state `unknown`.
+    /// The maximum number of sends in progress in one process; fewer with an SMTP relay, see [`Config::permits`]. A worker that is
+    /// killed leaves at most this many invitations in the state `unknown`.
     pub permits: usize,
-    /// Unacknowledged deliveries the broker hands out ahead.
+    /// The prefetch of the item consumers.
     pub prefetch: u16,
-    /// Results in one message at most.
+    /// The maximum number of results in one message.
     pub result_batch: usize,
-    /// Whether an attempt with an unknown end waits for a person, or is sent again.
+    /// Whether an attempt with an unknown outcome waits for a person, or is sent again.
     pub on_unknown: OnUnknown,
-    /// How long a shutdown waits for the sends in flight.
+    /// How long a shutdown waits for sends in progress.
     #[serde(rename = "shutdown_deadline_ms", with = "ms")]
     pub shutdown_deadline: Duration,
 }
@@ -215,8 +215,8 @@ impl Default for SendConfig {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RetryConfig {
-    /// The rungs: how long an item waits before its second, third, … try. After the last one it is dead.
-    /// None: what suits the mailer.
+    /// The retry schedule: how long an item waits before its second, third, … try. After the last one it becomes a dead letter.
+    /// None: the mailer's default.
     pub rungs_ms: Option<Vec<u64>>,
 }
 
@@ -224,7 +224,7 @@ pub struct RetryConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProgressConfig {
-    /// Result messages that are counted in one transaction at most.
+    /// The maximum number of result messages that are counted in one transaction.
     pub batch_messages: usize,
 }
 
@@ -238,10 +238,10 @@ impl Default for ProgressConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SweepConfig {
-    /// How often to look.
+    /// The interval between two sweeps.
     #[serde(rename = "interval_ms", with = "ms")]
     pub interval: Duration,
-    /// A run whose counters have not moved for so long may be missing something.
+    /// A run whose counters have not changed for this long is considered stalled.
     #[serde(rename = "stalled_after_ms", with = "ms")]
     pub stalled_after: Duration,
 }
@@ -256,7 +256,7 @@ impl Default for SweepConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WatchdogConfig {
-    /// A consumer that has got nothing for so long, although there is something for it, gets a new connection.
+    /// A consumer that receives nothing for this long, although messages are ready, gets a new connection.
     #[serde(rename = "idle_after_ms", with = "ms")]
     pub idle_after: Duration,
 }
@@ -271,12 +271,12 @@ impl Default for WatchdogConfig {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RetentionConfig {
-    /// Runs are deleted when they were over for so many days; 0: never.
+    /// Runs are deleted this many days after they are over; 0: never.
     pub keep_days: u32,
 }
 
 impl RetentionConfig {
-    /// How long runs are kept; none: for ever.
+    /// How long runs are kept. None: for ever.
     #[must_use]
     pub fn keep(&self) -> Option<Duration> {
         (self.keep_days > 0).then(|| DAY * self.keep_days)
@@ -287,10 +287,10 @@ impl RetentionConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HeartbeatConfig {
-    /// How often a worker says that it lives.
+    /// The heartbeat interval of a worker.
     #[serde(rename = "interval_ms", with = "ms")]
     pub interval: Duration,
-    /// A worker that has not said so for this long is dead to the others, and to itself.
+    /// A worker without a heartbeat for this long is considered dead, by the others and by itself.
     #[serde(rename = "dead_after_ms", with = "ms")]
     pub dead_after: Duration,
 }
@@ -305,26 +305,26 @@ impl Default for HeartbeatConfig {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MailerConfig {
-    /// Which of them it is.
+    /// Which mailer is used.
     pub kind: MailerKind,
     /// The simulated mailer.
     pub simulated: SimulatedConfig,
-    /// The real one.
+    /// The SMTP mailer.
     pub smtp: SmtpConfig,
 }
 
-/// `[mailer.simulated]`: no mail leaves the machine; which sends fail depends on nothing but these numbers.
+/// `[mailer.simulated]`: no mail leaves the machine. Which sends fail depends only on these numbers.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SimulatedConfig {
-    /// How long each send takes.
+    /// The duration of each send.
     #[serde(rename = "latency_ms", with = "ms")]
     pub latency: Duration,
-    /// Every so manieth email of a run meets *Internet Down* until a person replays it; 0: none.
+    /// Every Nth email of a run fails with *Internet Down* until it is replayed; 0 disables.
     pub down_every: i32,
-    /// Every so manieth email of a run fails at its first try, and passes at the next; 0: none.
+    /// The first try of every Nth email of a run fails, and the next one succeeds; 0 disables.
     pub flaky_every: i32,
-    /// A file that gets a line for each email handed over, for tests and the curious: its Message-ID.
+    /// A file that receives the Message-ID of each email handed over, one per line; for tests.
     pub journal: Option<PathBuf>,
 }
 
@@ -338,7 +338,7 @@ impl Default for SimulatedConfig {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MetricsConfig {
-    /// Where the process answers `/metrics`, `/livez` and `/readyz`; none: nowhere. Port 0 is any free one, which the log names.
+    /// The address of `/metrics`, `/livez` and `/readyz`. None: they are disabled. Port 0 selects a free port, which is logged.
     pub listen: Option<SocketAddr>,
 }
 
@@ -346,9 +346,9 @@ pub struct MetricsConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
-    /// What to log, in the syntax of `RUST_LOG`, which wins over it.
+    /// What to log, in the syntax of `RUST_LOG`, which overrides it.
     pub filter: String,
-    /// One JSON object a line, for machines.
+    /// Writes one JSON object per line, for machines.
     pub json: bool,
 }
 
@@ -362,14 +362,14 @@ impl Default for LogConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// Unreadable, of the wrong type, or an unknown key.
-    #[error("the settings can't be read: {}", without_lines_of_the_file(.0))]
+    #[error("can't read the settings: {}", without_lines_of_the_file(.0))]
     Read(#[from] config::ConfigError),
-    /// Readable, but not sensible.
+    /// Well-formed, but invalid.
     #[error(transparent)]
     Value(#[from] InvalidSetting),
 }
 
-/// Takes a key such as `send.claim_batch` out of a table. False: it is not in it.
+/// Removes a key such as `send.claim_batch` from a table. Returns false if the table does not contain it.
 fn take(table: &mut config::Map<String, config::Value>, key: &str) -> bool {
     match key.split_once('.') {
         None => table.remove(key).is_some(),
@@ -380,7 +380,7 @@ fn take(table: &mut config::Map<String, config::Value>, key: &str) -> bool {
     }
 }
 
-/// A syntax error shows the line it is in, which may hold a password.
+/// Removes the quoted lines of the file from a syntax error, since they may contain a password.
 fn without_lines_of_the_file(error: &config::ConfigError) -> String {
     let text = error.to_string();
     let lines = text.lines().filter(|line| {
@@ -389,12 +389,12 @@ fn without_lines_of_the_file(error: &config::ConfigError) -> String {
     lines.collect::<Vec<_>>().join("; ")
 }
 
-/// Whoever knows the key can keep people from being written to.
+/// The key allows its holder to suppress addresses, so it must not be guessable.
 const MIN_HOOK_KEY_BYTES: usize = 16;
-/// The environment's settings: `MAILRUN_SEND__PERMITS=10` is `permits` in `[send]`.
+/// The prefix of environment variables: `MAILRUN_SEND__PERMITS=10` is `permits` in `[send]`.
 const PREFIX: &str = "MAILRUN_";
 
-/// Settings that earlier versions had. For one release they are read and ignored, with a warning, so that an upgrade starts.
+/// Settings of earlier versions. For one release they are ignored with a warning, so that a process still starts after an upgrade.
 const REMOVED: [&str; 8] = [
     "amqp.publish_twice",
     "database.acquire_timeout_ms",
@@ -406,7 +406,7 @@ const REMOVED: [&str; 8] = [
     "watchdog.stuck_after_ms",
 ];
 
-/// Settings that are lists, separated by commas.
+/// Variables whose values are lists, separated by commas.
 const LISTS: [&str; 6] = [
     "MAILRUN_AMQP__URLS",
     "MAILRUN_RETRY__RUNGS_MS",
@@ -420,9 +420,9 @@ impl Config {
     /// Reads the settings: defaults, then `file` or `mailrun.toml` in the working directory, then the environment.
     ///
     /// # Errors
-    /// The first thing wrong, with its key.
+    /// The first invalid setting, with its key.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
-        // Somebody else's variable need not be UTF-8.
+        // Unrelated variables may not be UTF-8.
         let text = |text: OsString| text.to_string_lossy().into_owned();
         Self::read(file, std::env::vars_os().map(|(key, value)| (text(key), text(value))).collect())
     }
@@ -440,14 +440,14 @@ impl Config {
         let topics = nonempty("MAILRUN_WEB__SNS_TOPICS");
         let certificates = nonempty("MAILRUN_WEB__SNS_CERTIFICATES");
         let proxies = nonempty("MAILRUN_WEB__TRUSTED_PROXIES");
-        // Only names with a section are settings; MAILRUN_HOME and MAILRUN_CONFIG are none.
+        // Only names with a section are settings: not MAILRUN_HOME and MAILRUN_CONFIG.
         let ours = environment
             .into_iter()
             .filter(|(key, _)| key.strip_prefix(PREFIX).is_some_and(|key| key.contains("__")))
-            // Read above; an empty one is none.
+            // Lists are read above; an empty one is ignored.
             .filter(|(key, _)| !LISTS.contains(&key.as_str()))
             .collect();
-        // Values stay text, and are read as what their key is: a password of digits is no number.
+        // Values stay text until their key's type parses them, so that a password of digits is not read as a number.
         let environment = Environment::with_prefix("MAILRUN").prefix_separator("_").separator("__").source(Some(ours));
         let mut builder = config::Config::builder().add_source(file).add_source(environment);
         if let Some(url) = database_url {
@@ -476,19 +476,19 @@ impl Config {
         Ok(config)
     }
 
-    /// RabbitMQ as configured; `name` is what the management console shows the connections as.
+    /// RabbitMQ as configured. `name` is the connection name in the management console.
     #[must_use]
     pub fn broker(&self, name: impl Into<String>) -> Arc<Broker> {
         Broker::new(&self.amqp, self.all_rungs(), name)
     }
 
-    /// The same, for a process that shows its health.
+    /// The same, for a process that exposes its health.
     #[must_use]
     pub fn broker_with_health(&self, name: impl Into<String>, health: Health) -> Arc<Broker> {
         Broker::with_health(&self.amqp, self.all_rungs(), name, health)
     }
 
-    /// The right side of every `Message-ID`: mail servers distrust a domain that is none.
+    /// The domain of every `Message-ID`. It must be a real domain, since mail servers distrust others.
     #[must_use]
     pub fn message_id_domain(&self) -> String {
         match self.mailer.kind {
@@ -497,8 +497,8 @@ impl Config {
         }
     }
 
-    /// Sends that a process may have in flight. A real mail server is spoken to over `connections`; a quarter more are claimed
-    /// ahead, so that a connection that is free finds the next mail waiting.
+    /// The maximum number of attempts in progress in one process. With SMTP that is one for each of `connections` and a quarter
+    /// more, so that a free connection finds the next mail ready.
     #[must_use]
     pub fn permits(&self) -> usize {
         match self.mailer.kind {
@@ -507,15 +507,15 @@ impl Config {
         }
     }
 
-    /// How long an item waits before its second, third, … try. A mail server that asks to come back later means minutes to
-    /// hours; the simulated one means a moment.
+    /// The retry schedule: how long an item waits before its second, third, … try. By default minutes to hours with SMTP, since a
+    /// deferring relay expects that, and seconds with the simulated mailer.
     #[must_use]
     pub fn rungs(&self) -> Vec<Duration> {
         let suits = self.mailer.kind.rungs_ms();
         self.retry.rungs_ms.as_deref().unwrap_or(suits).iter().copied().map(Duration::from_millis).collect()
     }
 
-    /// The settings that have to be the same in every worker.
+    /// The settings that must be the same in every worker.
     #[must_use]
     pub fn agreement(&self) -> Agreement {
         let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
@@ -529,8 +529,8 @@ impl Config {
         }
     }
 
-    /// The rungs of every mailer there is, and those of the settings: each needs its queue, since who declares the queues may
-    /// know nothing of the mailer that the senders use.
+    /// The retry delays of all mailers and of the settings. Each needs a queue, since the process that declares the queues may not
+    /// know which mailer the senders use.
     #[must_use]
     pub fn all_rungs(&self) -> Vec<Duration> {
         let all = MailerKind::ALL.into_iter().flat_map(MailerKind::rungs_ms).copied().map(Duration::from_millis);
@@ -552,7 +552,7 @@ impl Config {
             );
         }
         if self.web.sns_topics.iter().any(|topic| !topic.starts_with("arn:") || !topic.contains(":sns:")) {
-            return wrong("web.sns_topics", "each is like arn:aws:sns:eu-west-1:123456789012:bounces");
+            return wrong("web.sns_topics", "each must look like arn:aws:sns:eu-west-1:123456789012:bounces");
         }
         if self.web.hook_key.as_ref().is_some_and(|key| key.expose_secret().len() < MIN_HOOK_KEY_BYTES) {
             return wrong("web.hook_key", "at least 16 characters, for instance from `openssl rand -hex 24`");
@@ -561,7 +561,7 @@ impl Config {
             return wrong("send.permits", "from 1 to 1000");
         }
         if self.send.prefetch == 0 || self.send.prefetch > 2_000 {
-            return wrong("send.prefetch", "from 1 to 2000, the most a quorum queue allows");
+            return wrong("send.prefetch", "from 1 to 2000, the maximum of a quorum queue");
         }
         if self.send.result_batch == 0 || self.progress.batch_messages == 0 {
             return wrong("send.result_batch, progress.batch_messages", "at least 1");
@@ -578,7 +578,7 @@ impl Config {
         if self.heartbeat.interval.is_zero() || self.heartbeat.dead_after < self.heartbeat.interval.saturating_mul(3) {
             return wrong(
                 "heartbeat.dead_after_ms",
-                "at least three times interval_ms, so that one lost heartbeat kills nobody",
+                "at least three times interval_ms, so that a worker survives a lost heartbeat",
             );
         }
         if self.sweep.interval.is_zero() {
@@ -589,7 +589,7 @@ impl Config {
         }
         let rungs = self.rungs();
         if !(1..=20).contains(&rungs.len()) || rungs.contains(&Duration::ZERO) {
-            return wrong("retry.rungs_ms", "1 to 20 waits of at least 1 ms each");
+            return wrong("retry.rungs_ms", "1 to 20 delays of at least 1 ms each");
         }
         self.mailer.smtp.check(self.mailer.kind)
     }
@@ -607,7 +607,7 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_usable() {
+    fn the_defaults_are_valid() {
         read(&[]).unwrap();
     }
 
@@ -630,14 +630,14 @@ mod tests {
     }
 
     #[test]
-    fn a_removed_setting_is_ignored_and_named() {
+    fn a_removed_setting_is_ignored_and_reported() {
         let config = read(&[("MAILRUN_SEND__CLAIM_BATCH", "9"), ("MAILRUN_AMQP__PUBLISH_TWICE", "true")]).unwrap();
         assert_eq!(config.ignored, ["amqp.publish_twice", "send.claim_batch"]);
-        assert!(read(&[("MAILRUN_SEND__CLAIM_BATCHES", "9")]).is_err(), "one that never was is refused");
+        assert!(read(&[("MAILRUN_SEND__CLAIM_BATCHES", "9")]).is_err(), "unknown settings are refused");
     }
 
     #[test]
-    fn servers_are_named_by_the_environment_or_the_file() {
+    fn the_environment_or_the_file_names_servers() {
         assert_eq!(read(&[]).unwrap().named, Named::default());
         assert_eq!(read(&[("AMQP_URL", "amqps://a")]).unwrap().named, Named { database: false, broker: true });
         let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
@@ -647,13 +647,13 @@ mod tests {
     }
 
     #[test]
-    fn a_password_of_digits_keeps_its_zeros() {
+    fn a_numeric_password_keeps_its_leading_zero() {
         let config = read(&[("MAILRUN_WEB__PASSWORD", "01234567")]).unwrap();
         assert_eq!(config.web.password.unwrap().expose_secret(), "01234567");
     }
 
     #[test]
-    fn a_flag_and_a_list_are_read_from_the_environment() {
+    fn the_environment_sets_flags_and_lists() {
         let config =
             read(&[("MAILRUN_AMQP__ALLOW_PLAINTEXT", "true"), ("MAILRUN_AMQP__URLS", "amqps://a,amqps://b")]).unwrap();
         assert!(config.amqp.allow_plaintext);
@@ -661,7 +661,7 @@ mod tests {
     }
 
     #[test]
-    fn topics_are_arns() {
+    fn sns_topics_must_be_arns() {
         let topics = |topics: &str| read(&[("MAILRUN_WEB__SNS_TOPICS", topics)]).map(|config| config.web.sns_topics);
         let arns = ["arn:aws:sns:eu-west-1:123456789012:bounces", "arn:aws-cn:sns:cn-north-1:123456789012:x"];
         assert_eq!(topics(&arns.join(", ")).unwrap(), arns);
@@ -675,14 +675,14 @@ mod tests {
     }
 
     #[test]
-    fn an_address_others_can_reach_needs_a_password() {
+    fn an_address_that_others_can_reach_needs_a_password() {
         let error = read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80")]).unwrap_err().to_string();
         assert!(error.contains("web.password"), "{error}");
         read(&[("MAILRUN_WEB__LISTEN", "0.0.0.0:80"), ("MAILRUN_WEB__PASSWORD", "let me in")]).unwrap();
     }
 
     #[test]
-    fn a_message_id_bears_the_senders_domain_in_ascii() {
+    fn message_ids_use_the_senders_domain_in_ascii() {
         let domain = |settings: &[(&str, &str)]| read(settings).unwrap().message_id_domain();
         assert_eq!(domain(&[]), "mailrun");
         let smtp = [("MAILRUN_MAILER__KIND", "smtp"), ("MAILRUN_MAILER__SMTP__RELAYS", "smtp://localhost?tls=none")];
@@ -691,7 +691,7 @@ mod tests {
     }
 
     #[test]
-    fn real_mail_needs_a_relay_and_a_sender() {
+    fn smtp_needs_a_relay_and_a_sender() {
         let smtp = ("MAILRUN_MAILER__KIND", "smtp");
         let relays = |urls| ("MAILRUN_MAILER__SMTP__RELAYS", urls);
         let why = |settings: &[_]| read(settings).unwrap_err().to_string();
@@ -713,7 +713,7 @@ mod tests {
         assert!(broken.contains("relay 2") && !broken.contains("hunter2"), "{broken}");
         assert!(why(&[relays("smtp://b?tls=none")]).contains("allow_plaintext"));
         read(&[relays("smtp://b?tls=none"), ("MAILRUN_MAILER__SMTP__ALLOW_PLAINTEXT", "true")]).unwrap();
-        assert!(why(&[("MAILRUN_MAILER__SMTP__FROM", "nobody")]).contains("is no sender"));
+        assert!(why(&[("MAILRUN_MAILER__SMTP__FROM", "nobody")]).contains("is not a sender"));
         assert!(why(&[("MAILRUN_MAILER__SMTP__RELAY", "x")]).contains("relay"));
     }
 
@@ -727,7 +727,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_in_the_file_does_not_print_its_line() {
+    fn an_error_in_the_file_does_not_quote_its_line() {
         for content in [
             "[database]\nurl = \"postgres://u:hunter2@h\n",
             "[web]\npassword = hunter2\n",
@@ -757,7 +757,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(128))]
 
         #[test]
-        fn any_settings_are_usable_or_refused(
+        fn any_settings_are_accepted_or_refused(
             settings in prop::collection::vec((prop::sample::select(&[
                 "DATABASE_URL", "AMQP_URL", "MAILRUN_WEB__LISTEN", "MAILRUN_WEB__PUBLIC_URL", "MAILRUN_WEB__PASSWORD", "MAILRUN_WEB__MAX_BODY_BYTES",
                 "MAILRUN_SEND__PERMITS", "MAILRUN_SEND__PREFETCH", "MAILRUN_RETRY__RUNGS_MS", "MAILRUN_HEARTBEAT__INTERVAL_MS",

@@ -6,80 +6,80 @@ use percent_encoding::percent_decode_str;
 use secrecy::{ExposeSecret, SecretString};
 use url::{Host, Url};
 
-/// A mail server that takes our mail on: `smtp://user:password@host:587` or `smtps://user:password@host:465`.
+/// A mail server that we hand mail to: `smtp://user:password@host:587` or `smtps://user:password@host:465`.
 ///
-/// After a question mark may follow, joined by `&`:
-/// - `weight=3`: how large its share of the mail is, beside the others'; 1 without it;
-/// - `auth=plain`, `login` or `xoauth2`: how to log in; without it, `plain` or `login`, whichever the relay offers;
-/// - `tls=none`: speak unencrypted; `tls=required` is what goes without saying;
-/// - `ca_file=/path`: a PEM file with the authorities to trust, instead of the system's;
-/// - `password_file=/path`: a file with the password or token, read at each login, since tokens change.
+/// Query parameters:
+/// - `weight=3`: its share of the mail relative to the other relays, 1 by default;
+/// - `auth=plain`, `login` or `xoauth2`: the SASL mechanism; by default `plain` or `login`, whichever the relay offers;
+/// - `tls=none`: no encryption; `tls=required` is the default;
+/// - `ca_file=/path`: a PEM file with the certificate authorities to trust, instead of the system's;
+/// - `password_file=/path`: a file with the password or token. It is read at each login, since tokens change.
 #[derive(Clone)]
 pub struct Relay {
-    /// Its name or address; IPv6 without brackets.
+    /// Host name or address; IPv6 without brackets.
     pub host: String,
-    /// 587, or 465 for `smtps`, unless the URL says otherwise.
+    /// By default 587, or 465 for `smtps`.
     pub port: u16,
     /// How the connection is encrypted.
     pub tls: RelayTls,
-    /// How to log in; none: not at all.
+    /// The credentials. None: no login.
     pub login: Option<Login>,
-    /// The authorities to trust; none: the system's.
+    /// The certificate authorities to trust. None: the system's.
     pub ca_file: Option<PathBuf>,
-    /// Its share of the mail, from 1.
+    /// Its share of the mail, at least 1.
     pub weight: u32,
 }
 
 /// How a connection is encrypted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RelayTls {
-    /// From its first byte.
+    /// From the first byte.
     Implicit,
-    /// After STARTTLS, and not at all without it.
+    /// With STARTTLS, which is required.
     StartTls,
-    /// Not at all.
+    /// Not encrypted.
     None,
 }
 
-/// How to log in.
+/// Credentials for a relay.
 #[derive(Clone, Debug)]
 pub struct Login {
     /// The user.
     pub user: String,
-    /// Where the password is, or the token.
+    /// The source of the password or token.
     pub password: Password,
-    /// The way; none: as the relay offers.
+    /// The SASL mechanism. None: chosen from those that the relay offers.
     pub mechanism: Option<Mechanism>,
 }
 
-/// Where a password is.
+/// The source of a password.
 #[derive(Clone, Debug)]
 pub enum Password {
-    /// Here.
+    /// In the settings.
     Here(SecretString),
-    /// In a file, which is read at each login. A line break at its end is no part of it.
+    /// In a file, which is read at each login. A trailing line break is ignored.
     File(PathBuf),
 }
 
-/// A way to log in.
+/// A SASL mechanism.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mechanism {
-    /// User and password at once (RFC 4616).
+    /// User and password in one message (RFC 4616).
     Plain,
-    /// One after the other, as old servers ask for them.
+    /// User and password in separate messages, for old servers.
     Login,
-    /// A token of OAuth 2, as large providers ask for it.
+    /// An OAuth 2 token, for large providers.
     XOAuth2,
 }
 
-/// Without what is secret.
+/// Omits the credentials.
 impl fmt::Debug for Relay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Relay({self}, {:?}, weight {})", self.tls, self.weight)
     }
 }
 
-/// What it is called in logs: host and port.
+/// Host and port, for logs.
 impl fmt::Display for Relay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.host.contains(':') {
@@ -91,18 +91,18 @@ impl fmt::Display for Relay {
 }
 
 impl Relay {
-    /// Reads a URL.
+    /// Parses a relay URL.
     ///
     /// # Errors
-    /// What is wrong with it, without a word of what it says: it may be the password.
+    /// What is wrong. The text quotes nothing from the URL, since any part of it may be the password.
     pub fn parse(url: &SecretString) -> Result<Self, &'static str> {
         let url = Url::parse(url.expose_secret()).map_err(
-            |_| "is no URL: write it as smtp://user:password@host:587, and special characters of the password as %40",
+            |_| "is not a URL: write it as smtp://user:password@host:587, with special characters of the password such as %40",
         )?;
         let (mut tls, port) = match url.scheme() {
             "smtp" => (RelayTls::StartTls, 587),
             "smtps" => (RelayTls::Implicit, 465),
-            _ => return Err("begins with neither smtp:// nor smtps://"),
+            _ => return Err("starts with neither smtp:// nor smtps://"),
         };
         let host = match url.host() {
             Some(Host::Ipv6(address)) => address.to_string(),
@@ -112,7 +112,7 @@ impl Relay {
         };
         if !matches!(url.path(), "" | "/") || url.fragment().is_some() {
             return Err(
-                "has something after its host and port: only ?weight=, auth=, tls=, ca_file=, password_file= may",
+                "has a path or fragment: after host and port only ?weight=, auth=, tls=, ca_file=, password_file= may follow",
             );
         }
         let (mut weight, mut mechanism, mut ca_file, mut password_file) = (1, None, None, None);
@@ -120,19 +120,23 @@ impl Relay {
             match (&*key, &*value) {
                 ("weight", value) => {
                     let read = value.parse().ok().filter(|weight| (1..=1_000).contains(weight));
-                    weight = read.ok_or("has a weight that is not from 1 to 1000")?;
+                    weight = read.ok_or("has a weight outside 1 to 1000")?;
                 }
                 ("auth", "plain") => mechanism = Some(Mechanism::Plain),
                 ("auth", "login") => mechanism = Some(Mechanism::Login),
                 ("auth", "xoauth2") => mechanism = Some(Mechanism::XOAuth2),
-                ("auth", _) => return Err("has an auth that is neither plain, login nor xoauth2"),
+                ("auth", _) => return Err("has an auth other than plain, login or xoauth2"),
                 ("tls", "required") => {}
                 ("tls", "none") if tls == RelayTls::Implicit => return Err("has both smtps:// and tls=none"),
                 ("tls", "none") => tls = RelayTls::None,
-                ("tls", _) => return Err("has a tls that is neither required nor none"),
+                ("tls", _) => return Err("has a tls other than required or none"),
                 ("ca_file", path) => ca_file = Some(PathBuf::from(path)),
                 ("password_file", path) => password_file = Some(PathBuf::from(path)),
-                _ => return Err("has an unknown setting: only weight, auth, tls, ca_file and password_file are known"),
+                _ => {
+                    return Err(
+                        "has an unknown parameter: only weight, auth, tls, ca_file and password_file are known",
+                    );
+                }
             }
         }
         let decoded = |text: &str| percent_decode_str(text).decode_utf8().map(Cow::into_owned).ok();
@@ -145,16 +149,16 @@ impl Relay {
             (None, file) => file.map(Password::File),
         };
         let login = match (user.is_empty(), password) {
-            (true, None) if mechanism.is_some() => return Err("has an auth, and no user"),
+            (true, None) if mechanism.is_some() => return Err("has an auth, but no user"),
             (true, None) => None,
             (false, Some(password)) => Some(Login { user, password, mechanism }),
-            (true, Some(_)) => return Err("has a password, and no user"),
-            (false, None) => return Err("has a user, and neither a password nor a password_file"),
+            (true, Some(_)) => return Err("has a password, but no user"),
+            (false, None) => return Err("has a user, but neither a password nor a password_file"),
         };
         Ok(Self { host, port: url.port().unwrap_or(port), tls, login, ca_file, weight })
     }
 
-    /// Whether nobody between us and it can read along: it is encrypted, or on this machine.
+    /// Whether mail to it can't be read on the way: the connection is encrypted, or stays on this machine.
     #[must_use]
     pub fn is_private(&self) -> bool {
         let loopback = self.host.parse::<IpAddr>().map_or(self.host == "localhost", |address| address.is_loopback());
@@ -171,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_says_all_there_is_to_know() {
+    fn parses_every_part_of_a_url() {
         let relay = parse("smtp://ann%40x.org:p%2fw@mail.example:2525?weight=3&auth=login&ca_file=/a").unwrap();
         assert_eq!((relay.host.as_str(), relay.port, relay.weight), ("mail.example", 2525, 3));
         assert_eq!((relay.tls, relay.ca_file), (RelayTls::StartTls, Some("/a".into())));
@@ -187,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_without_the_password() {
+    fn errors_do_not_quote_the_password() {
         for url in [
             "hunter2",
             "http://u:hunter2@h",

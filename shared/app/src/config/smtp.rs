@@ -1,4 +1,4 @@
-//! `[mailer.smtp]`: mail that leaves the machine, through one relay or several.
+//! `[mailer.smtp]`: sending real mail through one or more relays.
 
 use std::{fmt, path::PathBuf, time::Duration};
 
@@ -9,16 +9,16 @@ use serde::Deserialize;
 
 use super::{ConfigError, InvalidSetting, relay::Relay};
 
-/// No step of an attempt may take longer.
+/// The longest time limit that a single step of an attempt may have.
 const MAX_TIMEOUT: Duration = Duration::from_secs(900);
-/// DATA is answered within two minutes, RFC 5321, 4.5.3.2.
+/// The time limit for the reply to DATA in RFC 5321, 4.5.3.2: two minutes.
 const LONGEST_DATA: Duration = Duration::from_secs(120);
 
-/// Who carries the mail.
+/// Which mailer is used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MailerKind {
-    /// Nobody: no mail leaves the machine.
+    /// Simulated: no mail leaves the machine.
     #[default]
     Simulated,
     /// The relays of `[mailer.smtp]`.
@@ -26,10 +26,10 @@ pub enum MailerKind {
 }
 
 impl MailerKind {
-    /// All there are.
+    /// All kinds.
     pub const ALL: [Self; 2] = [Self::Simulated, Self::Smtp];
 
-    /// The rungs that suit it, in milliseconds.
+    /// The default retry delays for this mailer, in milliseconds.
     #[must_use]
     pub fn rungs_ms(self) -> &'static [u64] {
         match self {
@@ -43,46 +43,46 @@ impl MailerKind {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SmtpConfig {
-    /// Who the invitations are from.
+    /// The sender of the invitations.
     pub from: Sender,
-    /// Who gets the answers; none: `from`.
+    /// Where replies go. None: to `from`.
     pub reply_to: Option<Sender>,
-    /// `smtp://user:password@host:587` (STARTTLS) or `smtps://user:password@host:465`; see [`Relay`] for what may follow.
+    /// `smtp://user:password@host:587` (STARTTLS) or `smtps://user:password@host:465`; see [`Relay`] for the parameters.
     pub relays: Vec<SecretString>,
-    /// Connections of one process at most, to all relays together.
+    /// The maximum number of connections per process, to all relays together.
     pub connections: usize,
-    /// A connection is given up after so many messages.
+    /// A connection is closed after this many messages.
     pub messages_per_connection: u32,
-    /// A connection that nothing was sent on for so long is given up.
+    /// A connection is closed after being idle for this long.
     #[serde(rename = "idle_ms", with = "ms")]
     pub idle: Duration,
-    /// A relay must accept a connection, and again agree on its encryption, within this time.
+    /// The time limit for connecting to a relay, and separately for the TLS handshake.
     #[serde(rename = "connect_timeout_ms", with = "ms")]
     pub connect_timeout: Duration,
-    /// A relay must greet within this time; none: as for a command.
+    /// The time limit for the greeting. None: `command_timeout`.
     #[serde(rename = "greeting_timeout_ms", with = "ms_if_any")]
     pub greeting_timeout: Option<Duration>,
-    /// A relay must answer each command within this time. This limit and those of DATA and the message are by default those of
+    /// The time limit for the reply to each command. The defaults of this limit and of those for DATA and the message are those of
     /// RFC 5321, 4.5.3.2.
     #[serde(rename = "command_timeout_ms", with = "ms")]
     pub command_timeout: Duration,
-    /// A relay must answer DATA within this time; none: as for another command, and within two minutes.
+    /// The time limit for the reply to DATA. None: `command_timeout`, at most two minutes.
     #[serde(rename = "data_timeout_ms", with = "ms_if_any")]
     pub data_timeout: Option<Duration>,
-    /// A relay must take a message in within this time, and answer it within the same time again.
+    /// The time limit for transferring a message, and separately for the reply to it.
     #[serde(rename = "message_timeout_ms", with = "ms")]
     pub message_timeout: Duration,
-    /// The largest message, headers and all.
+    /// The maximum size of a message, including its headers.
     pub max_message_bytes: usize,
-    /// Connections of one process that send to the same recipient's domain, at most; 0: as many as there are.
+    /// The maximum number of connections per process that send to the same recipient domain; 0: no limit.
     pub per_domain: usize,
-    /// What the worker calls itself; none: the name of its host if it has a dot, and its address otherwise.
+    /// The name in EHLO. None: the host's name if it contains a dot, otherwise its address.
     pub hello: Option<String>,
-    /// Lets mail and passwords go unencrypted to relays beyond this machine.
+    /// Allows unencrypted mail and passwords to relays on other machines.
     pub allow_plaintext: bool,
-    /// Signs the mail; none: it is not signed here.
+    /// DKIM signing. None: the mail is not signed here.
     pub dkim: Option<DkimConfig>,
-    /// When refusals that nobody can explain stop a relay.
+    /// When unexplained refusals stop a relay.
     pub breaker: BreakerConfig,
 }
 
@@ -90,11 +90,11 @@ pub struct SmtpConfig {
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BreakerConfig {
-    /// So many different recipients in a row that are refused with the same words; 0: nothing stops a relay.
+    /// This many consecutive refusals of different recipients with the same text stop a relay; 0 disables the breaker.
     pub in_a_row: usize,
-    /// The last messages, of which a share is looked at.
+    /// The number of most recent messages for `percent`.
     pub window: usize,
-    /// That share, if it was refused for good.
+    /// A relay stops if at least this share of them was refused permanently.
     pub percent: usize,
 }
 
@@ -132,15 +132,15 @@ impl Default for SmtpConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DkimConfig {
-    /// The domain that signs: that of `from`, or one above it.
+    /// The signing domain: that of `from` or a parent domain.
     pub domain: String,
-    /// The name under which its key is published: `<selector>._domainkey.<domain>`.
+    /// The selector: the public key is published at `<selector>._domainkey.<domain>`.
     pub selector: String,
-    /// A file with the private key: RSA as PEM (PKCS #1).
+    /// The file with the private key: RSA, PEM (PKCS #1).
     pub key_file: PathBuf,
 }
 
-/// Who a mail is from, or whom to answer: `Name <address>`, or an address alone.
+/// A sender or reply address: `Name <address>`, or the address alone.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Sender {
@@ -154,7 +154,7 @@ impl TryFrom<String> for Sender {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no sender: write it as Name <name@example.org>");
+        let wrong = || format!("{text:?} is not a sender: write it as Name <name@example.org>");
         if text.chars().any(char::is_control) {
             return Err(wrong());
         }
@@ -170,11 +170,11 @@ impl TryFrom<String> for Sender {
 }
 
 impl Sender {
-    /// The domain of the address, in ASCII, as headers want it.
+    /// The domain of the address in ASCII, as headers require it.
     #[must_use]
     pub fn domain(&self) -> String {
         let domain = self.email.rsplit('@').next().unwrap_or_default();
-        // One that can't be written in ASCII is refused before anything is sent from it.
+        // A domain that can't be converted to ASCII is refused before anything is sent from it.
         idna::domain_to_ascii(domain).unwrap_or_else(|_| domain.to_owned())
     }
 }
@@ -189,17 +189,17 @@ impl fmt::Display for Sender {
 }
 
 impl SmtpConfig {
-    /// The relays, read.
+    /// Parses `relays`.
     ///
     /// # Errors
-    /// What is wrong with the first one that can't be used, without its password.
+    /// What is wrong with the first invalid relay, without its password.
     pub fn relays(&self) -> Result<Vec<Relay>, InvalidSetting> {
         let read = |(number, url)| {
             let wrong = |reason: String| InvalidSetting::new("mailer.smtp.relays", format!("relay {number} {reason}"));
             let relay = Relay::parse(url).map_err(|reason| wrong(reason.into()))?;
             if !relay.is_private() && !self.allow_plaintext {
                 return Err(wrong(format!(
-                    "({}) has tls=none and is not on this machine: leave tls=none away, or set mailer.smtp.allow_plaintext",
+                    "({}) has tls=none and is not on this machine: remove tls=none, or set mailer.smtp.allow_plaintext",
                     relay.host
                 )));
             }
@@ -208,13 +208,13 @@ impl SmtpConfig {
         (1..).zip(&self.relays).map(read).collect()
     }
 
-    /// How long a relay may take to greet.
+    /// The time limit for the greeting.
     #[must_use]
     pub fn greeting_timeout(&self) -> Duration {
         self.greeting_timeout.unwrap_or(self.command_timeout)
     }
 
-    /// How long a relay may take to answer DATA.
+    /// The time limit for the reply to DATA.
     #[must_use]
     pub fn data_timeout(&self) -> Duration {
         self.data_timeout.unwrap_or(self.command_timeout.min(LONGEST_DATA))
@@ -224,7 +224,7 @@ impl SmtpConfig {
         let wrong = |key, reason: &str| Err(InvalidSetting::new(key, reason).into());
         let relays = self.relays()?;
         if kind == MailerKind::Smtp && relays.is_empty() {
-            return wrong("mailer.smtp.relays", "name at least one, as smtp://user:password@host:587");
+            return wrong("mailer.smtp.relays", "at least one is needed, such as smtp://user:password@host:587");
         }
         if !(1..=1_000).contains(&self.connections) {
             return wrong("mailer.smtp.connections", "from 1 to 1000");
@@ -245,7 +245,7 @@ impl SmtpConfig {
         if limits.iter().any(|limit| limit.is_zero() || *limit > MAX_TIMEOUT) {
             return wrong(
                 "mailer.smtp.connect_timeout_ms, greeting_timeout_ms, command_timeout_ms, data_timeout_ms, message_timeout_ms",
-                "from 1 to 900000, since an attempt has 20 minutes in all",
+                "from 1 to 900000, since the whole attempt has 20 minutes",
             );
         }
         if self.breaker.window == 0 || !(1..=100).contains(&self.breaker.percent) {
@@ -253,7 +253,7 @@ impl SmtpConfig {
         }
         let hello = self.hello.as_deref();
         if hello.is_some_and(|name| name.is_empty() || !name.chars().all(|c| c.is_ascii_graphic())) {
-            return wrong("mailer.smtp.hello", "the name of a host, without spaces");
+            return wrong("mailer.smtp.hello", "must be a host name without spaces");
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! One entry of a list: an address in the ways that programs and people write it, with or without a name.
+//! One entry of a list: an address with or without a name, in the forms that programs and people write.
 
 use super::{
     Address, Invalid,
@@ -7,14 +7,14 @@ use super::{
     wrapping::{trim, unwrap},
 };
 
-/// How much of an invalid entry is shown back.
+/// The length at which an invalid entry is shortened for display.
 const MAX_SHOWN_CHARS: usize = 80;
-/// Reads an entry.
+/// Parses an entry.
 pub(super) fn parse(entry: &str) -> Result<Address, Invalid> {
     read(entry).map_err(|reason| invalid(entry, reason))
 }
 
-/// An entry that is no address.
+/// An entry that is not an address.
 pub(super) fn invalid(entry: &str, reason: &'static str) -> Invalid {
     Invalid { text: shorten(entry), reason }
 }
@@ -27,7 +27,7 @@ fn read(entry: &str) -> Result<Address, &'static str> {
     let address = unwrap(address);
     let Spelling { mailbox, typed } = mailbox::read(&address)?;
     let name = match name::read(name, &mailbox)? {
-        // What stands in parentheses is the name in old mail programs, and may be any note.
+        // Old mail programs put the name in parentheses, but it may be any note: an invalid one is dropped.
         None => name::read(comment, &mailbox).unwrap_or_default(),
         name => name,
     };
@@ -35,7 +35,7 @@ fn read(entry: &str) -> Result<Address, &'static str> {
     Ok(Address { email: mailbox.into_owned(), typed, name })
 }
 
-/// The name, the address, and what stands behind it in parentheses.
+/// The name, the address, and the comment in parentheses after it.
 fn parts(entry: &str) -> (&str, &str, &str) {
     let (entry, comment) = match comment(entry) {
         Some((before, comment)) if !before.is_empty() => (before, comment),
@@ -47,7 +47,7 @@ fn parts(entry: &str) -> (&str, &str, &str) {
     }
 }
 
-/// What stands in parentheses at the end, and what stands before it.
+/// Splits off a comment in parentheses at the end.
 fn comment(entry: &str) -> Option<(&str, &str)> {
     let inner = entry.strip_suffix(')')?;
     let mut open = 1_u32;

@@ -1,9 +1,9 @@
-//! The lines of a pasted text. A quoted cell of a spreadsheet and a folded mail header go over several of them.
+//! Splits a pasted text into lines. A quoted cell of a spreadsheet and a folded mail header may span several of them.
 
-/// How many further lines a quoted cell or a folded header may have.
+/// The maximum number of continuation lines of a quoted cell or a folded header.
 const MAX_FURTHER: u32 = 50;
 
-/// The lines, each with its number from 1; a joined one has the number of its first.
+/// The lines, each with its number from 1. A joined line has the number of its first one.
 pub(super) fn lines(text: &str) -> impl Iterator<Item = (u32, &str)> {
     let mut rest = text;
     let mut number = 1;
@@ -24,7 +24,7 @@ pub(super) fn lines(text: &str) -> impl Iterator<Item = (u32, &str)> {
     })
 }
 
-/// How many line breaks there are in `text`.
+/// The number of line breaks in `text`.
 pub(super) fn breaks(text: &str) -> u32 {
     let mut rest = text;
     let mut count = 0;
@@ -35,7 +35,7 @@ pub(super) fn breaks(text: &str) -> u32 {
     count
 }
 
-/// The first line and what follows it. A lone carriage return ends a line too: old spreadsheets write it.
+/// Splits off the first line. A lone carriage return also ends a line, since old spreadsheets write it.
 fn cut(text: &str) -> Option<(&str, &str)> {
     if text.is_empty() {
         return None;
@@ -51,7 +51,7 @@ fn strip_end(line: &str) -> &str {
     line.strip_suffix("\r\n").or_else(|| line.strip_suffix(['\n', '\r'])).unwrap_or(line)
 }
 
-/// What of `after` belongs to the line before it: how many bytes and lines.
+/// How much of `after` continues the line before it, in bytes and lines.
 fn continuation(line: &str, after: &str) -> Option<(usize, u32)> {
     if line.trim_end().ends_with("?=") && after.starts_with([' ', '\t']) && after.trim_start().starts_with("=?") {
         let (_, rest) = cut(after)?;
@@ -73,7 +73,7 @@ fn continuation(line: &str, after: &str) -> Option<(usize, u32)> {
     None
 }
 
-/// Whether the line ends within a quoted cell.
+/// Whether a quoted cell is still open at the end of the line.
 fn opens_a_cell(line: &str) -> bool {
     let Some(last) = line.rfind('"') else { return false };
     if line.matches('"').count().is_multiple_of(2) {
@@ -83,7 +83,7 @@ fn opens_a_cell(line: &str) -> bool {
     before.is_empty() || before.ends_with([',', ';', '\t'])
 }
 
-/// Whether the first quote of a line closes a cell; none: it has no quote. Two quotes stand for one within a cell.
+/// Whether the first quote in the line closes a cell. None: the line has no quote. A doubled quote is a quote within the cell.
 fn closes_a_cell(line: &str) -> Option<bool> {
     let mut rest = line;
     loop {
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_end_in_every_way() {
+    fn all_line_endings_are_recognised() {
         assert_eq!(read("a\r\nb\n\nc\rd"), [(1, "a"), (2, "b"), (3, ""), (4, "c"), (5, "d")]);
         assert_eq!(read("a\n"), [(1, "a")]);
         assert!(read("").is_empty());
@@ -116,11 +116,11 @@ mod tests {
     }
 
     #[test]
-    fn a_quoted_cell_goes_over_lines() {
+    fn a_quoted_cell_may_span_lines() {
         assert_eq!(read("a,\"b,\nc \"\"d\"\" e\",f\ng"), [(1, "a,\"b,\nc \"\"d\"\" e\",f"), (3, "g")]);
         assert_eq!(read("\"a\r\nb\"\r\nc"), [(1, "\"a\r\nb\""), (3, "c")]);
         assert_eq!(read("\"a\nb\",\"c\nd\"\ne"), [(1, "\"a\nb\",\"c\nd\""), (4, "e")]);
-        // A quote that the next one does not close protects nothing.
+        // A quote that is not closed by the next one does not join lines.
         assert_eq!(read("\"a\nb\n\"c\" d").len(), 3);
         assert_eq!(read("5\" a\nb\"").len(), 2);
         assert_eq!(read(&format!("\"a\n{}b\"", "x\n".repeat(60))).len(), 62);

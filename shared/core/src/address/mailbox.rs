@@ -1,22 +1,22 @@
-//! Which spellings are one mailbox: people, suppressions, unsubscribe links and bounces are compared by it.
+//! Which spellings are the same mailbox. People, suppressions, unsubscribe links and bounces are matched by it.
 
 use std::borrow::Cow;
 
 use email_address::{EmailAddress, Error as Syntax, Options};
 use unicode_normalization::{UnicodeNormalization as _, is_nfc};
 
-/// The longest address that mail servers accept (RFC 5321, 4.5.3.1.3, less the angle brackets).
+/// The longest address in SMTP (RFC 5321, 4.5.3.1.3, without the angle brackets).
 pub(super) const MAX_ADDRESS_BYTES: usize = 254;
 
-/// An address, as its mailbox and as it was typed.
+/// An address as its mailbox and as it was typed.
 pub(super) struct Spelling<'a> {
     pub(super) mailbox: Cow<'a, str>,
-    /// In NFC and without invisible characters; otherwise as it was typed.
+    /// As typed, but in NFC and without invisible characters.
     pub(super) typed: Cow<'a, str>,
 }
 
-/// Characters without a shape (Unicode's Default_Ignorable_Code_Point): byte order marks, soft hyphens, spaces without width,
-/// marks of direction. They come along when text is copied.
+/// Invisible characters (Unicode's Default_Ignorable_Code_Point): byte order marks, soft hyphens, zero-width spaces, direction
+/// marks. They are often copied along with text.
 pub(super) fn is_invisible(character: char) -> bool {
     matches!(
         character,
@@ -27,12 +27,12 @@ pub(super) fn is_invisible(character: char) -> bool {
     )
 }
 
-/// Joins letters or keeps them apart: in some scripts a part of the spelling.
+/// Joins letters or keeps them apart. In some scripts it is part of the spelling.
 pub(super) fn is_joiner(character: char) -> bool {
     matches!(character, '\u{200c}' | '\u{200d}')
 }
 
-/// Reads an address without a name.
+/// Parses an address without a name.
 pub(super) fn read(text: &str) -> Result<Spelling<'_>, &'static str> {
     if is_plain(text) {
         check(text)?;
@@ -54,7 +54,7 @@ pub(super) fn read(text: &str) -> Result<Spelling<'_>, &'static str> {
     Ok(Spelling { mailbox: mailbox.into(), typed: format!("{user}@{domain}").into() })
 }
 
-/// Most addresses are written like this, and are their mailbox already.
+/// A fast path for the most common form, which is its own mailbox.
 fn is_plain(text: &str) -> bool {
     let plain = |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'@' | b'.' | b'-' | b'_' | b'+');
     text.bytes().all(plain) && !text.contains("xn--")
@@ -64,7 +64,7 @@ fn nfc(text: String) -> String {
     if is_nfc(&text) { text } else { text.nfc().collect() }
 }
 
-/// Quotes that protect nothing make no other mailbox (RFC 5321, 4.1.2).
+/// Removes quotes that are not needed, since they do not change the mailbox (RFC 5321, 4.1.2).
 fn unquote(user: String) -> String {
     let is_atom = |text: &str| {
         text.split('.').all(|atom| {
@@ -73,13 +73,13 @@ fn unquote(user: String) -> String {
         })
     };
     match user.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
-        // An apostrophe at the beginning would be taken for one that is put around the address.
+        // A leading apostrophe would later be taken for a quote around the address.
         Some(quoted) if is_atom(quoted) && !quoted.starts_with('\'') => quoted.to_owned(),
         _ => user,
     }
 }
 
-/// The domain as typed and as mail servers know it.
+/// The domain as typed and in ASCII form.
 fn read_domain(domain: &str) -> Result<(Cow<'_, str>, String), &'static str> {
     let lower = domain.to_ascii_lowercase();
     if domain.is_ascii() && !lower.contains("xn--") {
@@ -88,11 +88,11 @@ fn read_domain(domain: &str) -> Result<(Cow<'_, str>, String), &'static str> {
     if let Ok(ascii) = idna::domain_to_ascii(domain) {
         return Ok((domain.into(), ascii));
     }
-    // A joiner where the script has no use for it is as invisible as the others.
+    // Without use in this script, a joiner is just an invisible character.
     let visible: String = domain.chars().filter(|character| !is_joiner(*character)).collect();
     match idna::domain_to_ascii(&visible) {
         Ok(ascii) => Ok((visible.into(), ascii)),
-        // Its code stands for nothing that can be written, but a server may know it.
+        // The punycode decodes to nothing valid, but the domain may exist nevertheless.
         Err(_) if visible.is_ascii() => Ok((visible.into(), lower)),
         Err(_) => Err("has a domain that is not valid"),
     }
@@ -117,7 +117,7 @@ fn check(address: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// A mailbox as a person reads it: the domain in its own script.
+/// A mailbox for display, with the domain in Unicode.
 pub(super) fn shown(mailbox: &str) -> Cow<'_, str> {
     let Some((user, domain)) = mailbox.rsplit_once('@').filter(|(_, domain)| domain.contains("xn--")) else {
         return mailbox.into();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn all_spellings_of_a_mailbox_are_one() {
+    fn all_spellings_of_a_mailbox_are_equal() {
         for spelling in [
             "ann@bücher.example",
             "ann@xn--bcher-kva.example",
@@ -155,13 +155,13 @@ mod tests {
             assert_eq!(mailbox(spelling), "ann@xn--bcher-kva.example", "{spelling}");
         }
         assert_eq!(mailbox("Ju\u{308}rgen@x.org"), mailbox("JÜRGEN@x.org"));
-        // Without its joiner this domain is another one.
+        // Without its joiner this is another domain.
         assert_eq!(mailbox("a@نامه\u{200c}ای.com"), "a@xn--mgba3gch31f060k.com");
         assert_ne!(mailbox("\"a..b\"@x.org"), mailbox("ab@x.org"));
     }
 
     #[test]
-    fn it_is_shown_as_typed_and_readable() {
+    fn a_mailbox_is_shown_readably() {
         assert_eq!(read("Ann@Bu\u{308}cher.Example\u{200b}").ok().unwrap().typed, "Ann@Bücher.Example");
         assert_eq!(shown("ann@xn--bcher-kva.example"), "ann@bücher.example");
         assert_eq!(shown("ann@example.org"), "ann@example.org");

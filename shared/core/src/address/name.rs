@@ -1,4 +1,4 @@
-//! The name beside an address, as the mail greets its recipient with it.
+//! The display name next to an address, as used in the greeting.
 
 use std::borrow::Cow;
 
@@ -10,23 +10,23 @@ use super::{
     wrapping::unwrap,
 };
 
-/// A display name is cut beyond this, so that a pasted paragraph is no name.
+/// The length at which a display name is cut, so that a pasted paragraph does not become a name.
 pub(super) const MAX_NAME_CHARS: usize = 200;
-/// Stands where a program could not read a character.
+/// Programs write it in place of characters that they could not decode.
 const REPLACEMENT: char = '\u{fffd}';
 
-/// Said of text that was read with another encoding than it was written in.
+/// The error for text that was decoded with the wrong encoding.
 pub(super) const UNDECODABLE: &str = "has characters that could not be decoded: save the list as UTF-8";
-/// Said of an entry whose name could be another person's address.
+/// The error for a name that may contain another person's address.
 const NAME_WITH_ADDRESS: &str = "has @, < or > in its name: it is not clear who is meant";
 
-/// Whether a text has been decoded wrongly: it has replacement characters, or controls that only Windows' code pages use as
-/// letters.
+/// Whether a text was decoded with the wrong encoding: it contains replacement characters, or control characters that are letters
+/// in Windows code pages.
 pub(super) fn is_garbled(text: &str) -> bool {
     text.contains(|c| c == REPLACEMENT || (matches!(c, '\u{80}'..='\u{9f}') && c != '\u{85}'))
 }
 
-/// The name in `raw`, which stands beside the address of `mailbox`.
+/// The name in `raw`, next to the address `mailbox`. None if it is empty or repeats the address.
 pub(super) fn read(raw: &str, mailbox: &str) -> Result<Option<String>, &'static str> {
     let raw = raw.trim().trim_end_matches(',').trim_end();
     if raw.is_empty() {
@@ -37,7 +37,7 @@ pub(super) fn read(raw: &str, mailbox: &str) -> Result<Option<String>, &'static 
     let name: String = name
         .nfc()
         .filter(|character| !is_noise(*character))
-        // A control character in a name would end up in a mail header.
+        // Control characters in a name would end up in a mail header.
         .map(|character| if character.is_control() { ' ' } else { character })
         .collect();
     let name = name.trim();
@@ -45,7 +45,7 @@ pub(super) fn read(raw: &str, mailbox: &str) -> Result<Option<String>, &'static 
         let address = mailbox::read(unwrap(name).as_ref()).map(|spelling| spelling.mailbox == mailbox);
         return if address == Ok(true) { Ok(None) } else { Err(NAME_WITH_ADDRESS) };
     }
-    // Some programs write every name between apostrophes.
+    // Some programs put every name in apostrophes.
     let name = match name.strip_prefix('\'').and_then(|rest| rest.strip_suffix('\'')) {
         Some(inner) => inner,
         None => name,
@@ -55,13 +55,13 @@ pub(super) fn read(raw: &str, mailbox: &str) -> Result<Option<String>, &'static 
     Ok((!name.is_empty()).then(|| name.to_owned()))
 }
 
-/// What is invisible and no part of a spelling: joiners, variants of a sign and flags are.
+/// Invisible characters, except those that belong to a spelling: joiners, variation selectors and flag tags.
 fn is_noise(character: char) -> bool {
     let spells = is_joiner(character) || matches!(character, '\u{fe00}'..='\u{fe0f}' | '\u{e0020}'..='\u{e01ef}');
     is_invisible(character) && !spells
 }
 
-/// Takes the quotes off a name that begins with a quoted part, which may be followed by a title: `"Lee, Ann", PhD`.
+/// Removes the quotes of a name that starts with a quoted part; a title may follow: `"Lee, Ann", PhD`.
 fn unquote(raw: &str) -> Cow<'_, str> {
     let Some(rest) = raw.strip_prefix('"') else { return raw.into() };
     let Some(end) = closing_quote(rest) else { return raw.into() };
@@ -76,7 +76,7 @@ fn unquote(raw: &str) -> Cow<'_, str> {
     }
 }
 
-/// Where the quote closes that `text` stands behind.
+/// The offset of the quote that closes a quoted text, given the text after the opening quote.
 pub(super) fn closing_quote(text: &str) -> Option<usize> {
     let mut escaped = false;
     text.find(|character| {
@@ -95,13 +95,13 @@ fn unescape(quoted: &str) -> String {
     .collect()
 }
 
-/// Mail headers carry other characters than ASCII as encoded words (RFC 2047): `=?utf-8?Q?J=C3=BCrgen?=`.
+/// Decodes the encoded words (RFC 2047) that stand for non-ASCII characters in mail headers: `=?utf-8?Q?J=C3=BCrgen?=`.
 fn decode_words(name: &str) -> Result<Cow<'_, str>, &'static str> {
     let has_words = |name: &str| name.find("=?").is_some_and(|begin| name[begin + 2..].contains("?="));
     if !has_words(name) {
         return Ok(name.into());
     }
-    // The decoder knows where a header ends, and that is here.
+    // The decoder expects the line break at the end of a header.
     let header = format!("{name}\n");
     let decoded = MessageStream::new(header.as_bytes()).parse_unstructured();
     match decoded.as_text() {
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn quotes_and_apostrophes_are_no_part_of_a_name() {
+    fn quotes_and_apostrophes_are_not_part_of_a_name() {
         for (raw, read) in [
             (r#""Lee, Ann \"A\"""#, r#"Lee, Ann "A""#),
             (r#""Lee, Ann", PhD"#, "Lee, Ann, PhD"),
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_no_name() {
+    fn an_address_is_not_a_name() {
         for raw in [
             "ann@example.org",
             "'Ann@Example.org'",

@@ -1,4 +1,4 @@
-//! Splits a line into entries: at commas and semicolons, and between people who stand beside each other.
+//! Splits a line into entries: at commas and semicolons, and between adjacent people.
 
 use std::collections::VecDeque;
 
@@ -7,17 +7,17 @@ use super::{
     wrapping::trim,
 };
 
-/// So many parts of a name may be apart by commas: `Ann Lee, PhD, MBA <ann@example.com>`.
+/// The maximum number of comma-separated parts of a name: `Ann Lee, PhD, MBA <ann@example.com>`.
 const MAX_NAME_PARTS: usize = 4;
-/// Said of a row with several addresses among other cells.
+/// The error for a row with several addresses among other cells.
 const SEVERAL: &str = "has several addresses among other text: it is not clear whom to invite";
-/// Headers whose lines are copied from mail programs.
+/// Headers that people copy from mail programs.
 const HEADERS: [&str; 5] = ["to:", "cc:", "bcc:", "from:", "reply-to:"];
 
-/// An entry, or a reason why the line is none.
+/// An entry, or the line and why it is invalid.
 pub(super) type Split<'a> = Result<&'a str, (&'a str, &'static str)>;
 
-/// The entries of a line, in their order. Nothing is left out but what is empty.
+/// The entries of a line, in their order. Only empty ones are skipped.
 pub(super) fn entries(line: &str) -> impl Iterator<Item = Split<'_>> {
     let line = without_header(line);
     let row = is_row(line);
@@ -30,11 +30,11 @@ fn without_header(line: &str) -> &str {
     let text = line.trim_start();
     let end = text.find(':').map_or(0, |colon| colon + 1);
     let is_header = HEADERS.iter().any(|header| text[..end].eq_ignore_ascii_case(header));
-    // An address may follow at once, and then the colon is a part of something else.
+    // If the text continues without a space, the colon is part of something else, such as an address.
     if is_header && text[end..].starts_with([' ', '\t']) { &text[end..] } else { line }
 }
 
-/// Whether it is the row of a table with several bare addresses and other cells: some of them may stand in a note.
+/// Whether it is the row of a table with several bare addresses and other cells. Some of the addresses may be part of a note.
 fn is_row(line: &str) -> bool {
     if line.matches('@').take(2).count() < 2 || !line.contains([',', ';']) {
         return false;
@@ -50,7 +50,7 @@ fn is_row(line: &str) -> bool {
                 }
             }
             Kind::Empty | Kind::Text => {}
-            // It is the beginning of a name.
+            // The text before it was the start of its name.
             Kind::Named => held = 0,
             Kind::Bare => {
                 addresses += usize::from(!piece.text.contains(char::is_whitespace));
@@ -69,7 +69,7 @@ struct Entries<'a> {
 
 impl<'a> Entries<'a> {
     fn next(&mut self) -> Option<&'a str> {
-        // The parts of a name that may go on behind a comma.
+        // Texts that may be parts of a name that continues after the comma.
         let mut held: Vec<Piece<'a>> = Vec::new();
         loop {
             if let Some(entry) = self.ready.pop_front() {
@@ -106,7 +106,7 @@ impl<'a> Entries<'a> {
     }
 }
 
-/// `a@x.org b@y.org` is two entries.
+/// Splits `a@x.org b@y.org` into two entries.
 fn words(entry: &str) -> impl Iterator<Item = &str> {
     let several = !entry.contains(['<', '"', '('])
         && entry.contains(char::is_whitespace)
@@ -115,19 +115,19 @@ fn words(entry: &str) -> impl Iterator<Item = &str> {
     one.into_iter().chain(many.into_iter().flatten())
 }
 
-/// What a piece of a line may be.
+/// The kind of a piece of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Empty,
-    /// No address: a part of a name, perhaps.
+    /// Not an address; possibly part of a name.
     Text,
-    /// It has an @ sign, but not between angle brackets.
+    /// Contains an @ sign outside of angle brackets.
     Bare,
-    /// It ends with an address between angle brackets.
+    /// Ends with an address in angle brackets.
     Named,
 }
 
-/// What a piece ends at.
+/// What ends a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Comma,
@@ -140,20 +140,19 @@ enum End {
 #[derive(Debug)]
 struct Piece<'a> {
     text: &'a str,
-    /// Where it begins in the line.
+    /// Its offset in the line.
     at: usize,
     kind: Kind,
     end: End,
-    /// How much stands before the angle bracket.
+    /// The number of bytes before the angle bracket.
     name_bytes: usize,
 }
 
-/// The pieces of a line. Quotes, angle brackets and parentheses hold together what is between them; one that is never closed
-/// does not.
+/// The pieces of a line. Text within quotes, angle brackets or parentheses is not split, unless they are never closed.
 struct Pieces<'a> {
     line: &'a str,
     at: Option<usize>,
-    /// No quote, and no parenthesis, is closed any more.
+    /// No further quote, or parenthesis, is closed.
     open_quote: bool,
     open_comment: bool,
 }
@@ -163,7 +162,7 @@ impl<'a> Pieces<'a> {
         Self { line, at: Some(0), open_quote: false, open_comment: false }
     }
 
-    /// Behind the quote that closes the one before `at`.
+    /// The offset after the quote that closes the one before `at`.
     fn behind_quote(&mut self, at: usize) -> Option<usize> {
         let closing = if self.open_quote { None } else { closing_quote(&self.line[at..]) };
         self.open_quote |= closing.is_none();
@@ -176,13 +175,13 @@ impl<'a> Pieces<'a> {
         Some(at + closing? + 1)
     }
 
-    /// Behind the angle bracket that closes the one before `at`, unless another one is opened first.
+    /// The offset after the angle bracket that closes the one before `at`, unless another one opens first.
     fn behind_angle(&self, at: usize) -> Option<usize> {
         let next = at + self.line[at..].find(['<', '>'])?;
         self.line[next..].starts_with('>').then_some(next + 1)
     }
 
-    /// Where the person ends whose address ends at `at`: notes in parentheses and punctuation belong to it. None: another one
+    /// The end of the person whose address ends at `at`, including notes in parentheses and punctuation. None: another person
     /// follows.
     fn end_of_person(&mut self, mut at: usize) -> (usize, Option<End>) {
         let mut end = at;
@@ -250,7 +249,7 @@ impl<'a> Iterator for Pieces<'a> {
     }
 }
 
-/// A piece without an address between angle brackets.
+/// A piece without an address in angle brackets.
 fn plain(line: &str, start: usize, end: usize, stop: End) -> Piece<'_> {
     let text = &line[start..end];
     let shown = trim(text);
@@ -262,7 +261,7 @@ fn plain(line: &str, start: usize, end: usize, stop: End) -> Piece<'_> {
     Piece { text: shown, at: start + offset(text), kind, end: stop, name_bytes: shown.len() }
 }
 
-/// How many bytes of `text` are trimmed from its beginning.
+/// The number of bytes that trimming removes from the start of `text`.
 fn offset(text: &str) -> usize {
     text.len() - text.trim_start_matches(|c: char| trim(c.encode_utf8(&mut [0; 4])).is_empty()).len()
 }

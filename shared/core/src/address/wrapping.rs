@@ -1,4 +1,4 @@
-//! What people and programs put around an address.
+//! Removes what people and programs put around an address.
 
 use std::borrow::Cow;
 
@@ -6,7 +6,7 @@ use percent_encoding::percent_decode_str;
 
 use super::mailbox::is_invisible;
 
-/// Pairs of them.
+/// Pairs of opening and closing characters.
 const WRAPPERS: [(char, char); 9] = [
     ('<', '>'),
     ('"', '"'),
@@ -19,16 +19,16 @@ const WRAPPERS: [(char, char); 9] = [
     ('`', '`'),
 ];
 
-/// What a person sees of `text`.
+/// Trims whitespace and invisible characters.
 pub(super) fn trim(text: &str) -> &str {
     text.trim_matches(|character: char| character.is_whitespace() || is_invisible(character))
 }
 
-/// An address without what is put around it.
+/// The address without quotes, brackets and `mailto:` around it.
 pub(super) fn unwrap(text: &str) -> Cow<'_, str> {
     let mut text = trim(text);
     loop {
-        // No mailbox begins or ends with an apostrophe; some programs put one before, or one on each side.
+        // No mailbox starts or ends with an apostrophe. Some programs put one before an address, or one on each side.
         let mut inner = text.trim_matches('\'');
         for (open, close) in WRAPPERS {
             inner = inner.strip_prefix(open).and_then(|inner| inner.strip_suffix(close)).unwrap_or(inner);
@@ -43,7 +43,7 @@ pub(super) fn unwrap(text: &str) -> Cow<'_, str> {
     match text.split_at_checked(SCHEME.len()) {
         Some((scheme, link)) if scheme.eq_ignore_ascii_case(SCHEME) => {
             let address = link.split('?').next().unwrap_or_default();
-            // What is no text is left as it is, and refused as an address.
+            // If it does not decode to UTF-8, it stays as it is, and fails as an address.
             percent_decode_str(address).decode_utf8().unwrap_or(address.into())
         }
         _ => text.into(),

@@ -1,47 +1,47 @@
-//! A rate limit as a model that is checked: every order of claims, hiccups, pauses and deferrals of a small run, over the meter that
-//! claims use.
+//! Model checking of a rate limit: all orders of claims, hiccups, pauses and deferrals of a small run, over the meter that claims
+//! use.
 
 use crate::pacing::{Meter, Meters, Rate};
 use chrono::{DateTime, TimeDelta, Utc};
 use stateright::{Checker as _, HasDiscoveries, Model, Property};
 
-/// Sends a second.
+/// Sends per second.
 const PER_SECOND: i32 = 4;
-/// One step of the clock.
+/// The time of one tick.
 const TICK_MS: i64 = 250;
-/// A claim takes send times that lie within this.
+/// A claim takes send times up to this far ahead.
 const AHEAD_MS: i64 = 100;
-/// An outage that is not made up for.
+/// An outage too long to be made up for.
 const OUTAGE_MS: i64 = 60_000;
 const LAST_TICK: u8 = 10;
-/// Nothing is deferred after that, so that there is time left for what was.
+/// Nothing is deferred after this tick, so that there is time left for deferred items.
 const LAST_DEFERRAL: u8 = 5;
 
 const LIMIT: &str = "no more is sent than the rate allows";
-const RELEASED: &str = "whatever waits is sent in bounded time";
+const RELEASED: &str = "every waiting item is sent in bounded time";
 
-/// A limited run, and what is taken away from its pacing.
+/// A limited run, and options that break its pacing.
 #[derive(Clone, Debug)]
 struct Pacing {
     items: u8,
-    /// How often an attempt is deferred by the far side, and has to be made again.
+    /// How often the relay defers an attempt, which then has to be repeated.
     deferrals: u8,
-    /// How often the senders are away.
+    /// How often the senders are down.
     outages: u8,
-    /// Whether a claim that grants nothing leaves the meter as it found it. Otherwise it charges what was deferred, again with
-    /// each look, and keeps only part of that: the fault that once stopped limited runs for ever.
+    /// Whether a claim that grants nothing leaves the meter unchanged. Otherwise each claim charges the deferred items again: a
+    /// past fault, which stopped limited runs for ever.
     honest: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct World {
     ticks: u8,
-    /// Milliseconds since the beginning.
+    /// Milliseconds since the start.
     now_ms: i64,
     meter: (DateTime<Utc>, i64),
     waiting: u8,
     deferred: u8,
-    /// When each attempt was offered, in milliseconds.
+    /// The time of each attempt that was offered to the relay, in milliseconds.
     offered: Vec<i64>,
     deferrals: u8,
     outages: u8,
@@ -51,7 +51,7 @@ struct World {
 enum Step {
     Tick,
     Claim,
-    /// The far side defers the attempt that was offered last.
+    /// The relay defers the last attempt.
     Defer,
     Outage,
 }
@@ -65,7 +65,7 @@ impl World {
         start() + TimeDelta::milliseconds(self.now_ms)
     }
 
-    /// `store::attempts::claim_paced` for one attempt.
+    /// `attempts::claim_paced` of the ledger, for one attempt.
     fn claim(&mut self, honest: bool) {
         let (next_at, owed_us) = self.meter;
         let mut meter = Meter { next_at, owed: TimeDelta::microseconds(owed_us) }.at(self.now());
@@ -85,7 +85,7 @@ impl World {
     }
 
     fn keeps_the_limit(&self) -> bool {
-        // A tenth more while a hiccup is made up for, and one for the beginning.
+        // A tenth more while a hiccup is made up for, and one for the first slot.
         self.offered.iter().all(|from| {
             let within = self.offered.iter().filter(|at| (*from..*from + 1_000).contains(at)).count();
             within <= usize::try_from(PER_SECOND).unwrap() + 1
@@ -169,7 +169,7 @@ fn a_limited_run_ends_and_keeps_its_limit_whatever_is_deferred() {
 }
 
 #[test]
-fn a_meter_that_is_charged_again_with_each_look_stops_a_run() {
+fn a_meter_that_is_charged_again_with_each_claim_stops_a_run() {
     let pacing = Pacing { items: 3, deferrals: 1, outages: 0, honest: false };
     let checker = pacing.checker().finish_when(HasDiscoveries::Any).spawn_bfs().join();
     assert!(checker.discoveries().contains_key(RELEASED), "{:?}", checker.discoveries().keys());

@@ -18,52 +18,52 @@ use crate::outcome::{
     repair, withheld,
 };
 
-/// Deliveries that a worker holds at the same time.
+/// The number of deliveries that a worker holds at once.
 const PREFETCH: usize = 2;
 const WORKERS: usize = 2;
-/// An attempt beyond this number is no longer put off by the mail server: the world has to end.
+/// The relay defers no attempt beyond this number, so that the world stays finite.
 const LAST_LATER: i32 = 2;
 
-/// How much happens in a world.
+/// How much can happen in a world.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     pub(super) items: usize,
-    /// Crashes, losses, duplicates and false deaths.
+    /// Crashes, losses, duplicates, and live workers declared dead.
     pub(super) faults: u8,
-    /// What people ask for: a replay, a dead letter moved by hand, a cancel.
-    pub(super) wishes: u8,
+    /// Requests by people: a replay, a dead letter moved by hand, a cancel.
+    pub(super) requests: u8,
 }
 
-/// The protocol, and what is taken away from it.
+/// The protocol, and switches to remove parts of it.
 #[derive(Clone, Debug)]
 pub(super) struct Protocol {
     pub(super) limits: Limits,
     pub(super) policy: RetryPolicy,
-    /// What the mail server may do.
+    /// What the relay may do.
     pub(super) answers: Vec<Answer>,
     /// Only one worker may claim an attempt.
     pub(super) fence: bool,
-    /// A result is merged, and not just written.
+    /// A result is merged instead of overwriting the item.
     pub(super) join: bool,
-    /// What is missing is put back.
+    /// Missing messages are put back.
     pub(super) sweeper: bool,
-    /// Outcomes are repeated until they are seen applied.
+    /// Outcomes are reported again until they are seen applied.
     pub(super) memory: bool,
     /// Receipts are kept until the outcomes are seen applied.
     pub(super) receipts: bool,
-    /// Workers may be taken for dead while they live.
+    /// Live workers may be declared dead.
     pub(super) stalls: bool,
-    /// An attempt that is claimed asks whether its run is paused before it is sent.
+    /// Before a claimed attempt is sent, its run is checked for a pause.
     pub(super) asks_before_sending: bool,
-    /// The only thing that a person asks for is a pause.
+    /// People request only pauses.
     pub(super) only_pauses: bool,
-    /// Another installation works on the same queues.
+    /// Another installation uses the same queues.
     pub(super) second_ledger: bool,
-    /// Run and item of a message must both match the ledger.
+    /// Both run and item of a message must match the ledger.
     pub(super) run_must_match: bool,
 }
 
-/// An item message without what is the same for all.
+/// An item message, without fields that never differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Asked {
     item: usize,
@@ -72,34 +72,34 @@ pub(super) struct Asked {
     replays: i16,
 }
 
-/// A result likewise.
+/// A result, likewise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Report {
     asked: Asked,
     state: ItemState,
 }
 
-/// A dead letter, and whether its header says `unknown`.
+/// A dead letter, and whether its reason is `unknown`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Dead {
     asked: Asked,
     unknown: bool,
 }
 
-/// Where a worker stands with a delivery.
+/// The stage of a delivery in a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Stage {
-    /// About to look at its own heartbeat and to speak to the mail server.
+    /// Claimed: about to check the heartbeat and to connect to the relay.
     Claimed,
-    /// The follow-up is to be published, then the result. The flag: the claim is this worker's, so it remembers.
+    /// The follow-up must be published, then the result. The flag: this worker holds the claim, so it remembers the result.
     FollowingUp(After, Report, bool),
-    /// The result is to be published. The flag as above.
+    /// The result must be published. The same flag.
     Reporting(Report, bool),
-    /// The delivery is to be acknowledged.
+    /// The delivery must be acked.
     Acknowledging,
 }
 
-/// Where a follow-up goes.
+/// The destination of a follow-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum After {
     Items(Asked),
@@ -117,11 +117,11 @@ struct Worker {
     id: i64,
     tasks: Vec<Task>,
     remembered: BTreeSet<Report>,
-    /// Its heartbeat does not arrive. It knows before the others do.
+    /// Its heartbeat fails. It knows this before the others do.
     stale: bool,
 }
 
-/// A queue: in no order, since redelivery and several consumers leave none.
+/// A queue. It has no order, since redelivery and several consumers do not keep one.
 type Bag<T> = BTreeMap<T, u8>;
 
 fn put<T: Ord>(bag: &mut Bag<T>, thing: T) {
@@ -137,10 +137,10 @@ fn take<T: Ord + Copy>(bag: &mut Bag<T>, thing: T) {
     }
 }
 
-/// Everything at one moment.
+/// The state of the world.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct World {
-    /// `run_items`: where each item stands, with the message that its standing speaks of.
+    /// `run_items`: the standing of each item, with the message that it follows from.
     items: Vec<Report>,
     /// `run_progress`
     counters: [i8; ItemState::ALL.len()],
@@ -148,81 +148,81 @@ pub(super) struct World {
     claims: BTreeMap<(usize, i32), i64>,
     /// `receipts`, with the worker's id.
     receipts: BTreeSet<(i64, usize, i32)>,
-    /// Of which there has been one, and for which no permit was held from then on.
+    /// Attempts that have had a receipt, and so hold no permit from then on.
     receipted: BTreeSet<(usize, i32)>,
-    /// `run_passes`: how many are released.
+    /// `run_passes`: the number of released items.
     released: usize,
     /// `runs.wanted`
     cancelled: bool,
     paused: bool,
     /// Whether a mail was handed over while the run was paused.
     sent_while_paused: bool,
-    /// `mailrun.items` and `mailrun.retry.*`: what waits on a rung comes back at some time, and so does what waits here.
+    /// `mailrun.items` and `mailrun.retry.*`: a message on a retry queue returns some time, as does one on an item queue.
     waiting: Bag<Asked>,
     /// `mailrun.results`
     results: Bag<Report>,
-    /// `mailrun.dead`, as long as a person may come and move something.
+    /// `mailrun.dead`, while a person may still move a message.
     dead_letters: Bag<Dead>,
     workers: Vec<Worker>,
-    /// Worker ids that the others take for dead.
+    /// The ids of workers that others have declared dead.
     thought_dead: BTreeSet<i64>,
-    /// Worker ids that died unnoticed.
+    /// The ids of workers whose death was not noticed yet.
     missed: BTreeSet<i64>,
     next_id: i64,
     /// How often each mail was handed over.
     sends: Vec<u8>,
-    /// How often a person decided to send again what may have gone out.
+    /// How often a person decided to send a mail again although it may have been sent.
     excused: Vec<u8>,
     faults: u8,
-    wishes: u8,
+    requests: u8,
 }
 
-/// One step of somebody's.
+/// One step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Step {
-    /// The pump releases the next item.
+    /// Fan-out releases the next item.
     Release,
-    /// A cancelled run's pump settles an item that nobody has begun to send.
+    /// Fan-out settles an item of a cancelled run that has not been claimed.
     Withhold(usize),
-    /// A worker takes a delivery, and claims what it asks for.
+    /// A worker takes a delivery and claims its attempt.
     Take(usize, Asked),
-    /// A worker goes on with a delivery.
+    /// A worker continues with a delivery.
     Work(usize, Task),
-    /// A worker hands a mail over, and this is what it knows of it. The flag says whether it went out.
+    /// A worker hands a mail over, with this answer as far as it sees it. The flag says whether the mail was accepted.
     Send(usize, Task, Answer),
-    /// A result is counted.
+    /// A result is applied.
     Apply(Report),
-    /// A worker repeats an outcome.
+    /// A worker reports an outcome again.
     Repeat(usize, Report),
     /// The sweeper repairs an item.
     Sweep(usize),
-    /// Others notice that a worker has died, or seems to have.
+    /// Others declare a worker dead, rightly or not.
     Notice(i64),
-    /// A worker's heartbeat arrives again.
+    /// A worker's heartbeat works again.
     Recover(usize),
-    /// A person lets a paused run go on, sooner or later.
+    /// A person eventually resumes a paused run.
     Resume,
 
-    /// A worker is killed. Another one takes its place.
+    /// A worker is killed and replaced.
     Crash(usize),
-    /// A worker's heartbeat does not arrive any more.
+    /// A worker's heartbeat starts to fail.
     Stall(usize),
-    /// A step of the pump is repeated after a crash: items are released twice.
+    /// A step of fan-out is repeated after a crash, so items are released twice.
     ReleaseAgain,
-    /// A counter dies after its commit: the result is delivered again.
+    /// A progress worker dies after its commit, so the result is delivered again.
     ApplyAndCrash(Report),
-    /// A message is doubled.
+    /// A message is duplicated.
     DoubleItem(Asked),
-    /// A result is doubled.
+    /// A result is duplicated.
     DoubleResult(Report),
-    /// A person or a broken disk empties a queue.
+    /// A queue is emptied, by a person or a broken disk.
     Purge(Queue),
-    /// A worker of another installation takes a message off the shared queue.
+    /// A worker of another installation takes a message from the shared queue.
     TakenByAnother(Asked),
-    /// Another installation reports that it has sent its own item of this number.
+    /// Another installation reports that it has sent its own item with this number.
     ReportedByAnother(usize),
 
-    /// A person replays what failed or is unknown.
+    /// A person replays failed and unknown items.
     Replay,
     /// A person moves a dead letter back by hand.
     Move(Dead),
@@ -239,14 +239,14 @@ pub(super) enum Queue {
     DeadLetters,
 }
 
-/// What the mail server does.
+/// What the relay does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Answer {
     Accepts,
     RefusesForNow,
     IsAway,
     RefusesForGood,
-    /// It drops the connection before it answers. The flag: it has the mail.
+    /// It drops the connection before it replies. The flag: it has accepted the mail.
     Drops(bool),
 }
 
@@ -298,15 +298,15 @@ impl World {
         })
     }
 
-    pub(super) fn nobody_got_two_silently(&self) -> bool {
+    pub(super) fn no_one_got_two_unexcused(&self) -> bool {
         self.sends.iter().zip(&self.excused).all(|(sends, excused)| *sends <= 1 + excused)
     }
 
-    pub(super) fn the_ledger_tells_the_truth(&self) -> bool {
+    pub(super) fn the_ledger_is_right(&self) -> bool {
         self.items.iter().enumerate().all(|(item, known)| match known.state {
             ItemState::Sent => self.sends[item] > 0,
             ItemState::Failed | ItemState::Cancelled | ItemState::Skipped => {
-                // A dead letter that was moved by hand may have been tried since, without a word in the ledger.
+                // After a dead letter was moved by hand, a later attempt may have been made without a result in the ledger yet.
                 let tried_since = self.claims.keys().any(|key| key.0 == item && key.1 > known.asked.attempt);
                 self.sends[item] == 0 || self.excused[item] > 0 || tried_since
             }
@@ -318,7 +318,7 @@ impl World {
         !self.sent_while_paused
     }
 
-    pub(super) fn receipts_are_good(&self) -> bool {
+    pub(super) fn receipts_hold(&self) -> bool {
         self.receipted.iter().all(|(item, attempt)| {
             let known = self.items[*item];
             known.asked.attempt != *attempt || known.state != ItemState::Unknown
@@ -345,15 +345,15 @@ impl World {
         })
     }
 
-    /// Whether a message for this attempt, or the news of it, is anywhere.
-    fn is_on_the_conveyor(&self, asked: Asked) -> bool {
+    /// Whether a message for this attempt, or its result, is on a queue or in a worker.
+    fn is_in_flight(&self, asked: Asked) -> bool {
         let same = |other: &Asked| (other.item, other.attempt) == (asked.item, asked.attempt);
         self.waiting.keys().any(same)
             || self.results.keys().any(|report| same(&report.asked))
             || self.workers.iter().any(|worker| worker.tasks.iter().any(|task| same(&task.asked)))
     }
 
-    /// What a claim of this worker takes along: what it has sent and not seen applied.
+    /// The receipts that a claim of this worker commits: for what it has sent and not seen applied.
     fn receipt(&mut self, place: usize) {
         let worker = &self.workers[place];
         let sent = worker.tasks.iter().filter_map(|task| match task.stage {
@@ -369,14 +369,14 @@ impl World {
     fn follow_up(&mut self, after: After) {
         match after {
             After::Items(asked) => put(&mut self.waiting, asked),
-            After::DeadLetters(dead) if self.wishes > 0 => put(&mut self.dead_letters, dead),
+            After::DeadLetters(dead) if self.requests > 0 => put(&mut self.dead_letters, dead),
             After::DeadLetters(_) => {}
         }
     }
 }
 
 impl Protocol {
-    /// The protocol as it is.
+    /// The complete protocol.
     pub(super) fn whole(limits: Limits) -> Self {
         let policy = RetryPolicy::new(vec![Duration::from_secs(1)], OnUnknown::Hold);
         Self {
@@ -421,11 +421,11 @@ impl Protocol {
             sends: vec![0; self.limits.items],
             excused: vec![0; self.limits.items],
             faults: self.limits.faults,
-            wishes: self.limits.wishes,
+            requests: self.limits.requests,
         }
     }
 
-    /// What can happen without a fault or a person.
+    /// Steps that need neither a fault nor a person.
     pub(super) fn steps(&self, world: &World, steps: &mut Vec<Step>) {
         if world.released < world.items.len() && !world.cancelled && !world.paused {
             steps.push(Step::Release);
@@ -435,7 +435,7 @@ impl Protocol {
         }
         for (place, worker) in world.workers.iter().enumerate() {
             if worker.tasks.len() < PREFETCH {
-                // What is put back as it was is no step.
+                // Taking a delivery and putting it back unchanged is not a step.
                 let takes = world.waiting.keys().map(|asked| Step::Take(place, *asked));
                 steps.extend(takes.filter(|take| {
                     let mut next = world.clone();
@@ -471,9 +471,9 @@ impl Protocol {
             if world.cancelled && world.owner(awaited).is_none() {
                 steps.push(Step::Withhold(item));
             }
-            if self.sweeper && item < world.released && !world.is_on_the_conveyor(awaited) {
+            if self.sweeper && item < world.released && !world.is_in_flight(awaited) {
                 let lives = matches!(world.owner(awaited), Some(Owner::Worker { fate: Fate::Alive, .. }));
-                // What senders have dropped is put back when the run goes on.
+                // Messages that senders dropped during a pause are put back when the run resumes.
                 let dropped = world.paused && world.owner(awaited).is_none();
                 if !lives && !dropped {
                     steps.push(Step::Sweep(item));
@@ -482,7 +482,7 @@ impl Protocol {
         }
     }
 
-    /// What faults and people can do.
+    /// Faults and requests by people.
     pub(super) fn faults(&self, world: &World, steps: &mut Vec<Step>) {
         if world.faults > 0 {
             for (place, worker) in world.workers.iter().enumerate() {
@@ -512,10 +512,10 @@ impl Protocol {
                 }
             }
         }
-        if world.wishes > 0 && !world.cancelled && !world.is_settled() && !world.paused {
+        if world.requests > 0 && !world.cancelled && !world.is_settled() && !world.paused {
             steps.push(Step::Pause);
         }
-        if world.wishes > 0 && !self.only_pauses {
+        if world.requests > 0 && !self.only_pauses {
             if world.items.iter().any(|item| matches!(item.state, ItemState::Failed | ItemState::Unknown)) {
                 steps.push(Step::Replay);
             }
@@ -610,7 +610,7 @@ impl Protocol {
                 }
             }
             Step::Replay => {
-                world.wishes -= 1;
+                world.requests -= 1;
                 for item in 0..world.items.len() {
                     let known = world.items[item];
                     if !matches!(known.state, ItemState::Failed | ItemState::Unknown) {
@@ -624,24 +624,24 @@ impl Protocol {
                 world.dead_letters.clear();
             }
             Step::Move(dead) => {
-                world.wishes -= 1;
+                world.requests -= 1;
                 world.excused[dead.asked.item] += u8::from(dead.unknown);
                 take(&mut world.dead_letters, dead);
                 put(&mut world.waiting, dead.asked);
             }
             Step::Cancel => {
-                world.wishes -= 1;
+                world.requests -= 1;
                 world.cancelled = true;
                 world.paused = false;
                 world.released = world.items.len();
             }
             Step::Pause => {
-                world.wishes -= 1;
+                world.requests -= 1;
                 world.paused = true;
             }
             Step::Resume => {
                 world.paused = false;
-                // `store::passes::dropped_items`
+                // `passes::dropped_items` of the ledger
                 for item in 0..world.items.len() {
                     let (known, awaited) = (world.items[item], world.awaited(item));
                     let is_released = item < world.released || known.asked.attempt > 1;
@@ -668,7 +668,7 @@ impl Protocol {
         }
     }
 
-    /// `send::Senders::begin`. None: the delivery is acknowledged.
+    /// `send::Senders::begin`. None: the delivery is acked.
     fn claim(&self, world: &mut World, place: usize, asked: Asked) -> Option<Stage> {
         if world.workers[place].stale {
             put(&mut world.waiting, asked);
@@ -689,7 +689,7 @@ impl Protocol {
         Some(Stage::Claimed)
     }
 
-    /// `send::Senders::report`, and `attempt` for a worker that was cut off.
+    /// `send::Senders::report`, and `attempt` for a worker that is cut off.
     fn work(&self, world: &mut World, place: usize, task: Task) {
         let stage = match task.stage {
             Stage::Claimed => {
@@ -717,7 +717,7 @@ impl Protocol {
         move_on(&mut world.workers[place], task, stage);
     }
 
-    /// `send::Senders::settle_refused`. None: the delivery is acknowledged.
+    /// `send::Senders::settle_refused`. None: the delivery is acked.
     fn refused(&self, world: &mut World, place: usize, asked: Asked, standing: Standing) -> Option<Stage> {
         let wanted = if world.paused { Wanted::Paused } else { Wanted::Running };
         let found = Found {
@@ -733,8 +733,8 @@ impl Protocol {
             }
             Refused::Withheld(why) => Some(Stage::Reporting(report(&withheld(message(asked), why, &[])), false)),
             Refused::Accepted => Some(Stage::Reporting(report(&message(asked).result(ItemState::Sent, None)), false)),
-            Refused::Orphaned => Some(ended(&after_death(message(asked), &self.policy), false)),
-            // No state of the model is a later version's.
+            Refused::Orphaned => Some(ended(&after_death(message(asked), self.rules.on_unknown), false)),
+            // The model has no states of later versions.
             Refused::InOtherHands | Refused::Later => {
                 put(&mut world.waiting, asked);
                 None
@@ -742,7 +742,7 @@ impl Protocol {
             Refused::Mine => {
                 let same = |other: &Asked| (other.item, other.attempt) == (asked.item, asked.attempt);
                 let worker = &world.workers[place];
-                // Under way: that one takes the delivery over.
+                // In progress here: that attempt takes over the delivery.
                 if worker.tasks.iter().any(|task| same(&task.asked)) {
                     return None;
                 }
@@ -772,7 +772,7 @@ impl Protocol {
         move_on(&mut world.workers[place], task, Some(ended(&next, true)));
     }
 
-    /// `store::progress::apply`
+    /// `progress::apply` of the ledger
     fn apply(&self, world: &mut World, incoming: Report) {
         let known = world.items[incoming.asked.item];
         let (next, delta) = merge(known.standing(), incoming.standing());
@@ -788,7 +788,7 @@ impl Protocol {
             world.counters[incoming.state as usize] += 1;
             world.items[incoming.asked.item] = incoming;
         }
-        // A worker forgets what it sees applied. It looks some time later, but by then it can do nothing with it.
+        // A worker forgets what it sees applied. In reality it checks later, but until then the outcome has no effect.
         let items = &world.items;
         let is_applied = |known: &Report| items[known.asked.item].standing().covers(known.standing());
         for worker in &mut world.workers {
@@ -830,7 +830,7 @@ fn move_on(worker: &mut Worker, task: Task, stage: Option<Stage>) {
     }
 }
 
-/// The first stage of what an attempt leaves behind. Only a holder of the claim remembers it.
+/// The first stage after an attempt. Only the holder of the claim remembers the result.
 fn ended(next: &Next, mine: bool) -> Stage {
     let report = report(&next.result);
     match &next.follow_up {

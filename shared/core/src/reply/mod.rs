@@ -1,8 +1,8 @@
-//! What a mail server's refusal means: whether it is about the mailbox, the message, or us. Pure functions.
+//! Classifies what a mail server's refusal is about: the mailbox, the message, or us. Pure functions.
 //!
-//! A code alone proves nothing: RFC 5321 (4.2.3) uses 550 for policy as well as for mailboxes that do not exist. So a
-//! refusal is classified by its code, its enhanced status (RFC 3463) wherever the server has put it, and its words.
-//! The words are in `phrases`; `replies.tsv` holds replies with the class that is expected of each.
+//! A code alone proves nothing: RFC 5321 (4.2.3) uses 550 for policy as well as for mailboxes that do not exist. So a refusal is
+//! classified by its code, by its enhanced status (RFC 3463) wherever the server puts it, and by its words. `phrases` contains the
+//! words, `replies.tsv` replies with their expected class.
 
 mod phrases;
 mod report;
@@ -17,14 +17,14 @@ use text::Words;
 pub use report::classify_report;
 pub use text::{Detail, normalized, statuses};
 
-/// How far a conversation had come.
+/// The stage that an SMTP session has reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
-    /// The connection itself.
+    /// Connecting.
     Connect,
-    /// Its encryption.
+    /// The TLS handshake.
     Tls,
-    /// The server speaks first.
+    /// The server's greeting.
     Greeting,
     /// EHLO or HELO.
     Hello,
@@ -36,14 +36,14 @@ pub enum Stage {
     Mail,
     /// RCPT.
     Rcpt,
-    /// DATA, until the server says go ahead. Nothing of the message is sent yet.
+    /// DATA, until the server's 354. Nothing of the message is sent yet.
     Data,
-    /// The message, from its first byte to the server's answer.
+    /// The message, from its first byte to the server's reply.
     Content,
 }
 
 impl Stage {
-    /// Whether no mail is offered yet: what goes wrong then concerns the relay.
+    /// Whether no mail has been offered yet: an error then concerns the relay.
     #[must_use]
     pub fn is_before_mail(self) -> bool {
         !matches!(self, Self::Mail | Self::Rcpt | Self::Data | Self::Content)
@@ -74,51 +74,51 @@ pub enum ReplyClass {
     NoMailbox,
     /// The recipient's mailbox is full.
     MailboxFull,
-    /// The server asks to come back later, for this recipient.
+    /// The server asks to try this recipient again later.
     Greylisted,
-    /// This recipient gets too many messages.
+    /// This recipient receives too many messages.
     RecipientLimit,
-    /// Another refusal of this recipient, which does not prove that the mailbox does not exist.
+    /// Another refusal of this recipient. It does not prove that the mailbox does not exist.
     Recipient,
-    /// The recipient's server could not be reached, or the message went in circles.
+    /// The recipient's server could not be reached, or there is a mail loop.
     Route,
     /// The relay does not relay for us.
     Relaying,
-    /// The relay wants a login, another one, or encryption.
+    /// The relay requires a login, other credentials, or encryption.
     Authentication,
-    /// The relay does not accept the name that we say in EHLO.
+    /// The relay does not accept our name in EHLO.
     Helo,
     /// The sender's address, domain or account is refused.
     Sender,
-    /// Our address is on a block list, or refused by policy.
+    /// Our IP address is on a block list or refused by policy.
     BlockList,
-    /// We send too much, too fast, or more than a period allows.
+    /// We send too much, too fast, or more than a quota allows.
     Limit,
-    /// The server does not accept mail at present.
+    /// The server is temporarily not accepting mail.
     Busy,
-    /// The message itself: its size, form or content.
+    /// The message: its size, format or content.
     Content,
-    /// Policy that does not say whose fault it is.
+    /// A policy that does not show whether we, the message or the recipient is at fault.
     Policy,
-    /// Nothing was recognised.
+    /// Not recognised.
     Unknown,
 }
 
-/// Who has to act on a refusal.
+/// What a refusal affects, and so who has to act.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Concern {
-    /// It stays with the recipient.
+    /// Only this recipient.
     Recipient,
-    /// It stays with the message.
+    /// This message, whatever the recipient.
     Message,
-    /// Every message through this relay would meet it.
+    /// Every message through this relay.
     Relay,
-    /// It can't be told from one refusal.
+    /// One refusal is not enough to tell.
     Unknown,
 }
 
 impl ReplyClass {
-    /// All of them.
+    /// All classes.
     pub const ALL: [Self; 16] = [
         Self::NoMailbox,
         Self::MailboxFull,
@@ -138,7 +138,7 @@ impl ReplyClass {
         Self::Unknown,
     ];
 
-    /// Whom it concerns.
+    /// What a refusal of this class affects.
     #[must_use]
     pub fn concern(self) -> Concern {
         match self {
@@ -184,34 +184,34 @@ impl ReplyClass {
     }
 }
 
-/// A refusal, understood as far as possible.
+/// A classified refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Classified {
     /// What it is about.
     pub class: ReplyClass,
-    /// Whether the server refuses for good (5xx).
+    /// Whether the refusal is permanent (5xx).
     pub permanent: bool,
     /// How long the server asks to wait, if it says so.
     pub wait: Option<Duration>,
-    /// The period of a limit that the server names: nothing is gained by waiting for much longer.
+    /// The period of a limit, if the server names one. Waiting much longer gains nothing.
     pub period: Option<Duration>,
 }
 
 impl Classified {
-    /// Whether it proves that the mailbox does not exist, so that no mail should be sent to it again.
+    /// Whether it proves that the mailbox does not exist, so that the address is suppressed.
     #[must_use]
     pub fn suppresses(&self) -> bool {
         self.permanent && self.class == ReplyClass::NoMailbox
     }
 
-    /// Whom it concerns.
+    /// What the refusal affects.
     #[must_use]
     pub fn concern(&self) -> Concern {
         self.class.concern()
     }
 }
 
-/// Classifies a refusal: a reply with a code from 400, its lines in `text`.
+/// Classifies a refusal: a reply with a code of 400 or more, and its lines in `text`.
 #[must_use]
 pub fn classify(stage: Stage, code: u16, text: &str) -> Classified {
     let words = Words::of(text);
@@ -223,12 +223,12 @@ pub fn classify(stage: Stage, code: u16, text: &str) -> Classified {
     }
 }
 
-/// The decision. `code`: none in a report that quotes none. `details`: the enhanced statuses that belong to the code.
+/// Decides the class. `code` is None for a report that quotes no reply. `details` are the enhanced statuses that match the code.
 fn class(stage: Stage, code: Option<u16>, details: &[Detail], words: &Words) -> ReplyClass {
     use ReplyClass::*;
     let before_content = !matches!(stage, Stage::Data | Stage::Content);
     if stage == Stage::Mail && !is_about_size(details, words) {
-        // No recipient is named yet, so it can't be about one.
+        // At MAIL no recipient is named yet, so the refusal can't be about one.
         return match sender_class(code, details, words, before_content) {
             Some(class) if class.concern() == Concern::Relay => class,
             _ if code.is_some_and(|code| code < 500) => Busy,
@@ -270,10 +270,10 @@ fn class(stage: Stage, code: Option<u16>, details: &[Detail], words: &Words) -> 
     }
 }
 
-/// Evidence that the mailbox does not exist: an enhanced status that says so or, without any, words that do; and no word
-/// about anything else.
+/// Whether it proves that the mailbox does not exist: an enhanced status says so or, without a status, the words do; and no word
+/// is about anything else.
 fn is_no_mailbox(code: Option<u16>, details: &[Detail], words: &Words) -> bool {
-    // The login, and what was not understood.
+    // Codes about the login, and about commands that were not understood.
     if matches!(code, Some(500 | 502..=504 | 530 | 534 | 535 | 538 | 552)) || phrases::speaks_of_something_else(words) {
         return false;
     }
@@ -282,18 +282,18 @@ fn is_no_mailbox(code: Option<u16>, details: &[Detail], words: &Words) -> bool {
     let proves = |detail: &Detail| match *detail {
         (1, 1 | 2 | 3 | 6 | 10) => true,
         (2, 1) => is_disabled || says_so,
-        // Statuses that name no cause leave it to the words.
+        // These statuses name no cause, so the words decide.
         (0..=2, 0) => says_so || matches(words, phrases::MAILBOX_DISABLED),
         _ => false,
     };
     match details {
         [] => says_so || matches(words, phrases::MAILBOX_DISABLED),
-        // Several that contradict each other prove nothing.
+        // If several contradict each other, they prove nothing.
         details => details.iter().all(proves),
     }
 }
 
-/// Refusals of us, and of the message. None: it speaks of neither.
+/// Refusals that are about us or the message. None: it is about neither.
 fn sender_class(code: Option<u16>, details: &[Detail], words: &Words, before_content: bool) -> Option<ReplyClass> {
     use ReplyClass::*;
     if matches!(code, Some(530 | 534 | 535 | 538)) {
@@ -322,7 +322,7 @@ fn sender_class(code: Option<u16>, details: &[Detail], words: &Words, before_con
         (phrases::BLOCK_LIST, BlockList),
         (phrases::LIMIT, Limit),
         (phrases::SENDER, Sender),
-        // Before a message was sent, such words are about who sends.
+        // Before any content was sent, these words are about the sender.
         (phrases::CONTENT, if before_content { BlockList } else { Content }),
         (phrases::BUSY, Busy),
     ];
@@ -330,7 +330,7 @@ fn sender_class(code: Option<u16>, details: &[Detail], words: &Words, before_con
     class.or_else(|| details.iter().any(|detail| detail.0 == 6).then_some(Content))
 }
 
-/// Enhanced statuses that say alone what a refusal is about.
+/// The class of enhanced statuses that are unambiguous on their own.
 fn class_of_status(detail: &Detail) -> Option<ReplyClass> {
     use ReplyClass::*;
     Some(match *detail {
@@ -349,7 +349,7 @@ fn is_about_size(details: &[Detail], words: &Words) -> bool {
     details.contains(&(3, 4)) || matches(words, phrases::SIZE)
 }
 
-/// Groups and lists that accept mail from some only, in the statuses of a large provider, and a list (RFC 3463, 3.8).
+/// Statuses for recipients that accept mail only from some senders: those of a large provider, and mailing lists (RFC 3463, 3.8).
 fn is_about_a_restricted_recipient(detail: &Detail) -> bool {
     matches!(detail, (7, 2 | 124 | 129..=136))
 }

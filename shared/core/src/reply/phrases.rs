@@ -1,7 +1,7 @@
-//! The words by which refusals are recognised.
+//! The phrases by which refusals are recognised.
 //!
-//! A group is a list of rows; a row matches if all of its phrases do. A phrase is whole words, or the beginning of a word if it
-//! ends with `*`; after `=` it is a part of the raw text, for identifiers and links.
+//! A group is a list of rows. A row matches if all of its phrases do. A phrase consists of whole words, or ends with the start of
+//! a word if it ends with `*`. After `=` it is a substring of the raw text, for identifiers and links.
 
 use super::text::Words;
 
@@ -17,10 +17,10 @@ pub fn matches(words: &Words, group: Group) -> bool {
     group.iter().any(|row| row.iter().all(holds))
 }
 
-/// Whether a text speaks of relaying, authentication, senders, policy, lists, rates, limits, quotas, content or the network:
-/// then nothing in it proves that a mailbox does not exist.
+/// Whether the text mentions relaying, authentication, senders, policy, lists, rates, limits, quotas, content or the network.
+/// Then nothing in it proves that a mailbox does not exist.
 pub fn speaks_of_something_else(words: &Words) -> bool {
-    // What names of tables and directories contain is not what they say.
+    // The names of lookup tables contain such words without saying anything about them.
     let cleaned = Words {
         joined: words
             .joined
@@ -192,7 +192,7 @@ pub const NO_MAILBOX: Group = &[
     &["não existe"],
 ];
 
-/// With a status about the mailbox: it is out of use.
+/// With a status about the mailbox: it is disabled.
 pub const DISABLED: Group = &[
     &["disabled"],
     &["deactivated"],
@@ -205,7 +205,7 @@ pub const DISABLED: Group = &[
     &["no longer"],
 ];
 
-/// The same, where the words alone have to prove it.
+/// The same without such a status, where the words alone must prove it.
 pub const MAILBOX_DISABLED: Group = &[
     &["mailbox disabled"],
     &["mailbox is disabled"],
@@ -220,7 +220,7 @@ pub const MAILBOX_DISABLED: Group = &[
     &["user is terminated"],
 ];
 
-/// Come back later, for a recipient that was not written to before.
+/// Greylisting: try again later, because this sender is new to the recipient.
 pub const GREYLISTED: Group = &[
     &["greylist*"],
     &["graylist*"],
@@ -233,7 +233,7 @@ pub const GREYLISTED: Group = &[
     &["unknown tuple"],
 ];
 
-/// One recipient gets too much.
+/// This recipient receives too much.
 pub const RECIPIENT_LIMIT: Group = &[
     &["too m*", "this recipient"],
     &["too m*", "this user"],
@@ -260,7 +260,7 @@ pub const RECIPIENT_LIMIT: Group = &[
     &["account disabled temporarly"],
 ];
 
-/// The same, if the status is about the mailbox.
+/// The same, for refusals with a status about the mailbox.
 pub const RECIPIENT_LIMIT_IF_MAILBOX: Group = &[
     &["rate"],
     &["too many"],
@@ -271,7 +271,7 @@ pub const RECIPIENT_LIMIT_IF_MAILBOX: Group = &[
     &["throttl*"],
 ];
 
-/// The recipient, or whoever looks after it, does not want this mail.
+/// The recipient or its administrator does not want this mail.
 pub const RECIPIENT_REFUSES: Group = &[
     &["by recipient"],
     &["by the recipient"],
@@ -346,7 +346,7 @@ pub const MAILBOX_FULL: Group = &[
     &["buzón", "lleno"],
 ];
 
-/// Limits of a period, and of what is sent: ours, even where a mailbox or a quota is spoken of.
+/// Sending limits of a period. They are ours, even if the text mentions a mailbox or a quota.
 pub const PERIOD_LIMIT: Group = &[
     &["daily"],
     &["hourly"],
@@ -385,7 +385,7 @@ pub const PERIOD_LIMIT: Group = &[
     &["your limit"],
 ];
 
-/// We come too fast, or with too much.
+/// We connect too often or send too much.
 pub const LIMIT: Group = &[
     &["rate limit*"],
     &["ratelimit*"],
@@ -432,7 +432,7 @@ pub const LIMIT: Group = &[
     &["demasiad*"],
 ];
 
-/// The name that we say.
+/// Our name in EHLO.
 pub const HELO: Group = &[
     &["helo"],
     &["ehlo"],
@@ -444,7 +444,7 @@ pub const HELO: Group = &[
     &["hostname", "does not resolve"],
 ];
 
-/// Whether our domain says that we may send for it.
+/// Whether the sender's domain authorises us (SPF, DKIM, DMARC).
 pub const SENDER_DOMAIN: Group = &[
     &["spf"],
     &["dkim"],
@@ -469,7 +469,7 @@ pub const RELAYING: Group = &[
     &["local recipients only"],
 ];
 
-/// A login, or encryption.
+/// Missing login or encryption.
 pub const AUTHENTICATION: Group = &[
     &["authenticat*"],
     &["unauthenticat*"],
@@ -488,7 +488,7 @@ pub const AUTHENTICATION: Group = &[
     &["check your mail first"],
 ];
 
-/// Lists, and policy about our address.
+/// Block lists, and policies about our IP address.
 pub const BLOCK_LIST: Group = &[
     &["blacklist*"],
     &["black list*"],
@@ -605,11 +605,11 @@ pub const SIZE: Group = &[
     &["line limit"],
 ];
 
-/// What the message says, though its server may speak of blocking.
+/// Content, even if the text mentions blocking.
 pub const CERTAINLY_CONTENT: Group =
     &[&["content*"], &["virus*"], &["malware"], &["infected"], &["attachment*"], &["phish*"]];
 
-/// What the message says, and how it is written.
+/// The content and the format of the message.
 pub const CONTENT: Group = &[
     &["spam*"],
     &["virus*"],
@@ -645,7 +645,7 @@ pub const CONTENT: Group = &[
     &["8bitmime"],
 ];
 
-/// The server does not accept mail at present.
+/// The server is temporarily not accepting mail.
 pub const BUSY: Group = &[
     &["server busy"],
     &["server is busy"],
@@ -675,10 +675,10 @@ pub const BUSY: Group = &[
     &["=smtp-in overloaded"],
 ];
 
-/// The message went in circles, though its server may speak of limits.
+/// A mail loop, even if the text mentions limits.
 pub const LOOP: Group = &[&["loop*"], &["too many hops"], &["hop count"]];
 
-/// The way to the recipient.
+/// The route to the recipient.
 pub const ROUTE: Group = &[
     &["timed out"],
     &["timeout"],
@@ -712,7 +712,7 @@ pub const ROUTE: Group = &[
     &["unable to deliver message after"],
 ];
 
-/// The recipient is refused, and not proven to be missing.
+/// The recipient is refused, without proof that the mailbox does not exist.
 pub const RECIPIENT: Group = &[
     &["recipient address rejected"],
     &["recipient rejected"],
@@ -755,7 +755,7 @@ pub const RECIPIENT: Group = &[
     &["temporarily inactive"],
 ];
 
-/// Policy that does not say whose fault it is.
+/// A policy that does not show whether we, the message or the recipient is at fault.
 pub const POLICY: Group = &[
     &["policy"],
     &["policies"],
@@ -775,7 +775,7 @@ pub const POLICY: Group = &[
     &["violat*"],
 ];
 
-/// Words that cast doubt, and name no class.
+/// Words that cast doubt on a missing mailbox, but name no class.
 const MORE_DOUBT: Group = &[
     &["temporar*"],
     &["try again"],

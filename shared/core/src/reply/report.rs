@@ -1,9 +1,9 @@
-//! The same for a report about a delivery (RFC 3464): its `Status`, and the reply that its diagnostic quotes.
+//! Classifies a delivery report (RFC 3464) by its `Status` and by the reply that its diagnostic quotes.
 
 use super::{Classified, Stage, class, text::Words, text::statuses, wait};
 
-/// Classifies what a report says of one recipient. `diagnostic` is the text after the type (`smtp;`); it overrides `status`, since
-/// many servers write 5.0.0 or their own verdict there.
+/// Classifies the report about one recipient. `diagnostic` is the text after the type (`smtp;`). It overrides `status`, because
+/// many servers write 5.0.0 or a status of their own there.
 #[must_use]
 pub fn classify_report(status: Option<&str>, diagnostic: Option<&str>) -> Classified {
     let diagnostic = diagnostic.unwrap_or_default();
@@ -21,7 +21,7 @@ pub fn classify_report(status: Option<&str>, diagnostic: Option<&str>) -> Classi
     let quoted_class = code.map(|code| code / 100).or_else(|| first_class(diagnostic));
     Classified {
         class: class(Stage::Content, code, &details, &words),
-        // Both have to agree where both are there: an expired attempt ends with 5.4.7 and quotes a 4xx.
+        // If both are present, both must be permanent: an expired message has the status 5.4.7 and quotes a 4xx reply.
         permanent: quoted_class.is_none_or(|class| class == 5)
             && status_class.is_none_or(|class| class == 5)
             && (quoted_class.is_some() || status_class.is_some()),
@@ -35,7 +35,7 @@ fn first_class(text: &str) -> Option<u16> {
     [4, 5].into_iter().find(|class| !statuses(text, Some(*class)).is_empty())
 }
 
-/// The first reply code that a diagnostic quotes: a word of three digits from 400, or such digits before a hyphen.
+/// The first reply code that a diagnostic quotes: a word of three digits from 400, or such digits followed by a hyphen.
 fn reply_code(diagnostic: &str) -> Option<u16> {
     diagnostic
         .split(|c: char| {
@@ -99,10 +99,10 @@ mod tests {
     }
 
     #[test]
-    fn a_report_without_a_reply_code_is_understood() {
+    fn a_report_without_a_reply_code_is_classified() {
         let class = |diagnostic| classify_report(None, Some(diagnostic)).class;
         assert_eq!(class("5.1.1 user unknown"), ReplyClass::NoMailbox);
         assert_eq!(class("retry timeout exceeded"), ReplyClass::Route);
-        assert!(!classify_report(None, Some("user unknown")).suppresses(), "neither a code nor a status");
+        assert!(!classify_report(None, Some("user unknown")).suppresses(), "it has neither a code nor a status");
     }
 }

@@ -1,4 +1,4 @@
-//! The replies in `replies.tsv`, and what is made of each.
+//! Checks the classification of the replies in `replies.tsv`.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
@@ -42,7 +42,7 @@ fn known() -> Vec<Known> {
     lines.map(read).collect()
 }
 
-/// Rows: what a reply is; columns: what it was taken for.
+/// Rows: the expected class; columns: the actual one.
 fn confusion(replies: &[Known]) -> String {
     let mut counts: BTreeMap<(ReplyClass, ReplyClass), u32> = BTreeMap::new();
     for reply in replies {
@@ -80,7 +80,7 @@ fn every_known_reply_is_classified_as_expected() {
 }
 
 #[test]
-fn only_proof_about_the_mailbox_suppresses() {
+fn only_proof_of_a_missing_mailbox_suppresses() {
     for reply in known() {
         let found = classify(reply.stage, reply.code, &reply.text);
         let proves = reply.class == ReplyClass::NoMailbox && reply.code >= 500;
@@ -88,9 +88,9 @@ fn only_proof_about_the_mailbox_suppresses() {
     }
 }
 
-/// Whatever a server adds about us to a reply that proves a mailbox missing, it proves nothing any more.
+/// A reply that proves a mailbox missing proves nothing any more once words about us are added.
 #[test]
-fn doubt_in_any_words_prevents_a_suppression() {
+fn words_that_cast_doubt_prevent_a_suppression() {
     let doubts = [
         "relaying denied",
         "authentication required",
@@ -113,9 +113,9 @@ fn doubt_in_any_words_prevents_a_suppression() {
     }
 }
 
-/// What a mailbox or a host is called is not what a server says.
+/// The name of a mailbox or a host is not part of what a server says.
 #[test]
-fn names_change_nothing() {
+fn names_do_not_affect_the_class() {
     for name in ["limit", "spam", "sender", "relay", "policy", "quota", "user-unknown", "auth"] {
         let text = format!("5.1.1 <{name}@{name}.example>: Recipient address rejected: User unknown");
         assert!(classify(Stage::Rcpt, 550, &text).suppresses(), "{text}");

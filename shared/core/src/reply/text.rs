@@ -1,10 +1,10 @@
-//! The text of a refusal, made comparable: its words, its enhanced statuses, and a form that is the same for two recipients.
+//! Normalises the text of a refusal: its words, its enhanced statuses, and a form that does not depend on the recipient.
 
-/// The second and third number of an enhanced status (RFC 3463): `1` and `1` in `5.1.1`. The first says the same as the
-/// reply's code.
+/// The second and third number of an enhanced status (RFC 3463): `1` and `1` in `5.1.1`. The first number is the class of the
+/// reply code.
 pub type Detail = (u16, u16);
 
-/// A text without what stands in brackets, which are often identifiers.
+/// The text without anything in brackets, since that is often an identifier.
 fn without_brackets(text: &str) -> String {
     let mut depth = 0u32;
     let mut kept = String::with_capacity(text.len());
@@ -22,13 +22,13 @@ fn without_brackets(text: &str) -> String {
     kept
 }
 
-/// A normalized text has at most so many words.
+/// The maximum number of words of a normalised text.
 const LONGEST_WORDS: usize = 40;
 
-/// The words of a text in lower case, without addresses, host names and links, whose parts could be taken for words.
+/// The lower-case words of a text, without addresses, host names and links, since parts of these could be mistaken for words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Words {
-    /// Joined by single spaces, with one at each end.
+    /// Separated by single spaces, with one at each end.
     pub joined: String,
     /// The whole text in lower case, for identifiers such as `RESOLVER.ADR.RecipientNotFound`.
     pub raw: String,
@@ -63,7 +63,7 @@ impl Words {
         Self { joined, raw }
     }
 
-    /// Whether `phrase` stands among the words; with `*` at its end, as the beginning of some.
+    /// Whether `phrase` occurs as whole words; with a `*` at its end, the last word may continue.
     pub fn contain(&self, phrase: &str) -> bool {
         match phrase.strip_suffix('*') {
             Some(beginning) => self.joined.contains(&format!(" {beginning}")),
@@ -72,12 +72,12 @@ impl Words {
     }
 }
 
-/// Codes, statuses and the like.
+/// Codes, statuses and similar tokens.
 fn is_number(token: &str) -> bool {
     !token.contains(char::is_alphabetic)
 }
 
-/// An address, a host name or a link.
+/// Addresses, host names and links.
 fn is_name(token: &str) -> bool {
     if token.contains('@') || token.contains("://") || token.starts_with("www.") {
         return true;
@@ -94,16 +94,16 @@ fn is_name(token: &str) -> bool {
                 "info" | "example" | "test" | "local" | "invalid" | "localhost" | "localdomain" | "name"
             )
             || last.starts_with("xn--"));
-    // `unknown.Please` is two sentences.
+    // `unknown.Please` is the end of a sentence and the start of the next.
     labels.len() > 1 && !labels.contains(&"") && (is_top || (labels.len() > 2 && last.contains(char::is_alphabetic)))
 }
 
-/// The enhanced statuses in `text`, wherever they stand: `5.1.1 …`, `#5.7.1`, `(#5.7.1)`, on later lines. `class`: only those
-/// that begin with this number.
+/// The enhanced statuses in `text`, in any place: `5.1.1 …`, `#5.7.1`, `(#5.7.1)`, on later lines. `class`: only those that start
+/// with this number.
 #[must_use]
 pub fn statuses(text: &str, class: Option<u16>) -> Vec<Detail> {
     let mut found = Vec::new();
-    // Addresses of hosts have dots and digits, too, so a status has to stand alone.
+    // IP addresses contain dots and digits too, so a status must be a token of its own.
     let words = text.split(|c: char| !(c.is_ascii_digit() || c == '.' || c.is_alphabetic() || c == '@'));
     for word in words {
         let mut numbers = word.trim_end_matches('.').split('.');
@@ -121,8 +121,8 @@ pub fn statuses(text: &str, class: Option<u16>) -> Vec<Detail> {
     found
 }
 
-/// A text without what differs from recipient to recipient: addresses, host names, links, numbers and identifiers. Two refusals
-/// for the same reason have the same.
+/// The text without what differs between recipients: addresses, host names, links, numbers and identifiers. Two refusals for the
+/// same reason give the same text.
 #[must_use]
 pub fn normalized(code: u16, text: &str) -> String {
     let mut shown = code.to_string();
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statuses_are_found_wherever_they_stand() {
+    fn statuses_are_found_anywhere() {
         for (text, found) in [
             ("5.1.1 no", vec![(1, 1)]),
             ("sorry (#5.7.1)", vec![(7, 1)]),
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_no_words() {
+    fn names_are_not_words() {
         let words = |text| Words::of(text).joined.trim().to_owned();
         assert_eq!(words("550 5.1.1 <relay@spam.example>: User unknown"), "550 5 1 1 user unknown");
         assert_eq!(words("limit... User unknown"), "user unknown");
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_refusal_of_two_recipients_is_the_same_text() {
+    fn the_same_refusal_of_two_recipients_gives_the_same_text() {
         let one = normalized(550, "5.7.1 <ann@example.org>: Nope, ref 8842-AB12 (mx1.example.net)");
         let other = normalized(550, "5.7.1 <bob@example.com>: Nope, ref 9-CD34 (mx2.example.net) [qXyz]");
         assert_eq!(one, other);

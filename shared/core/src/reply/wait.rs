@@ -1,13 +1,13 @@
-//! How long a server asks to wait.
+//! Extracts how long a server asks to wait.
 
 use std::time::Duration;
 
 use super::text::Words;
 
-/// Longer waits are not believed.
+/// The cap for a wait, since longer ones are implausible.
 const LONGEST: Duration = Duration::from_secs(24 * 3_600);
 
-/// The wait that a text names after *try again in*, *wait*, *for* and the like: `in 300 seconds`, `after 5 min`, `in 01:30:00`.
+/// The wait named after *try again in*, *wait*, *for* and similar words: `in 300 seconds`, `after 5 min`, `in 01:30:00`.
 pub fn suggested(text: &str) -> Option<Duration> {
     let text = text.to_lowercase();
     let asks = ["again", "retry", "wait", "back in", "resume", "later", "delay", "deferred for", "listed for", "until"];
@@ -60,7 +60,7 @@ pub fn suggested(text: &str) -> Option<Duration> {
     None
 }
 
-/// `01:30:00` or `04:59`.
+/// Parses `01:30:00` or `04:59`.
 fn clock(token: &str) -> Option<u64> {
     let parts: Vec<&str> = token.split(':').collect();
     let is_clock =
@@ -78,7 +78,7 @@ fn unit_seconds(unit: &str) -> Option<u64> {
     }
 }
 
-/// The period of the limit that a text names, if any.
+/// The period of the limit that the text is about, if it names one.
 pub fn period(words: &Words) -> Option<Duration> {
     const DAY: [&str; 8] = ["daily", "day", "days", "24 hour*", "24 hr*", "24h", "24hrs", "tomorrow"];
     const HOUR: [&str; 3] = ["hourly", "hour", "hours"];
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_is_read_as_servers_write_it() {
+    fn waits_are_extracted_in_the_forms_that_servers_use() {
         for (text, seconds) in [
             ("Greylisted, please try again in 300 seconds", 300),
             ("try again in 5 minutes.", 300),
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn the_period_of_a_limit_is_known() {
+    fn the_period_of_a_limit_is_extracted() {
         let period = |text| period(&Words::of(text)).map(|period| period.as_secs());
         assert_eq!(period("Daily user sending limit exceeded"), Some(86_400));
         assert_eq!(period("exceeded its 24-hour sending limit"), Some(86_400));

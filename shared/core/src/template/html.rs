@@ -1,4 +1,4 @@
-//! From Markdown to a page that mail readers show as it is meant.
+//! Converts Markdown to an HTML page that mail readers display correctly.
 
 use std::mem::take;
 
@@ -11,10 +11,10 @@ use super::{
     words::{Part, Words},
 };
 
-/// Where a link or an image may lead; anything else is shown as text.
+/// The schemes allowed for links and images. Anything else is shown as text.
 const SCHEMES: [&str; 3] = ["https://", "http://", "mailto:"];
 
-/// Readers drop style sheets more often than attributes, so what matters stands in attributes.
+/// Mail readers drop style sheets more often than attributes, so essential styles are attributes.
 pub const HEAD: &str = r#"<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -44,7 +44,7 @@ img { max-width: 100%; height: auto; }
 const FOOT: &str = "</td></tr>\n";
 const END: &str = "</table>\n</td></tr>\n</table>\n</body>\n</html>\n";
 
-/// The page from the end of its title on, with a line to unsubscribe with if that is asked for. `body` is what `pieces` are of.
+/// The page after the start of its title, with an unsubscribe line if `footer` is set. `body` is the source of `pieces`.
 pub fn page(body: &str, pieces: &[Piece<'_>], footer: bool) -> Segments {
     let options = Options::ENABLE_STRIKETHROUGH | Options::ENABLE_TABLES;
     let mut words = Words::new(body);
@@ -72,12 +72,12 @@ pub fn page(body: &str, pieces: &[Piece<'_>], footer: bool) -> Segments {
     page
 }
 
-/// What is written, with every tag shown as text, and lines broken as in the plain part.
+/// Renders the events, with every HTML tag shown as text, and lines broken as in the plain part.
 fn harmless<'a>(markdown: &'a str, options: Options, words: &Words<'_>) -> Vec<Event<'a>> {
     let mut shown = Vec::new();
-    // Of links and images within each other, whether they are shown as such.
+    // For nested links and images: whether each is rendered as such.
     let mut linked: Vec<bool> = Vec::new();
-    // The text of an image is written in an attribute.
+    // The text of an image becomes an attribute.
     let mut images = 0_usize;
     let parser = Parser::new_ext(markdown, options);
     let as_text = parser.map(|event| match event {
@@ -96,7 +96,7 @@ fn harmless<'a>(markdown: &'a str, options: Options, words: &Words<'_>) -> Vec<E
             Event::Text(text) => shown.push(Event::Text(words.to_html(&text, escape).into())),
             Event::Code(text) => shown.push(Event::Code(words.to_html(&text, escape).into())),
             Event::SoftBreak => shown.push(Event::HardBreak),
-            // The tags of a block of HTML are text by now; around them stands an ordinary paragraph.
+            // HTML tags are text here, so an HTML block becomes an ordinary paragraph.
             Event::Start(Tag::HtmlBlock) => shown.push(Event::Start(Tag::Paragraph)),
             Event::End(TagEnd::HtmlBlock) => shown.push(Event::End(TagEnd::Paragraph)),
             Event::Start(Tag::Link { link_type, dest_url, title, id }) => {
@@ -104,7 +104,7 @@ fn harmless<'a>(markdown: &'a str, options: Options, words: &Words<'_>) -> Vec<E
                 linked.push(dest_url.is_some());
                 if let Some(dest_url) = dest_url {
                     let title = words.to_html(&title, Escape::Attribute).into();
-                    // An address of mail gets its scheme above, once.
+                    // The scheme of a mail address is added once, above.
                     let link_type = if link_type == LinkType::Email { LinkType::Autolink } else { link_type };
                     shown.push(Event::Start(Tag::Link { link_type, dest_url, title, id }));
                 }
@@ -126,7 +126,7 @@ fn harmless<'a>(markdown: &'a str, options: Options, words: &Words<'_>) -> Vec<E
                     shown.push(event);
                 }
             }
-            // What programming language a block is in is of no use to a reader of mail.
+            // The language of a code block is of no use in a mail.
             Event::Start(Tag::CodeBlock(_)) => {
                 shown.push(Event::Start(Tag::CodeBlock(pulldown_cmark::CodeBlockKind::Indented)));
             }
@@ -136,7 +136,7 @@ fn harmless<'a>(markdown: &'a str, options: Options, words: &Words<'_>) -> Vec<E
     shown
 }
 
-/// Where a link leads, if it may lead there.
+/// The target of a link, if it is allowed.
 fn address(destination: &str, link_type: LinkType, words: &Words<'_>) -> Option<CowStr<'static>> {
     let scheme = if link_type == LinkType::Email { "mailto:" } else { "" };
     let destination = format!("{scheme}{destination}");
@@ -144,7 +144,7 @@ fn address(destination: &str, link_type: LinkType, words: &Words<'_>) -> Option<
     may_lead_there.then(|| words.to_html(&destination, Escape::Href).into())
 }
 
-/// Whether the author chose the scheme, and not a value: a name on a list must not lead anybody anywhere.
+/// Whether the author chose the scheme, and not a value: a name in a list must not decide where a link leads.
 fn has_known_scheme(destination: &str, words: &Words<'_>) -> bool {
     let mut beginning = String::new();
     for part in words.split(destination) {
@@ -162,7 +162,7 @@ fn has_known_scheme(destination: &str, words: &Words<'_>) -> bool {
         .any(|scheme| beginning.get(..scheme.len()).is_some_and(|beginning| beginning.eq_ignore_ascii_case(scheme)))
 }
 
-/// Shows a text, and makes links of those that its author wrote out and of the unsubscribe address. A link within a value is none.
+/// Writes text, turning written-out links of the author and the unsubscribe URL into links. A link within a value stays text.
 fn push_text(shown: &mut Vec<Event<'_>>, text: &str, words: &Words<'_>) {
     let mut plain = String::new();
     for part in words.split(text) {

@@ -1,5 +1,5 @@
-//! Finds the links that an author wrote out, before Markdown gives `_`, `*` and brackets in them another meaning: the HTML part
-//! then has the same link as the plain part.
+//! Finds the links that an author wrote out, before Markdown interprets `_`, `*` and brackets in them. So the HTML part has the
+//! same link as the plain part.
 
 use std::{borrow::Cow, ops::Range};
 
@@ -7,14 +7,14 @@ use pulldown_cmark::{Event, Options, Parser, Tag, TagEnd};
 
 use super::words::Words;
 
-/// What a written-out link begins with.
+/// The schemes of written-out links.
 const SCHEMES: [&str; 2] = ["https://", "http://"];
-/// What is longer is shown as text.
+/// Longer links are shown as text.
 const MAX_LINK_BYTES: usize = 4_096;
-/// What ends a sentence is no part of the link before it.
+/// Punctuation that ends a sentence is not part of the link before it.
 const AFTER_A_LINK: &str = ".,;:!?'。，、！？：；）】》」』”’…";
 
-/// The text with a word for every written-out link. Links in code stay code, and what Markdown reads as a link already is left
+/// Replaces every written-out link with a placeholder word. Links in code, and those that Markdown itself recognises, are left
 /// alone.
 pub fn hide_links<'m>(markdown: &'m str, options: Options, words: &mut Words<'_>) -> Cow<'m, str> {
     if schemes(markdown).next().is_none() {
@@ -35,11 +35,11 @@ pub fn hide_links<'m>(markdown: &'m str, options: Options, words: &mut Words<'_>
 /// A written-out link.
 struct Link {
     range: Range<usize>,
-    /// It stands in a block of code, where a backslash is a backslash.
+    /// It is in a code block, where a backslash is literal.
     literal: bool,
 }
 
-/// Emphasis that a link may stand in; the innermost ends first.
+/// Emphasis around a link; the innermost ends first.
 struct Emphasis {
     end: usize,
     delimiter_bytes: usize,
@@ -49,7 +49,7 @@ fn find(markdown: &str, options: Options) -> Vec<Link> {
     let mut found: Vec<Link> = Vec::new();
     let mut emphasis: Vec<Emphasis> = Vec::new();
     let mut cell_end = None;
-    // Within Markdown's own links and images, nothing is a written-out link.
+    // Markdown's own links and images contain no written-out links.
     let mut linked = 0_u32;
     let mut literal = false;
     let mut starts = schemes(markdown).peekable();
@@ -72,7 +72,7 @@ fn find(markdown: &str, options: Options) -> Vec<Link> {
             }
             Event::Text(_) | Event::Html(_) | Event::InlineHtml(_) if linked == 0 => {
                 while let Some(start) = starts.next_if(|start| *start < range.end) {
-                    // What lies before is no text, or a part of the link before.
+                    // What is before this position is not text, or belongs to the previous link.
                     if start < range.start || found.last().is_some_and(|link| start < link.range.end) {
                         continue;
                     }
@@ -89,7 +89,7 @@ fn find(markdown: &str, options: Options) -> Vec<Link> {
     found
 }
 
-/// Where schemes begin.
+/// The positions of schemes.
 fn schemes(text: &str) -> impl Iterator<Item = usize> + '_ {
     text.match_indices("://").filter_map(|(colon, _)| {
         let before = &text.as_bytes()[..colon];
@@ -100,8 +100,8 @@ fn schemes(text: &str) -> impl Iterator<Item = usize> + '_ {
     })
 }
 
-/// How long the link is that `text` begins with, in bytes; 0: there is nothing behind the scheme. `offset` is where `text` begins,
-/// in the unit of `emphasis`.
+/// The length in bytes of the link at the start of `text`; 0 if nothing follows the scheme. `offset` is the position of `text`, in
+/// the unit of `emphasis`.
 fn length(text: &str, offset: usize, emphasis: &[Emphasis]) -> usize {
     let stops = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '<' | '>' | '"' | '`');
     let mut end = text.find(stops).unwrap_or(text.len());
@@ -126,12 +126,12 @@ fn length(text: &str, offset: usize, emphasis: &[Emphasis]) -> usize {
     if end > scheme { end } else { 0 }
 }
 
-/// Whether the text around the link opened what its last character closes.
+/// Whether the text around the link opened the bracket that its last character closes.
 fn is_unbalanced(url: &str, open: char, close: char) -> bool {
     url.matches(close).count() > url.matches(open).count()
 }
 
-/// A backslash is no part of a link: it keeps Markdown from reading what follows.
+/// Removes backslashes: they escape the next character in Markdown, and are not part of the link.
 fn without_escapes(url: &str) -> String {
     let mut characters = url.chars().peekable();
     std::iter::from_fn(|| match characters.next()? {
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_whole_whatever_it_contains() {
+    fn a_link_is_kept_whole_whatever_it_contains() {
         for url in [
             "https://x.org/a_b_c",
             "https://x.org/_a_",
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn what_markdown_reads_as_a_link_is_left_to_it() {
+    fn links_that_markdown_recognises_are_left_alone() {
         for text in [
             "[a](https://x.org/a_b)",
             "<https://x.org/a_b>",
@@ -207,7 +207,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn links_are_apart_and_in_order(text in "(https://|http://|x|_|\\*|~|\\[|\\]|\\(|\\)|`|<|>| |\n|\\||-|é|\"|\\\\){0,40}") {
+        fn links_are_in_order_and_do_not_overlap(text in "(https://|http://|x|_|\\*|~|\\[|\\]|\\(|\\)|`|<|>| |\n|\\||-|é|\"|\\\\){0,40}") {
             let options = Options::ENABLE_STRIKETHROUGH | Options::ENABLE_TABLES;
             let mut end = 0;
             for link in find(&text, options) {

@@ -1,7 +1,8 @@
-//! What a run says to everybody, with places for what differs from one recipient to the next: parsed once, joined for each.
+//! The subject and text of an invitation, with placeholders for what differs between recipients. Parsed once, then only joined
+//! for each recipient.
 //!
-//! The text is plain and may use Markdown; from it come the two parts of an invitation. Values are never Markdown, and
-//! neither the text nor a value is ever HTML.
+//! The text is plain and may use Markdown; both parts of an invitation are made from it. Values are never Markdown, and neither
+//! the text nor a value is ever HTML.
 
 mod html;
 mod links;
@@ -12,7 +13,8 @@ use std::sync::Arc;
 
 use syntax::{Field, Piece, Present};
 
-/// The longest subject, rendered. Readers show less than a hundred, and a header line ends at 998 bytes.
+/// The maximum length of a rendered subject. Mail readers show fewer than a hundred characters, and a header line is limited to 998
+/// bytes.
 const MAX_SUBJECT_CHARS: usize = 250;
 
 /// An invitation's subject and text.
@@ -20,22 +22,22 @@ const MAX_SUBJECT_CHARS: usize = 250;
 pub struct Template {
     subject: String,
     body: String,
-    /// For recipients without and with a name, each without and with an unsubscribe URL; the same one if that makes no difference.
+    /// For recipients without and with a name, each without and with an unsubscribe URL. Shared if the output is the same.
     variants: [Arc<Variant>; 4],
 }
 
-/// The outputs for recipients with the same fields: what is left to do is to join them.
+/// The output for all recipients with the same fields, ready to be joined with their values.
 #[derive(Debug)]
 struct Variant {
     subject: Segments,
     text: Segments,
-    /// The page from the end of its title on.
+    /// The page after the start of its title.
     html: Segments,
-    /// The text is followed by a line to unsubscribe with.
+    /// Whether an unsubscribe line is added after the text.
     footer: bool,
 }
 
-/// An output: fixed text, and places for values.
+/// An output: fixed text and placeholders.
 #[derive(Debug, Default)]
 struct Segments(Vec<Segment>);
 
@@ -45,19 +47,19 @@ enum Segment {
     Value(Field, Escape),
 }
 
-/// How a value is written.
+/// How a value is escaped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Escape {
     None,
-    /// In HTML's text.
+    /// For HTML text.
     Html,
-    /// In an attribute.
+    /// For an HTML attribute.
     Attribute,
-    /// In the address of a link.
+    /// For the URL of a link.
     Href,
 }
 
-/// They are the same if they say the same.
+/// Compares the sources; the rest is derived from them.
 impl PartialEq for Template {
     fn eq(&self, other: &Self) -> bool {
         (&self.subject, &self.body) == (&other.subject, &other.body)
@@ -66,19 +68,19 @@ impl PartialEq for Template {
 
 impl Eq for Template {}
 
-/// Why a template can't be used, or not for this recipient.
+/// Why a template is invalid, or can't be rendered for a recipient.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct TemplateError(String);
 
-/// For whom it is rendered.
+/// The recipient that a template is rendered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recipient<'a> {
     /// The address.
     pub email: &'a str,
-    /// The name; none is the same as an empty one.
+    /// The name. None and an empty one are the same.
     pub name: Option<&'a str>,
-    /// Where the recipient can say that this is enough. If the text does not use it, a line with it is added.
+    /// The one-click unsubscribe URL (RFC 8058). If the text does not contain it, a line with it is added.
     pub unsubscribe_url: Option<&'a str>,
 }
 
@@ -89,15 +91,15 @@ pub struct Rendered {
     pub subject: String,
     /// The plain part.
     pub text: String,
-    /// The same as a whole HTML document.
+    /// The HTML part: the same as a complete document.
     pub html: String,
 }
 
 impl Template {
-    /// Reads a subject and a text.
+    /// Parses a subject and a text.
     ///
     /// # Errors
-    /// What is wrong with them, for whoever wrote them.
+    /// The first mistake, as a message to the author.
     pub fn new(subject: &str, body: &str) -> Result<Self, TemplateError> {
         if subject.trim().is_empty() {
             return Err(TemplateError("the subject is empty".into()));
@@ -124,7 +126,7 @@ impl Template {
             variant
         });
         let this = Self { subject: subject.to_owned(), body: body.to_owned(), variants };
-        // A subject that is empty or too long should be known to its author now, and not to a sender in an hour.
+        // The author should learn of an empty or overlong subject now, instead of the sender an hour later.
         for name in [Some("Ann"), None] {
             for unsubscribe_url in [Some("https://example.org/unsubscribe"), None] {
                 let recipient = Recipient { email: "ann@example.org", name, unsubscribe_url };
@@ -134,17 +136,17 @@ impl Template {
         Ok(this)
     }
 
-    /// How many bytes its subject and text have.
+    /// The size of subject and text in bytes.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a subject is never empty")]
     pub fn len(&self) -> usize {
         self.subject.len() + self.body.len()
     }
 
-    /// Writes the invitation for one recipient.
+    /// Renders the invitation for one recipient.
     ///
     /// # Errors
-    /// When it can't be written for this one: what only some recipients meet, such as an empty subject.
+    /// The subject is empty or too long with this recipient's values.
     pub fn render(&self, recipient: &Recipient<'_>) -> Result<Rendered, TemplateError> {
         let variant = self.variant(recipient);
         let subject = one_line(&variant.subject.join(recipient))?;
@@ -155,7 +157,7 @@ impl Template {
         variant.html.join_to(&mut html, recipient);
         if let Some(url) = recipient.unsubscribe_url.filter(|_| variant.footer) {
             text.truncate(text.trim_end().len());
-            // Two dashes and a space begin what readers know to be no part of the text.
+            // Two dashes and a space start a signature (RFC 3676, 4.3).
             text.extend(["\n\n-- \nUnsubscribe: ", url, "\n"]);
         }
         Ok(Rendered { subject, text, html })
@@ -168,7 +170,7 @@ impl Template {
 }
 
 impl Segments {
-    /// Of a text that is not HTML.
+    /// For plain text.
     fn of(pieces: &[Piece<'_>]) -> Self {
         let mut segments = Self::default();
         for piece in pieces {
@@ -198,7 +200,7 @@ impl Segments {
         self.0.push(Segment::Value(field, escape));
     }
 
-    /// About how long it will be.
+    /// The approximate size of the output.
     fn bytes(&self) -> usize {
         self.0.iter().map(|segment| if let Segment::Text(text) = segment { text.len() } else { 64 }).sum()
     }
@@ -229,7 +231,7 @@ impl Recipient<'_> {
     }
 }
 
-/// A control character in a name must not end the header that the subject stands in.
+/// Replaces control characters, so that a name can't end the subject's header line.
 fn one_line(subject: &str) -> Result<String, TemplateError> {
     let blank = |character: char| if character.is_control() { ' ' } else { character };
     let subject = subject.trim().chars().map(blank).collect::<String>();

@@ -1,15 +1,15 @@
-//! Parses a template once, into a flat list of text, placeholders and conditions. Nothing here recurses.
+//! Parses a template once, into a flat list of text, placeholders and conditions. No recursion, so nesting can't exhaust the stack.
 
 use super::TemplateError;
 
-/// Longer tags are refused: nobody means them.
+/// The maximum length of a tag. Longer ones are not legitimate.
 const MAX_TAG_BYTES: usize = 500;
-/// In one text.
+/// The maximum number of `{% elif %}` in one text.
 const MAX_ELIFS: usize = 50;
-/// Within each other.
+/// The maximum nesting of `{% if %}`.
 const MAX_IFS: usize = 100;
 
-/// What differs from one recipient to the next.
+/// A field of a recipient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Field {
     Name,
@@ -28,25 +28,25 @@ impl Field {
     }
 }
 
-/// Which fields a recipient has. It decides every condition and default; there is always an address.
+/// Which optional fields a recipient has. They decide every condition and default; the address is always there.
 #[derive(Clone, Copy, Debug)]
 pub struct Present {
     pub name: bool,
     pub unsubscribe_url: bool,
 }
 
-/// What one kind of recipient gets, in order.
+/// The output for one kind of recipient, in order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Piece<'a> {
     /// The author's text.
     Text(&'a str),
-    /// The recipient's own, never empty.
+    /// The recipient's value, never empty.
     Value(Field),
-    /// A value that the author gave.
+    /// A literal from a default.
     Default(&'a str),
 }
 
-/// A parsed text.
+/// A parsed source text.
 #[derive(Debug)]
 pub struct Source<'a> {
     nodes: Vec<Node<'a>>,
@@ -62,7 +62,7 @@ enum Node<'a> {
     Endif,
 }
 
-/// The first operand that is not empty: `a or b` and `a | default(b)` are the same.
+/// The first operand that is not empty. `a or b` and `a | default(b)` are the same.
 #[derive(Debug)]
 struct Expression(Vec<Operand>);
 
@@ -72,7 +72,7 @@ enum Operand {
     Literal(String),
 }
 
-/// Holds if the expression is not empty, or if it is.
+/// Holds if the expression is not empty, or if it is empty (`not`).
 #[derive(Debug)]
 struct Condition {
     expression: Expression,
@@ -81,16 +81,16 @@ struct Condition {
 
 /// An open `{% if %}`.
 struct Branch {
-    /// What stands around it is shown.
+    /// The text around it is shown.
     outer: bool,
-    /// A branch of it was shown already.
+    /// An earlier branch was shown.
     taken: bool,
     /// The current branch is shown.
     shown: bool,
 }
 
 impl Source<'_> {
-    /// What recipients with these fields get.
+    /// The output for recipients with these fields.
     pub fn pieces(&self, present: Present) -> Vec<Piece<'_>> {
         let mut pieces = Vec::with_capacity(self.nodes.len());
         let mut open: Vec<Branch> = Vec::new();
@@ -150,10 +150,10 @@ impl Condition {
     }
 }
 
-/// Parses `source`. `is_subject` is for the words of the errors.
+/// Parses `source`. `is_subject` affects only the wording of errors.
 ///
 /// # Errors
-/// The first mistake, with its place.
+/// The first mistake, with its position.
 pub fn parse(source: &str, is_subject: bool) -> Result<Source<'_>, TemplateError> {
     let error = |at: usize, what: &str| {
         let line = source[..at].matches('\n').count() + 1;
@@ -164,7 +164,7 @@ pub fn parse(source: &str, is_subject: bool) -> Result<Source<'_>, TemplateError
         })
     };
     let mut nodes = Vec::new();
-    // Where each open {% if %} is, and whether its {% else %} has been.
+    // The position of each open {% if %}, and whether its {% else %} was seen.
     let mut open: Vec<(usize, bool)> = Vec::new();
     let mut elifs = 0;
     let mut done = 0;
@@ -232,7 +232,7 @@ pub fn parse(source: &str, is_subject: bool) -> Result<Source<'_>, TemplateError
     }
 }
 
-/// Where the next tag is, and what it begins and ends with.
+/// The position of the next tag, and its delimiters.
 fn next_tag(source: &str, from: usize) -> Option<(usize, [&'static str; 2])> {
     source[from..].match_indices('{').find_map(|(index, _)| {
         let at = from + index;
@@ -246,10 +246,10 @@ fn next_tag(source: &str, from: usize) -> Option<(usize, [&'static str; 2])> {
     })
 }
 
-/// How long a tag is, up to an `end` that is not in quotes; none: it does not end.
+/// The length of a tag, up to an `end` outside of quotes. None: it does not end.
 ///
 /// # Errors
-/// A character that no tag has.
+/// A character that is not allowed in a tag.
 fn length(tag: &str, end: &str) -> Result<Option<usize>, char> {
     let (mut quote, mut escaped) = (None, false);
     for (index, character) in tag.char_indices() {
@@ -267,7 +267,7 @@ fn length(tag: &str, end: &str) -> Result<Option<usize>, char> {
     Ok(None)
 }
 
-/// What stands between `{%` and `%}`. Errors are the end of a sentence about its place.
+/// Parses the content between `{%` and `%}`. An error is the end of a sentence about its position.
 fn statement<'a>(content: &str) -> Result<Node<'a>, String> {
     let end = content.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(content.len());
     let (word, rest) = content.split_at(end);
@@ -299,7 +299,7 @@ fn value(text: &str) -> Result<Expression, String> {
     tokens.next().map_or(Ok(expression), |token| Err(unexpected(&token)))
 }
 
-/// `operand`, then any number of `or operand` and `| default(operand)`.
+/// Parses an `operand`, then any number of `or operand` and `| default(operand)`.
 fn expression(tokens: &mut Tokens<'_>) -> Result<Expression, String> {
     let mut operands = vec![operand(tokens)?];
     loop {
@@ -355,7 +355,7 @@ enum Token<'a> {
     Symbol(char),
 }
 
-/// The tokens of a tag.
+/// Splits a tag into tokens.
 struct Tokens<'a> {
     rest: &'a str,
 }
@@ -374,7 +374,7 @@ impl<'a> Tokens<'a> {
         Some(if end == 0 { Token::Symbol(first) } else { Token::Word(token) })
     }
 
-    /// A literal in quotes; a backslash keeps the next character from ending it.
+    /// A quoted literal. A backslash escapes the next character.
     fn literal(&mut self, quote: char) -> String {
         let mut text = String::new();
         let mut characters = self.rest[quote.len_utf8()..].chars();

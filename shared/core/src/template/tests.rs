@@ -1,4 +1,4 @@
-//! What authors write, and what recipients are called.
+//! Templates as authors write them, with names as recipients have them.
 
 use proptest::prelude::*;
 
@@ -14,7 +14,7 @@ fn render(body: &str, name: Option<&str>) -> Rendered {
     Template::new("Hello", body).unwrap().render(&ann(name)).unwrap()
 }
 
-/// What stands in the card, without the frame around it.
+/// The content of the card, without the frame around it.
 fn card(rendered: &Rendered) -> &str {
     rendered.html.split_once("break-word;\">\n").unwrap().1.split_once("</td>").unwrap().0
 }
@@ -24,20 +24,20 @@ fn refused(subject: &str, body: &str) -> String {
 }
 
 #[test]
-fn it_can_be_shared_among_senders() {
+fn a_template_can_be_shared_among_senders() {
     fn shared<T: Clone + Send + Sync + std::fmt::Debug>() {}
     shared::<Template>();
 }
 
 #[test]
-fn the_text_is_as_written_and_the_page_is_its_markdown() {
+fn the_text_is_as_written_and_the_html_is_its_markdown() {
     let rendered = render("Dear **{{ name }}**,\ncome!\n", Some("Ann"));
     assert_eq!(rendered.text, "Dear **Ann**,\ncome!\n");
     assert_eq!(card(&rendered), "<p>Dear <strong>Ann</strong>,<br />\ncome!</p>\n");
 }
 
 #[test]
-fn a_recipient_without_a_name_is_somebody_all_the_same() {
+fn a_recipient_may_have_no_name() {
     for body in [
         "Hi {{ name or 'there' }}",
         "Hi {{ name | default('there') }}",
@@ -49,7 +49,7 @@ fn a_recipient_without_a_name_is_somebody_all_the_same() {
 }
 
 #[test]
-fn conditions_and_defaults_are_decided_by_what_a_recipient_has() {
+fn conditions_and_defaults_depend_on_the_recipients_fields() {
     let url = Some("https://x.org/u");
     let of = |body: &str, name, unsubscribe_url| {
         let template = Template::new("Hello", body).unwrap();
@@ -77,7 +77,7 @@ fn a_default_is_a_value_and_not_markdown() {
 }
 
 #[test]
-fn what_is_not_understood_is_told_in_plain_words() {
+fn syntax_errors_are_reported_in_plain_words() {
     for (text, error) in [
         ("{{ }}", "is not understood: a placeholder is missing"),
         ("{{ -name }}", "is not understood: unexpected -"),
@@ -101,7 +101,7 @@ fn what_is_not_understood_is_told_in_plain_words() {
 }
 
 #[test]
-fn values_in_links_are_escaped_and_never_choose_where_they_lead() {
+fn values_in_links_are_escaped_and_never_choose_the_target() {
     let hostile = Some("'&\"\n/..");
     assert_eq!(
         card(&render("[a](https://x.org/{{ name }} \"{{ name }}\")", hostile)),
@@ -122,7 +122,7 @@ fn values_in_links_are_escaped_and_never_choose_where_they_lead() {
 }
 
 #[test]
-fn mistakes_are_told_with_their_line() {
+fn mistakes_are_reported_with_their_line() {
     assert_eq!(
         refused("Hello", "a\nb {{ nmae }}"),
         "line 2 of the text has the placeholder nmae; known are name, email and unsubscribe_url"
@@ -144,7 +144,7 @@ fn mistakes_are_told_with_their_line() {
 }
 
 #[test]
-fn the_subject_is_one_line_with_something_in_it() {
+fn the_subject_is_one_nonempty_line() {
     assert_eq!(refused(" ", ""), "the subject is empty");
     assert_eq!(refused("a\nb", ""), "the subject is one line, without control characters");
     assert_eq!(refused("{{ name }}", ""), "the subject is empty for a recipient without a name");
@@ -155,7 +155,7 @@ fn the_subject_is_one_line_with_something_in_it() {
 }
 
 #[test]
-fn nothing_is_html_but_what_the_markdown_says() {
+fn only_markdown_produces_html() {
     let rendered = render("<script>x</script>\n\nA <b>b</b> & {{ name }}\n\n<div>\n*c*\n</div>", Some("<i>Ann</i>"));
     let card = card(&rendered);
     for tag in ["<script", "<b>", "<i>", "<div"] {
@@ -166,7 +166,7 @@ fn nothing_is_html_but_what_the_markdown_says() {
 }
 
 #[test]
-fn a_hostile_name_is_only_a_name() {
+fn a_hostile_name_stays_a_name() {
     for name in
         ["*<b>x</b>*", "# x", "- x", "[x](https://evil.example)", "https://evil.example", "`x`", "![x](y)", "| x |"]
     {
@@ -177,7 +177,7 @@ fn a_hostile_name_is_only_a_name() {
 }
 
 #[test]
-fn links_lead_to_the_web_and_to_mail_only() {
+fn links_may_only_lead_to_the_web_and_to_mail() {
     let card_of = |body: &str, name| card(&render(body, name)).to_owned();
     assert_eq!(card_of("[a](javascript:alert)", None), "<p>a</p>\n");
     assert_eq!(card_of("[a]({{ name }})", Some("javascript:alert(1)")), "<p>a</p>\n");
@@ -224,7 +224,7 @@ fn a_bare_link_is_the_same_in_both_parts() {
 }
 
 #[test]
-fn the_way_out_is_used_or_added() {
+fn the_unsubscribe_url_is_used_or_added() {
     let recipient = Recipient { unsubscribe_url: Some(URL), ..ann(None) };
     let render = |body: &str| Template::new("Hello", body).unwrap().render(&recipient).unwrap();
     let href = "<a href=\"https://mail.example/u/_a_*b*?x=1&amp;y=2\"";
@@ -241,7 +241,7 @@ fn the_way_out_is_used_or_added() {
 }
 
 #[test]
-fn a_text_can_not_exhaust_the_process_that_reads_it() {
+fn a_text_can_not_exhaust_the_process_that_parses_it() {
     for (repeated, after) in
         [("-", "name"), ("not ", "name"), ("(", "name"), ("[", ""), ("name or ", "name"), ("name|default(", "name")]
     {
@@ -251,7 +251,7 @@ fn a_text_can_not_exhaust_the_process_that_reads_it() {
     for tail in [".a", "[0]", " or name", "|default('')", " ~ name", " == name", " if name else name"] {
         assert!(refused("Hello", &format!("{{{{ name{} }}}}", tail.repeat(9_000))).contains("more than 500"));
     }
-    // What the engine does not take for an end of the tag is none here.
+    // Ends of a tag that the parser ignores do not end it here.
     for hidden in ["'}}'", "'\\'}}'", "\"%}'}}\""] {
         assert!(refused("Hello", &format!("{{{{ {hidden}{} }}}}", " or name".repeat(9_000))).contains("more than 500"));
     }
@@ -264,7 +264,7 @@ fn a_text_can_not_exhaust_the_process_that_reads_it() {
     let ifs = |count: usize| format!("{}{}", "{% if name %}".repeat(count), "{% endif %}".repeat(count));
     assert!(Template::new("Hello", &ifs(50)).is_ok());
     assert!(refused("Hello", &ifs(3_000)).contains("recursion"));
-    // As deep as it may get.
+    // The deepest nesting that fits.
     for tag in [format!("{}name", "-".repeat(490)), format!("name{}", ".a".repeat(240)), "not ".repeat(120) + "name"] {
         let text = "{% if name %}".repeat(70) + &elifs(50).replacen("name", &tag, 1) + &"{% endif %}".repeat(70);
         let _ = Template::new("Hello", &text);
@@ -272,7 +272,7 @@ fn a_text_can_not_exhaust_the_process_that_reads_it() {
 }
 
 #[test]
-fn what_stands_beside_tags_is_not_limited() {
+fn text_outside_of_tags_is_not_limited() {
     for text in ["*a* {b} { {", "{# {{ ** #} ** *", "{{ name }}{# x #}{{ '*}}{' }} * {"] {
         let text = format!("{text}{}", " * long".repeat(200));
         assert!(Template::new("Hello", &text).is_ok(), "{text}");

@@ -1,5 +1,5 @@
-//! Takes values and written-out links through the Markdown parser as words that mean nothing to it, and finds them again in its
-//! output. So no value can be a heading, a link or a tag, and no link is cut by what it contains.
+//! Passes values and written-out links through the Markdown parser as placeholder words without any meaning to it, and finds them
+//! again in its output. So a value can't become a heading, a link or a tag, and a link is not cut by what it contains.
 
 use std::collections::HashMap;
 
@@ -11,32 +11,32 @@ use super::{
     syntax::{Field, Piece},
 };
 
-/// The words of one text.
+/// The placeholder words of one text.
 pub struct Words<'a> {
-    /// Words for the Markdown parser begin with it.
+    /// The prefix of words for the Markdown parser.
     in_markdown: String,
-    /// Words for the HTML writer begin with it.
+    /// The prefix of words for the HTML writer.
     in_html: String,
     values: Vec<&'a Piece<'a>>,
     indices: HashMap<&'a Piece<'a>, usize>,
     links: Vec<String>,
 }
 
-/// A part of a text with words in it.
+/// A part of a text with placeholder words.
 #[derive(Clone, Copy)]
 pub enum Part<'a> {
     Text(&'a str),
     /// An index for [`Words::value`].
     Value(usize, Escape),
-    /// A link that the author wrote out, maybe with values in it.
+    /// A written-out link, possibly with values in it.
     Link(&'a str),
 }
 
 impl<'a> Words<'a> {
-    /// Words that `source` does not contain, however it is spelled: no text contains its own hash.
+    /// Creates prefixes that `source` does not contain in any spelling, since no text contains its own hash.
     pub fn new(source: &str) -> Self {
         let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, source.as_bytes()).simple();
-        // Neither a tag nor an address in `<…>` has a letter that is not ASCII; HTML's escapes leave ASCII alone.
+        // A non-ASCII letter can't occur in a tag or an autolink; ASCII letters and digits are not changed by HTML escaping.
         Self {
             in_markdown: format!("é{hash}"),
             in_html: format!("z{hash}"),
@@ -55,13 +55,13 @@ impl<'a> Words<'a> {
         format!("{}{index}v", self.in_markdown)
     }
 
-    /// A word for a link, for the Markdown parser.
+    /// The word for a link, for the Markdown parser.
     pub fn for_link(&mut self, url: String) -> String {
         self.links.push(url);
         format!("{}{}l", self.in_markdown, self.links.len() - 1)
     }
 
-    /// A word for a value, for the HTML writer.
+    /// The word for a value, for the HTML writer.
     pub fn in_html(&self, index: usize, escape: Escape) -> String {
         let kind = match escape {
             Escape::None | Escape::Html => 'v',
@@ -71,17 +71,17 @@ impl<'a> Words<'a> {
         format!("{}{index}{kind}", self.in_html)
     }
 
-    /// The value behind a word.
+    /// The value of a word.
     pub fn value(&self, index: usize) -> Option<&'a Piece<'a>> {
         self.values.get(index).copied()
     }
 
-    /// Whether a word is for the address to unsubscribe at.
+    /// Whether a word stands for the unsubscribe URL.
     pub fn is_unsubscribe_url(&self, index: usize) -> bool {
         matches!(self.value(index), Some(Piece::Value(Field::UnsubscribeUrl)))
     }
 
-    /// Takes a text from the Markdown parser apart at its words.
+    /// Splits a text from the Markdown parser at its words.
     pub fn split<'t>(&'t self, text: &'t str) -> impl Iterator<Item = Part<'t>> {
         self.split_at(&self.in_markdown, text)
     }
@@ -94,7 +94,7 @@ impl<'a> Words<'a> {
         })
     }
 
-    /// The word whose beginning was before `text`, and the text behind it.
+    /// Parses the word whose prefix was before `text`. Returns it and the text after it.
     fn parse<'t>(&'t self, text: &'t str) -> Option<(Part<'t>, &'t str)> {
         let end = text.find(|c: char| !c.is_ascii_digit())?;
         let index: usize = text[..end].parse().ok()?;
@@ -108,7 +108,7 @@ impl<'a> Words<'a> {
         Some((part, &text[end + 1..]))
     }
 
-    /// A text from the Markdown parser for the HTML writer, with its links written out again.
+    /// Converts a text from the Markdown parser for the HTML writer, with its links written out again.
     pub fn to_html(&self, text: &str, escape: Escape) -> String {
         self.split(text).fold(String::with_capacity(text.len()), |mut out, part| {
             match part {
@@ -120,7 +120,7 @@ impl<'a> Words<'a> {
         })
     }
 
-    /// Takes HTML apart into segments.
+    /// Splits HTML into segments.
     pub fn push_segments(&self, html: &str, segments: &mut Segments) {
         for part in self.split_at(&self.in_html, html) {
             match part {
@@ -130,14 +130,14 @@ impl<'a> Words<'a> {
                     Some(Piece::Text(text) | Piece::Default(text)) => segments.push_escaped(text, escape),
                     None => {}
                 },
-                // They are written out before.
+                // Links were written out before.
                 Part::Link(url) => segments.push_escaped(url, Escape::Html),
             }
         }
     }
 }
 
-/// Appends `text` as it must be written there.
+/// Appends `text` with the given escaping.
 pub fn escape(out: &mut String, text: &str, escape: Escape) {
     let written = match escape {
         Escape::None => {
@@ -148,5 +148,5 @@ pub fn escape(out: &mut String, text: &str, escape: Escape) {
         Escape::Attribute => escape_html(out, text),
         Escape::Href => escape_href(out, text),
     };
-    debug_assert!(written.is_ok(), "a string takes everything");
+    debug_assert!(written.is_ok(), "writing to a string can't fail");
 }
