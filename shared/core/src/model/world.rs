@@ -733,7 +733,7 @@ impl Protocol {
             }
             Refused::Withheld(why) => Some(Stage::Reporting(report(&withheld(message(asked), why, &[])), false)),
             Refused::Accepted => Some(Stage::Reporting(report(&message(asked).result(ItemState::Sent, None)), false)),
-            Refused::Orphaned => Some(ended(&after_death(message(asked), self.rules.on_unknown), false)),
+            Refused::Orphaned => Some(ended(&after_death(message(asked), &self.policy), false)),
             // The model has no states of later versions.
             Refused::InOtherHands | Refused::Later => {
                 put(&mut world.waiting, asked);
