@@ -78,7 +78,7 @@ impl Attempt {
     }
 
     pub(crate) fn unchecked_at(position: i32, tries: i16, replays: i16) -> Self {
-        let item = ItemMessage { run_id: Uuid::nil(), item_id: 0, attempt: 1, tries, replays };
+        let item = ItemMessage { run_id: Uuid::nil(), item_id: 0, attempt: 1, tries, replays, impersonal: true };
         Self { item, position, claim: None }
     }
 

@@ -210,7 +210,8 @@ mod tests {
     }
 
     fn sent() -> ItemResult {
-        let item = ItemMessage { run_id: Uuid::from_u128(1), item_id: 5, attempt: 1, tries: 1, replays: 0 };
+        let item =
+            ItemMessage { run_id: Uuid::from_u128(1), item_id: 5, attempt: 1, tries: 1, replays: 0, impersonal: false };
         item.result(ItemState::Sent, None)
     }
 

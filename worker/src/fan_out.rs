@@ -431,11 +431,19 @@ fn present(pass: &Pass, item: &Item) -> ItemMessage {
         attempt: item.attempt,
         tries: item.tries,
         replays: item.replays,
+        impersonal: item.impersonal,
     }
 }
 
 /// The first attempt of an item. If a crash repeats the chunk, the fence absorbs it.
 fn release(pass: &Pass, item: &Item) -> Outgoing {
-    let first = ItemMessage { run_id: pass.run_id, item_id: item.id, attempt: 1, tries: 1, replays: 0 };
+    let first = ItemMessage {
+        run_id: pass.run_id,
+        item_id: item.id,
+        attempt: 1,
+        tries: 1,
+        replays: 0,
+        impersonal: item.impersonal,
+    };
     Outgoing::new(&first)
 }

@@ -62,7 +62,9 @@ impl Outgoing {
                 let message: RunMessage = serde_json::from_value(message)?;
                 Ok(Self::new(&message))
             }
-            ItemMessage::TYPE => Ok(Self::new(&serde_json::from_value::<ItemMessage>(message)?)),
+            kind if ItemMessage::TYPES.contains(&kind) => {
+                Ok(Self::new(&serde_json::from_value::<ItemMessage>(message)?))
+            }
             _ => Err(NotUnderstood::Kind),
         }
     }

@@ -20,7 +20,7 @@ const MANY: u32 = 1_000;
 const BATCH: i64 = 200;
 
 fn item(item_id: i64) -> ItemMessage {
-    ItemMessage { run_id: Uuid::from_u128(7), item_id, attempt: 1, tries: 1, replays: 0 }
+    ItemMessage { run_id: Uuid::from_u128(7), item_id, attempt: 1, tries: 1, replays: 0, impersonal: false }
 }
 
 /// What the form does for each address.

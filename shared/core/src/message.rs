@@ -194,6 +194,10 @@ pub struct ItemMessage {
     /// How often a person has asked for the item again.
     #[serde(default)]
     pub replays: i16,
+    /// The item is about no person of the ledger. Versions before jobs cannot process it, so the message has a type that they set
+    /// aside.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub impersonal: bool,
 }
 
 fn first() -> i16 {
@@ -244,13 +248,19 @@ impl ItemMessage {
             error,
             due_in_ms: None,
             flagged: false,
+            impersonal: self.impersonal,
         }
     }
 }
 
 impl Message for ItemMessage {
     const TYPE: &'static str = "mailrun.item.v1";
+    const TYPES: &'static [&'static str] = &[Self::TYPE, "mailrun.item.v2"];
     const QUEUE: &'static str = queue::ITEMS;
+
+    fn kind(&self) -> &'static str {
+        Self::TYPES[usize::from(self.impersonal)]
+    }
 
     fn spread_by(&self) -> Option<u64> {
         Some(self.item_id.unsigned_abs())
@@ -284,7 +294,12 @@ pub struct ResultsMessage {
 
 impl Message for ResultsMessage {
     const TYPE: &'static str = "mailrun.results.v1";
+    const TYPES: &'static [&'static str] = &[Self::TYPE, "mailrun.results.v2"];
     const QUEUE: &'static str = queue::RESULTS;
+
+    fn kind(&self) -> &'static str {
+        Self::TYPES[usize::from(self.results.iter().any(|result| result.impersonal))]
+    }
 
     fn check(&self) -> Result<(), &'static str> {
         self.results.iter().try_for_each(ItemResult::check)
@@ -318,6 +333,9 @@ pub struct ItemResult {
     /// failed: what the job has to note when the item is counted. For invitations: the mailbox does not exist.
     #[serde(rename = "bad_address", default, skip_serializing_if = "std::ops::Not::not")]
     pub flagged: bool,
+    /// See [`ItemMessage::impersonal`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub impersonal: bool,
 }
 
 impl ItemResult {
@@ -412,7 +430,7 @@ mod tests {
             let message = RunMessage { run_id, command };
             assert_eq!(decode::<RunMessage>(Some(message.kind()), &encode(&message)).unwrap(), message);
         }
-        let item = ItemMessage { run_id, item_id: 1, attempt: 1, tries: 1, replays: 0 };
+        let item = ItemMessage { run_id, item_id: 1, attempt: 1, tries: 1, replays: 0, impersonal: false };
         assert_eq!(decode::<ItemMessage>(None, &encode(&item)).unwrap(), item);
         let results = ResultsMessage {
             run_id: Some(run_id),
@@ -426,9 +444,9 @@ mod tests {
         let error = |kind, body: &str| decode::<ItemMessage>(kind, body.as_bytes()).unwrap_err().to_string();
         assert!(error(None, "hello").contains("not a valid mailrun.item.v1"));
         let newer = |kind| matches!(decode::<ItemMessage>(Some(kind), b"{}"), Err(DecodeError::Newer { .. }));
-        assert!(newer("mailrun.item.v2") && newer("mailrun.item.v10"));
+        assert!(newer("mailrun.item.v3") && newer("mailrun.item.v10"));
         assert!(!newer("mailrun.item.v0") && !newer("mailrun.run.v2") && !newer("mailrun.item.vx"));
-        assert!(error(Some("mailrun.item.v2"), "{}").contains("mailrun.item.v2"));
+        assert!(error(Some("mailrun.item.v3"), "{}").contains("mailrun.item.v3"));
         let run_id = Uuid::from_u128(7);
         assert!(error(None, &format!(r#"{{"run_id":"{run_id}","item_id":1,"attempt":0}}"#)).contains("from 1"));
         let replay_sent =
@@ -439,7 +457,7 @@ mod tests {
     #[test]
     fn what_can_not_be_kept_or_go_on_is_refused() {
         let run_id = Uuid::from_u128(7);
-        let item = ItemMessage { run_id, item_id: 1, attempt: 1, tries: 1, replays: 0 };
+        let item = ItemMessage { run_id, item_id: 1, attempt: 1, tries: 1, replays: 0, impersonal: false };
         let good = item.result(ItemState::Retrying, Some("busy".into()));
         let refused = |result: ItemResult| {
             let body = encode(&ResultsMessage { run_id: None, results: vec![good.clone(), result] });
@@ -476,6 +494,7 @@ mod tests {
                 attempt,
                 tries,
                 replays,
+                impersonal: item_id % 2 == 0,
             },
         )
     }

@@ -319,7 +319,7 @@ mod tests {
     }
 
     fn item(attempt: i32, tries: i16) -> ItemMessage {
-        ItemMessage { run_id: uuid::Uuid::from_u128(1), item_id: 5, attempt, tries, replays: 0 }
+        ItemMessage { run_id: uuid::Uuid::from_u128(1), item_id: 5, attempt, tries, replays: 0, impersonal: false }
     }
 
     #[test]

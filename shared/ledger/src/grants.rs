@@ -189,6 +189,15 @@ const TABLES: &[Table] = &[
         filled_in: "number stopped_at",
         ..NONE
     },
+    // For processes of the version before jobs, beside which this one may run.
+    Table {
+        name: "test_sends",
+        insert: &[(Web, "id email subject body")],
+        update: &[(Send, "claimed_at worker_id state reason finished_at"), (Web, "reason")],
+        delete: &[FanOut, Web],
+        filled_in: "created_at",
+        ..NONE
+    },
     Table {
         name: "outbox",
         insert: &[(Web, "kind message")],

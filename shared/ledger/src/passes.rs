@@ -96,6 +96,8 @@ pub struct Item {
     pub tries: i16,
     /// How often it was asked for again.
     pub replays: i16,
+    /// See [`ItemMessage::impersonal`].
+    pub impersonal: bool,
 }
 
 /// Locks a run for the pump until the transaction ends, making its first pass if need be, and returns the present pass.
@@ -232,7 +234,8 @@ pub async fn next_items(conn: &mut PgConnection, pass: &Pass, kind: PassKind, li
         PassKind::First => {
             sqlx::query_as!(
                 Item,
-                r#"SELECT id, position, attempt, state AS "state: SqlState", tries, replays FROM run_items
+                r#"SELECT id, position, attempt, state AS "state: SqlState", tries, replays,
+                          user_id IS NULL AS "impersonal!" FROM run_items
                    WHERE run_id = $1 AND position > $2 AND state = ANY($4) ORDER BY position LIMIT $3"#,
                 pass.run_id,
                 pass.cursor,
@@ -245,7 +248,8 @@ pub async fn next_items(conn: &mut PgConnection, pass: &Pass, kind: PassKind, li
         PassKind::Replay => {
             sqlx::query_as!(
                 Item,
-                r#"SELECT id, position, attempt, state AS "state: SqlState", tries, replays FROM run_items
+                r#"SELECT id, position, attempt, state AS "state: SqlState", tries, replays,
+                          user_id IS NULL AS "impersonal!" FROM run_items
                    WHERE run_id = $1 AND position > $2 AND troubled
                      AND state = ANY($4) AND ($5::text IS NULL OR error = $5)
                    ORDER BY position LIMIT $3"#,
@@ -261,7 +265,8 @@ pub async fn next_items(conn: &mut PgConnection, pass: &Pass, kind: PassKind, li
         PassKind::Cancel => {
             sqlx::query_as!(
                 Item,
-                r#"SELECT id, position, attempt, state AS "state: SqlState", tries, replays FROM run_items
+                r#"SELECT id, position, attempt, state AS "state: SqlState", tries, replays,
+                          user_id IS NULL AS "impersonal!" FROM run_items
                    WHERE run_id = $1 AND position > $2 AND state IN ('pending', 'retrying')
                    ORDER BY position LIMIT $3"#,
                 pass.run_id,
@@ -480,7 +485,8 @@ pub async fn dropped_items(
     limit: i64,
 ) -> sqlx::Result<Vec<Dropped>> {
     let rows = sqlx::query!(
-        r#"SELECT i.id, i.position, i.attempt, i.state AS "state: SqlState", i.tries, i.replays
+        r#"SELECT i.id, i.position, i.attempt, i.state AS "state: SqlState", i.tries, i.replays,
+                  i.user_id IS NULL AS "impersonal!"
            FROM run_items i
            WHERE i.run_id = $1 AND i.position > $2 AND i.state IN ('pending', 'retrying')
              AND (i.due_at IS NULL OR i.due_at < clock_timestamp() + make_interval(secs => $3))
@@ -499,8 +505,14 @@ pub async fn dropped_items(
     Ok(rows
         .into_iter()
         .map(|row| {
-            let present =
-                ItemMessage { run_id, item_id: row.id, attempt: row.attempt, tries: row.tries, replays: row.replays };
+            let present = ItemMessage {
+                run_id,
+                item_id: row.id,
+                attempt: row.attempt,
+                tries: row.tries,
+                replays: row.replays,
+                impersonal: row.impersonal,
+            };
             Dropped { next: present.awaited(row.state.into()), position: row.position }
         })
         .collect())

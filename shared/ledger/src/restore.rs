@@ -43,7 +43,8 @@ impl Item {
     /// The attempt that it waits for.
     fn awaited(&self) -> ItemMessage {
         let Self { run_id, id, attempt, tries, replays, state, .. } = *self;
-        ItemMessage { run_id, item_id: id, attempt, tries, replays }.awaited(state)
+        // What is settled here is not published.
+        ItemMessage { run_id, item_id: id, attempt, tries, replays, impersonal: false }.awaited(state)
     }
 }
 

@@ -65,6 +65,8 @@ pub async fn settle(conn: &mut PgConnection, which: &Selection, found: Found, by
                     attempt: row.attempt,
                     tries: row.tries,
                     replays: row.replays,
+                    // The result is not published.
+                    impersonal: false,
                 };
                 (row.run_id, item.result(state, Some(reason.clone())))
             })

@@ -190,7 +190,7 @@ pub async fn open_items(
     limit: i64,
 ) -> sqlx::Result<Vec<OpenItem>> {
     let rows = sqlx::query!(
-        r#"SELECT i.id, i.position, i.attempt, i.state AS "state: SqlState", i.tries, i.replays,
+        r#"SELECT i.id, i.position, i.attempt, i.state AS "state: SqlState", i.tries, i.replays, i.user_id IS NULL AS "impersonal!",
                   a.worker_id AS "worker_id?",
                   w.id IS NOT NULL AS "alive!"
            FROM run_items i
@@ -212,8 +212,14 @@ pub async fn open_items(
     let (items, held): (Vec<(ItemMessage, i32)>, Vec<Held>) = rows
         .into_iter()
         .map(|row| {
-            let present =
-                ItemMessage { run_id, item_id: row.id, attempt: row.attempt, tries: row.tries, replays: row.replays };
+            let present = ItemMessage {
+                run_id,
+                item_id: row.id,
+                attempt: row.attempt,
+                tries: row.tries,
+                replays: row.replays,
+                impersonal: row.impersonal,
+            };
             let next = present.awaited(row.state.into());
             let held = Held { item_id: row.id, number: next.attempt, worker_id: row.worker_id, alive: row.alive };
             ((next, row.position), held)

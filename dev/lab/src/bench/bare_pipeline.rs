@@ -314,7 +314,14 @@ mod tests {
 
     #[test]
     fn item_messages_equal_mailruns() {
-        let message = ItemMessage { run_id: Uuid::from_u128(7), item_id: 4711, attempt: 1, tries: 1, replays: 0 };
+        let message = ItemMessage {
+            run_id: Uuid::from_u128(7),
+            item_id: 4711,
+            attempt: 1,
+            tries: 1,
+            replays: 0,
+            impersonal: false,
+        };
         assert_eq!(item_body(message.run_id, message.item_id), encode(&message));
         assert_eq!(decode::<ItemMessage>(None, &item_body(message.run_id, 4711)).unwrap(), message);
     }

@@ -370,7 +370,8 @@ pub async fn run(conn: &mut PgConnection, items: &[NewItem]) -> Run {
             execute(&mut *conn, format!("UPDATE users SET emailed_at = now() WHERE id = {user_id}")).await;
         }
         let attempt = new.standing.attempt;
-        let message = ItemMessage { run_id: id, item_id, attempt, tries: new.tries, replays: new.replays };
+        let message =
+            ItemMessage { run_id: id, item_id, attempt, tries: new.tries, replays: new.replays, impersonal: false };
         inserted.push(Item { id: item_id, user_id, email, message });
     }
     sqlx::query(

@@ -28,7 +28,14 @@ async fn submitted(ledger: &PgPool) -> Uuid {
 async fn result(ledger: &PgPool, test_id: Uuid, state: ItemState, error: Option<&str>) {
     let mut conn = ledger.acquire().await.unwrap();
     let item_id = value(&mut conn, format!("SELECT id FROM run_items WHERE run_id = '{test_id}'")).await;
-    let item = mailrun_core::message::ItemMessage { run_id: test_id, item_id, attempt: 1, tries: 1, replays: 0 };
+    let item = mailrun_core::message::ItemMessage {
+        run_id: test_id,
+        item_id,
+        attempt: 1,
+        tries: 1,
+        replays: 0,
+        impersonal: true,
+    };
     apply(&mut conn, test_id, &[item.result(state, error.map(str::to_owned))]).await;
 }
 
@@ -38,7 +45,7 @@ fn a_test_is_released_with_its_submission() {
         let test_id = submitted(ledger).await;
         let mut conn = ledger.acquire().await.unwrap();
         let message = "SELECT concat_ws(' ', kind, message->>'run_id', message->>'attempt') FROM outbox";
-        assert_eq!(value::<String>(&mut conn, message).await, format!("mailrun.item.v1 {test_id} 1"));
+        assert_eq!(value::<String>(&mut conn, message).await, format!("mailrun.item.v2 {test_id} 1"));
         assert!(value::<bool>(&mut conn, "SELECT done_at IS NOT NULL FROM run_passes").await, "no fan-out is needed");
         let test = read(ledger, test_id).await.unwrap().unwrap();
         assert_eq!(

@@ -21,7 +21,7 @@ async fn items(world: &World, run: &str) -> Vec<i64> {
 }
 
 fn result(item_id: i64, attempt: i32, state: ItemState) -> ItemResult {
-    ItemMessage { run_id: Uuid::nil(), item_id, attempt, tries: 1, replays: 0 }.result(state, None)
+    ItemMessage { run_id: Uuid::nil(), item_id, attempt, tries: 1, replays: 0, impersonal: false }.result(state, None)
 }
 
 /// Reports results like a sender.
@@ -110,7 +110,7 @@ async fn a_late_sent_result_of_an_earlier_attempt_wins() {
 
     // Pending attempts are not made.
     for item_id in items {
-        let next = ItemMessage { run_id: id(&run), item_id, attempt: 5, tries: 1, replays: 1 };
+        let next = ItemMessage { run_id: id(&run), item_id, attempt: 5, tries: 1, replays: 1, impersonal: false };
         world.publish("mailrun.items", &encode(&next)).await;
     }
     world.worker("fan-out");

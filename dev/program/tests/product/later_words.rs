@@ -82,7 +82,8 @@ async fn values_of_a_later_version_wait_for_the_upgrade_and_block_nothing_else()
         execute(&world, &statement).await;
     }
     // A result of the item, and a message for another attempt.
-    let asked = ItemMessage { run_id: id(&item), item_id: later_item, attempt: 1, tries: 1, replays: 0 };
+    let asked =
+        ItemMessage { run_id: id(&item), item_id: later_item, attempt: 1, tries: 1, replays: 0, impersonal: false };
     let results = ResultsMessage { run_id: Some(id(&item)), results: vec![asked.result(Sent, None)] };
     world.publish("mailrun.results", &encode(&results)).await;
     let next = ItemMessage { attempt: 2, ..asked };

@@ -32,3 +32,4 @@ mod submission;
 mod support;
 mod upgrade;
 mod watchdog;
+mod your_own_job;

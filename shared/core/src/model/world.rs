@@ -262,6 +262,7 @@ fn message(asked: Asked) -> ItemMessage {
         attempt: asked.attempt,
         tries: asked.tries,
         replays: asked.replays,
+        impersonal: false,
     }
 }
 

@@ -19,8 +19,10 @@ pub use list::{InvalidEntry, Submission, Tally};
 
 /// Two submissions that name the same people may deadlock; the one that PostgreSQL ends is run again.
 const TRIES: u32 = 5;
-/// Items of a hidden run up to this number go to the outbox with it, without a fan-out.
+/// Items of a hidden run, which are about no person, go to the outbox with it up to this number, without a fan-out.
 const RELEASED_AT_ONCE: i32 = 100;
+/// The type of their messages.
+const IMPERSONAL_ITEM: &str = ItemMessage::TYPES[1];
 /// Rows that are inserted by one statement.
 const ROWS: usize = 10_000;
 
@@ -305,10 +307,10 @@ async fn release_all(conn: &mut PgConnection, run_id: Uuid, items: i32) -> sqlx:
     .await?;
     sqlx::query!(
         "INSERT INTO outbox (kind, message)
-         SELECT $2, jsonb_build_object('run_id', run_id, 'item_id', id, 'attempt', 1)
+         SELECT $2, jsonb_build_object('run_id', run_id, 'item_id', id, 'attempt', 1, 'impersonal', true)
          FROM run_items WHERE run_id = $1 ORDER BY position",
         run_id,
-        ItemMessage::TYPE,
+        IMPERSONAL_ITEM,
     )
     .execute(conn)
     .await?;

@@ -144,6 +144,7 @@ pub(super) async fn foreign(site: &Site<'_>, time: Duration, rng: &mut StdRng) -
             attempt: rng.random_range(1..4),
             tries: 1,
             replays: 0,
+            impersonal: false,
         };
         let results = ResultsMessage { run_id: Some(run_id), results: vec![item.result(ItemState::Sent, None)] };
         for message in [Outgoing::new(&item), Outgoing::new(&results)] {

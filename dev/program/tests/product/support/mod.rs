@@ -39,6 +39,8 @@ pub struct World {
     pub client: Client,
     pub name: String,
     pub folder: tempfile::TempDir,
+    /// The program that is started from now on.
+    pub program: PathBuf,
     environment: Vec<(String, String)>,
     children: Vec<Child>,
 }
@@ -84,7 +86,8 @@ impl World {
         prepare(&pool).await;
         let client = Client::builder().no_proxy().redirect(redirect::Policy::none()).build().unwrap();
         let web = format!("http://127.0.0.1:{port}");
-        let mut world = Self { stack, pool, web, client, name, folder, environment, children: Vec::new() };
+        let program = PathBuf::from(MAILRUN);
+        let mut world = Self { stack, pool, web, client, name, folder, program, environment, children: Vec::new() };
         assert!(world.run_to_end(&["setup"]), "setup failed: {}", world.log());
         world.start(&["web"]);
         let health = format!("{}/healthz", world.web);
@@ -99,7 +102,7 @@ impl World {
 
     fn spawn(&self, args: &[&str]) -> Child {
         let log = File::options().create(true).append(true).open(self.log_path()).unwrap();
-        Command::new(MAILRUN)
+        Command::new(&self.program)
             .args(args)
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
