@@ -25,13 +25,13 @@ async fn taken(conn: &mut PgConnection) -> Vec<i64> {
 fn a_message_keeps_its_kind_and_body() {
     in_transaction(async |conn| {
         let run = RunMessage { run_id: Uuid::new_v4(), command: Command::default() };
-        let item = ItemMessage { run_id: run.run_id, item_id: 1, attempt: 1, tries: 1, replays: 0 };
+        let item = ItemMessage { run_id: run.run_id, item_id: 1, attempt: 1, tries: 1, replays: 0, impersonal: true };
         put(conn, &run).await.unwrap();
         put(conn, &RunMessage { command: Command::Resume, ..run.clone() }).await.unwrap();
         put(conn, &item).await.unwrap();
         let waiting = take(conn, 10).await.unwrap();
         let kinds: Vec<&str> = waiting.iter().map(|waiting| waiting.kind.as_str()).collect();
-        assert_eq!(kinds, ["mailrun.run.v1", "mailrun.run.v2", "mailrun.item.v1"]);
+        assert_eq!(kinds, ["mailrun.run.v1", "mailrun.run.v2", "mailrun.item.v2"]);
         assert_eq!(waiting[0].message, serde_json::to_value(&run).unwrap());
         assert_eq!(waiting[2].message, serde_json::to_value(item).unwrap());
     });
