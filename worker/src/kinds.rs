@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -267,8 +267,8 @@ struct Typed<J: Job> {
     job: J,
     policy: RetryPolicy,
     runs: Cache<Uuid, Shared<J>>,
-    /// None: nothing is measured of hidden runs.
-    measures: Option<Measures>,
+    /// Registered with the first attempt, since only senders make any.
+    measures: OnceLock<Measures>,
 }
 
 /// What the items of a run share, or why it cannot be used.
@@ -281,7 +281,7 @@ impl<J: Job> Typed<J> {
         Self {
             policy: RetryPolicy { delays: installation.delays.clone(), dead_letters, ..policy },
             runs: Cache::new(CACHED_RUNS),
-            measures: (!J::HIDDEN).then(Measures::new),
+            measures: OnceLock::new(),
             job,
         }
     }
@@ -306,7 +306,8 @@ impl<J: Job> Typed<J> {
         loop {
             let begun = Instant::now();
             let outcome = self.job.process(attempt, run, item).await;
-            if let Some(measures) = &self.measures {
+            if !J::HIDDEN {
+                let measures = self.measures.get_or_init(Measures::new);
                 measures.seconds.record(begun.elapsed());
                 measures.attempts[outcome.place()].increment(1);
             }

@@ -195,10 +195,10 @@ async fn reports_why_a_process_is_not_ready_and_whether_it_is_alive() {
     let (_, address) = start(&mut world, &["worker", "--roles", "send"]).await;
     let (status, reasons) = get(&world, format!("{address}/readyz")).await;
     assert_eq!(status, 503);
-    assert!(reasons.contains("waits for PostgreSQL"), "{reasons}");
+    assert!(reasons.contains("waiting for PostgreSQL"), "{reasons}");
     assert_eq!(get(&world, format!("{address}/livez")).await.0, 200);
     let said = world.run_to_end(&["health", &format!("{address}/readyz")]);
-    assert!(!said && world.log().contains("waits for PostgreSQL"));
+    assert!(!said && world.log().contains("waiting for PostgreSQL"));
 }
 
 #[tokio::test]

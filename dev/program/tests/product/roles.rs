@@ -172,7 +172,7 @@ async fn a_process_can_only_write_its_own_columns() {
         ("web", "UPDATE users SET emailed_at = now()"),
         ("web", "INSERT INTO attempts (item_id, number, worker_id) VALUES (1, 1, 1)"),
         ("web", "DELETE FROM runs"),
-        ("fan_out", "UPDATE runs SET wanted = 'running'"),
+        ("fan_out", "UPDATE runs SET body = ''"),
         ("fan_out", "UPDATE run_items SET state = 'sent'"),
         ("fan_out", "DELETE FROM suppressions"),
         ("send", "UPDATE run_items SET state = 'sent'"),

@@ -8,10 +8,7 @@ use std::{
 };
 
 use axum::{Router, extract::State, http::StatusCode, routing::post};
-use mailrun_ledger::{
-    runs,
-    submit::{Data, NewRun, Submitted, submit},
-};
+use mailrun_ledger::submit::{Data, NewRun, Submitted, submit};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::{net::TcpListener, sync::Notify};
@@ -74,7 +71,7 @@ impl Server {
     }
 }
 
-/// An installation whose processes are the example.
+/// An installation whose workers are the example.
 async fn world() -> World {
     let mut world = World::new(&[]).await;
     world.program = PathBuf::from(MAILRUN).with_file_name("examples").join("your_own_job");
@@ -86,7 +83,7 @@ async fn call(world: &World, address: SocketAddr, bodies: &[&str]) -> String {
     let calls: Vec<Call> =
         bodies.iter().map(|body| Call { url: format!("http://{address}"), body: (*body).to_owned() }).collect();
     match submit(&world.pool, NewRun::new("calls", "Calls"), &Data(&calls)).await.unwrap() {
-        Submitted::Accepted(run_id) => run_id.to_string(),
+        Submitted::Accepted(run_id) => format!("{}/runs/{run_id}", world.web),
         other => panic!("{other:?}"),
     }
 }
@@ -111,7 +108,7 @@ async fn rows_are_called_retried_and_replayed() {
     let run = call(&world, address, &["fine 1", "busy 2", "gone 3", "fine 4"]).await;
     assert_eq!(counts(&world.until_over(&run).await), [3, 1, 0, 0]);
     assert_eq!(["fine 1", "busy 2", "gone 3"].map(|body| server.calls(body)), [1, 2, 1]);
-    let page = world.client.get(format!("{}/runs/{run}", world.web)).send().await.unwrap().text().await.unwrap();
+    let page = world.client.get(&run).send().await.unwrap().text().await.unwrap();
     assert!(page.contains("410 Gone") && page.contains("gone 3"), "the page names the row and the reason: {page}");
     *server.mended.lock().unwrap() = true;
     world.retry(&run, "failed").await;
@@ -125,7 +122,7 @@ async fn a_cancelled_run_calls_nothing() {
     let mut world = world().await;
     let (server, address) = Server::start().await;
     let run = call(&world, address, &["fine 1", "fine 2"]).await;
-    runs::cancel(&world.pool, run.parse().unwrap()).await.unwrap();
+    world.client.post(format!("{run}/cancel")).send().await.unwrap();
     world.workers();
     assert_eq!(counts(&world.until_over(&run).await), [0, 0, 0, 2]);
     assert_eq!(server.total(), 0);
