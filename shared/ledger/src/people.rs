@@ -14,7 +14,6 @@ use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
-use crate::test_mails;
 use mailrun_core::{
     address::{Address, ERASED},
     outcome::DELETED,
@@ -196,7 +195,7 @@ pub async fn erase(conn: &mut PgConnection, email: &str) -> sqlx::Result<Erased>
     sqlx::query!("UPDATE held_suppressions SET email = $2, detail = NULL WHERE email = $1", email, tombstone)
         .execute(&mut *tx)
         .await?;
-    erased.tests = test_mails::erase(&mut tx, email).await?;
+    erased.tests = erase_test_mails(&mut tx, email).await?;
     erased.texts = scrub(&mut tx, email).await?;
     tx.commit().await?;
     Ok(erased)
@@ -239,6 +238,19 @@ async fn erase_items(conn: &mut PgConnection, user_ids: &[i64]) -> sqlx::Result<
     .execute(conn)
     .await?;
     Ok(())
+}
+
+/// Erases the recipient of test mails. Returns how many there were.
+async fn erase_test_mails(conn: &mut PgConnection, email: &str) -> sqlx::Result<u64> {
+    let erased = sqlx::query!(
+        "UPDATE run_items i SET data = NULL, error = CASE WHEN error IS NOT NULL THEN $2 END
+         FROM runs r WHERE r.id = i.run_id AND r.hidden AND i.data->>'email' = $1",
+        email,
+        REPLY_ERASED,
+    )
+    .execute(conn)
+    .await?;
+    Ok(erased.rows_affected())
 }
 
 /// Replaces the address wherever else it may stand. Returns how many rows that was in.

@@ -5,7 +5,7 @@ use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use crate::{
-    people::{REPLY_ERASED, Tombs},
+    people::Tombs,
     stored::Stored,
     submit::{Data, NewRun, NotSubmitted, submit},
     suppressions::{self, Reason},
@@ -122,18 +122,4 @@ pub async fn read(pool: &PgPool, test_id: Uuid) -> sqlx::Result<Option<Test>> {
     )
     .fetch_optional(pool)
     .await
-}
-
-/// Erases the recipient of test mails. Returns how many there were.
-pub(crate) async fn erase(conn: &mut PgConnection, email: &str) -> sqlx::Result<u64> {
-    let erased = sqlx::query!(
-        "UPDATE run_items i SET data = NULL, error = CASE WHEN error IS NOT NULL THEN $3 END
-         FROM runs r WHERE r.id = i.run_id AND r.hidden AND r.kind = $1 AND i.data->>'email' = $2",
-        KIND,
-        email,
-        REPLY_ERASED,
-    )
-    .execute(conn)
-    .await?;
-    Ok(erased.rows_affected())
 }
