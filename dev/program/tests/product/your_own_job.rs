@@ -73,7 +73,7 @@ impl Server {
 
 /// An installation whose workers are the example.
 async fn world() -> World {
-    let mut world = World::new(&[]).await;
+    let mut world = World::new(&[("NO_PROXY", "127.0.0.1")]).await;
     world.program = PathBuf::from(MAILRUN).with_file_name("examples").join("your_own_job");
     assert!(world.program.is_file(), "{} is missing: cargo build --workspace --examples", world.program.display());
     world
