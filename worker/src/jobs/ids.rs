@@ -6,17 +6,17 @@ use sqlx::PgConnection;
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
-/// Makes both. The key is read when the first mail needs it.
+/// Creates both. The key is read when the first mail needs it.
 #[derive(Debug)]
 pub struct Ids {
     /// The part of a Message-ID behind the @.
     domain: String,
-    /// Where others reach the pages; none: mails carry no link.
+    /// The public address of the pages. `None`: mails carry no link.
     public_url: Option<PublicUrl>,
     signed: OnceCell<Signed>,
 }
 
-/// What the key makes.
+/// What is derived from the key.
 #[derive(Clone, Debug)]
 pub struct Signed {
     messages: MessageIds,
@@ -30,7 +30,7 @@ impl Ids {
         Self { domain, public_url, signed: OnceCell::new() }
     }
 
-    /// Reads the key, if that has not been done.
+    /// Reads the key on first use.
     ///
     /// # Errors
     /// The database's.

@@ -181,7 +181,7 @@ impl Ticket<'_> {
         let news = self.endpoint.circuit().unavailable(self.pass, pause, Instant::now());
         if let Some(wait) = news {
             let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-            warn!(relay = %self.endpoint.relay, reason, wait_ms, "relay unavailable, probing it later");
+            warn!(relay = %self.endpoint.relay, reason, wait_ms, "relay takes no mail, probing it later");
         }
         self.relays.changed.send_replace(());
     }
