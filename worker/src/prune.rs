@@ -39,9 +39,6 @@ pub struct Pruned {
 
 /// Deletes all runs that ended more than `after` ago (`None`: none), the remains of an interrupted prune, and housekeeping
 /// rows. Each step may take `limit`. `progress` is called after each step. Processes may do this concurrently.
-///
-/// # Errors
-/// The database's.
 pub async fn prune(
     pool: &PgPool,
     after: Option<Duration>,
@@ -69,7 +66,7 @@ pub async fn prune(
             break;
         }
     }
-    while in_time(limit, prune::scraps(pool, ITEMS)).await? > 0 {}
+    while in_time(limit, prune::housekeeping(pool, ITEMS)).await? > 0 {}
     Ok(pruned)
 }
 

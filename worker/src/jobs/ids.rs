@@ -31,9 +31,6 @@ impl Ids {
     }
 
     /// Reads the key on first use.
-    ///
-    /// # Errors
-    /// The database's.
     pub async fn signed(&self, conn: &mut PgConnection) -> sqlx::Result<Signed> {
         let read = async || {
             let key = signing::key(conn).await?;

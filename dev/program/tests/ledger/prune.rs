@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mailrun_core::{item::ItemState, run::Wanted};
 use mailrun_ledger::{
-    prune::{Step, cancel_hidden, delete_runs, is_held_up, scraps, step},
+    prune::{Step, cancel_hidden, delete_runs, housekeeping, is_held_up, step},
     runs::{ReplayWish, replay},
 };
 use sqlx::{PgConnection, PgPool};
@@ -267,13 +267,13 @@ fn scraps_are_what_nobody_needs_after_a_day() {
         ] {
             execute(&mut conn, statement).await;
         }
-        assert_eq!(scraps(ledger, 100).await.unwrap(), 5);
+        assert_eq!(housekeeping(ledger, 100).await.unwrap(), 5);
         for (table, left) in [("outbox", 2), ("workers", 1), ("receipts", 2), ("buried_results", 1), ("pacing", 2)] {
             assert_eq!(count(&mut conn, table).await, left, "{table}");
         }
         let needed = format!("SELECT number FROM receipts WHERE worker_id = {gone}");
         assert_eq!(value::<i64>(&mut conn, needed).await, 2, "an item of it is not shown as sent");
-        assert_eq!(scraps(ledger, 100).await.unwrap(), 0);
+        assert_eq!(housekeeping(ledger, 100).await.unwrap(), 0);
     });
 }
 
