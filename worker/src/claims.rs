@@ -136,17 +136,17 @@ impl Claims {
         }
     }
 
-    /// Nobody knows whether it is written: another one will be.
+    /// It is unknown whether the receipt was written. The next claim stores a new one.
     pub fn receipt_lost(&mut self, number: i64) {
         self.receipts.remove(&number);
     }
 
-    /// Receipts before this one are of no use any more.
+    /// Receipts with smaller numbers are no longer needed.
     pub fn first_needed_receipt(&self) -> i64 {
         self.receipts.keys().next().map_or(self.last_receipt + 1, |number| *number)
     }
 
-    /// Up to `limit` outcomes that it is time to look up in the ledger.
+    /// Up to `limit` outcomes that are due to be compared with the ledger.
     pub fn to_check(&self, now: Instant, limit: usize) -> Vec<Key> {
         self.known
             .iter()
@@ -156,12 +156,12 @@ impl Claims {
             .collect()
     }
 
-    /// The ledger's word on an outcome: forgets it if it is applied. Otherwise returns it when it is time to repeat it.
+    /// The item's standing in the ledger: forgets the outcome if it is applied. Otherwise returns the result if a repeat is due.
     pub fn checked(&mut self, key: Key, standing: Option<Standing>, now: Instant) -> Option<ItemResult> {
         let claim = self.known.get_mut(&key)?;
         let Stage::Done { result, check_at, repeat_at, repeat_after } = &mut claim.stage else { return None };
         let reported = Standing { attempt: result.attempt, state: result.state };
-        // An item that no longer exists can't be told anything.
+        // The item no longer exists, so there is nothing to report to.
         if standing.is_none_or(|standing| standing.covers(reported)) {
             let receipt = claim.receipt;
             self.known.remove(&key);
@@ -177,14 +177,14 @@ impl Claims {
         Some(result.clone())
     }
 
-    /// The ledger says nothing yet on an outcome: it is looked up again later.
+    /// The ledger does not show the outcome in a known state yet: checks again later.
     pub fn check_later(&mut self, key: Key, now: Instant) {
         if let Some(Stage::Done { check_at, .. }) = self.known.get_mut(&key).map(|claim| &mut claim.stage) {
             *check_at = now + LAST_REPEAT;
         }
     }
 
-    /// One outcome less needs this receipt.
+    /// One outcome no longer needs this receipt.
     fn forget(&mut self, receipt: Option<i64>) {
         if let Some(number) = receipt
             && let Some(needed) = self.receipts.get_mut(&number)
@@ -221,7 +221,7 @@ mod tests {
         keys.iter().for_each(|key| claims.begin(*key, Vec::new()));
         let first = claims.receipt(&keys[..2]);
         assert_eq!(first, Receipt { number: 1, item_ids: vec![5, 6], attempts: vec![1, 1] });
-        assert_eq!(claims.first_needed_receipt(), 1, "it may be on disk already");
+        assert_eq!(claims.first_needed_receipt(), 1, "it may already be on disk");
         claims.receipt_written(1, &keys[..2]);
         let lost = claims.receipt(&keys[2..]).number;
         claims.receipt_lost(lost);
@@ -234,11 +234,11 @@ mod tests {
             claims.checked(key, applied, now);
             assert_eq!(claims.first_needed_receipt(), needed);
         }
-        assert_eq!(claims.receipt(&[]), Receipt::default(), "nothing is written for nothing");
+        assert_eq!(claims.receipt(&[]), Receipt::default(), "no receipt for no attempts");
     }
 
     #[test]
-    fn at_the_end_a_receipt_is_missing_for_what_was_sent_and_is_not_seen_applied() {
+    fn sent_outcomes_not_seen_applied_need_a_last_receipt() {
         let (mut claims, now) = (Claims::default(), Instant::now());
         [5, 6, 7, 8].into_iter().for_each(|item_id| claims.begin(key(item_id), Vec::new()));
         let receipt = claims.receipt(&[key(5)]);
@@ -263,7 +263,7 @@ mod tests {
         assert_eq!(claims.checked(key, open, now + FIRST_REPEAT), Some(sent()));
         assert_eq!(claims.checked(key, open, now + FIRST_REPEAT + FIRST_CHECK), None);
 
-        // In a state of a later version: the result waits on a queue, and what is remembered stays.
+        // In a state of a later version: the result waits on a queue, and stays remembered.
         claims.check_later(key, now + FIRST_REPEAT);
         assert!(claims.to_check(now + LAST_REPEAT, 9).is_empty());
         assert_eq!(claims.to_check(now + LAST_REPEAT + FIRST_REPEAT, 9), [key]);

@@ -164,7 +164,7 @@ pub async fn correct_flags(pool: &PgPool) -> sqlx::Result<()> {
     )
     .execute(&mut *tx)
     .await?;
-    // The items are locked, so that none becomes `sent` before its person's flag is cleared. Whoever applies such a result
+    // The items are locked, so that none becomes `sent` before its person's flag is cleared. A process that applies such a result
     // writes the item first, waits here, and then sets the flag again.
     sqlx::query!(
         "WITH wrong AS (

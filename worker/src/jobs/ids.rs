@@ -57,7 +57,7 @@ impl Ids {
         format!("<test.{test_id}@{}>", self.domain)
     }
 
-    /// The unsubscribe link of a test mail, which shows the page and unsubscribes nobody.
+    /// The unsubscribe link of a test mail, which shows the page without unsubscribing anyone.
     #[must_use]
     pub fn test_link(&self, signed: &Signed) -> Option<String> {
         self.public_url.as_ref().map(|public_url| signed.links.test_link(public_url))

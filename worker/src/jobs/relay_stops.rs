@@ -16,7 +16,7 @@ const READ_EVERY: Duration = Duration::from_secs(1);
 /// Runs until `stop`, if the mailer can stop relays at all.
 pub async fn watch(pool: PgPool, mailer: Arc<dyn Mailer>, limit: Duration, stop: CancellationToken) {
     if !mailer.stops_relays() {
-        // A part that ends by itself would end the process.
+        // If this task ended, the worker would end.
         return stop.cancelled().await;
     }
     let mut session = Session::new(&pool);
