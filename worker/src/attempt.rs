@@ -1,8 +1,8 @@
-//! A claimed attempt: asked whether it may proceed before the bytes that let the remote side accept it.
+//! A claimed attempt, and the checks before the bytes that let the remote side accept it.
 //!
-//! Between the claim and these bytes a job may wait, for a connection for instance. Meanwhile the run may be paused, the send time
-//! that the claim reserved may pass, and the heartbeat may fail. A job whose exchange takes several steps asks twice:
-//! [`Attempt::may_proceed`] before the first, and [`Attempt::may_commit`] before the one that has the effect.
+//! Between the claim and these bytes a job may wait, for example for a connection. In the meantime the run may be paused, the
+//! reserved send time may pass, and the heartbeat may fail. A job whose exchange takes several steps checks twice:
+//! [`Attempt::may_proceed`] before the first step, and [`Attempt::may_commit`] before the step that has the effect.
 
 use std::{
     sync::{
@@ -19,10 +19,10 @@ use uuid::Uuid;
 
 use crate::{heartbeat::Heartbeat, pace::Pace, stopped_runs::StoppedRuns};
 
-/// How long an attempt waits for another send time before it is given back.
+/// How long an attempt waits for another send time before it is withdrawn.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 
-/// What the attempts of a process are checked against.
+/// What all attempts of a process are checked against.
 pub(crate) struct Checks {
     pub(crate) heartbeat: Arc<Heartbeat>,
     pub(crate) broker: Arc<Broker>,
@@ -34,25 +34,25 @@ pub(crate) struct Checks {
 pub struct Attempt {
     item: ItemMessage,
     position: i32,
-    /// None: it is not held back.
+    /// `None`: it is never checked.
     claim: Option<Claim>,
 }
 
 struct Claim {
     run_id: Uuid,
     claimed_at: Instant,
-    /// Whether a rate limit holds for the run.
+    /// Whether a rate limit applies to the run.
     limited: bool,
-    /// The send time that is reserved and not used yet.
+    /// The reserved send time that is not used yet.
     slot: Mutex<Option<Instant>>,
-    /// Send times that were reserved and went by.
+    /// Reserved send times that passed unused.
     unused: AtomicI32,
     checks: Arc<Checks>,
 }
 
 impl Attempt {
-    /// An attempt at an item in its place of a run, claimed at `claimed_at`. `slot`: the send time that the claim has reserved, if
-    /// a rate limit holds.
+    /// An attempt claimed at `claimed_at`, at the item with this position in its run. `slot`: the send time reserved by the
+    /// claim, if a rate limit applies.
     pub(crate) fn new(
         item: ItemMessage,
         position: i32,
@@ -71,7 +71,7 @@ impl Attempt {
         Self { item, position, claim: Some(claim) }
     }
 
-    /// An attempt that is never held back: for what is sent without a run.
+    /// An attempt without checks, for mail that belongs to no run.
     #[must_use]
     pub fn unchecked() -> Self {
         Self::unchecked_at(1, 1, 0)
@@ -110,8 +110,8 @@ impl Attempt {
         self.item
     }
 
-    /// To be asked immediately before the remote side may accept the item, each time that it is offered: waits for the send time,
-    /// and checks that the run is not paused or cancelled and that the heartbeat is fresh.
+    /// Call this immediately before the remote side could accept the item, each time it is offered. Waits for the send time,
+    /// and checks that the run is neither paused nor cancelled and that the heartbeat is fresh.
     ///
     /// # Errors
     /// Why the attempt must not proceed: [`Outcome::Withdrawn`](mailrun_core::outcome::Outcome::Withdrawn).
@@ -122,14 +122,14 @@ impl Attempt {
             if let Some(slot) = slot {
                 sleep_until(slot).await;
             }
-            let going_on =
-                claim.checks.stopped.is_going_on(claim.run_id, claim.claimed_at, &claim.checks.heartbeat).await;
-            if let Err(withdrawn) = going_on.and_then(|()| claim.may_commit()) {
+            let allowed =
+                claim.checks.stopped.may_continue(claim.run_id, claim.claimed_at, &claim.checks.heartbeat).await;
+            if let Err(withdrawn) = allowed.and_then(|()| claim.may_commit()) {
                 claim.unused.fetch_add(i32::from(claim.limited), Ordering::Relaxed);
                 return Err(withdrawn);
             }
             match slot {
-                // Used late, it would come on top of the sends that are due by now.
+                // A slot that is used too late would add to the sends that are due by now.
                 Some(slot) if slot.elapsed() > claim.checks.pace.burst() => {
                     claim.unused.fetch_add(1, Ordering::Relaxed);
                 }
@@ -138,7 +138,7 @@ impl Attempt {
         }
     }
 
-    /// To be asked again, after [`Self::may_proceed`], immediately before the bytes that have the effect: checks the heartbeat only.
+    /// Call this after [`Self::may_proceed`], immediately before the bytes that have the effect. Checks only the heartbeat.
     ///
     /// # Errors
     /// Why these bytes must not be sent.
@@ -146,7 +146,7 @@ impl Attempt {
         self.claim.as_ref().map_or(Ok(()), Claim::may_commit)
     }
 
-    /// How many send times were reserved for it and not used.
+    /// How many send times were reserved for this attempt and not used.
     pub(crate) fn unused(&self) -> i32 {
         self.claim.as_ref().map_or(0, |claim| {
             let left = claim.slot.lock().unwrap_or_else(PoisonError::into_inner).is_some();
@@ -154,7 +154,7 @@ impl Attempt {
         })
     }
 
-    /// Whether a rate limit holds for its run: then a second try takes another send time.
+    /// Whether a rate limit applies to its run. If so, another try needs another send time.
     pub(crate) fn is_limited(&self) -> bool {
         self.claim.as_ref().is_some_and(|claim| claim.limited)
     }
@@ -166,7 +166,7 @@ impl Claim {
         if owned { Ok(()) } else { Err(Withdrawn::CutOff) }
     }
 
-    /// The send time that the claim has reserved, at first; then another one.
+    /// The send time reserved by the claim the first time, then a newly reserved one.
     async fn next_slot(&self) -> Result<Instant, Withdrawn> {
         let reserved = self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
         match reserved {

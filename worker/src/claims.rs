@@ -1,7 +1,7 @@
-//! What this worker has claimed: attempts under way, and outcomes that the ledger has not been seen to know yet.
+//! The claims of this worker: attempts in progress, and outcomes not yet seen in the ledger.
 //!
-//! An outcome is remembered until it is seen applied, and repeated until then: so results that are lost on the way, by a
-//! purged queue for instance, cost nothing while the worker lives.
+//! An outcome is remembered and repeated until it is seen applied. Results that get lost, for instance in a purged queue, cost
+//! nothing as long as the worker lives.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -17,100 +17,98 @@ use mailrun_ledger::receipts::Receipt;
 
 use mailrun_broker::consumer::Delivery;
 
-/// An outcome is looked up in the ledger when it is this old.
-const FIRST_LOOK: Duration = Duration::from_secs(3);
-/// An outcome that is not applied by then is published again, and then after twice the time.
+/// The age at which an outcome is first compared with the ledger.
+const FIRST_CHECK: Duration = Duration::from_secs(3);
+/// An outcome that is not applied by then is published again. The interval then doubles.
 const FIRST_REPEAT: Duration = Duration::from_secs(5);
-/// But never less often than this.
+/// The longest interval between repeats.
 const LAST_REPEAT: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 struct Claim {
     stage: Stage,
-    /// The number of its receipt, which is needed until the outcome is seen applied.
+    /// The number of its receipt, which is kept until the outcome is seen applied.
     receipt: Option<i64>,
 }
 
 #[derive(Debug)]
 enum Stage {
-    /// Under way. Every delivery of its message waits for the outcome to be published; those of a lost channel are
-    /// acknowledged in vain.
-    UnderWay(Vec<Delivery>),
+    /// In progress. All deliveries of its message wait until the outcome is published. Acks on a lost channel have no effect.
+    InProgress(Vec<Delivery>),
     /// Published.
-    Done { result: ItemResult, look_at: Instant, repeat_at: Instant, repeat_after: Duration },
+    Done { result: ItemResult, check_at: Instant, repeat_at: Instant, repeat_after: Duration },
 }
 
 /// The claims of one worker.
 #[derive(Debug, Default)]
 pub struct Claims {
     known: HashMap<Key, Claim>,
-    /// Perhaps claimed: the database was asked, and its answer got lost. If they are ours, nobody has begun to send them.
-    in_vain: HashSet<Key>,
-    /// How many outcomes need each receipt.
+    /// Claims whose response was lost. They may be ours; if so, no attempt was started.
+    uncertain: HashSet<Key>,
+    /// By receipt number: how many outcomes still need it.
     receipts: BTreeMap<i64, usize>,
-    /// The last receipt's number.
+    /// The number of the newest receipt.
     last_receipt: i64,
 }
 
-/// What this worker knows of a claim that a message asks for again.
+/// What this worker knows about its own claim when the message arrives again.
 #[derive(Debug)]
 pub enum Known {
-    /// It is under way, and has taken over the delivery.
-    UnderWay,
-    /// It is done, with this result.
+    /// It is in progress and has taken over the delivery.
+    InProgress,
+    /// It ended with this result.
     Done(ItemResult, Delivery),
-    /// It was claimed in vain, and certainly not sent.
-    InVain(Delivery),
-    /// Nothing: it was done, and seen applied.
+    /// The claim's response was lost, so the attempt was certainly not started.
+    Uncertain(Delivery),
+    /// Nothing: its result was seen applied.
     Forgotten(Delivery),
 }
 
 impl Claims {
-    /// An attempt begins.
     pub fn begin(&mut self, key: Key, deliveries: Vec<Delivery>) {
-        self.known.insert(key, Claim { stage: Stage::UnderWay(deliveries), receipt: None });
+        self.known.insert(key, Claim { stage: Stage::InProgress(deliveries), receipt: None });
     }
 
-    /// Claims are asked for, again perhaps: whoever meets one of them meanwhile looks again later.
-    /// Returns those whose answer got lost before; if they are refused now, it says the same as then.
-    pub fn asking<'a>(&mut self, keys: impl IntoIterator<Item = &'a Key>) -> Vec<Key> {
-        keys.into_iter().filter(|key| self.in_vain.remove(key)).copied().collect()
+    /// Claims are about to be requested, perhaps again. If a message for one of them arrives in the meantime, it is retried later.
+    /// Returns those whose earlier response was lost: if they are refused now, they are still uncertain.
+    pub fn requesting<'a>(&mut self, keys: impl IntoIterator<Item = &'a Key>) -> Vec<Key> {
+        keys.into_iter().filter(|key| self.uncertain.remove(key)).copied().collect()
     }
 
-    /// Claims were asked for, but the answer got lost.
+    /// Claims were requested, and the response was lost.
     pub fn answer_lost(&mut self, keys: impl IntoIterator<Item = Key>) {
-        self.in_vain.extend(keys);
+        self.uncertain.extend(keys);
     }
 
-    /// A message asks for an attempt that this worker has claimed before.
-    pub fn meet(&mut self, key: Key, delivery: Delivery) -> Known {
+    /// A message arrived for an attempt that this worker has claimed before.
+    pub fn redelivered(&mut self, key: Key, delivery: Delivery) -> Known {
         match self.known.get_mut(&key).map(|claim| &mut claim.stage) {
-            Some(Stage::UnderWay(deliveries)) => {
+            Some(Stage::InProgress(deliveries)) => {
                 deliveries.push(delivery);
-                Known::UnderWay
+                Known::InProgress
             }
             Some(Stage::Done { result, .. }) => Known::Done(result.clone(), delivery),
-            None if self.in_vain.remove(&key) => Known::InVain(delivery),
+            None if self.uncertain.remove(&key) => Known::Uncertain(delivery),
             None => Known::Forgotten(delivery),
         }
     }
 
-    /// An attempt's result is published: returns the deliveries to acknowledge.
+    /// An attempt's result was published. Returns the deliveries to acknowledge.
     pub fn done(&mut self, key: Key, result: ItemResult, now: Instant) -> Vec<Delivery> {
         let done = Stage::Done {
             result,
-            look_at: now + FIRST_LOOK,
+            check_at: now + FIRST_CHECK,
             repeat_at: now + FIRST_REPEAT,
             repeat_after: FIRST_REPEAT,
         };
-        let claim = self.known.entry(key).or_insert(Claim { stage: Stage::UnderWay(Vec::new()), receipt: None });
+        let claim = self.known.entry(key).or_insert(Claim { stage: Stage::InProgress(Vec::new()), receipt: None });
         match mem::replace(&mut claim.stage, done) {
-            Stage::UnderWay(deliveries) => deliveries,
+            Stage::InProgress(deliveries) => deliveries,
             Stage::Done { .. } => Vec::new(),
         }
     }
 
-    /// A receipt for these, to be written now.
+    /// A new receipt for these attempts.
     pub fn receipt(&mut self, keys: &[Key]) -> Receipt {
         if keys.is_empty() {
             return Receipt::default();
@@ -138,39 +136,39 @@ impl Claims {
         }
     }
 
-    /// Nobody knows whether it is written: another one will be.
+    /// It is unknown whether the receipt was written. The next claim stores a new one.
     pub fn receipt_lost(&mut self, number: i64) {
         self.receipts.remove(&number);
     }
 
-    /// Receipts before this one are of no use any more.
+    /// Receipts with smaller numbers are no longer needed.
     pub fn first_needed_receipt(&self) -> i64 {
         self.receipts.keys().next().map_or(self.last_receipt + 1, |number| *number)
     }
 
-    /// Up to `limit` outcomes that it is time to look up in the ledger.
-    pub fn to_look_up(&self, now: Instant, limit: usize) -> Vec<Key> {
+    /// Up to `limit` outcomes that are due to be compared with the ledger.
+    pub fn to_check(&self, now: Instant, limit: usize) -> Vec<Key> {
         self.known
             .iter()
-            .filter(|(_, claim)| matches!(claim.stage, Stage::Done { look_at, .. } if look_at <= now))
+            .filter(|(_, claim)| matches!(claim.stage, Stage::Done { check_at, .. } if check_at <= now))
             .map(|(key, _)| *key)
             .take(limit)
             .collect()
     }
 
-    /// The ledger's word on an outcome: forgets it if it is applied. Otherwise returns it when it is time to repeat it.
-    pub fn looked_up(&mut self, key: Key, standing: Option<Standing>, now: Instant) -> Option<ItemResult> {
+    /// The item's standing in the ledger: forgets the outcome if it is applied. Otherwise returns the result if a repeat is due.
+    pub fn checked(&mut self, key: Key, standing: Option<Standing>, now: Instant) -> Option<ItemResult> {
         let claim = self.known.get_mut(&key)?;
-        let Stage::Done { result, look_at, repeat_at, repeat_after } = &mut claim.stage else { return None };
+        let Stage::Done { result, check_at, repeat_at, repeat_after } = &mut claim.stage else { return None };
         let reported = Standing { attempt: result.attempt, state: result.state };
-        // An item that no longer exists can't be told anything.
+        // The item no longer exists, so there is nothing to report to.
         if standing.is_none_or(|standing| standing.covers(reported)) {
             let receipt = claim.receipt;
             self.known.remove(&key);
             self.forget(receipt);
             return None;
         }
-        *look_at = now + FIRST_LOOK;
+        *check_at = now + FIRST_CHECK;
         if *repeat_at > now {
             return None;
         }
@@ -179,14 +177,14 @@ impl Claims {
         Some(result.clone())
     }
 
-    /// The ledger says nothing yet on an outcome: it is looked up again later.
-    pub fn look_again(&mut self, key: Key, now: Instant) {
-        if let Some(Stage::Done { look_at, .. }) = self.known.get_mut(&key).map(|claim| &mut claim.stage) {
-            *look_at = now + LAST_REPEAT;
+    /// The ledger does not show the outcome in a known state yet: checks again later.
+    pub fn check_later(&mut self, key: Key, now: Instant) {
+        if let Some(Stage::Done { check_at, .. }) = self.known.get_mut(&key).map(|claim| &mut claim.stage) {
+            *check_at = now + LAST_REPEAT;
         }
     }
 
-    /// One outcome less needs this receipt.
+    /// One outcome no longer needs this receipt.
     fn forget(&mut self, receipt: Option<i64>) {
         if let Some(number) = receipt
             && let Some(needed) = self.receipts.get_mut(&number)
@@ -223,7 +221,7 @@ mod tests {
         keys.iter().for_each(|key| claims.begin(*key, Vec::new()));
         let first = claims.receipt(&keys[..2]);
         assert_eq!(first, Receipt { number: 1, item_ids: vec![5, 6], attempts: vec![1, 1] });
-        assert_eq!(claims.first_needed_receipt(), 1, "it may be on disk already");
+        assert_eq!(claims.first_needed_receipt(), 1, "it may already be on disk");
         claims.receipt_written(1, &keys[..2]);
         let lost = claims.receipt(&keys[2..]).number;
         claims.receipt_lost(lost);
@@ -233,14 +231,14 @@ mod tests {
             claims.done(key, sent(), now);
         }
         for (key, needed) in [(keys[0], 1), (keys[1], third), (keys[2], third + 1)] {
-            claims.looked_up(key, applied, now);
+            claims.checked(key, applied, now);
             assert_eq!(claims.first_needed_receipt(), needed);
         }
-        assert_eq!(claims.receipt(&[]), Receipt::default(), "nothing is written for nothing");
+        assert_eq!(claims.receipt(&[]), Receipt::default(), "no receipt for no attempts");
     }
 
     #[test]
-    fn at_the_end_a_receipt_is_missing_for_what_was_sent_and_is_not_seen_applied() {
+    fn sent_outcomes_not_seen_applied_need_a_last_receipt() {
         let (mut claims, now) = (Claims::default(), Instant::now());
         [5, 6, 7, 8].into_iter().for_each(|item_id| claims.begin(key(item_id), Vec::new()));
         let receipt = claims.receipt(&[key(5)]);
@@ -255,23 +253,23 @@ mod tests {
     fn an_outcome_is_repeated_until_it_is_seen_applied() {
         let (mut claims, now, key) = (Claims::default(), Instant::now(), key(5));
         claims.begin(key, Vec::new());
-        assert!(claims.to_look_up(now + LAST_REPEAT, 9).is_empty());
+        assert!(claims.to_check(now + LAST_REPEAT, 9).is_empty());
         claims.done(key, sent(), now);
-        assert!(claims.to_look_up(now, 9).is_empty());
-        assert_eq!(claims.to_look_up(now + FIRST_LOOK, 9), [key]);
+        assert!(claims.to_check(now, 9).is_empty());
+        assert_eq!(claims.to_check(now + FIRST_CHECK, 9), [key]);
 
         let open = Some(Standing::NEW);
-        assert_eq!(claims.looked_up(key, open, now + FIRST_LOOK), None);
-        assert_eq!(claims.looked_up(key, open, now + FIRST_REPEAT), Some(sent()));
-        assert_eq!(claims.looked_up(key, open, now + FIRST_REPEAT + FIRST_LOOK), None);
+        assert_eq!(claims.checked(key, open, now + FIRST_CHECK), None);
+        assert_eq!(claims.checked(key, open, now + FIRST_REPEAT), Some(sent()));
+        assert_eq!(claims.checked(key, open, now + FIRST_REPEAT + FIRST_CHECK), None);
 
-        // In a state of a later version: the result waits on a queue, and what is remembered stays.
-        claims.look_again(key, now + FIRST_REPEAT);
-        assert!(claims.to_look_up(now + LAST_REPEAT, 9).is_empty());
-        assert_eq!(claims.to_look_up(now + LAST_REPEAT + FIRST_REPEAT, 9), [key]);
+        // In a state of a later version: the result waits on a queue, and stays remembered.
+        claims.check_later(key, now + FIRST_REPEAT);
+        assert!(claims.to_check(now + LAST_REPEAT, 9).is_empty());
+        assert_eq!(claims.to_check(now + LAST_REPEAT + FIRST_REPEAT, 9), [key]);
 
         let applied = Some(Standing { attempt: 1, state: ItemState::Sent });
-        assert_eq!(claims.looked_up(key, applied, now + LAST_REPEAT), None);
-        assert!(claims.to_look_up(now + LAST_REPEAT * 9, 9).is_empty());
+        assert_eq!(claims.checked(key, applied, now + LAST_REPEAT), None);
+        assert!(claims.to_check(now + LAST_REPEAT * 9, 9).is_empty());
     }
 }

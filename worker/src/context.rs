@@ -1,4 +1,4 @@
-//! What the stages share.
+//! What all stages share.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,7 +7,7 @@ use sqlx::PgPool;
 
 use crate::kinds::Kinds;
 
-/// What the stages share: the ledger, the broker and the jobs. Each stage has its own settings beside it.
+/// The ledger, the broker and the jobs. Each stage also has its own settings.
 #[derive(Clone, Debug)]
 pub(crate) struct Context {
     pub(crate) pool: PgPool,
@@ -16,6 +16,6 @@ pub(crate) struct Context {
     pub(crate) kinds: Arc<Kinds>,
     /// How long the ledger may take to answer.
     pub(crate) answer_timeout: Duration,
-    /// Results in one message at most.
+    /// The maximum number of results in one message.
     pub(crate) result_batch: usize,
 }

@@ -1,7 +1,7 @@
-//! The pump: releases a run chunk by chunk, so that runs take turns, and what is on the queues stays bounded.
+//! The fan-out: releases runs chunk by chunk, so that runs take turns and the queues stay bounded.
 //!
-//! Each step publishes its chunk and the message for the next step, and commits cursor and step last. A crash anywhere
-//! repeats the step, which the fence absorbs; a message that speaks of another step than the present one is stale.
+//! Each step publishes its chunk and the message for the next step, and commits cursor and step last. A crash anywhere repeats
+//! the step, which the fence absorbs. A message for any other step than the current one is stale.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -37,39 +37,39 @@ use uuid::Uuid;
 
 use crate::{context::Context, poison};
 
-/// Runs that one process works on at the same time.
+/// Runs that one process handles at the same time.
 const CONCURRENCY: usize = 4;
-/// The window of a run when nobody is there to send.
+/// The smallest window of a run, used when there are no senders.
 const LEAST_WINDOW: i32 = 100;
-/// Until a pass is so old, little is known of its speed: its window is small, and empty before its message has gone through
-/// the waiting room. So it is looked at again sooner, a few times for each message.
+/// Until a pass is this old, its measured speed is unreliable: its window is small, and drains before its message has passed
+/// through the wait queue. So the step is retried after [`SOON`], up to [`SOON_TRIES`] times for each message.
 const YOUTH: TimeDelta = TimeDelta::seconds(1);
 const SOON: Duration = Duration::from_millis(15);
-const LOOKS_SOON: usize = 8;
-/// Under a rate limit items are released faster than the limit by this share, a quarter: the claims keep the limit, and must
-/// always find something to claim.
+const SOON_TRIES: usize = 8;
+/// Under a rate limit, items are released faster than the limit by one part in this number. The claims enforce the limit, and
+/// must always find something to claim.
 const AHEAD_OF_LIMIT: i32 = 4;
-/// Items of a resumed run that are put back at a time.
-const PUT_BACK: i64 = 1_000;
-/// What is put back follows itself at this distance, so that other runs' items come in between.
-const PUT_BACK_EVERY: Duration = Duration::from_secs(1);
-/// A message may arrive before progress has written down when its attempt is due, by this time at most.
+/// Items of a resumed run that are republished in one chunk.
+const REPUBLISH_CHUNK: i64 = 1_000;
+/// The distance between two republished chunks, so that other runs' items come in between.
+const REPUBLISH_EVERY: Duration = Duration::from_secs(1);
+/// A message may arrive before progress has recorded when its attempt is due, by at most this time.
 const PROGRESS_LAG: Duration = Duration::from_secs(10);
-/// While its queue is missing, a message is held for so long.
-const INSIST: Duration = Duration::from_secs(60);
-/// Before a step that failed is tried again.
+/// How long publishing is retried while the queue is missing.
+const RETRY_FOR: Duration = Duration::from_secs(60);
+/// The pause before a failed step is retried.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(500);
 
-/// The pump of one process.
+/// The fan-out of one process.
 #[derive(Debug)]
 pub struct FanOut {
     context: Context,
     settings: FanOutConfig,
-    /// A chunk whose results are not counted within this time has lost them.
+    /// If the results of a chunk are not counted within this time, they are considered lost.
     lost_after: Duration,
 }
 
-/// Why a step was broken off. What it has published is published again by the next try, and absorbed.
+/// Why a step failed. The next try publishes the same messages again, and the fence absorbs them.
 #[derive(Debug, thiserror::Error)]
 enum StepError {
     #[error(transparent)]
@@ -78,12 +78,12 @@ enum StepError {
     Broker(#[from] BrokerError),
 }
 
-/// How fast a step may release items, under rate limits.
+/// How fast a step may release items under rate limits.
 #[derive(Debug, Default)]
 struct Limits {
     run: Option<Budget>,
     installation: Option<Budget>,
-    /// Items that the tighter limit allows this run within the window; none: there is no limit.
+    /// The items that the tighter limit allows this run within the window. `None`: there is no limit.
     window: Option<i32>,
 }
 
@@ -92,35 +92,34 @@ impl Limits {
         self.run.into_iter().chain(self.installation)
     }
 
-    /// How many of the wished-for items may be released now.
-    fn grant(&self, wish: i32, now: DateTime<Utc>) -> i32 {
-        self.both().map(|budget| budget.due(now)).fold(wish, i32::min)
+    /// How many of `releasable` items may be released now.
+    fn grant(&self, releasable: i32, now: DateTime<Utc>) -> i32 {
+        self.both().map(|budget| budget.due(now)).fold(releasable, i32::min)
     }
 }
 
-/// What comes after a step.
+/// What to do with the message after a step.
 #[derive(Debug)]
 enum After {
-    /// The message is spent.
+    /// Acknowledge it.
     Nothing,
-    /// There is no room, in a pass that has just begun.
+    /// Repeat it at once: the window of a young pass is full.
     Soon,
-    /// The same message again, in a moment: there is no room.
+    /// Repeat it shortly: the window is full.
     Wait,
-    /// The same message again, later: it is not wanted now.
+    /// Repeat it later: the run is paused.
     Paused,
-    /// The run goes on after a pause: put back what senders have dropped.
-    PutBack,
+    /// The run was resumed: republish the items that senders have dropped.
+    Republish,
 }
 
 impl FanOut {
-    /// The pump of this process.
     #[must_use]
     pub fn new(context: Context, settings: FanOutConfig, lost_after: Duration) -> Arc<Self> {
         Arc::new(Self { context, settings, lost_after })
     }
 
-    /// Carries out run messages until the consumer stops, then finishes those under way.
+    /// Handles run messages until the consumer stops, then finishes those in progress.
     pub async fn run(self: Arc<Self>, mut consumer: Consumer, stop: CancellationToken) {
         let permits = Arc::new(Semaphore::new(CONCURRENCY));
         let tasks = TaskTracker::new();
@@ -142,23 +141,22 @@ impl FanOut {
             Ok(message) => message,
             Err(refusal) => return poison::refuse(&self.context.publisher, delivery, refusal).await,
         };
-        let mut looks = 0;
+        let mut tries = 0;
         let step = loop {
             let step = in_time(self.context.answer_timeout, self.step(&message)).await;
-            if !matches!(step, Ok(Some(After::Soon))) || looks == LOOKS_SOON {
+            if !matches!(step, Ok(Some(After::Soon))) || tries == SOON_TRIES {
                 break step;
             }
-            looks += 1;
+            tries += 1;
             sleep(SOON).await;
         };
         let after = match step {
             Ok(Some(after)) => after,
             Ok(None) => return poison::bury(&self.context.publisher, delivery, "there is no such run").await,
             Err(error) => {
-                // An error that will not pass goes round as well, slowly and audibly, since the run must not be forgotten
-                // over it.
+                // A permanent error is retried as well, slowly and with a log line, because the run must not be forgotten.
                 let passing = !matches!(&error, StepError::Ledger(error) if !may_pass(error));
-                warn!(run_id = %message.run_id, %error, passing, "a step failed; trying again");
+                warn!(run_id = %message.run_id, %error, passing, "a step failed, trying again");
                 sleep(PAUSE_AFTER_ERROR).await;
                 After::Wait
             }
@@ -167,10 +165,10 @@ impl FanOut {
             After::Nothing => delivery.ack(),
             After::Soon | After::Wait => self.again(&message, delivery, queue::RUNS_WAIT).await,
             After::Paused => self.again(&message, delivery, queue::RUNS_PAUSED).await,
-            After::PutBack => match self.put_back(message.run_id).await {
+            After::Republish => match self.republish_dropped(message.run_id).await {
                 Ok(()) => delivery.ack(),
                 Err(error) => {
-                    warn!(run_id = %message.run_id, %error, "a resumed run's items can't be put back; trying again");
+                    warn!(run_id = %message.run_id, %error, "can't republish the items of a resumed run, trying again");
                     sleep(PAUSE_AFTER_ERROR).await;
                     self.again(&message, delivery, queue::RUNS_WAIT).await;
                 }
@@ -178,17 +176,17 @@ impl FanOut {
         }
     }
 
-    /// Sends a message round by a waiting room. Without that, it waits here, and takes nobody's place meanwhile.
-    async fn again(&self, message: &RunMessage, delivery: Delivery, waiting_room: &'static str) {
+    /// Sends a message through a wait queue. If that queue is missing, the message waits here, outside the concurrency limit.
+    async fn again(&self, message: &RunMessage, delivery: Delivery, wait_queue: &'static str) {
         let message = Outgoing::new(message);
-        match self.context.publisher.offer(vec![message.clone().to(waiting_room)]).await {
+        match self.context.publisher.offer(vec![message.clone().to(wait_queue)]).await {
             Ok(rejected) if rejected.is_empty() => delivery.ack(),
             Ok(_) => {
                 let publisher = self.context.publisher.clone();
                 tokio::spawn(async move {
-                    sleep(topology::waiting_time(waiting_room)).await;
-                    // Given up, it comes again when the consumer connects anew.
-                    if let Ok(Ok(())) = timeout(INSIST, publisher.publish(vec![message])).await {
+                    sleep(topology::waiting_time(wait_queue)).await;
+                    // If this fails too, the message is redelivered when the consumer reconnects.
+                    if let Ok(Ok(())) = timeout(RETRY_FOR, publisher.publish(vec![message])).await {
                         delivery.ack();
                     }
                 });
@@ -197,22 +195,22 @@ impl FanOut {
         }
     }
 
-    /// Carries out one message. None: there is no such run.
+    /// Carries out one message. `None`: there is no such run.
     async fn step(&self, message: &RunMessage) -> Result<Option<After>, StepError> {
         let mut tx = self.context.pool.begin().await?;
         let Some(pass) = passes::lock(&mut tx, message.run_id).await? else { return Ok(None) };
         let Some(situation) = self.situation(&mut tx, message.run_id).await? else { return Ok(None) };
         let after = match &message.command {
             Command::Release(step) if is_stale(*step, &pass) => {
-                debug!(run_id = %message.run_id, ?step, pass = pass.number, "a stale step is dropped");
+                debug!(run_id = %message.run_id, ?step, pass = pass.number, "dropping a stale step");
                 After::Nothing
             }
             Command::Release(_) => self.release(&mut tx, &pass, &situation).await?,
             Command::Replay(_) if situation.wanted == Wanted::Cancelled => After::Nothing,
             Command::Replay(replay) => match passes::begun_by(&mut tx, replay.command_id).await? {
                 Some(number) => self.start(message, number).await?,
-                // One pass after the other: the one before has not reached every item yet. This message drives the next
-                // one, so it must not make the sweeper think that the present one is driven.
+                // Passes do not overlap: the previous one has not reached every item yet. This message drives the next pass, so it
+                // must not make the sweeper believe that the current one is driven.
                 None if pass.done_at.is_none() && situation.wanted == Wanted::Paused => After::Paused,
                 None if pass.done_at.is_none() => After::Wait,
                 None => self.start(message, passes::begin_replay(&mut tx, &pass, replay).await?).await?,
@@ -221,29 +219,29 @@ impl FanOut {
                 Some(number) => self.start(message, number).await?,
                 None => self.start(message, passes::begin_cancel(&mut tx, &pass, *command_id).await?).await?,
             },
-            Command::Resume if situation.wanted == Wanted::Running => After::PutBack,
+            Command::Resume if situation.wanted == Wanted::Running => After::Republish,
             Command::Resume => After::Nothing,
         };
         tx.commit().await?;
         Ok(Some(after))
     }
 
-    /// Puts back what senders have dropped while a run was paused: whatever is released, due and not claimed. What has its
-    /// message already is claimed once all the same.
-    async fn put_back(&self, run_id: Uuid) -> Result<(), StepError> {
+    /// Republishes what senders dropped while the run was paused: every item that is released, due and not claimed. An item whose
+    /// message still exists is claimed only once all the same.
+    async fn republish_dropped(&self, run_id: Uuid) -> Result<(), StepError> {
         let limit = self.context.answer_timeout;
         let waits = &self.context.kinds.installation().delays;
-        let (mut after, mut put_back, mut chunks) = (0, 0, 0);
+        let (mut after, mut republished, mut chunks) = (0, 0, 0);
         loop {
             let items = async {
                 let mut conn = self.context.pool.acquire().await?;
-                passes::dropped_items(&mut conn, run_id, PROGRESS_LAG, after, PUT_BACK).await
+                passes::dropped_items(&mut conn, run_id, PROGRESS_LAG, after, REPUBLISH_CHUNK).await
             };
             let items = in_time(limit, items).await?;
             let Some(last) = items.last() else { break };
             after = last.position;
-            put_back += items.len();
-            let wait = waits.iter().filter(|wait| **wait <= PUT_BACK_EVERY * chunks).max();
+            republished += items.len();
+            let wait = waits.iter().filter(|wait| **wait <= REPUBLISH_EVERY * chunks).max();
             let messages = items.iter().map(|item| {
                 let message = Outgoing::new(&item.next);
                 match wait {
@@ -254,34 +252,34 @@ impl FanOut {
             self.publish(messages.collect()).await?;
             chunks += 1;
         }
-        if put_back > 0 {
-            info!(%run_id, put_back, "resumed, its waiting items are back on their queue");
+        if republished > 0 {
+            info!(%run_id, republished, "run resumed, its waiting items were republished");
         }
         Ok(())
     }
 
-    /// Publishes the first step of a pass that the caller's transaction has begun. The same command again starts it
-    /// again, which is stale if it has gone on by then.
+    /// Publishes the first step of a pass that the caller's transaction has begun. A repeated command publishes the step again; if
+    /// the pass has moved on by then, that step is stale.
     async fn start(&self, message: &RunMessage, pass: i32) -> Result<After, StepError> {
-        info!(run_id = %message.run_id, pass, command = ?message.command, "a pass begins");
-        // The step is published before the pass is committed, so it may come too early: it waits for the lock.
+        info!(run_id = %message.run_id, pass, command = ?message.command, "pass started");
+        // The step is published before the pass is committed, so it may arrive too early. It then waits for the lock.
         self.publish(vec![next_step(message.run_id, pass, 0)]).await?;
         Ok(After::Nothing)
     }
 
-    /// Releases the next chunk of the present pass, if there is room for it.
+    /// Releases the next chunk of the current pass, if there is room.
     async fn release(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> Result<After, StepError> {
         if pass.done_at.is_some() {
             return Ok(After::Nothing);
         }
         let Some(kind) = pass.kind else {
-            // A later version has begun it, and carries it out.
+            // A later version began this pass and carries it out.
             passes::touch(conn, pass).await?;
             return Ok(After::Paused);
         };
         let cancels = kind == PassKind::Cancel;
         match situation.wanted {
-            // The command that cancels it has a message of its own.
+            // The cancel command has its own message.
             Wanted::Cancelled if !cancels => return Ok(After::Nothing),
             Wanted::Paused if !cancels => {
                 passes::touch(conn, pass).await?;
@@ -293,20 +291,20 @@ impl FanOut {
         let is_young = (TimeDelta::zero()..YOUTH).contains(&(situation.now - pass.created_at));
         let flow = pass.flow.look(situation.now, pass.released, outstanding);
         let limits = if cancels { Limits::default() } else { self.limits(conn, pass, situation).await? };
-        let wish = if cancels {
+        let releasable = if cancels {
             self.settings.chunk_items
         } else {
-            self.wish(situation, &limits, flow, outstanding, is_young)
+            self.releasable(situation, &limits, flow, outstanding, is_young)
         };
-        let granted = limits.grant(wish, situation.now);
+        let granted = limits.grant(releasable, situation.now);
         if granted <= 0 || self.is_unapplied(conn, pass, situation).await? {
             passes::touch(conn, pass).await?;
-            return Ok(if wish <= 0 && is_young { After::Soon } else { After::Wait });
+            return Ok(if releasable <= 0 && is_young { After::Soon } else { After::Wait });
         }
         let items = passes::next_items(conn, pass, kind, granted).await?;
         let Some(last) = items.last() else {
             passes::finish(conn, pass).await?;
-            debug!(run_id = %pass.run_id, pass = pass.number, "the pass has gone over the whole run");
+            debug!(run_id = %pass.run_id, pass = pass.number, "pass finished");
             return Ok(After::Nothing);
         };
         let released = i32::try_from(items.len()).unwrap_or(i32::MAX);
@@ -321,8 +319,8 @@ impl FanOut {
             PassKind::Replay => self.replayed(pass, &items),
             PassKind::Cancel => self.cancelled(conn, pass, &items).await?,
         };
-        // The next step may arrive before this one is committed: it waits for the lock. If this one is not committed after
-        // all, that is a step too early, and stale.
+        // The next step may arrive before this one is committed: it waits for the lock. If this one is not committed after all,
+        // that step is one too early, and stale.
         chunk.push(next_step(pass.run_id, pass.number, pass.step + 1));
         self.publish(chunk).await?;
         passes::advance(conn, pass, advance).await?;
@@ -336,7 +334,7 @@ impl FanOut {
         passes::situation(conn, run_id).await
     }
 
-    /// How fast the run may be released. The installation's budget stays locked until the step is committed.
+    /// The rate limits of a step. The installation's budget stays locked until the step is committed.
     async fn limits(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<Limits> {
         let burst = self.settings.window;
         let budget = |per_second: i32, next_due_at| {
@@ -358,14 +356,14 @@ impl FanOut {
         Ok(limits)
     }
 
-    /// How many items there is room for.
-    fn wish(&self, situation: &Situation, limits: &Limits, flow: Flow, outstanding: i32, is_young: bool) -> i32 {
+    /// How many items fit into the window.
+    fn releasable(&self, situation: &Situation, limits: &Limits, flow: Flow, outstanding: i32, is_young: bool) -> i32 {
         let config = &self.settings;
         let time = config.window;
-        // Twice what can be in flight: a sender that is done finds the next one waiting. At first some more, since even the
-        // fastest senders have no more than this.
+        // Twice what can be in progress: a sender that is done finds the next item waiting. A young pass gets three times that,
+        // because the fastest senders would otherwise be limited to this window until their speed is measured.
         let least = situation.permits.saturating_mul(if is_young { 3 } else { 2 }).max(LEAST_WINDOW);
-        // Under a limit no more waits than it allows within the window, beside what is being sent.
+        // Under a limit, no more items wait than the limit allows within the window, besides those being sent.
         let most = limits.window.map(|window| window.saturating_add(situation.in_flight.min(situation.permits)));
         let window = flow.window(time, least, most.map_or(config.window_items, |most| most.min(config.window_items)));
         if situation.counters.of(ItemState::Retrying) >= config.deferred_items {
@@ -375,8 +373,8 @@ impl FanOut {
         }
     }
 
-    /// A replay's next chunk waits until the counters show the newest one as pending again, since the window is judged by
-    /// them. But not for ever: if that got lost, it is lost for that chunk only.
+    /// A replay's next chunk waits until the counters show the newest chunk as pending again, because the window depends on them.
+    /// The wait is bounded: a lost result delays only its chunk.
     async fn is_unapplied(&self, conn: &mut PgConnection, pass: &Pass, situation: &Situation) -> sqlx::Result<bool> {
         let lost_after = TimeDelta::from_std(self.lost_after).unwrap_or(TimeDelta::MAX);
         Ok(pass.kind == Some(PassKind::Replay)
@@ -384,7 +382,7 @@ impl FanOut {
             && passes::is_unapplied(conn, pass).await?)
     }
 
-    /// A replayed item is pending again before it is on its way, so that the run is seen to be running.
+    /// A replayed item is pending before its message is published, so that the run is shown as running.
     fn replayed(&self, pass: &Pass, items: &[Item]) -> Vec<Outgoing> {
         let messages: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).replayed()).collect();
         let results: Vec<ItemResult> =
@@ -395,12 +393,12 @@ impl FanOut {
             .collect()
     }
 
-    /// Claims what nobody has claimed, for nobody, and reports it as cancelled. What somebody is sending at this moment
-    /// settles by itself. The claims are committed with the step, after the results are published.
+    /// Claims unclaimed items for no worker and reports them as cancelled. Attempts in progress settle themselves. The claims are
+    /// committed with the step, after the results are published.
     async fn cancelled(&self, conn: &mut PgConnection, pass: &Pass, items: &[Item]) -> sqlx::Result<Vec<Outgoing>> {
         let next: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).awaited(item.state)).collect();
         let keys: Vec<Key> = next.iter().map(|item| item.key()).collect();
-        // The run is cancelled, so no claim is granted to this worker: its id is of no importance.
+        // The run is cancelled, so no claim is granted to a worker, and the worker id does not matter.
         let claimed = attempts::claim(conn, 0, None, &keys, &Receipt::default()).await?;
         let withheld: HashMap<Key, Withheld> =
             claimed.iter().filter_map(|claim| Some((claim.key, claim.withheld?))).collect();
@@ -409,7 +407,7 @@ impl FanOut {
         Ok(Outgoing::results(pass.run_id, &results, self.context.result_batch))
     }
 
-    /// The step is not committed if this fails.
+    /// If this fails, the step is not committed.
     async fn publish(&self, messages: Vec<Outgoing>) -> Result<(), BrokerError> {
         self.context.publisher.publish_soon(messages).await
     }

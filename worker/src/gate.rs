@@ -1,17 +1,17 @@
-//! Whether the far side accepts work at present.
+//! Whether the remote side accepts work.
 
 use std::time::Instant;
 
-/// Whether the far side accepts work at present.
+/// Whether the remote side accepts work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Gate {
-    /// As much as there are permits for.
+    /// Yes, as much as there are permits for.
     Open,
-    /// One mail, to see whether the mail server takes it.
+    /// A single item is being tried, to find out.
     Trying,
-    /// Nothing.
+    /// No.
     Closed {
-        /// Why, in the mail server's words.
+        /// The reason, usually the mail server's reply.
         reason: String,
         /// When it is tried again.
         until: Instant,

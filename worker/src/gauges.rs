@@ -1,4 +1,4 @@
-//! What waits, for monitoring: the depths of the queues, and what the ledger holds. Only the fan-out's role looks.
+//! Gauges for monitoring: queue depths, and counts from the ledger. Only the fan-out role exports them.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,13 +16,13 @@ use tracing::debug;
 use crate::context::Context;
 use mailrun_broker::outlook::Outlook;
 
-/// Monitoring systems ask about as often.
-const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// About the scrape interval of monitoring systems.
+const READ_EVERY: Duration = Duration::from_secs(10);
 
-/// Looks until `stop`. What can't be seen keeps its last value: `/readyz` says why.
+/// Updates the gauges until `stop`. A gauge that can't be read keeps its last value; `/readyz` says why.
 pub async fn run(context: Context, stop: CancellationToken) {
     let Context { pool, broker, answer_timeout: limit, .. } = context;
-    let mut ticks = interval(LOOK_EVERY);
+    let mut ticks = interval(READ_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut outlook = Outlook::new(Arc::clone(&broker));
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
@@ -30,10 +30,10 @@ pub async fn run(context: Context, stop: CancellationToken) {
             let read = async { gauges::read(&mut *pool.acquire().await?).await };
             match in_time(limit, read).await {
                 Ok(gauges) => show(&gauges),
-                Err(error) => debug!(%error, "the ledger can't be looked at"),
+                Err(error) => debug!(%error, "can't read the ledger's gauges"),
             }
             if let Err(error) = show_queues(&broker, &mut outlook).await {
-                debug!(%error, "the queues can't be looked at");
+                debug!(%error, "can't read the queue depths");
             }
         };
         if stop.run_until_cancelled(look).await.is_none() {
@@ -56,7 +56,7 @@ fn show(gauges: &Gauges) {
 
 async fn show_queues(broker: &Broker, outlook: &mut Outlook) -> Result<(), BrokerError> {
     for queue in broker.queue_names() {
-        // Nothing waits on a queue that does not exist.
+        // A missing queue counts as empty.
         let messages = outlook.depth(&queue).await?.unwrap_or_default();
         gauge!(metric::QUEUE_MESSAGES, "queue" => queue).set(messages);
     }

@@ -1,4 +1,4 @@
-//! This worker's heartbeats, its own view of whether others may have declared it dead, and its watch over theirs.
+//! This worker's heartbeat, its self-fencing when the heartbeat fails, and its watch over other workers' heartbeats.
 
 use std::{
     fmt,
@@ -20,11 +20,11 @@ use tracing::{debug, warn};
 use crate::{gate::Gate, permits::Permits};
 use mailrun_core::observer::Observer;
 
-/// What `/livez` says of a worker that others have given up.
+/// What `/livez` reports for a fenced worker.
 const FENCED: &str = "others have declared this worker dead, or its row in the table workers is gone";
 
-/// Shows how a sender is at present.
-fn measure(gate: &AskGate, permits: &Permits) -> Gate {
+/// Exports the sender's gauges.
+fn measure(gate: &GetGate, permits: &Permits) -> Gate {
     gauge!(metric::PERMITS).set(permits.all() as f64);
     gauge!(metric::PERMITS_IN_USE).set(permits.in_use() as f64);
     let gate = gate();
@@ -39,10 +39,10 @@ fn measure(gate: &AskGate, permits: &Permits) -> Gate {
     gate
 }
 
-/// Asks whether the far side accepts work.
-pub type AskGate = Box<dyn Fn() -> Gate + Send + Sync>;
+/// Returns the gate to report.
+pub type GetGate = Box<dyn Fn() -> Gate + Send + Sync>;
 
-/// A clock that goes on while the machine sleeps, as the others' clocks do: [`std::time::Instant`] stands still then.
+/// A clock that includes suspend, as the other workers' clocks do. [`std::time::Instant`] does not advance during suspend.
 fn since_boot() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
     Duration::new(now.tv_sec.try_into().unwrap_or_default(), now.tv_nsec.try_into().unwrap_or_default())
@@ -54,15 +54,15 @@ pub struct Heartbeat {
     worker_id: i64,
     interval: Duration,
     dead_after: Duration,
-    /// When the newest heartbeat that arrived was begun.
+    /// When the newest successful heartbeat was begun.
     last: Mutex<Duration>,
-    /// Cancelled when its row is gone or declares it dead: for good, since others act on that.
+    /// Cancelled when the row is gone or declares this worker dead. Permanent, because other workers act on it.
     fenced: CancellationToken,
     health: Health,
-    /// What consumes for it, and publishes.
+    /// The worker's connection to RabbitMQ.
     broker: OnceLock<Arc<Broker>>,
-    /// What it sends through and with, if it does.
-    sender: OnceLock<(AskGate, Arc<Permits>)>,
+    /// Gate and permits, in a worker that sends.
+    sender: OnceLock<(GetGate, Arc<Permits>)>,
 }
 
 impl fmt::Debug for Heartbeat {
@@ -72,7 +72,7 @@ impl fmt::Debug for Heartbeat {
 }
 
 impl Heartbeat {
-    /// Registers the process under a new id; or says which live workers have other settings.
+    /// Registers the process under a new id, or returns the live workers with different settings.
     pub async fn register(
         pool: &PgPool,
         roles: &str,
@@ -105,18 +105,17 @@ impl Heartbeat {
         }))
     }
 
-    /// This worker's id.
     pub fn worker_id(&self) -> i64 {
         self.worker_id
     }
 
-    /// Ends when others have declared this worker dead, or its row is gone.
+    /// Waits until this worker is declared dead or its row is gone.
     pub async fn fenced(&self) {
         self.fenced.cancelled().await;
     }
 
-    /// Whether nobody can have declared this worker dead yet. It gives up a little earlier than the others would, since it
-    /// counts from before its heartbeat was written.
+    /// Whether no other worker can have declared this one dead yet. The margin is on the safe side: time counts from before the
+    /// heartbeat was written.
     pub fn is_fresh(&self) -> bool {
         if self.fenced.is_cancelled() {
             return false;
@@ -125,19 +124,19 @@ impl Heartbeat {
         since_boot().saturating_sub(last) + self.interval / 2 < self.dead_after
     }
 
-    /// From now on the heartbeat says how many permits are in use, and whether the far side accepts work, and why not.
-    pub fn show_sender(&self, gate: AskGate, permits: Arc<Permits>) {
-        // There is one of each in a process.
+    /// Adds the permits in use, and the reason of a closed gate, to the heartbeat.
+    pub fn show_sender(&self, gate: GetGate, permits: Arc<Permits>) {
+        // Set once per process.
         let _ = self.sender.set((gate, permits));
     }
 
-    /// Beats until `stop`, or until it is fenced. A heartbeat that fails is not made up for: the next one comes soon enough.
+    /// Beats until `stop` or until fenced. A failed heartbeat is not repeated: the next one follows soon enough.
     pub async fn beat(&self, stop: CancellationToken) {
         let mut ticks = interval(self.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut observer = Observer::new(self.interval, self.dead_after);
-        let mut looked_at = Instant::now();
-        let mut silent = false;
+        let mut observed_at = Instant::now();
+        let mut failing = false;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -149,33 +148,33 @@ impl Heartbeat {
             match written {
                 Ok(Ok(true)) => {
                     *self.last.lock().unwrap_or_else(PoisonError::into_inner) = begun;
-                    silent = false;
+                    failing = false;
                 }
                 Ok(Ok(false)) => {
                     self.health.fail(FENCED);
                     self.fenced.cancel();
                     return;
                 }
-                Ok(Err(error)) if !silent => {
-                    warn!(%error, "the heartbeat can't be written");
-                    silent = true;
+                Ok(Err(error)) if !failing => {
+                    warn!(%error, "can't write the heartbeat");
+                    failing = true;
                 }
-                Err(_) if !silent => {
-                    warn!("the heartbeat can't be written: PostgreSQL does not answer");
-                    silent = true;
+                Err(_) if !failing => {
+                    warn!("can't write the heartbeat: PostgreSQL does not answer");
+                    failing = true;
                 }
                 _ => {}
             }
-            let elapsed = looked_at.elapsed();
+            let elapsed = observed_at.elapsed();
             match timeout(self.dead_after, self.observe(&mut observer, elapsed)).await {
-                Ok(Ok(())) => looked_at = Instant::now(),
-                Ok(Err(error)) => debug!(%error, "the other workers' heartbeats can't be read"),
-                Err(_) => debug!("the other workers' heartbeats can't be read: PostgreSQL does not answer"),
+                Ok(Ok(())) => observed_at = Instant::now(),
+                Ok(Err(error)) => debug!(%error, "can't read the other workers' heartbeats"),
+                Err(_) => debug!("can't read the other workers' heartbeats: PostgreSQL does not answer"),
             }
         }
     }
 
-    /// Declares those workers dead whose heartbeat does not change any more.
+    /// Declares workers dead whose heartbeat has stopped changing.
     async fn observe(&self, observer: &mut Observer, elapsed: Duration) -> sqlx::Result<()> {
         let mut conn = self.pool.acquire().await?;
         let mut beats = workers::beats(&mut conn).await?;
@@ -183,17 +182,17 @@ impl Heartbeat {
         let silent = observer.look(&beats, elapsed);
         if !silent.is_empty() {
             for worker_id in workers::declare_dead(&mut conn, &silent).await? {
-                warn!(worker_id, "a worker's heartbeat has stopped; it is declared dead");
+                warn!(worker_id, "a worker's heartbeat has stopped, declaring it dead");
             }
         }
         Ok(())
     }
 
-    /// False: this worker is declared dead, or its row is gone.
+    /// Writes a heartbeat. False: this worker is declared dead, or its row is gone.
     async fn write(&self) -> sqlx::Result<bool> {
         let mut conn = self.pool.acquire().await?;
-        let lane = self.sender.get().map(|(gate, permits)| measure(gate, permits));
-        let closed = match lane {
+        let gate = self.sender.get().map(|(gate, permits)| measure(gate, permits));
+        let closed = match gate {
             Some(Gate::Closed { reason, until }) => Some((reason, until.saturating_duration_since(Instant::now()))),
             _ => None,
         };
@@ -202,9 +201,9 @@ impl Heartbeat {
         workers::heartbeat(&mut conn, self.worker_id, self.in_flight(), rebuilds, closed, rejected).await
     }
 
-    /// From now on the heartbeat says what RabbitMQ rejects, and how often consumers got a new connection.
+    /// Adds rejected messages and rebuilt connections to the heartbeat.
     pub fn show_broker(&self, broker: Arc<Broker>) {
-        // There is one in a process.
+        // Set once per process.
         let _ = self.broker.set(broker);
     }
 
@@ -213,7 +212,7 @@ impl Heartbeat {
         i32::try_from(in_use).unwrap_or(i32::MAX)
     }
 
-    /// Says that the process has ended, leaving nothing unreported.
+    /// Records that the process ended with nothing left unreported.
     pub async fn stop(&self) {
         let write = async {
             let mut conn = self.pool.acquire().await?;
@@ -221,8 +220,8 @@ impl Heartbeat {
         };
         match timeout(self.dead_after, write).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => warn!(%error, "the end of this worker can't be written; its heartbeat will run out"),
-            Err(_) => warn!("the end of this worker can't be written; its heartbeat will run out"),
+            Ok(Err(error)) => warn!(%error, "can't record the end of this worker, its heartbeat will expire"),
+            Err(_) => warn!("can't record the end of this worker, its heartbeat will expire"),
         }
     }
 }

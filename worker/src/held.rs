@@ -1,4 +1,4 @@
-//! Messages that a rate limit does not allow yet: held for a moment instead of going round through RabbitMQ.
+//! Messages that a rate limit does not allow yet: held in memory for a short time instead of passing through RabbitMQ.
 
 use std::{
     cmp::Reverse,
@@ -6,14 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Messages are held for at most this time; what has to wait longer waits on a retry queue.
+/// Messages are held for at most this time. Longer waits use a retry queue.
 pub const LONGEST: Duration = Duration::from_secs(2);
 
-/// Things that wait, each for its time.
+/// A queue ordered by due time.
 #[derive(Debug)]
 pub struct Held<T> {
     room: usize,
-    /// Counts what was put in: what is due at the same time comes out in this order.
+    /// A counter that keeps entries with the same due time in insertion order.
     count: u64,
     waiting: BinaryHeap<Reverse<Entry<T>>>,
 }
@@ -22,7 +22,7 @@ pub struct Held<T> {
 struct Entry<T> {
     at: Instant,
     number: u64,
-    thing: T,
+    value: T,
 }
 
 impl<T> PartialEq for Entry<T> {
@@ -46,33 +46,33 @@ impl<T> Ord for Entry<T> {
 }
 
 impl<T> Held<T> {
-    /// Holds at most `room` things.
+    /// Holds at most `room` values.
     pub fn new(room: usize) -> Self {
         Self { room, count: 0, waiting: BinaryHeap::new() }
     }
 
-    /// Holds a thing until `at`.
+    /// Holds a value until `at`.
     ///
     /// # Errors
-    /// Gives the thing back if there is no room for it, or it would be held for longer than [`LONGEST`].
-    pub fn put(&mut self, thing: T, at: Instant, now: Instant) -> Result<(), T> {
+    /// Returns the value if there is no room, or if it would be held for longer than [`LONGEST`].
+    pub fn put(&mut self, value: T, at: Instant, now: Instant) -> Result<(), T> {
         if self.waiting.len() >= self.room || at > now + LONGEST {
-            return Err(thing);
+            return Err(value);
         }
         self.count += 1;
-        self.waiting.push(Reverse(Entry { at, number: self.count, thing }));
+        self.waiting.push(Reverse(Entry { at, number: self.count, value }));
         Ok(())
     }
 
-    /// When the next thing is due.
+    /// When the next value is due.
     pub fn next_at(&self) -> Option<Instant> {
         self.waiting.peek().map(|Reverse(entry)| entry.at)
     }
 
-    /// A thing that is due; the one that has waited longest.
+    /// Takes the earliest value that is due.
     pub fn take_due(&mut self, now: Instant) -> Option<T> {
         self.next_at().filter(|at| *at <= now)?;
-        self.waiting.pop().map(|Reverse(entry)| entry.thing)
+        self.waiting.pop().map(|Reverse(entry)| entry.value)
     }
 }
 
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_due_comes_out_in_order() {
+    fn due_entries_come_out_in_order() {
         let (mut held, now) = (Held::new(3), Instant::now());
         let at = |ms| now + Duration::from_millis(ms);
         held.put("late", at(20), now).unwrap();

@@ -46,8 +46,8 @@ pub trait Job: Send + Sync + 'static {
         granted: &[Granted],
     ) -> impl Future<Output = sqlx::Result<Items<Self::Item>>> + Send;
 
-    /// Makes one attempt. [`Outcome::Retry`], [`Outcome::Later`] and [`Outcome::Failed`] mean that it certainly had no effect; what
-    /// cannot be known is [`Outcome::Unknown`], which a person decides on.
+    /// Makes one attempt. [`Outcome::Retry`], [`Outcome::Later`] and [`Outcome::Failed`] mean that it certainly had no effect.
+    /// If that cannot be known, return [`Outcome::Unknown`], and a person decides.
     fn process(&self, attempt: &Attempt, run: &Self::Run, item: &Self::Item) -> impl Future<Output = Outcome> + Send;
 
     /// Changes the ledger when items are settled: called once for each batch, in the transaction that counts them.
@@ -64,7 +64,7 @@ pub trait Job: Send + Sync + 'static {
         Gate::Open
     }
 
-    /// What follows an attempt that did not succeed. `installation` is what the settings say; the delays are always those.
+    /// The retry policy of this job. `installation` is the configured policy; its delays always apply.
     fn retry(&self, installation: &RetryPolicy) -> RetryPolicy {
         installation.clone()
     }
@@ -96,13 +96,13 @@ pub fn from_data<T: DeserializeOwned>(granted: &[Granted]) -> Items<T> {
     granted.iter().filter_map(|granted| Some((granted.key.item_id, loaded(granted)?))).collect()
 }
 
-/// Why what the items of a run share could not be loaded.
+/// Why the shared part of a run could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// The ledger did not answer: the items are claimed again later.
     #[error(transparent)]
     Ledger(#[from] sqlx::Error),
-    /// It cannot be used: the items fail with this reason.
+    /// It is not usable: the items fail with this reason.
     #[error("{0}")]
     Unusable(String),
 }

@@ -36,13 +36,13 @@ use crate::{
     reporter::Reporter,
 };
 
-/// Runs of a kind whose shared part is cached: those that are processed at the same time, and more.
+/// Cached shared parts of runs, for each kind: more than the runs processed at the same time.
 const CACHED_RUNS: u64 = 256;
-/// Runs whose kind is cached.
+/// Cached kinds of runs.
 const CACHED_KINDS: u64 = 16_384;
-/// Tries within one attempt, where the remote side accepts an immediate second one.
+/// Repetitions within one attempt, if the remote side accepts an immediate retry.
 const REPETITIONS: u32 = 1;
-/// The time before the first of them; it doubles.
+/// The wait before the first repetition. It doubles.
 const FIRST_REPETITION: Duration = Duration::from_millis(20);
 
 type MakeKind = Box<dyn FnOnce(&RetryPolicy) -> Arc<dyn Kind> + Send>;
@@ -52,13 +52,13 @@ type MakeKind = Box<dyn FnOnce(&RetryPolicy) -> Arc<dyn Kind> + Send>;
 pub struct Jobs(Vec<MakeKind>);
 
 impl Jobs {
-    /// None.
+    /// No jobs.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// With this one.
+    /// Adds a job.
     #[must_use]
     pub fn with<J: Job>(mut self, job: J) -> Self {
         self.0.push(Box::new(|installation| Arc::new(Typed::new(job, installation))));
@@ -76,14 +76,14 @@ impl fmt::Debug for Jobs {
 pub struct Kinds {
     by_name: BTreeMap<&'static str, Arc<dyn Kind>>,
     names: Vec<String>,
-    /// What the settings say of retries.
+    /// The configured retry policy.
     installation: RetryPolicy,
     /// The kinds of runs, which never change.
     of_runs: Cache<Uuid, Option<Arc<dyn Kind>>>,
 }
 
 impl Kinds {
-    /// These jobs, with what the settings say of retries.
+    /// These jobs, with the configured retry policy.
     #[must_use]
     pub fn new(jobs: Jobs, installation: RetryPolicy) -> Self {
         let kinds = jobs.0.into_iter().map(|make| make(&installation));
@@ -97,18 +97,18 @@ impl Kinds {
         &self.names
     }
 
-    /// The job of this kind. None: this program has no such job.
+    /// The job of this kind. `None`: this program has no such job.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&dyn Kind> {
         self.by_name.get(name).map(AsRef::as_ref)
     }
 
-    /// What the settings say of retries.
+    /// The configured retry policy.
     pub(crate) fn installation(&self) -> &RetryPolicy {
         &self.installation
     }
 
-    /// The gate to show: a closed one, or one that is tried, before an open one.
+    /// The gate to show: closed before trying before open.
     pub(crate) fn gate(&self) -> Gate {
         let mut shown = Gate::Open;
         for gate in self.by_name.values().map(|kind| kind.gate()) {
@@ -121,7 +121,7 @@ impl Kinds {
         shown
     }
 
-    /// The jobs of these runs; none: this program has no such job. A run that isn't returned does not exist.
+    /// The jobs of these runs. `None`: this program has no such job. Runs that do not exist are missing from the result.
     pub(crate) async fn of_runs(
         &self,
         conn: &mut PgConnection,
@@ -148,11 +148,11 @@ impl Kinds {
         Ok(found)
     }
 
-    /// Loads what was granted, each kind's items at once, in the transaction of the claim.
+    /// Loads granted items, one batch for each kind, in the transaction of the claim.
     pub(crate) async fn load(&self, conn: &mut PgConnection, granted: Vec<Granted>) -> sqlx::Result<Vec<Batch>> {
         let mut by_kind: BTreeMap<&str, (Arc<dyn Kind>, Vec<Granted>)> = BTreeMap::new();
         for granted in granted {
-            // A claim is granted for these kinds only.
+            // Claims are granted for these kinds only.
             let Some((name, kind)) = granted.kind.as_deref().and_then(|name| self.by_name.get_key_value(name)) else {
                 continue;
             };
@@ -165,7 +165,7 @@ impl Kinds {
         Ok(batches)
     }
 
-    /// How many items of visible runs have entered which state.
+    /// How many items of visible runs have entered each state.
     pub(crate) fn visible(&self, entered: &BTreeMap<(Uuid, ItemState), u64>) -> BTreeMap<ItemState, u64> {
         let mut visible = BTreeMap::new();
         for ((run_id, state), items) in entered {
@@ -189,7 +189,7 @@ impl OnSettled for Kinds {
         let mut by_kind: BTreeMap<&str, (Arc<dyn Kind>, Vec<Settled>)> = BTreeMap::new();
         for item in settled {
             let Some(kind) = kinds.get(&item.run_id).cloned().flatten() else {
-                error!(run_id = %item.run_id, item_id = item.item_id, "an item of a job that this worker does not have");
+                error!(run_id = %item.run_id, item_id = item.item_id, "an item belongs to a job that this worker does not have");
                 continue;
             };
             by_kind.entry(kind.name()).or_insert_with(|| (kind, Vec::new())).1.push(item.clone());
@@ -212,7 +212,7 @@ pub trait Kind: Send + Sync {
     fn policy(&self) -> &RetryPolicy;
     /// [`Job::gate`].
     fn gate(&self) -> Gate;
-    /// The result of an attempt at one of its items that no worker will make.
+    /// The result of an attempt at a withheld item.
     fn withheld(&self, item: ItemMessage, why: Withheld) -> ItemResult;
     /// [`Job::run`] and [`Job::items`].
     async fn load(self: Arc<Self>, conn: &mut PgConnection, granted: Vec<Granted>) -> sqlx::Result<Batch>;
@@ -225,11 +225,11 @@ pub(crate) type Reasons = &'static [(u8, &'static str)];
 
 /// Claimed items of one kind, loaded.
 pub struct Batch {
-    /// Those that the job withholds.
+    /// The withheld items.
     pub(crate) withheld: Vec<(Key, Withheld)>,
-    /// The job's reasons for that.
+    /// The job's reasons for withholding.
     pub(crate) reasons: Reasons,
-    /// Those to process, and their places in their runs.
+    /// The items to process, with their positions in their runs.
     pub(crate) items: Vec<(Key, i32)>,
     start: Start,
 }
@@ -237,18 +237,18 @@ pub struct Batch {
 type Start = Box<dyn FnOnce(HashMap<Key, Attempt>, &Reporter) + Send>;
 
 impl Batch {
-    /// Those to process.
+    /// The items to process.
     pub(crate) fn keys(&self) -> impl Iterator<Item = Key> {
         self.items.iter().map(|(key, _)| *key)
     }
 
-    /// Makes these attempts, each in a task of its own, and reports what follows.
+    /// Starts a task for each attempt, and reports the results.
     pub(crate) fn start(self, attempts: HashMap<Key, Attempt>, reporter: &Reporter) {
         (self.start)(attempts, reporter);
     }
 }
 
-/// What is measured of every attempt: looked up once, since that costs more than counting.
+/// The metrics of each attempt, resolved once because a lookup costs more than counting.
 struct Measures {
     seconds: Histogram,
     attempts: [Counter; Outcome::NAMES.len()],
@@ -271,7 +271,7 @@ struct Typed<J: Job> {
     measures: OnceLock<Measures>,
 }
 
-/// What the items of a run share, or why it cannot be used.
+/// The shared part of a run, or why it is not usable.
 type Shared<J> = Result<Arc<<J as Job>::Run>, Arc<str>>;
 
 impl<J: Job> Typed<J> {
@@ -325,7 +325,7 @@ impl<J: Job> Typed<J> {
         }
     }
 
-    /// How long the gate stays closed, as far as is known.
+    /// The expected time until the gate opens.
     fn closed_for(&self) -> Duration {
         match self.job.gate() {
             Gate::Closed { until, .. } => until.saturating_duration_since(Instant::now()),

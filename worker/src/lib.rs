@@ -1,10 +1,10 @@
-//! The workers: one file for each stage of the pipeline.
+//! The worker: one module for each stage of the pipeline.
 //!
 //! In the order of the data: `fan_out` releases a run's items, `send` claims and processes them, `progress` counts the results.
-//! `replay`, `sweep` and `prune` belong to the fan-out's role. The stages know runs, items and attempts; what an item is and how it
-//! is processed is a [`job`]. Mailrun's own are in [`jobs`], and send through a [`mailer`].
+//! `replay`, `sweep` and `prune` belong to the fan-out role. The stages know runs, items and attempts. What an item is and how it
+//! is processed is a [`job`]. Mailrun's own jobs are in [`jobs`] and send through a [`mailer`].
 
-// A lock that is taken for a match is kept until its end, in which somebody may want it again.
+// A lock taken in a match scrutinee is held until the end of the match, whose arms may lock again.
 #![warn(clippy::significant_drop_in_scrutinee)]
 
 pub mod attempt;
@@ -72,26 +72,26 @@ use mailrun_broker::{
     watchdog::{Standstill, Watchdog},
 };
 
-/// Run messages handed out ahead to one pump.
+/// Prefetch of the run consumer of one process.
 const FAN_OUT_PREFETCH: u16 = 16;
 
-/// At the end, connections to RabbitMQ are closed within this time or left.
+/// On shutdown, connections to RabbitMQ get this long to close.
 const CLOSE: Duration = Duration::from_secs(3);
 
-/// What a worker process does.
+/// A role of a worker process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// Releases items, replays dead letters, sweeps, and deletes what is old.
+    /// Releases items, removes replayed dead letters, sweeps, and deletes old runs.
     FanOut,
-    /// Sends.
+    /// Claims and processes items.
     Send,
-    /// Counts.
+    /// Counts results.
     Progress,
 }
 
-/// A role that doesn't exist.
+/// An unknown role.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is no role; there are fan-out, send and progress")]
+#[error("unknown role {0:?}; the roles are fan-out, send and progress")]
 pub struct NoSuchRole(String);
 
 impl FromStr for Role {
@@ -117,52 +117,52 @@ impl fmt::Display for Role {
     }
 }
 
-/// Why a worker ended otherwise than it should.
+/// Why a worker could not start or did not end cleanly.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// The database's address is none.
+    /// The database URL is malformed.
     #[error("database.url is not usable: {0}")]
     Database(#[from] sqlx::Error),
-    /// The mailer can't be used as configured.
+    /// The mailer's configuration is not usable.
     #[error(transparent)]
     Mailer(#[from] mailer::MailerError),
-    /// It can't be monitored as configured.
+    /// The metrics endpoint's configuration is not usable.
     #[error(transparent)]
     Monitoring(#[from] MonitoringError),
-    /// A part ended by itself.
-    #[error("a part of the worker ended by itself; the process is of no use without it")]
+    /// A part of the worker ended unexpectedly.
+    #[error("a part of the worker ended unexpectedly, and the process cannot work without it")]
     DeadTask,
-    /// Its row in `workers` is gone, or declares it dead.
+    /// The worker's row in `workers` is gone or marked dead.
     #[error(
-        "others have declared this worker dead, or its row in the table workers is gone: its attempts are theirs to settle. \
+        "this worker was declared dead, or its row in the table workers is gone: other workers settle its attempts. \
          Start it again"
     )]
     Fenced,
-    /// A live worker has other settings.
-    #[error("{0}. All workers need the same: stop the others, or change the settings here")]
+    /// A live worker has different settings.
+    #[error("{0}. All workers need the same settings: stop the other workers, or change the settings here")]
     Disagrees(String),
-    /// The virtual host is not this installation's.
+    /// The virtual host belongs to another installation.
     #[error(transparent)]
     Foreign(#[from] Foreign),
     /// The drain took too long.
-    #[error("what was in flight could not be finished within {0:?}; it will be settled by other workers")]
+    #[error("the work in progress could not be finished within {0:?}; other workers will settle it")]
     Deadline(Duration),
 }
 
-/// The jobs of a worker with these roles: Mailrun's own and these.
+/// The jobs of a worker with these roles: Mailrun's own and `jobs`.
 ///
 /// # Errors
-/// When the mailer can't be used as configured.
+/// If the mailer's configuration is not usable.
 pub fn kinds(config: &Config, jobs: Jobs, roles: &BTreeSet<Role>) -> Result<(Kinds, Arc<dyn Mailer>), WorkerError> {
     let (jobs, mailer) = jobs::with_mail(jobs, config, roles.contains(&Role::Send))?;
     Ok((Kinds::new(jobs, RetryPolicy::new(config.rungs(), config.send.on_unknown)), mailer))
 }
 
-/// Works in `roles` until `stop`, with Mailrun's own jobs and these; then drains in the order of the data: takes nothing more, finishes what is in flight,
-/// publishes, acknowledges, closes.
+/// Works in `roles` until `stop`, with Mailrun's own jobs and `jobs`. Then drains in the order of the data: stops consuming,
+/// finishes the work in progress, publishes, acknowledges, closes.
 ///
 /// # Errors
-/// When a part ended by itself, or the drain took too long.
+/// If the worker cannot start, a part of it ends unexpectedly, or the drain takes too long.
 pub async fn run(
     config: Config,
     roles: BTreeSet<Role>,
@@ -241,30 +241,30 @@ async fn work(
     ended
 }
 
-/// A consumer that has messages in hand and has finished none for so long gets a new connection: longer than any send can take.
+/// A consumer that holds messages and has finished none for this long gets a new connection. Longer than any attempt.
 const STUCK_AFTER: Duration = Duration::from_secs(23 * 60);
 
-/// Whether a run has not moved for this time, for no reason that is known. False also where PostgreSQL does not answer.
+/// Whether a run has not moved for this time without a known reason. False if PostgreSQL does not answer.
 fn standstill(pool: PgPool, limit: Duration) -> Standstill {
     Box::new(move |period| {
         let pool = pool.clone();
         Box::pin(async move {
-            let ask = async {
+            let query = async {
                 let mut conn = pool.acquire().await?;
                 Ok::<_, sqlx::Error>(
                     mailrun_ledger::sweep::is_standstill(&mut conn, period).await?
                         && !mailrun_ledger::sweep::all_lanes_closed(&mut conn).await?,
                 )
             };
-            in_time(limit, ask).await.unwrap_or(false)
+            in_time(limit, query).await.unwrap_or(false)
         })
     })
 }
 
-/// Registers, however long PostgreSQL takes to answer. None: told to stop before that.
+/// Registers the worker, retrying until PostgreSQL answers. `None`: stopped before that.
 ///
-/// A worker that was killed counts as alive until another one has declared it dead. Where there is no other, this one watches it for
-/// as long, so that it can start with other settings.
+/// A worker that was killed counts as alive until another one declares it dead. If there is no other, this worker watches its
+/// heartbeat for that long, so that it can start with different settings.
 async fn register(
     pool: &PgPool,
     roles: &str,
@@ -279,7 +279,7 @@ async fn register(
     let register = || in_time(limit, Heartbeat::register(pool, roles, permits, &settings, &config.heartbeat, health));
     let mut seen: Vec<Beat> = Vec::new();
     loop {
-        let Some(registered) = until_answered("this worker can't register", stop, register).await else {
+        let Some(registered) = until_answered("can't register this worker", stop, register).await else {
             return Ok(None);
         };
         let others = match registered {
@@ -291,7 +291,7 @@ async fn register(
         }
         if seen.is_empty() {
             let silence = others.iter().map(|other| other.dead_after).max().unwrap_or_default();
-            warn!(seconds = silence.as_secs(), "live workers have other settings, checking whether they still run");
+            warn!(seconds = silence.as_secs(), "live workers have different settings, checking whether they still run");
             seen = others.iter().map(|other| other.beat).collect();
             if stop.run_until_cancelled(sleep(silence)).await.is_none() {
                 return Ok(None);
@@ -300,14 +300,14 @@ async fn register(
             let silent: Vec<Beat> = others.iter().map(|other| other.beat).collect();
             let declare =
                 || in_time(limit, async { workers::declare_dead(&mut *pool.acquire().await?, &silent).await });
-            if until_answered("silent workers can't be declared dead", stop, declare).await.is_none() {
+            if until_answered("can't declare silent workers dead", stop, declare).await.is_none() {
                 return Ok(None);
             }
         }
     }
 }
 
-/// Whether a worker's heartbeat has changed since it was seen, or it has come since.
+/// Whether a worker's heartbeat has changed since `seen`, or the worker has registered since.
 fn is_alive(seen: &[Beat], beat: Beat) -> bool {
     !seen.is_empty() && !seen.contains(&beat)
 }
@@ -319,12 +319,12 @@ fn disagreement(other: &Disagreeing) -> String {
         .map(|Difference { key, ours, theirs }| format!("{key} is {ours} here and {theirs} there"));
     let differences = differences.collect::<Vec<_>>().join(", ");
     format!(
-        "worker {} (process {} on {}) has other settings: {differences}",
+        "worker {} (process {} on {}) has different settings: {differences}",
         other.beat.worker_id, other.pid, other.host
     )
 }
 
-/// Starts the stages of these roles, each with its own settings.
+/// Starts the stages of these roles.
 fn start(
     config: &Config,
     roles: &BTreeSet<Role>,
@@ -371,7 +371,7 @@ fn start(
     parts
 }
 
-/// Waits for the end. A part that ends before it was told to takes the process with it: half a worker is worse than none.
+/// Waits for the end. If one part ends unexpectedly, the whole process ends: half a worker is worse than none.
 async fn supervise(
     mut parts: JoinSet<()>,
     lineage: JoinHandle<Result<(), Foreign>>,
@@ -382,17 +382,17 @@ async fn supervise(
     deadline: Duration,
 ) -> Result<(), WorkerError> {
     let why = tokio::select! {
-        // Parts that end because they were told to are not dead.
+        // A part that ends after `stop` is not dead.
         biased;
         () = stop.cancelled() => None,
         () = heartbeat.fenced() => Some(WorkerError::Fenced),
         ended = lineage => match ended {
             Ok(Err(foreign)) => Some(foreign.into()),
-            // It ends only when it is told to.
+            // The lineage check ends only when told to.
             _ => Some(WorkerError::DeadTask),
         },
         ended = parts.join_next() => {
-            error!(?ended, "a part of this worker ended by itself");
+            error!(?ended, "a part of this worker ended unexpectedly");
             Some(WorkerError::DeadTask)
         }
     };

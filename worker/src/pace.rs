@@ -1,4 +1,4 @@
-//! The rate limits of the runs that this process sends: read from the ledger, and what of their send times went unused.
+//! The rate limits of the runs that this process sends, read from the ledger, and reserved send times that went unused.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,9 +19,9 @@ use tokio::time::Instant;
 use tracing::warn;
 use uuid::Uuid;
 
-/// A limit that is changed holds within this time.
+/// A changed limit takes effect within this time.
 const READ_EVERY: Duration = Duration::from_millis(500);
-/// Runs that are sent at the same time, and a good many more.
+/// Cached runs: many more than are sent at the same time.
 const KEPT: u64 = 4_096;
 
 /// The rate limits of a process.
@@ -32,12 +32,11 @@ pub struct Pace {
     installation: Option<Rate>,
     burst: Duration,
     runs: Cache<Uuid, Option<Rate>>,
-    /// Send times that were reserved and not used, by run.
+    /// Reserved send times that were not used, by run.
     unused: Mutex<HashMap<Uuid, i32>>,
 }
 
 impl Pace {
-    /// Nothing is read yet.
     pub fn new(config: &FanOutConfig, pool: PgPool, answer_timeout: Duration) -> Arc<Self> {
         Arc::new(Self {
             pool,
@@ -49,15 +48,12 @@ impl Pace {
         })
     }
 
-    /// How late a send may be.
+    /// How long after its send time an attempt may still be made.
     pub fn burst(&self) -> Duration {
         self.burst
     }
 
-    /// The limits of these runs; none: nothing limits any of them.
-    ///
-    /// # Errors
-    /// The database's.
+    /// The limits of these runs. `None`: none of them is limited.
     pub async fn limits(&self, run_ids: impl IntoIterator<Item = Uuid>) -> sqlx::Result<Option<Limits>> {
         let run_ids: HashSet<Uuid> = run_ids.into_iter().collect();
         let mut limits = Limits { installation: self.installation, ..Limits::default() };
@@ -72,7 +68,7 @@ impl Pace {
             let read = async { pacing::rates(&mut *self.pool.acquire().await?, &unread).await };
             let rates = in_time(self.answer_timeout, read).await?;
             for run_id in unread {
-                // A message may name a run that does not exist.
+                // The run may not exist: messages can name any run.
                 let rate = rates.get(&run_id).copied().flatten();
                 self.runs.insert(run_id, rate).await;
                 self.add(&mut limits, run_id, rate);
@@ -87,14 +83,14 @@ impl Pace {
         }
     }
 
-    /// Send times of a run's attempt that went unused: its next claim gives them back.
+    /// Records send times of a run that went unused. The next claim for the run returns them.
     pub fn add_unused(&self, run_id: Uuid, slots: i32) {
         if slots > 0 {
             *self.unused().entry(run_id).or_default() += slots;
         }
     }
 
-    /// What a claim for these limits has to give back.
+    /// Moves the unused send times to `limits`, for a claim to return.
     pub fn take_unused(&self, limits: &mut Limits) {
         let mut unused = self.unused();
         limits.unused = if limits.installation.is_some() {
@@ -104,10 +100,10 @@ impl Pace {
         };
     }
 
-    /// Reserves a send time for an attempt of a run that is claimed already.
+    /// Reserves a send time for an attempt that is claimed already.
     ///
     /// # Errors
-    /// How long to wait before it is asked for again: there is none within `longest`, or PostgreSQL does not answer.
+    /// How long to wait before the next try: there is no send time within `longest`, or PostgreSQL does not answer.
     pub async fn reserve(&self, run_id: Uuid, longest: Duration) -> Result<Instant, Duration> {
         let reserve = async {
             let Some(mut limits) = self.limits([run_id]).await? else { return Ok(Some(Duration::ZERO)) };
@@ -119,7 +115,7 @@ impl Pace {
             Ok(Some(wait)) => Ok(Instant::now() + wait),
             Ok(None) => Err(longest),
             Err(error) => {
-                warn!(%error, %run_id, "no send time can be reserved, trying again later");
+                warn!(%error, %run_id, "can't reserve a send time, trying again later");
                 Err(longest)
             }
         }

@@ -1,4 +1,4 @@
-//! Messages that can't be acted on: they go to the dead letters as they came, with the reason.
+//! Messages that no worker can act on: moved to the dead letters unchanged, with a reason.
 
 use std::{sync::Once, time::Duration};
 
@@ -10,65 +10,65 @@ use tracing::warn;
 
 use mailrun_broker::consumer::Delivery;
 
-/// While there is no dead-letter queue, a message is held for so long.
-const INSIST: Duration = Duration::from_secs(60);
-/// Why a message of an earlier state of the ledger is dead.
+/// How long publishing is retried while the dead-letter queue is missing.
+const RETRY_FOR: Duration = Duration::from_secs(60);
+/// The dead-letter reason of a message from before a restore.
 pub const STALE: &str =
     "it was published before the ledger was restored from a backup, and may have been acted on since";
 
 /// Why a message is not acted on.
 #[derive(Debug)]
 pub enum Refusal {
-    /// It never can be.
+    /// No worker can act on it.
     Dead(String),
-    /// It is of a newer version: it waits here for a worker that understands it.
+    /// It is from a newer version: it waits on a queue for a worker that understands it.
     Newer {
-        /// The queue.
-        waiting_room: &'static str,
+        /// The wait queue.
+        wait_queue: &'static str,
     },
 }
 
-/// Reads a message that is to be acted on.
+/// Decodes a message and checks that it is not stale.
 ///
 /// # Errors
-/// Why it must not be.
+/// Why the message must not be acted on.
 pub fn read<M: Message>(delivery: &Delivery) -> Result<M, Refusal> {
     if delivery.is_stale { Err(Refusal::Dead(STALE.to_owned())) } else { understand(delivery) }
 }
 
-/// Reads a message, whenever it was published.
+/// Decodes a message, stale or not.
 ///
 /// # Errors
-/// Why it can't be understood.
+/// Why the message can't be decoded.
 pub fn understand<M: Message>(delivery: &Delivery) -> Result<M, Refusal> {
     decode(delivery.kind(), &delivery.body).map_err(|error| match error {
-        DecodeError::Newer { .. } => Refusal::Newer { waiting_room: queue::waiting_room_of(M::QUEUE) },
+        DecodeError::Newer { .. } => Refusal::Newer { wait_queue: queue::waiting_room_of(M::QUEUE) },
         error => Refusal::Dead(error.to_string()),
     })
 }
 
-/// Puts `delivery` where it belongs, and acknowledges it once that is confirmed.
+/// Moves `delivery` to the dead letters or a wait queue, and acknowledges it once that is confirmed.
 pub async fn refuse(publisher: &Publisher, delivery: Delivery, refusal: Refusal) {
     match refusal {
         Refusal::Dead(reason) => bury(publisher, delivery, &reason).await,
-        Refusal::Newer { waiting_room } => put_off(publisher, delivery, waiting_room).await,
+        Refusal::Newer { wait_queue } => defer(publisher, delivery, wait_queue).await,
     }
 }
 
-async fn put_off(publisher: &Publisher, delivery: Delivery, waiting_room: &'static str) {
+async fn defer(publisher: &Publisher, delivery: Delivery, wait_queue: &'static str) {
     let kind = delivery.kind().unwrap_or_default().to_owned();
-    let same = Outgoing::raw(waiting_room, kind, delivery.body.clone()).with_headers_of(&delivery.properties);
-    // Rejected, it comes again when the consumer connects anew.
+    let same = Outgoing::raw(wait_queue, kind, delivery.body.clone()).with_headers_of(&delivery.properties);
+    // If rejected, the message is redelivered when the consumer reconnects.
     if set_aside(publisher, vec![same]).await {
         delivery.ack();
     }
 }
 
-/// Publishes what only a worker of a later version understands to a waiting room, from which it comes back every few seconds
-/// until the workers are upgraded. False: not all of it was accepted.
+/// Publishes messages that only a later version understands to a wait queue, from which they return every few seconds until the
+/// workers are upgraded. False: not all of them were accepted.
 pub async fn set_aside(publisher: &Publisher, messages: Vec<Outgoing>) -> bool {
-    static SAID: Once = Once::new();
-    SAID.call_once(|| warn!("messages of a newer version, or of its items, wait for a worker that understands them"));
+    static LOGGED: Once = Once::new();
+    LOGGED.call_once(|| warn!("messages from a newer version are waiting for a worker that understands them"));
     publisher.offer(messages).await.is_ok_and(|rejected| rejected.is_empty())
 }
 
@@ -82,11 +82,11 @@ pub async fn bury(publisher: &Publisher, delivery: Delivery, reason: &str) {
     match publisher.offer(vec![dead]).await {
         Ok(rejected) if rejected.is_empty() => delivery.ack(),
         Ok(rejected) => {
-            // The others must not wait for it.
+            // Other messages must not wait for it.
             let publisher = publisher.clone();
             tokio::spawn(async move {
-                // Given up, it comes again when the consumer connects anew.
-                if let Ok(Ok(())) = timeout(INSIST, publisher.publish(rejected)).await {
+                // If this fails too, the message is redelivered when the consumer reconnects.
+                if let Ok(Ok(())) = timeout(RETRY_FOR, publisher.publish(rejected)).await {
                     delivery.ack();
                 }
             });

@@ -1,4 +1,4 @@
-//! The progress consumer: takes result messages, applies them to the ledger in batches, and acknowledges what is committed.
+//! The progress consumer: applies result messages to the ledger in batches and acknowledges what is committed.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -30,14 +30,14 @@ use crate::{
     poison,
 };
 
-/// How long results are gathered: far less than what a person sees of the bar.
+/// How long results are gathered: too short to be visible on a progress bar.
 const GATHER: Duration = Duration::from_millis(15);
 
-/// Why a result is dead whose item is not in the ledger.
+/// The dead-letter reason of a result whose item is not in the ledger.
 const NO_SUCH_ITEM: &str =
     "its run has no such item: the result belongs to another installation, or is newer than the ledger";
 
-/// A message and what it says.
+/// A delivery and its message.
 struct Received {
     delivery: Delivery,
     message: ResultsMessage,
@@ -53,10 +53,10 @@ fn is_sent(result: &ItemResult) -> bool {
     result.state == ItemState::Sent
 }
 
-/// What a result did.
+/// The possible effects of a result.
 const EFFECTS: [&str; 4] = ["changed", "absorbed", "strange", "later"];
 
-/// Shows what was counted.
+/// Exports the counts of a batch.
 fn measure(applied: &Applied, kinds: &Kinds) {
     for (state, items) in kinds.visible(&applied.entered) {
         counter!(metric::ITEMS, "state" => state.name()).increment(items);
@@ -72,12 +72,11 @@ fn measure(applied: &Applied, kinds: &Kinds) {
 pub struct Progress {
     session: Session,
     context: Context,
-    /// Messages that are counted in one transaction at most.
+    /// The maximum number of messages in one transaction.
     batch: usize,
 }
 
 impl Progress {
-    /// The progress consumer of this process.
     #[must_use]
     pub fn new(context: Context, batch: usize) -> Self {
         metric::begin(metric::ITEMS, "state", ItemState::ALL.map(ItemState::name));
@@ -85,16 +84,16 @@ impl Progress {
         Self { session: Session::new(&context.pool), context, batch }
     }
 
-    /// Counts until the consumer stops. What is not counted by then is still on the queue.
+    /// Counts until the consumer stops. Messages not counted by then stay on the queue.
     pub async fn run(mut self, mut consumer: Consumer, stop: CancellationToken) {
         while let Some(Some(first)) = stop.run_until_cancelled(consumer.next()).await {
-            // More arrive meanwhile, and a transaction for many costs little more than one for few.
+            // More arrive in the meantime, and a large transaction costs little more than a small one.
             sleep(GATHER).await;
             let mut received = Vec::new();
             let mut delivery = Some(first);
             while let Some(next) = delivery.take() {
                 match poison::understand::<ResultsMessage>(&next) {
-                    // A mail that was sent stays sent, whatever the ledger was restored to.
+                    // A sent mail stays sent, whatever state the ledger was restored to.
                     Ok(message) if next.is_stale && !message.results.iter().all(is_sent) => {
                         self.take_stale(next, message, &mut received).await;
                     }
@@ -111,8 +110,8 @@ impl Progress {
         }
     }
 
-    /// Sets aside the results of jobs that this program does not have: their jobs must see them counted. None: told to stop before
-    /// that.
+    /// Sets aside the results of jobs that this program does not have: their jobs must take part in counting them. `None`: stopped
+    /// before that.
     async fn without_other_jobs(&mut self, received: Vec<Received>, stop: &CancellationToken) -> Option<Vec<Received>> {
         let run_ids: Vec<Uuid> = received.iter().filter_map(|received| received.message.run_id).collect();
         let kinds = self.kinds_of(&run_ids, stop).await?;
@@ -136,22 +135,22 @@ impl Progress {
         run_ids: &[Uuid],
         stop: &CancellationToken,
     ) -> Option<HashMap<Uuid, Option<Arc<dyn Kind>>>> {
-        let mut trouble = Reconnect::default();
+        let mut backoff = Reconnect::default();
         loop {
             let kinds = &self.context.kinds;
             let read = async |conn: &mut PgConnection| kinds.of_runs(conn, run_ids.iter().copied()).await;
             match self.session.run(self.context.answer_timeout, read).await {
                 Ok(kinds) => return Some(kinds),
                 Err(error) => {
-                    let wait = trouble.next_wait();
-                    warn!(%error, wait_ms = wait.as_millis(), "the kinds of runs can't be read, trying again");
+                    let wait = backoff.next_wait();
+                    warn!(%error, wait_ms = wait.as_millis(), "can't read the kinds of runs, trying again");
                     stop.run_until_cancelled(sleep(wait)).await?;
                 }
             }
         }
     }
 
-    /// Takes what was sent out of a message of before the last restore. Its other results are dead.
+    /// Keeps the `sent` results of a message from before the last restore. Its other results become a dead letter.
     async fn take_stale(&self, delivery: Delivery, message: ResultsMessage, received: &mut Vec<Received>) {
         let ResultsMessage { run_id, results } = message;
         let (sent, others): (Vec<ItemResult>, Vec<ItemResult>) = results.into_iter().partition(is_sent);
@@ -159,14 +158,14 @@ impl Progress {
         let dead = Outgoing::new(&ResultsMessage { run_id, results: others })
             .with_headers_of(&delivery.properties)
             .dead(DeadReason::Poison, poison::STALE);
-        // Otherwise it is stopping: the message comes again.
+        // Otherwise the process is stopping and the message is redelivered.
         if self.context.publisher.publish(vec![dead]).await.is_ok() {
             received.push(Received { delivery, message: ResultsMessage { run_id, results: sent } });
         }
     }
 
-    /// Applies a batch, and acknowledges its messages. If the ledger refuses it for good, each result is applied by itself, so
-    /// that one that can't be applied spoils nothing but itself.
+    /// Applies a batch and acknowledges its messages. If the ledger permanently refuses the batch, each result is applied
+    /// alone, so that a bad result affects only itself.
     async fn count(&mut self, received: Vec<Received>, stop: &CancellationToken) {
         let reports: Vec<Report<'_>> = received.iter().flat_map(Received::reports).collect();
         let counted = match self.apply(&reports, stop).await {
@@ -179,7 +178,7 @@ impl Progress {
             Some(Err(_)) => self.count_each(&reports, stop).await,
             None => None,
         };
-        // Otherwise it is stopping: the messages come again.
+        // Otherwise the process is stopping and the messages are redelivered.
         let Some(later) = counted else { return };
         let mut later = later.into_iter().peekable();
         let mut end = 0;
@@ -195,8 +194,8 @@ impl Progress {
         }
     }
 
-    /// Puts results of items in a state of a later version where a process of that version finds them. False: there is no such
-    /// place; their message comes again when the consumer connects anew.
+    /// Moves results of items in a state of a later version to the wait queue of processes of that version. False: the queue is
+    /// missing, and the message is redelivered when the consumer reconnects.
     async fn set_aside(&self, delivery: &Delivery, run_id: Option<Uuid>, results: Vec<ItemResult>) -> bool {
         let message = Outgoing::new(&ResultsMessage { run_id, results })
             .to(queue::RESULTS_WAIT)
@@ -204,7 +203,7 @@ impl Progress {
         poison::set_aside(&self.context.publisher, vec![message]).await
     }
 
-    /// Returns the results that are to be set aside, by their place. None: told to stop before all were counted.
+    /// Applies each result alone. Returns the indices of those to set aside. `None`: stopped before all were counted.
     async fn count_each(&mut self, reports: &[Report<'_>], stop: &CancellationToken) -> Option<Vec<usize>> {
         let mut later = Vec::new();
         for (index, report) in reports.iter().enumerate() {
@@ -215,14 +214,15 @@ impl Progress {
                 }
                 Ok(applied) if applied.strange.is_empty() => continue,
                 Ok(_) => NO_SUCH_ITEM.to_owned(),
-                Err(error) => format!("the ledger refuses it: {error}"),
+                Err(error) => format!("the ledger rejected it: {error}"),
             };
             self.bury(&[(*report, reason.as_str())], stop).await?;
         }
         Some(later)
     }
 
-    /// Puts results on the dead-letter queue, each alone, and once: their senders repeat them. None: told to stop before that.
+    /// Moves each result to the dead-letter queue as its own message, only once: its sender repeats it. `None`: stopped before
+    /// that.
     async fn bury(&mut self, reports: &[(Report<'_>, &str)], stop: &CancellationToken) -> Option<()> {
         let limit = self.context.answer_timeout;
         for (report, reason) in reports {
@@ -231,32 +231,32 @@ impl Progress {
                 continue;
             }
             let (item_id, attempt) = (report.result.item_id, report.result.attempt);
-            error!(item_id, attempt, reason, "a result can't be counted; it goes to the dead letters");
+            error!(item_id, attempt, reason, "can't count a result, moving it to the dead letters");
             let message = ResultsMessage { run_id: report.run_id, results: vec![report.result.clone()] };
             let dead = Outgoing::new(&message).dead(DeadReason::Poison, reason);
             let rejected = stop.run_until_cancelled(self.context.publisher.offer(vec![dead])).await?.ok()?;
             if !rejected.is_empty() {
-                // There is no dead-letter queue at present: the sender repeats the result, which is buried then.
+                // The dead-letter queue is missing at present. The sender repeats the result, which is then buried.
                 continue;
             }
             let noted = self.session.run(limit, async |conn| progress::note_buried(conn, *report, reason).await).await;
             if let Err(error) = noted {
-                warn!(%error, item_id, "a buried result can't be noted; if it is repeated, it is buried again");
+                warn!(%error, item_id, "can't record a buried result, it is buried again if it is repeated");
             }
         }
         Some(())
     }
 
-    /// Applies until it is done, is refused for good, or is told to stop (`None`).
+    /// Retries until the batch is applied, is permanently refused, or the process stops (`None`).
     async fn apply(&mut self, reports: &[Report<'_>], stop: &CancellationToken) -> Option<sqlx::Result<Applied>> {
-        let mut trouble = Reconnect::default();
+        let mut backoff = Reconnect::default();
         loop {
             let limit = self.context.answer_timeout;
             let kinds = &self.context.kinds;
             match self.session.run(limit, async |conn| progress::apply(conn, &**kinds, reports).await).await {
                 Err(error) if !is_about_data(&error) => {
-                    let wait = trouble.next_wait();
-                    warn!(%error, wait_ms = wait.as_millis(), "results can't be counted; trying again");
+                    let wait = backoff.next_wait();
+                    warn!(%error, wait_ms = wait.as_millis(), "can't count results, trying again");
                     stop.run_until_cancelled(sleep(wait)).await?;
                 }
                 result => {

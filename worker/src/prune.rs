@@ -1,4 +1,4 @@
-//! Retention: deletes old runs, on a schedule or at an operator's word, in steps that leave room for live ones.
+//! Retention: deletes old runs, on schedule or on request, in small steps that leave capacity for live runs.
 
 use std::{
     collections::HashSet,
@@ -13,20 +13,20 @@ use tracing::{info, warn};
 
 use crate::context::Context;
 
-/// How often runs are looked for that can be deleted.
+/// How often old runs are deleted.
 const INTERVAL: Duration = Duration::from_secs(3_600);
 
 /// Runs deleted in one transaction.
 const RUNS: i64 = 20;
-/// Items deleted in one transaction: a few milliseconds' work.
+/// Items deleted in one transaction, which takes a few milliseconds.
 const ITEMS: i64 = 1_000;
-/// After each of those, a rest that is so many times as long while other runs are under way, so that they hardly notice; else
-/// it is as long: at least half of the database is for the others.
-const REST_BESIDE_OTHERS: u32 = 19;
-/// So often runs are tried to be deleted while somebody holds up the claims.
+/// After each of these transactions, the pause is this many times its duration while other runs are in progress, so that they
+/// hardly notice. Otherwise the pause equals its duration, which leaves at least half of the database's capacity.
+const PAUSE_BESIDE_OTHERS: u32 = 19;
+/// How often deleting runs is tried while claims are locked.
 const TRIES: u32 = 5;
-/// The first look after a start: not in the rush of a restart.
-const FIRST_LOOK: Duration = Duration::from_secs(60);
+/// The delay of the first prune, to stay out of the load of a restart.
+const FIRST_PRUNE: Duration = Duration::from_secs(60);
 
 /// What was deleted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,11 +37,8 @@ pub struct Pruned {
     pub items: u64,
 }
 
-/// Deletes all runs that were over for `after` (none: none of them), what an earlier prune has left behind, and scraps.
-/// Each step may take `limit`, and `progress` is called after it. Any number of processes may do so at once.
-///
-/// # Errors
-/// The database's.
+/// Deletes all runs that ended more than `after` ago (`None`: none), the remains of an interrupted prune, and housekeeping
+/// rows. Each step may take `limit`. `progress` is called after each step. Processes may do this concurrently.
 pub async fn prune(
     pool: &PgPool,
     after: Option<Duration>,
@@ -57,23 +54,23 @@ pub async fn prune(
         let mut waiting = HashSet::new();
         while let Some(step) = in_time(limit, prune::step(pool, ITEMS)).await? {
             if step.waits && !waiting.insert(step.run_id) {
-                // All that is left is being sent: the next prune deletes it.
+                // The remaining items are being sent. The next prune deletes them.
                 break;
             }
             pruned.items += step.items;
             progress(pruned);
-            sleep(begun.elapsed() * if step.beside_others { REST_BESIDE_OTHERS } else { 1 }).await;
+            sleep(begun.elapsed() * if step.beside_others { PAUSE_BESIDE_OTHERS } else { 1 }).await;
             begun = Instant::now();
         }
         if runs == 0 {
             break;
         }
     }
-    while in_time(limit, prune::scraps(pool, ITEMS)).await? > 0 {}
+    while in_time(limit, prune::housekeeping(pool, ITEMS)).await? > 0 {}
     Ok(pruned)
 }
 
-/// Tries again where somebody holds up the claims for a moment.
+/// Retries while claims are briefly locked.
 async fn delete_runs(pool: &PgPool, after: Option<Duration>, limit: Duration) -> sqlx::Result<usize> {
     let mut tries = 1;
     loop {
@@ -86,15 +83,15 @@ async fn delete_runs(pool: &PgPool, after: Option<Duration>, limit: Duration) ->
 
 /// Prunes on schedule until `stop`.
 pub(crate) async fn run(context: Context, keep: Option<Duration>, stop: CancellationToken) {
-    let mut wait = FIRST_LOOK;
+    let mut wait = FIRST_PRUNE;
     while stop.run_until_cancelled(sleep(wait)).await.is_some() {
         wait = INTERVAL;
         let prune = prune(&context.pool, keep, context.answer_timeout, |_| {});
         let Some(pruned) = stop.run_until_cancelled(prune).await else { return };
         match pruned {
             Ok(pruned) if pruned == Pruned::default() => {}
-            Ok(Pruned { runs, items }) => info!(runs, items, "old runs are deleted"),
-            Err(error) => warn!(%error, "old runs could not be deleted; trying again later"),
+            Ok(Pruned { runs, items }) => info!(runs, items, "old runs deleted"),
+            Err(error) => warn!(%error, "can't delete old runs, trying again later"),
         }
     }
 }

@@ -1,9 +1,9 @@
-//! After replays: takes the dead letters that they have sent on their way again off the queue.
+//! After replays: removes the replayed dead letters from the queue.
 //!
-//! The ledger decides what is replayed; this only keeps the management console's view of `mailrun.dead` true. It goes on beside
-//! the runs, one walk over the queue for all replays that have ended by then. A walk acknowledges the letters that match and
-//! moves the others to the tail, each confirmed there before it is acknowledged here. A crash may leave a letter too many, which
-//! the fence refuses, and never loses one.
+//! The ledger decides what is replayed; this only keeps the view of `mailrun.dead` in the management console accurate. It runs
+//! alongside the runs: one walk over the queue for all replays that have ended by then. A walk acknowledges the matching dead
+//! letters and moves the others to the tail, each confirmed there before it is acknowledged here. A crash may leave a
+//! duplicate, which the fence refuses, but never loses a dead dead.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -32,48 +32,48 @@ use crate::{
     scrub::{ScrubError, scrub},
 };
 
-/// How often the ledger is asked for replays that have ended.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// A walk that failed is tried again after this time, and later after up to the other.
-const FIRST_AGAIN: Duration = Duration::from_secs(1);
-const LAST_AGAIN: Duration = Duration::from_secs(60);
+/// How often the ledger is queried for ended replays.
+const READ_EVERY: Duration = Duration::from_secs(1);
+/// The wait before a failed walk is repeated grows from the first to the second.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LAST_WAIT: Duration = Duration::from_secs(60);
 
-/// Why a walk was broken off.
+/// Why a walk failed.
 #[derive(Debug, thiserror::Error)]
 enum TidyError {
     #[error(transparent)]
     Ledger(#[from] sqlx::Error),
     #[error(transparent)]
     Broker(#[from] BrokerError),
-    #[error("of erased people: {0}")]
+    #[error("scrubbing erased people: {0}")]
     Scrub(#[from] ScrubError),
 }
 
-/// Takes replayed dead letters off the queue until `stop`. Of several processes, one walks at a time.
+/// Removes replayed dead letters until `stop`. Only one process walks at a time.
 pub(crate) async fn run(context: Context, stop: CancellationToken) {
     let Context { pool, broker, publisher, answer_timeout: limit, .. } = context;
-    let mut trouble = Reconnect::between(FIRST_AGAIN, LAST_AGAIN);
-    let mut wait = LOOK_EVERY;
+    let mut backoff = Reconnect::between(FIRST_WAIT, LAST_WAIT);
+    let mut wait = READ_EVERY;
     while stop.run_until_cancelled(sleep(wait)).await.is_some() {
         if !broker.epoch().is_current() {
-            wait = LOOK_EVERY;
+            wait = READ_EVERY;
             continue;
         }
-        let tidied = async {
+        let result = async {
             tidy(&pool, &broker, &publisher, limit).await?;
             scrub(&pool, &broker, &publisher, limit).await?;
             Ok::<_, TidyError>(())
         };
-        let Some(tidied) = stop.run_until_cancelled(tidied).await else { return };
-        wait = match tidied {
+        let Some(result) = stop.run_until_cancelled(result).await else { return };
+        wait = match result {
             Ok(()) => {
-                trouble.reset();
-                LOOK_EVERY
+                backoff.reset();
+                READ_EVERY
             }
             Err(error) => {
-                // The ledger is the truth: a dead letter that stays behind is refused by the fence.
-                warn!(%error, "replayed dead letters stay on the queue; trying again");
-                trouble.next_wait()
+                // Harmless: the ledger is the source of truth, and the fence refuses a dead dead that stays behind.
+                warn!(%error, "replayed dead letters stay on the queue, trying again");
+                backoff.next_wait()
             }
         };
     }
@@ -83,7 +83,7 @@ async fn tidy(pool: &PgPool, broker: &Broker, publisher: &Publisher, limit: Dura
     if in_time(limit, passes::to_tidy(&mut *pool.acquire().await?)).await?.is_empty() {
         return Ok(());
     }
-    // Out of the pool: closing the connection gives the lock back, whatever becomes of the walk.
+    // Detached from the pool: closing the connection releases the lock, however the walk ends.
     let mut conn = pool.acquire().await?.detach();
     if !in_time(limit, passes::lock_tidying(&mut conn)).await? {
         return Ok(());
@@ -94,7 +94,7 @@ async fn tidy(pool: &PgPool, broker: &Broker, publisher: &Publisher, limit: Dura
         by_run.entry(replay.run_id).or_default().push(replay);
     }
     let walked =
-        walk_over(broker, publisher, |letter| if was_replayed(letter, &by_run) { Fate::Goes } else { Fate::Stays });
+        walk_over(broker, publisher, |delivery| if was_replayed(delivery, &by_run) { Fate::Goes } else { Fate::Stays });
     let Walked { changed, left } = walked.await?;
     info!(replays = replays.len(), taken = changed, left, "replayed dead letters are off the queue");
     if left == 0 {
@@ -103,22 +103,22 @@ async fn tidy(pool: &PgPool, broker: &Broker, publisher: &Publisher, limit: Dura
     Ok(())
 }
 
-/// Whether a replay has sent this letter's item on its way again: it is of the run, was dead when the replay began, and is what
-/// the replay was asked for.
-fn was_replayed(letter: &Delivery, replays: &HashMap<Uuid, Vec<&Replayed>>) -> bool {
-    let kind = letter.properties.kind().as_ref().map(lapin::types::ShortString::as_str);
-    let Ok(item) = decode::<ItemMessage>(kind, &letter.data) else { return false };
-    let state = match header_text(letter, REASON_HEADER).as_deref() {
+/// Whether a replay has released this dead dead's item again: it belongs to the run, died before the replay began, and matches the
+/// replay's filter.
+fn was_replayed(delivery: &Delivery, replays: &HashMap<Uuid, Vec<&Replayed>>) -> bool {
+    let kind = delivery.properties.kind().as_ref().map(lapin::types::ShortString::as_str);
+    let Ok(item) = decode::<ItemMessage>(kind, &delivery.data) else { return false };
+    let state = match header_text(delivery, REASON_HEADER).as_deref() {
         Some("failed") => ItemState::Failed,
         Some("unknown") => ItemState::Unknown,
         _ => return false,
     };
-    let header = |key: &str| letter.properties.headers().as_ref()?.inner().get(key).cloned();
+    let header = |key: &str| delivery.properties.headers().as_ref()?.inner().get(key).cloned();
     let Some(AMQPValue::LongLongInt(died_at)) = header(DIED_AT_HEADER) else { return false };
     let matches = |replay: &&Replayed| {
         died_at <= replay.created_at.timestamp_millis()
             && replay.states.contains(&state)
-            && replay.error.as_ref().is_none_or(|error| header_text(letter, ERROR_HEADER).as_ref() == Some(error))
+            && replay.error.as_ref().is_none_or(|error| header_text(delivery, ERROR_HEADER).as_ref() == Some(error))
     };
     replays.get(&item.run_id).is_some_and(|replays| replays.iter().any(matches))
 }

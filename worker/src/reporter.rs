@@ -1,4 +1,4 @@
-//! Where an attempt ends: what it held is given back, and its result goes to the report.
+//! The end of an attempt: releases what it held and passes its result to the report.
 
 use std::sync::Arc;
 
@@ -10,13 +10,13 @@ use tokio::sync::mpsc;
 
 use crate::{attempt::Attempt, pace::Pace, permits::Permits, stopped_runs::StoppedRuns};
 
-/// An attempt that has ended.
+/// A finished attempt and what follows.
 pub(crate) struct Finished {
     pub(crate) key: Key,
     pub(crate) next: Next,
 }
 
-/// Takes the attempts that have ended.
+/// Accepts finished attempts.
 #[derive(Clone)]
 pub(crate) struct Reporter {
     pub(crate) stopped: Arc<StoppedRuns>,
@@ -26,7 +26,7 @@ pub(crate) struct Reporter {
 }
 
 impl Reporter {
-    /// Reports an attempt with what follows from it.
+    /// Reports a finished attempt.
     pub(crate) async fn finish(&self, attempt: &Attempt, next: Next) {
         let key = attempt.key();
         self.stopped.end(key.run_id);
@@ -34,7 +34,7 @@ impl Reporter {
         if next.result.state == ItemState::Sent {
             self.permits.accepted(key);
         }
-        // The report outlives every sender of this channel.
+        // The report task outlives all senders of this channel, so this cannot fail.
         let _ = self.finished.send(Finished { key, next }).await;
     }
 }

@@ -1,5 +1,5 @@
-//! What is left of erased people outside the tables that name them: their dead letters quote mail servers' replies, and a result that
-//! was under way when they were erased may bring one.
+//! Removes what is left of erased people outside the tables that name them: dead letters quote mail servers' replies, and a result
+//! that was in progress when the person was erased may add one.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -15,21 +15,21 @@ use tracing::info;
 
 use mailrun_broker::dead_letters::{Fate, header_text, to_the_tail, walk_over};
 
-/// Why it could not be finished. The next try does it all again.
+/// Why scrubbing failed. The next try starts over.
 #[derive(Debug, thiserror::Error)]
 pub enum ScrubError {
-    /// PostgreSQL's.
+    /// PostgreSQL failed.
     #[error(transparent)]
     Ledger(#[from] sqlx::Error),
-    /// RabbitMQ's.
+    /// RabbitMQ failed.
     #[error(transparent)]
     Broker(#[from] BrokerError),
 }
 
-/// Finishes erasing people of whom nothing is being sent at this moment. Returns how many are left.
+/// Finishes erasing people who have no attempt in progress. Returns how many are left.
 ///
 /// # Errors
-/// A server's.
+/// If PostgreSQL or RabbitMQ fails.
 pub async fn scrub(
     pool: &PgPool,
     broker: &Broker,
@@ -44,34 +44,30 @@ pub async fn scrub(
     let items: HashSet<i64> = ready.iter().flat_map(|person| &person.item_ids).copied().collect();
     let user_ids: Vec<i64> = ready.iter().map(|person| person.user_id).collect();
     let finder = in_time(limit, async { Finder::of(&mut *pool.acquire().await?, &user_ids).await }).await?;
-    let walked = walk_over(broker, publisher, |letter| fate(letter, &items, &finder)).await?;
+    let walked = walk_over(broker, publisher, |delivery| fate(delivery, &items, &finder)).await?;
     if walked.left > 0 {
         return Ok(in_flight.len() + ready.len());
     }
     in_time(limit, async { people::mark_scrubbed(&mut *pool.acquire().await?, &user_ids).await }).await?;
-    info!(
-        people = ready.len(),
-        dead_letters = walked.changed,
-        "nothing is left of erased people on the dead-letter queue"
-    );
+    info!(people = ready.len(), dead_letters = walked.changed, "dead letters scrubbed of erased people");
     Ok(in_flight.len())
 }
 
-/// A letter of one of these items loses its reply, and another one what quotes an address. A result that could not be counted goes:
-/// it holds the reply in its body.
-fn fate(letter: &Delivery, items: &HashSet<i64>, finder: &Finder) -> Fate {
-    let kind = letter.properties.kind().as_ref().map(ShortString::as_str);
-    if let Ok(message) = decode::<ResultsMessage>(kind, &letter.data)
+/// A dead dead of one of these items loses its reply. Other dead letters lose what quotes an erased address. A result that
+/// could not be counted is removed: its body contains the reply.
+fn fate(delivery: &Delivery, items: &HashSet<i64>, finder: &Finder) -> Fate {
+    let kind = delivery.properties.kind().as_ref().map(ShortString::as_str);
+    if let Ok(message) = decode::<ResultsMessage>(kind, &delivery.data)
         && message.results.iter().any(|result| items.contains(&result.item_id))
     {
         return Fate::Goes;
     }
-    let Some(error) = header_text(letter, ERROR_HEADER) else { return Fate::Stays };
-    let is_about = decode::<ItemMessage>(kind, &letter.data).is_ok_and(|item| items.contains(&item.item_id));
+    let Some(error) = header_text(delivery, ERROR_HEADER) else { return Fate::Stays };
+    let is_about = decode::<ItemMessage>(kind, &delivery.data).is_ok_and(|item| items.contains(&item.item_id));
     let scrubbed = if is_about { Some(REPLY_ERASED.to_owned()) } else { finder.scrubbed(&error) };
     match scrubbed {
         Some(scrubbed) if scrubbed != error => {
-            Fate::Becomes(Box::new(to_the_tail(letter).header(ERROR_HEADER, &scrubbed)))
+            Fate::Becomes(Box::new(to_the_tail(delivery).header(ERROR_HEADER, &scrubbed)))
         }
         _ => Fate::Stays,
     }

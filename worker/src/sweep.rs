@@ -1,9 +1,9 @@
-//! The sweeper: puts back what is missing from the conveyor, and only that.
+//! The sweeper: republishes messages that are missing from the broker.
 //!
-//! It looks at runs whose counters have not moved for long. A purged queue, a lost broker, a dead worker's claims: each
-//! leaves a trace in the ledger by which the missing message is written again. What it puts back by mistake is absorbed by
-//! the fence and the join, so it may be wrong, but it must not be noisy: each run is left alone for twice as long after
-//! each sweep that did not get it moving.
+//! It checks runs whose counters have not moved for a while. A purged queue, a lost broker, or a dead worker's claims each leave
+//! a trace in the ledger, from which the missing message is published again. The fence and the join absorb what is republished
+//! by mistake, so the sweeper may be wrong. It must not flood the queues, though: after each sweep that did not get a run
+//! moving, the wait before the next one doubles.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -32,13 +32,13 @@ use uuid::Uuid;
 use crate::{context::Context, kinds::Kind};
 use mailrun_core::outcome::{Repair, after_death, repair};
 
-/// A run is looked at again after at most this time, however often it was in vain.
-const LONGEST_REST: Duration = Duration::from_secs(600);
+/// The longest wait before the next sweep of the same run.
+const LONGEST_BACKOFF: Duration = Duration::from_secs(600);
 
-/// Items that are put back in one go.
+/// Items that are republished in one batch.
 pub const BATCH: i64 = 1_000;
 
-/// Why a sweep was broken off. The next one does it all again.
+/// Why a sweep failed. The next one starts over.
 #[derive(Debug, thiserror::Error)]
 enum SweepError {
     #[error(transparent)]
@@ -47,28 +47,27 @@ enum SweepError {
     Broker(#[from] BrokerError),
 }
 
-/// A stalled run that was swept: until when to leave it alone.
+/// When to sweep a stalled run again.
 #[derive(Clone, Copy, Debug)]
-struct Rest {
+struct Backoff {
     until: Instant,
     length: Duration,
 }
 
-/// The sweeper of one process. Of several, one sweeps at a time.
+/// The sweeper of one process. Only one process sweeps at a time.
 #[derive(Debug)]
 pub struct Sweeper {
     context: Context,
     settings: SweepConfig,
-    resting: HashMap<Uuid, Rest>,
-    /// Runs that could not be swept the last time, of which that is logged already.
+    backoffs: HashMap<Uuid, Backoff>,
+    /// Runs whose last sweep failed, and was logged.
     failing: HashSet<Uuid>,
 }
 
 impl Sweeper {
-    /// The sweeper of this process.
     #[must_use]
     pub(crate) fn new(context: Context, settings: SweepConfig) -> Self {
-        Self { context, settings, resting: HashMap::new(), failing: HashSet::new() }
+        Self { context, settings, backoffs: HashMap::new(), failing: HashSet::new() }
     }
 
     /// Sweeps until `stop`.
@@ -76,20 +75,20 @@ impl Sweeper {
         metric::begin(metric::SWEEPS, "end", ["done", "broken_off"]);
         metric::begin(metric::REPAIRS, "repair", Repairs::default().by_name().map(|(name, _)| name));
         let interval = self.settings.interval;
-        let mut broken = false;
+        let mut failed = false;
         while stop.run_until_cancelled(sleep(interval)).await.is_some() {
             match stop.run_until_cancelled(self.sweep()).await {
                 Some(Err(error)) => {
                     counter!(metric::SWEEPS, "end" => "broken_off").increment(1);
-                    // Once, not with each of the tries that follow.
-                    if !broken {
-                        warn!(%error, "the sweep was broken off; it is tried again");
+                    // Logged once, not for each retry.
+                    if !failed {
+                        warn!(%error, "sweep failed, trying again");
                     }
-                    broken = true;
+                    failed = true;
                 }
                 Some(Ok(())) => {
                     counter!(metric::SWEEPS, "end" => "done").increment(1);
-                    broken = false;
+                    failed = false;
                 }
                 None => return,
             }
@@ -110,48 +109,50 @@ impl Sweeper {
             return Ok(());
         }
         let stalled = in_time(limit, sweep::stalled_runs(&mut tx, self.stalled_after())).await?;
-        self.resting.retain(|run_id, _| stalled.iter().any(|run| run.run_id == *run_id));
+        self.backoffs.retain(|run_id, _| stalled.iter().any(|run| run.run_id == *run_id));
         let now = Instant::now();
         let due: Vec<Stalled> = stalled
             .into_iter()
-            .filter(|run| self.resting.get(&run.run_id).is_none_or(|rest| rest.until <= now))
+            .filter(|run| self.backoffs.get(&run.run_id).is_none_or(|backoff| backoff.until <= now))
             .collect();
         if due.is_empty() {
             return Ok(());
         }
-        let taken = self.queues_are_empty().await? && !in_time(limit, sweep::all_lanes_closed(&mut tx)).await?;
+        let may_repair = self.queues_are_empty().await? && !in_time(limit, sweep::all_lanes_closed(&mut tx)).await?;
         self.failing.retain(|run_id| due.iter().any(|run| run.run_id == *run_id));
         for run in due {
-            match self.sweep_run(&mut tx, &run, taken).await {
+            match self.sweep_run(&mut tx, &run, may_repair).await {
                 Ok(()) => {
                     self.failing.remove(&run.run_id);
                 }
-                // The others must not wait for it.
+                // Other runs must not wait for it.
                 Err(error) => {
                     if self.failing.insert(run.run_id) {
-                        warn!(run_id = %run.run_id, %error, "a run can't be swept; trying again later");
+                        warn!(run_id = %run.run_id, %error, "a run can't be swept, trying again later");
                     }
                     continue;
                 }
             }
-            if !taken {
+            if !may_repair {
                 continue;
             }
-            let length =
-                self.resting.get(&run.run_id).map_or(self.stalled_after(), |rest| (rest.length * 2).min(LONGEST_REST));
-            self.resting.insert(run.run_id, Rest { until: Instant::now() + length, length });
+            let length = self
+                .backoffs
+                .get(&run.run_id)
+                .map_or(self.stalled_after(), |backoff| (backoff.length * 2).min(LONGEST_BACKOFF));
+            self.backoffs.insert(run.run_id, Backoff { until: Instant::now() + length, length });
         }
         in_time(limit, tx.commit()).await?;
         Ok(())
     }
 
-    /// Sweeps one run. What goes wrong with it in the ledger is undone, and does not spoil the sweep's transaction.
-    async fn sweep_run(&self, conn: &mut PgConnection, run: &Stalled, taken: bool) -> Result<(), SweepError> {
+    /// Sweeps one run, in a savepoint: an error of the ledger does not spoil the sweep's transaction.
+    async fn sweep_run(&self, conn: &mut PgConnection, run: &Stalled, may_repair: bool) -> Result<(), SweepError> {
         let limit = self.context.answer_timeout;
         let mut point = in_time(limit, conn.begin()).await?;
         let mut repairs = Repairs { driven: self.drive(run).await?, ..Repairs::default() };
-        // Items of a job that this program does not have are left to one that does.
-        if let Some(job) = self.context.kinds.get(&run.kind).filter(|_| taken) {
+        // Items of a job that this program does not have are left to a program that does.
+        if let Some(job) = self.context.kinds.get(&run.kind).filter(|_| may_repair) {
             self.repair_items(&mut point, run, job, &mut repairs).await?;
         }
         in_time(limit, sweep::record(&mut point, run.run_id, repairs)).await?;
@@ -162,16 +163,16 @@ impl Sweeper {
         Ok(())
     }
 
-    /// Items that wait on the queue are not missing: the senders are busy, or there are none. Nor is a result missing that waits
-    /// to be counted: what a worker has reported before it died is not unknown.
+    /// Whether no item or result is waiting. Items on the queue are not missing: the senders are busy, or there are none. And
+    /// as long as results wait to be counted, an attempt of a dead worker may still turn out to be reported.
     async fn queues_are_empty(&self) -> Result<bool, SweepError> {
         Ok(self.context.broker.waiting_items().await? == 0 && self.context.broker.waiting_results().await? == 0)
     }
 
-    /// Puts the message back that drives the run's present pass, if none was seen lately; returns how many it put back.
+    /// Republishes the run message of the current pass if none was seen lately. Returns how many messages it published.
     async fn drive(&self, run: &Stalled) -> Result<i64, SweepError> {
         let (run_id, Some(command)) = (run.run_id, missing_command(run)) else { return Ok(0) };
-        info!(%run_id, ?command, "nothing drives this run any more: its message is put back");
+        info!(%run_id, ?command, "run stalled, republishing its command");
         self.context.publisher.publish_soon(vec![Outgoing::new(&RunMessage { run_id, command })]).await?;
         Ok(1)
     }
@@ -193,7 +194,7 @@ impl Sweeper {
             after = last.position;
             let mut mending = Mending::default();
             for item in &items {
-                // Senders drop what belongs to a paused run; it is put back when the run goes on.
+                // Senders drop items of a paused run. They are republished when it is resumed.
                 if run.wanted != Wanted::Paused || item.owner.is_some() {
                     mending.add(item, job);
                 }
@@ -201,7 +202,7 @@ impl Sweeper {
             let Mending { repairs, messages, results } = mending;
             if repairs != Repairs::default() {
                 let Repairs { put_back, buried, told_again, .. } = repairs;
-                info!(%run_id, put_back, buried, told_again, "items were missing from the conveyor");
+                info!(%run_id, put_back, buried, told_again, "missing items repaired");
             }
             *all += repairs;
             self.context.publisher.publish_soon(messages).await?;
@@ -210,7 +211,7 @@ impl Sweeper {
     }
 }
 
-/// The command whose message no longer drives a stalled run. None: one does, or none is needed.
+/// The command to republish for a stalled run. `None`: its message exists, or none is needed.
 #[must_use]
 pub fn missing_command(run: &Stalled) -> Option<Command> {
     match run.wanted {
@@ -220,19 +221,19 @@ pub fn missing_command(run: &Stalled) -> Option<Command> {
     }
 }
 
-/// What puts open items right that are overdue.
+/// The repairs of overdue open items.
 #[derive(Debug, Default)]
 pub struct Mending {
-    /// How many of them need what.
+    /// The number of repairs of each kind.
     pub repairs: Repairs,
-    /// To be published first, and confirmed.
+    /// To publish first, and confirm.
     pub messages: Vec<Outgoing>,
-    /// To be applied after that.
+    /// To report after that.
     pub results: Vec<ItemResult>,
 }
 
 impl Mending {
-    /// Adds what this item of the job needs, if anything.
+    /// Adds the repair that this item needs, if any.
     pub fn add(&mut self, item: &OpenItem, job: &dyn Kind) {
         match repair(item.owner) {
             Repair::Leave => {}
@@ -257,7 +258,7 @@ impl Mending {
         }
     }
 
-    /// Whether nothing is to be done.
+    /// Whether there is nothing to repair.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.repairs == Repairs::default()

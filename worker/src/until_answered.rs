@@ -1,26 +1,26 @@
-//! Waits for a PostgreSQL that does not answer yet.
+//! Retries a query until PostgreSQL answers.
 
 use mailrun_core::retry::Reconnect;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-/// Asks PostgreSQL until it answers; `trouble` says what can't be done meanwhile. None: told to stop before that.
+/// Repeats `query` until PostgreSQL answers. `problem` is logged with each failure. `None`: stopped before that.
 pub(crate) async fn until_answered<T, F>(
-    trouble: &str,
+    problem: &str,
     stop: &CancellationToken,
-    mut ask: impl FnMut() -> F,
+    mut query: impl FnMut() -> F,
 ) -> Option<T>
 where
     F: Future<Output = sqlx::Result<T>>,
 {
     let mut waits = Reconnect::default();
     loop {
-        match stop.run_until_cancelled(ask()).await? {
+        match stop.run_until_cancelled(query()).await? {
             Ok(answer) => return Some(answer),
             Err(error) => {
                 let wait = waits.next_wait();
-                warn!(%error, wait_ms = wait.as_millis(), "{trouble}; trying again");
+                warn!(%error, wait_ms = wait.as_millis(), "{problem}, trying again");
                 stop.run_until_cancelled(sleep(wait)).await?;
             }
         }

@@ -1,4 +1,4 @@
-//! Claims. Inserting the row is claiming the attempt; the primary key sees to it that only one worker ever does.
+//! Claims. To claim an attempt is to insert its row; the primary key ensures that only one worker ever does.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -22,25 +22,25 @@ use mailrun_core::{
     run::Wanted,
 };
 
-/// A claim that was granted.
+/// A granted claim.
 #[derive(Clone, Debug)]
 pub struct Granted {
-    /// What was claimed.
+    /// The claimed attempt.
     pub key: Key,
-    /// The kind of its run; none: the run was deleted.
+    /// The kind of its run. `None`: the run was deleted.
     pub kind: Option<String>,
-    /// The item's place in its run, from 1.
+    /// The item's position in its run, from 1.
     pub position: i32,
     /// The item's own data.
     pub data: Option<Value>,
-    /// Why no worker will make the attempt. None: the claiming worker has it.
+    /// Why no worker makes the attempt. `None`: the claiming worker makes it.
     pub withheld: Option<Withheld>,
 }
 
 const CANCELLED: i64 = 0;
 const DELETED: i64 = -2;
 
-/// What stands for this reason in place of a worker's id. Workers count from 1. No job has a reason with the code 2.
+/// The worker id that encodes a reason. Real worker ids start at 1. No job uses the reason code 2.
 fn owner_for(why: Withheld) -> i64 {
     match why {
         Withheld::Cancelled => CANCELLED,
@@ -49,7 +49,7 @@ fn owner_for(why: Withheld) -> i64 {
     }
 }
 
-/// The reason that stands in place of a worker's id; none: it is a worker's.
+/// The reason that a worker id encodes. `None`: it is the id of a worker.
 fn withheld(worker_id: i64) -> Option<Withheld> {
     match worker_id {
         CANCELLED => Some(Withheld::Cancelled),
@@ -59,7 +59,7 @@ fn withheld(worker_id: i64) -> Option<Withheld> {
     }
 }
 
-/// Keys as the columns of an array each, for a statement.
+/// Keys as one array for each column, for use in a statement.
 #[derive(Debug, Default)]
 struct Columns {
     run_ids: Vec<Uuid>,
@@ -79,21 +79,17 @@ impl Columns {
     }
 }
 
-/// Claims attempts for a worker: those that are neither outdated nor claimed by anyone, of runs of these kinds (none: of any) that are
-/// not paused.
-/// Those not returned were refused; [`find`] says why. The `WHERE` clause is [`Standing::allows`]. Run and item must both match: a message
-/// of another ledger names an item that may exist here, of another run.
+/// Claims attempts for a worker: those that are neither outdated nor claimed, of runs that are not paused and have one of these
+/// kinds (`None`: any kind). The others were refused; [`find`] says why. The `WHERE` clause is [`Standing::allows`]. Run and
+/// item must both match, because a message of another ledger may name an item id that exists here in another run.
 ///
-/// In a cancelled run the claim goes to no worker: the attempt will never be made, and anyone may report that, now or later. Jobs
-/// withhold more, in the same transaction: see [`withhold`].
+/// In a cancelled run the claim goes to no worker: the attempt will never be made, and any process may report that, now or
+/// later. Jobs withhold more in the same transaction: see [`withhold`].
 ///
-/// The worker's receipt is written by the same statement, whatever is granted.
+/// The same statement writes the worker's receipt, whatever is granted.
 ///
-/// `IS TRUE` makes the last look one into a hash table. PostgreSQL, which expects a row or two, might compare each of them with
-/// each as a join.
-///
-/// # Errors
-/// The database's.
+/// `IS TRUE` turns the last lookup into a hash lookup. PostgreSQL expects one or two rows, and might otherwise plan a nested
+/// loop join that compares every pair.
 pub async fn claim(
     conn: &mut PgConnection,
     worker_id: i64,
@@ -150,9 +146,6 @@ pub async fn claim(
 }
 
 /// Withholds attempts that the caller's transaction has claimed: no worker will ever make them.
-///
-/// # Errors
-/// The database's.
 pub async fn withhold(conn: &mut PgConnection, claims: &[(Key, Withheld)]) -> sqlx::Result<()> {
     let keys: Vec<Key> = claims.iter().map(|(key, _)| *key).collect();
     let Columns { item_ids, numbers, .. } = Columns::of(&keys);
@@ -170,32 +163,29 @@ pub async fn withhold(conn: &mut PgConnection, claims: &[(Key, Withheld)]) -> sq
     Ok(())
 }
 
-/// The rate limits that a claim has to keep.
+/// The rate limits that apply to a claim.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Those of runs that have one; under a limit of the installation, of every run that is asked for.
+    /// The limits of runs that have one. If the installation has a limit, this lists every requested run.
     pub runs: BTreeMap<Uuid, Option<Rate>>,
-    /// That of the installation.
+    /// The limit of the installation.
     pub installation: Option<Rate>,
-    /// Slots of earlier attempts, by run, that were granted and not used.
+    /// By run: slots that were granted to earlier attempts and not used.
     pub unused: HashMap<Uuid, i32>,
 }
 
-/// The meters of a claim under rate limits, locked until the caller's transaction ends.
+/// The meters of a rate-limited claim, locked until the caller's transaction ends.
 #[derive(Debug)]
 pub struct Paced {
     meters: pacing::Locked,
-    /// Those whose send time lies within reach: to be claimed.
+    /// The attempts to claim: their send time is within reach.
     pub due: Vec<Key>,
-    /// The others, and how long each has to wait for its send time.
+    /// The other attempts, and the wait until their send time.
     pub not_due: Vec<(Key, Duration)>,
 }
 
 impl Paced {
-    /// Locks the meters, and finds out which attempts have a send time within `ahead`.
-    ///
-    /// # Errors
-    /// The database's.
+    /// Locks the meters, and determines which attempts have a send time within `ahead`.
     pub async fn lock(conn: &mut PgConnection, keys: &[Key], limits: &Limits, ahead: Duration) -> sqlx::Result<Self> {
         let mut meters = pacing::lock(conn, &limits.runs, limits.installation).await?;
         for (run_id, slots) in &limits.unused {
@@ -206,11 +196,8 @@ impl Paced {
         Ok(Self { meters, due, not_due })
     }
 
-    /// Reserves the send times of those that were granted, in the order in which they were asked for. What was refused or is
-    /// withheld takes none. Returns how long each has to wait, and what was not due.
-    ///
-    /// # Errors
-    /// The database's.
+    /// Reserves send times for the granted attempts, in the order of the request. Refused and withheld attempts take none.
+    /// Returns the wait of each attempt, and what was not due.
     pub async fn reserve(
         mut self,
         conn: &mut PgConnection,
@@ -227,7 +214,7 @@ impl Paced {
     }
 }
 
-/// Which attempts have a slot by `until`, and how long the others have to wait for theirs.
+/// The attempts with a slot by `until`, and how long the others must wait for theirs.
 fn split_by_slot(meters: &pacing::Locked, keys: &[Key], until: DateTime<Utc>) -> (Vec<Key>, Vec<(Key, Duration)>) {
     let mut meters = meters.clone();
     let (mut due, mut not_due) = (Vec::new(), Vec::new());
@@ -244,11 +231,8 @@ fn wait(slot: DateTime<Utc>, now: DateTime<Utc>) -> Duration {
     (slot - now).to_std().unwrap_or_default()
 }
 
-/// Reserves a send time for an attempt that is claimed already: its first one went unused, or it is offered once more. Returns
-/// how long it has to wait for it; none, if that is longer than `longest`, and then nothing is reserved.
-///
-/// # Errors
-/// The database's.
+/// Reserves a send time for an attempt that is already claimed: its first one went unused, or it is offered again. Returns the wait
+/// until the send time. `None`: the wait would exceed `longest`, and nothing is reserved.
 pub async fn reserve(
     conn: &mut PgConnection,
     run_id: Uuid,
@@ -270,7 +254,7 @@ pub async fn reserve(
     Ok(reserved.then_some(wait))
 }
 
-/// A claim as it is read.
+/// A row of `attempts`.
 pub(super) struct Held {
     pub(super) item_id: i64,
     pub(super) number: i32,
@@ -279,7 +263,7 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Whose it is, as far as the claim says: there may be a receipt as well.
+    /// The owner according to the claim alone. There may also be a receipt.
     fn owner(&self) -> Option<Owner> {
         self.worker_id.map(|id| match withheld(id) {
             Some(why) => Owner::Nobody(why),
@@ -288,7 +272,7 @@ impl Held {
     }
 }
 
-/// The owners of claims, in their order.
+/// The owners of claims, in the same order.
 pub(super) async fn owners(conn: &mut PgConnection, claims: &[Held]) -> sqlx::Result<Vec<Option<Owner>>> {
     let mut owners: Vec<Option<Owner>> = claims.iter().map(Held::owner).collect();
     let (mut workers, items): (Vec<i64>, Vec<i64>) = claims
@@ -312,11 +296,8 @@ pub(super) async fn owners(conn: &mut PgConnection, claims: &[Held]) -> sqlx::Re
     Ok(owners)
 }
 
-/// Looks up attempts whose claim was refused, with the kind of their run. One that isn't returned names an item that doesn't
-/// exist in this run.
-///
-/// # Errors
-/// The database's.
+/// Looks up attempts whose claim was refused, with the kind of their run. A missing attempt names an item that does not exist
+/// in this run.
 pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<(Found, Option<String>)>> {
     struct Row {
         run_id: Uuid,
@@ -364,10 +345,7 @@ pub async fn find(conn: &mut PgConnection, keys: &[Key]) -> sqlx::Result<Vec<(Fo
         .collect())
 }
 
-/// Where items stand, to see whether a reported outcome has been applied; none: in a state of a later version.
-///
-/// # Errors
-/// The database's.
+/// The standings of items, to see whether a reported outcome was applied. `None`: in a state of a later version.
 pub async fn standings(conn: &mut PgConnection, item_ids: &[i64]) -> sqlx::Result<Vec<(i64, Option<Standing>)>> {
     let rows = sqlx::query!(
         r#"SELECT id, attempt, state AS "state: Stored<ItemState>" FROM run_items WHERE id = ANY($1)"#,

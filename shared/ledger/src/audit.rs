@@ -1,7 +1,7 @@
-//! The ledger looked at as a whole: whether the counters equal the items they count, and people's flags what became of them.
+//! Checks the whole ledger: whether the counters equal the items, and whether people's flags match their invitations.
 //!
-//! All of it holds at every commit, so what is found here was changed by hand, or lost with a disk. That is why somebody
-//! else than the columns' writers may repair it: what is written is what the writer would have.
+//! Both hold after every commit. A difference was caused by a manual change or by data loss. That is why a repair may write columns
+//! that belong to other processes: it writes what they would have written.
 
 use std::time::Duration;
 
@@ -17,40 +17,37 @@ use mailrun_core::{
     run::{Counters, Wanted},
 };
 
-/// Begins to read: until the transaction ends, everything is seen as it was at its first statement, so that what is counted
-/// in one table and read in another belongs together while runs go on.
-///
-/// # Errors
-/// The database's.
+/// Begins a read-only snapshot: until the transaction ends, all queries see the same moment, so that counts from different
+/// tables are consistent while runs continue.
 pub async fn snapshot(pool: &PgPool) -> sqlx::Result<Transaction<'static, Postgres>> {
     let mut tx = pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY").await?;
     without_timeout(&mut tx).await?;
     Ok(tx)
 }
 
-/// Going over the whole ledger may take longer than other statements.
+/// A scan of the whole ledger may take longer than the statement timeout.
 async fn without_timeout(conn: &mut PgConnection) -> sqlx::Result<()> {
     sqlx::query("SET LOCAL statement_timeout = 0").execute(conn).await?;
     Ok(())
 }
 
-/// A run whose counters are not what they have to be.
+/// A run whose counters are wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drift {
     /// The run.
     pub run_id: Uuid,
-    /// How many items the run was accepted with.
+    /// The number of items the run was accepted with.
     pub accepted: i32,
-    /// The counters.
+    /// The stored counters.
     pub shown: Counters,
-    /// The items.
+    /// The counts of the items.
     pub counted: Counters,
-    /// Whether the run is taken for finished.
+    /// Whether the run is marked as finished.
     pub finished: bool,
 }
 
 impl Drift {
-    /// Each counter that is wrong: its name, what it says, and how many items there are.
+    /// Each wrong counter: its name, its value, and the real count.
     #[must_use]
     pub fn wrong(&self) -> Vec<(&'static str, i32, i32)> {
         let (shown, counted) = (self.shown, self.counted);
@@ -59,23 +56,21 @@ impl Drift {
         all.filter(|(_, shown, counted)| shown != counted).collect()
     }
 
-    /// Whether the run is taken for finished and isn't, or the other way round.
+    /// Whether the run is marked as finished and is not, or the reverse.
     #[must_use]
     pub fn ended_wrongly(&self) -> bool {
         self.finished != (self.counted.open() == 0)
     }
 
-    /// Items that the run was accepted with and that are not there any more.
+    /// How many of the accepted items no longer exist.
     #[must_use]
     pub fn missing(&self) -> i32 {
         self.accepted - self.counted.total
     }
 }
 
-/// Every run whose counters differ from its items. One with items in a state of a later version can't be judged by this one.
-///
-/// # Errors
-/// The database's.
+/// All runs whose counters differ from their items. Runs with items in a state of a later version are skipped: only that
+/// version can judge them.
 pub async fn drift(conn: &mut PgConnection) -> sqlx::Result<Vec<Drift>> {
     let rows = sqlx::query!(
         r#"SELECT p.run_id AS "run_id!", r.total AS accepted, p.finished_at IS NOT NULL AS "finished!", p.total AS "total!",
@@ -96,16 +91,15 @@ pub async fn drift(conn: &mut PgConnection) -> sqlx::Result<Vec<Drift>> {
     Ok(all.filter(|run| run.shown != run.counted || run.ended_wrongly() || run.missing() != 0).collect())
 }
 
-/// Counts a run anew, while results go on being applied.
+/// Recounts a run while results continue to be applied.
 ///
-/// Whoever applies results writes items first and counters last, by what they change, in one transaction. So the counters'
-/// row is locked first, and then the items are counted by a statement of its own: it sees the items of everybody who has
-/// moved the counters before, and of nobody who still waits to.
+/// Results are applied in one transaction that writes the items first, and changes the counters last by a difference. So this
+/// locks the counters' row first and counts the items in a separate statement. That statement sees the items of every
+/// transaction that has already changed the counters, and of none that is still waiting to.
 ///
-/// A run with items in a state of a later version is left alone: that version may count them in a counter of its own.
-///
+/// A run with items in a state of a later version is skipped: that version may have its own counter for them.
 /// # Errors
-/// The database's; nothing is changed then.
+/// On an error nothing is changed.
 pub async fn recount(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<()> {
     let mut tx = conn.begin().await?;
     without_timeout(&mut tx).await?;
@@ -135,19 +129,16 @@ pub async fn recount(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<()> 
     tx.commit().await
 }
 
-/// People whose *emailed* flag says something else than their invitation.
+/// The number of people whose *emailed* flag contradicts their invitation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
-    /// Their invitation was sent, and the flag does not say so.
+    /// The invitation was sent, and the flag is not set.
     pub missing: i64,
-    /// The flag says so, and their invitation was not sent.
+    /// The flag is set, and the invitation was not sent.
     pub wrong: i64,
 }
 
-/// Counts them. Of people without an invitation that counts nothing can be said: it may be pruned.
-///
-/// # Errors
-/// The database's.
+/// Counts wrong flags. People without an invitation that counts are skipped: it may have been pruned.
 pub async fn flags(conn: &mut PgConnection) -> sqlx::Result<Flags> {
     sqlx::query_as!(
         Flags,
@@ -160,22 +151,21 @@ pub async fn flags(conn: &mut PgConnection) -> sqlx::Result<Flags> {
     .await
 }
 
-/// Makes every flag say what became of the invitation.
+/// Corrects all flags.
 ///
-/// # Errors
-/// The database's; nothing is changed then.
+/// On an error nothing is changed.
 pub async fn correct_flags(pool: &PgPool) -> sqlx::Result<()> {
     let mut tx = pool.begin().await?;
     without_timeout(&mut tx).await?;
-    // Sent is final, so nobody can have changed it meanwhile.
+    // `sent` is final, so nothing can have changed it in the meantime.
     sqlx::query!(
         "UPDATE users u SET emailed_at = coalesce(i.finished_at, now())
          FROM run_items i WHERE i.user_id = u.id AND i.active AND i.state = 'sent' AND u.emailed_at IS NULL"
     )
     .execute(&mut *tx)
     .await?;
-    // The items are locked, so that none becomes sent before its person's flag is off: whoever applies that result writes
-    // the item first, waits here, and then sets the flag again.
+    // The items are locked, so that none becomes `sent` before its person's flag is cleared. A process that applies such a result
+    // writes the item first, waits here, and then sets the flag again.
     sqlx::query!(
         "WITH wrong AS (
              SELECT u.id FROM run_items i JOIN users u ON u.id = i.user_id
@@ -191,21 +181,18 @@ pub async fn correct_flags(pool: &PgPool) -> sqlx::Result<()> {
     tx.commit().await
 }
 
-/// A run of which something is still open.
+/// A run with open items or an unfinished pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unfinished {
     /// The run.
     pub run_id: Uuid,
     /// Its kind.
     pub kind: String,
-    /// What a person wants of it.
+    /// Its wanted state.
     pub wanted: Wanted,
 }
 
-/// The runs of which something is still open, oldest first.
-///
-/// # Errors
-/// The database's.
+/// The unfinished runs, oldest first.
 pub async fn unfinished(conn: &mut PgConnection) -> sqlx::Result<Vec<Unfinished>> {
     let rows = sqlx::query!(
         r#"SELECT r.id AS run_id, r.kind, r.wanted AS "wanted: Stored<Wanted>" FROM run_progress p JOIN runs r ON r.id = p.run_id
@@ -219,20 +206,17 @@ pub async fn unfinished(conn: &mut PgConnection) -> sqlx::Result<Vec<Unfinished>
         .collect())
 }
 
-/// A run that has not progressed although it has items that are due.
+/// A run that makes no progress although items are due.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NoProgress {
     /// The run.
     pub run_id: Uuid,
-    /// For how long, in seconds.
+    /// How long it has made no progress, in seconds.
     pub for_s: f64,
 }
 
 /// The runs that are neither paused nor held by a closed relay, have due items, and have not progressed for `after`, or for
-/// three times what their share of the installation's rate limit takes for an item.
-///
-/// # Errors
-/// The database's.
+/// three times the interval of their share of the installation's rate limit.
 pub async fn without_progress(
     conn: &mut PgConnection,
     after: Duration,
@@ -258,19 +242,16 @@ pub async fn without_progress(
     .await
 }
 
-/// Items that a person has to look at: each should have a dead letter, for those who look at the queue.
+/// Items that need a person's attention. Each should also have a dead letter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Troubled {
-    /// They were not sent.
+    /// Not sent.
     pub failed: i64,
-    /// Nobody can know whether they were.
+    /// It cannot be established whether they were sent.
     pub unknown: i64,
 }
 
-/// Counts them.
-///
-/// # Errors
-/// The database's.
+/// Counts the items that need a person's attention.
 pub async fn troubled(conn: &mut PgConnection) -> sqlx::Result<Troubled> {
     sqlx::query_as!(
         Troubled,
@@ -281,21 +262,18 @@ pub async fn troubled(conn: &mut PgConnection) -> sqlx::Result<Troubled> {
     .await
 }
 
-/// An item, for a dead letter that speaks of it.
+/// The item of a dead letter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Subject {
     /// The item.
     pub item_id: i64,
-    /// Where it stands; none: in a state of a later version.
+    /// Its standing. `None`: in a state of a later version.
     pub standing: Option<Standing>,
-    /// Whether its run has been over for a while, so that nobody is about to take the letter off.
+    /// Whether its run ended a while ago, so that no replay is about to remove the dead letter.
     pub quiet: bool,
 }
 
-/// The items of these ids. One that isn't returned does not exist.
-///
-/// # Errors
-/// The database's.
+/// The items with these ids. Missing ones do not exist.
 pub async fn subjects(conn: &mut PgConnection, item_ids: &[i64], quiet_for: Duration) -> sqlx::Result<Vec<Subject>> {
     let rows = sqlx::query!(
         r#"SELECT i.id AS "id!", i.attempt AS "attempt!", i.state AS "state!: Stored<ItemState>",
@@ -323,7 +301,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_difference_is_named() {
+    fn names_each_difference() {
         let counted = Counters::of_items(&[(ItemState::Pending, 1), (ItemState::Sent, 8)]);
         let right = Drift { run_id: Uuid::nil(), accepted: 9, shown: counted, counted, finished: false };
         assert_eq!((right.wrong(), right.ended_wrongly(), right.missing()), (vec![], false, 0));

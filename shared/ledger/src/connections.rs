@@ -1,7 +1,7 @@
-//! Connections to PostgreSQL, and the end of every wait for it.
+//! Connections to PostgreSQL, with a time limit on every wait.
 //!
-//! A peer that is cut off without a word looks like one that thinks. Neither sqlx nor, for hours, the system ends such a wait:
-//! so each piece of work has a limit ([`in_time`]), and what is known to be silent does not stay in the pool.
+//! A half-open TCP connection looks like a slow server. sqlx never ends such a wait, and the operating system only after hours.
+//! So each operation has a time limit ([`in_time`]), and connections known to be silent do not stay in the pool.
 
 use std::{
     io,
@@ -14,20 +14,18 @@ use tokio::time::{Instant, timeout};
 
 use crate::settings::DatabaseConfig;
 
-/// A connection that goes back to the pool shows within this time that its statement has ended.
+/// A connection returned to the pool must finish its statement within this time.
 const SETTLED: Duration = Duration::from_secs(5);
 
-/// Opens the pool. It connects when first used, so PostgreSQL may still be starting.
+/// Opens the pool. It connects on first use, so PostgreSQL may still be starting.
 ///
-/// Every statement here looks rows up by an index. PostgreSQL plans such a statement once a session then, and not by what it
-/// believes to know of a table that has just grown by a million rows: so a step never reads the whole run. Nor does it compile
-/// them (`jit`), which takes a tenth of a second where it believes that they are costly.
+/// All statements here look up rows by an index. The session settings make PostgreSQL plan each statement once per session, and not
+/// from outdated statistics of a table that has just grown by a million rows: no step ever reads a whole run. They also disable
+/// compilation (`jit`), which costs 100 ms for plans that PostgreSQL considers expensive.
 ///
-/// The server gives up as well: it ends a statement that nobody waits for any more, and a transaction whose client has gone
-/// silent, which would hold its locks for ever.
-///
-/// # Errors
-/// When `database.url` is no PostgreSQL address, which the settings are checked for.
+/// The server has time limits as well: it ends a statement that no client waits for, and a transaction whose client has gone
+/// silent, which would otherwise hold its locks forever. If `database.url` is not a PostgreSQL URL. The configuration check
+/// rules this out.
 pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
     let options =
         config.options().map_err(|reason| sqlx::Error::Configuration(format!("database.url: {reason}").into()))?;
@@ -36,7 +34,7 @@ pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
     let options = options.application_name(name).options([
         ("plan_cache_mode", "force_generic_plan"),
         ("jit", "off"),
-        // What is accepted is on disk, whatever the role or the database says otherwise.
+        // A commit is on disk, whatever the role or the database has configured.
         ("synchronous_commit", "on"),
         ("statement_timeout", &answer_ms),
         ("idle_in_transaction_session_timeout", &abandoned_ms),
@@ -49,9 +47,9 @@ pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
     Ok(PgPoolOptions::new()
         .max_connections(config.max_connections)
         .acquire_timeout(config.acquire_timeout)
-        // A lost connection is an error like others, and everyone tries again after one: no need to ask before each use.
+        // A lost connection is an error like others, and callers retry: no check before each use.
         .test_before_acquire(false)
-        // The pool makes sure of that by itself, but would wait for ever, and so would the place of this connection.
+        // The pool checks this by itself, but without a time limit, and would block the connection's place in the pool.
         .after_release(move |connection, _| {
             let silence = silence.clone();
             Box::pin(async move {
@@ -66,8 +64,7 @@ pub fn open(config: &DatabaseConfig, name: &str) -> sqlx::Result<PgPool> {
         .connect_lazy_with(options))
 }
 
-/// A connection that a task with much to ask keeps for itself: the pool makes sure of each one that comes back, which costs
-/// two round trips.
+/// A pinned connection for a task with many queries: the pool checks every returned connection, which costs two round trips.
 #[derive(Debug)]
 pub struct Session {
     pool: PgPool,
@@ -75,17 +72,16 @@ pub struct Session {
 }
 
 impl Session {
-    /// One of the pool's, from the first use on.
+    /// Takes a connection from the pool on first use.
     #[must_use]
     pub fn new(pool: &PgPool) -> Self {
         Self { pool: pool.clone(), kept: None }
     }
 
-    /// Carries `work` out, within `limit`. After an error the connection goes back to the pool, which finds out what it is
-    /// still good for.
+    /// Runs `work` within `limit`. After an error the connection returns to the pool, which checks whether it is still usable.
     ///
     /// # Errors
-    /// The work's, or that there was no answer.
+    /// The error of `work`, or a timeout.
     pub async fn run<T>(
         &mut self,
         limit: Duration,
@@ -105,10 +101,10 @@ impl Session {
     }
 }
 
-/// Ends `work`, which asks PostgreSQL, when that takes longer than `limit`. Whether it was done is not known then.
+/// Ends `work` after `limit`. It is then unknown whether PostgreSQL carried it out.
 ///
 /// # Errors
-/// The work's, or that there was no answer.
+/// The error of `work`, or a timeout.
 pub async fn in_time<T, E: From<sqlx::Error>>(
     limit: Duration,
     work: impl Future<Output = Result<T, E>>,
@@ -121,8 +117,8 @@ fn no_answer(limit: Duration) -> sqlx::Error {
     sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, text))
 }
 
-/// When a connection was last found silent. Those that have been idle since then are likely to be so as well: each would
-/// cost somebody the whole wait.
+/// When a connection was last found silent. Connections that have been idle since then are probably silent too, and each would cost
+/// a whole time limit.
 #[derive(Clone, Debug, Default)]
 struct Silence(Arc<Mutex<Option<Instant>>>);
 
@@ -132,7 +128,7 @@ impl Silence {
         no_answer(SETTLED)
     }
 
-    /// Whether it is of later than the last use of a connection that has been idle for so long.
+    /// Whether the silence began after the last use of a connection with this idle time.
     fn may_affect(&self, idle_for: Duration) -> bool {
         let silent_at = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         silent_at.is_some_and(|silent_at| silent_at.elapsed() <= idle_for)
@@ -144,7 +140,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_wait_has_an_end_which_is_an_error_that_may_pass() {
+    async fn a_wait_ends_with_a_retryable_error() {
         let never = std::future::pending::<sqlx::Result<()>>();
         let error = in_time(Duration::ZERO, never).await.unwrap_err();
         assert!(super::super::may_pass(&error), "{error}");
@@ -152,11 +148,11 @@ mod tests {
     }
 
     #[test]
-    fn connections_that_were_idle_when_one_fell_silent_are_not_used_again() {
+    fn connections_idle_during_a_silence_are_not_reused() {
         let silence = Silence::default();
         assert!(!silence.may_affect(Duration::from_secs(60)));
         let _ = silence.begins();
-        assert!(silence.may_affect(Duration::from_secs(60)), "idle before that");
+        assert!(silence.may_affect(Duration::from_secs(60)), "idle since before");
         assert!(!silence.may_affect(Duration::ZERO), "used since");
     }
 }

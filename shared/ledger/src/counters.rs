@@ -1,22 +1,22 @@
-//! The counters of runs, as they are written. They are read through the view `run_counters`.
+//! Writes the counters of runs. They are read through the view `run_counters`.
 
 use mailrun_core::item::{CounterDelta, ItemState};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-/// How the counters of a run change.
+/// A change of a run's counters.
 #[derive(Default)]
 pub(crate) struct Change {
     pub(crate) items: CounterDelta,
-    /// Items that the run has more than its counters say, where they were changed by hand.
+    /// The correction of the total, after manual changes of the items.
     pub(crate) total: i32,
-    /// Attempts that have to be made again.
+    /// Attempts that must be repeated.
     pub(crate) repeats: i32,
-    /// Whether the counters were wrong, and nothing happened to the items: then the run neither starts again nor progresses by it.
+    /// Whether the counters were wrong and no item changed: then the run neither restarts nor progresses.
     pub(crate) corrects: bool,
 }
 
-/// The hot rows of the whole pipeline: touched once a batch, and last, so that they are locked for the shortest time.
+/// These rows are the most contended of the pipeline. They are written once per batch, and last, to hold their locks only briefly.
 pub(crate) async fn change(conn: &mut PgConnection, run_id: Uuid, change: &Change) -> sqlx::Result<()> {
     let by = |state| change.items.of(state);
     sqlx::query!(

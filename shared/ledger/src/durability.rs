@@ -1,28 +1,25 @@
-//! What PostgreSQL promises of a commit.
+//! PostgreSQL's durability settings.
 
 use sqlx::PgConnection;
 
-/// The settings on which it depends whether a commit survives a crash or a failover.
+/// The settings that decide whether a commit survives a crash or a failover.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Durability {
-    /// `fsync`: whether anything is forced to disk.
+    /// `fsync`: whether writes are forced to disk.
     pub fsync: bool,
-    /// `full_page_writes`: whether a page that was half written when the power failed can be restored.
+    /// `full_page_writes`: whether a page torn by a power failure can be restored.
     pub full_page_writes: bool,
-    /// `synchronous_commit`, as our sessions have it.
+    /// `synchronous_commit` in our sessions.
     pub synchronous_commit: String,
-    /// `synchronous_standby_names`: the standbys that a commit waits for; empty: none.
+    /// `synchronous_standby_names`: the standbys that a commit waits for; empty for none.
     pub synchronous_standbys: String,
-    /// Standbys that are connected, of either kind.
+    /// Connected standbys, synchronous or not.
     pub standbys: i64,
-    /// Whether the server is itself a standby, and takes no writes.
+    /// Whether the server itself is a standby and read-only.
     pub is_standby: bool,
 }
 
-/// Reads them.
-///
-/// # Errors
-/// The database's.
+/// Reads the settings.
 pub async fn read(conn: &mut PgConnection) -> sqlx::Result<Durability> {
     sqlx::query_as!(
         Durability,

@@ -1,4 +1,4 @@
-//! What the ledger holds at present, for monitoring.
+//! Counts from the ledger for monitoring.
 
 use std::time::Duration;
 
@@ -6,27 +6,24 @@ use sqlx::PgConnection;
 
 use mailrun_core::item::ItemState;
 
-/// The ledger at one moment.
+/// The counts at one moment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gauges {
     /// Items, by state.
     pub items: [(ItemState, i64); ItemState::ALL.len()],
     /// Runs with items that are pending or retrying.
     pub open_runs: i64,
-    /// Messages that were committed and not handed to the broker.
+    /// Messages in the outbox that are not published.
     pub outbox_messages: i64,
     /// The age of the oldest of them.
     pub outbox_oldest: Duration,
     /// Suppressed addresses.
     pub suppressions: i64,
-    /// Relays that wait for an operator.
+    /// Stopped relays that wait for an operator.
     pub relays_stopped: i64,
 }
 
-/// Reads them. Takes some hundred milliseconds for a million suppressions.
-///
-/// # Errors
-/// The database's.
+/// Reads the counts. Takes some hundred milliseconds with a million suppressions.
 pub async fn read(conn: &mut PgConnection) -> sqlx::Result<Gauges> {
     let row = sqlx::query!(
         r#"SELECT (SELECT coalesce(array_agg(summed.items ORDER BY summed.place), '{}')
@@ -47,7 +44,7 @@ pub async fn read(conn: &mut PgConnection) -> sqlx::Result<Gauges> {
         items: ItemState::ALL.map(|state| (state, items(state))),
         open_runs: row.open,
         outbox_messages: row.messages,
-        // The database's clock may have been set back.
+        // Negative if the database's clock was set back.
         outbox_oldest: Duration::try_from_secs_f64(row.oldest).unwrap_or_default(),
         suppressions: row.suppressions,
         relays_stopped: row.relays_stopped,

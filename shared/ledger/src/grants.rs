@@ -1,7 +1,7 @@
-//! The rights of each process in PostgreSQL: a role for each writer, with the columns it writes and no others.
+//! The privileges of each process in PostgreSQL: one role for each writer, limited to the columns it writes.
 //!
-//! The table below is the whole truth: `mailrun setup` grants what it says, and takes away everything else. A test compares it
-//! with the schema, so a column that a migration adds fails there until it is decided here who writes it.
+//! The table below is the only definition. `mailrun setup` grants what it lists and revokes everything else. A test compares it
+//! with the schema: a column added by a migration fails there until this table says which process writes it.
 
 use std::fmt::Write as _;
 
@@ -11,28 +11,28 @@ use crate::settings::{RolesConfig, Writer};
 
 use Writer::{FanOut, Progress, Send, Web};
 
-/// A table, and who writes what of it. Columns are separated by spaces.
+/// A table and its writers. Columns are separated by spaces.
 struct Table {
     name: &'static str,
-    /// None: everybody reads it.
+    /// `None`: all roles read it.
     readers: Option<&'static [Writer]>,
-    /// The columns that are named when a row is inserted.
+    /// The columns named in inserts.
     insert: &'static [(Writer, &'static str)],
-    /// The columns that are changed later. Locking a row takes the right to change one of them.
+    /// The columns that are updated. Locking a row requires the right to update one of them.
     update: &'static [(Writer, &'static str)],
     delete: &'static [Writer],
-    /// The columns that the database fills in by itself: defaults, identities, generated columns.
+    /// The columns that the database fills in: defaults, identities, generated columns.
     filled_in: &'static str,
 }
 
 const NONE: Table = Table { name: "", readers: None, insert: &[], update: &[], delete: &[], filled_in: "" };
 
-/// Every table of the schema. The operator's commands write any of them, but for the key of the links.
+/// All tables of the schema. The operator's commands may write all of them except the signing key.
 const TABLES: &[Table] = &[
     Table {
         name: "users",
         insert: &[(Web, "id email erased_at scrubbed_at")],
-        // Pruning keeps who was emailed. Pages erase people.
+        // Pruning records who was emailed. The pages erase people.
         update: &[(Progress, "emailed_at"), (FanOut, "emailed_at scrubbed_at"), (Web, "email name erased_at")],
         filled_in: "created_at",
         ..NONE
@@ -42,10 +42,10 @@ const TABLES: &[Table] = &[
         insert: &[(Web, "id kind hidden subject body sends_per_second total")],
         update: &[
             (Web, "wanted total already_invited already_failed suppressed repeated invalid invalid_entries"),
-            // With a relay that is stopped its runs are paused.
+            // Stopping a relay pauses its runs.
             (Send, "wanted"),
-            // Pruning cancels hidden runs that nobody waits for. `restored_at` is for locking the rows of runs that are pruned:
-            // what is written there goes with the row.
+            // Pruning cancels hidden runs that have become useless. `restored_at` is listed only to lock the rows of pruned
+            // runs, which are deleted.
             (FanOut, "wanted restored_at"),
         ],
         delete: &[FanOut],
@@ -92,9 +92,9 @@ const TABLES: &[Table] = &[
                 Progress,
                 "total pending retrying cancelled skipped unknown failed sent repeats started_at updated_at finished_at",
             ),
-            // To lock the rows of runs that are pruned. What is written there goes with the row.
+            // Only to lock the rows of pruned runs, which are deleted.
             (FanOut, "updated_at"),
-            // To lock them while a replay is asked for, or suppressions are counted.
+            // Only to lock the rows while a replay is requested or suppressions are counted.
             (Web, "updated_at"),
         ],
         delete: &[FanOut],
@@ -128,7 +128,7 @@ const TABLES: &[Table] = &[
     Table {
         name: "attempts",
         insert: &[(Send, "item_id number worker_id"), (FanOut, "item_id number worker_id")],
-        // What a job withholds, in the transaction of the claim.
+        // Attempts that a job withholds, in the transaction of the claim.
         update: &[(Send, "worker_id")],
         delete: &[FanOut],
         filled_in: "started_at",
@@ -136,7 +136,7 @@ const TABLES: &[Table] = &[
     },
     Table {
         name: "receipts",
-        // The claims of cancelled items are made by the same statement, with an empty receipt.
+        // Fan-out claims cancelled items by the same statement, with an empty receipt.
         insert: &[(Send, "worker_id number item_ids attempts"), (FanOut, "worker_id number item_ids attempts")],
         delete: &[Send, FanOut],
         ..NONE
@@ -162,7 +162,7 @@ const TABLES: &[Table] = &[
         name: "suppressions",
         insert: &[(Web, "email reason detail run_id created_at"), (Progress, "email reason detail run_id")],
         update: &[(Web, "detail")],
-        // Progress takes those back that are held for review.
+        // Progress removes suppressions that are held for review.
         delete: &[Web, Progress],
         filled_in: "number",
         ..NONE
@@ -189,7 +189,7 @@ const TABLES: &[Table] = &[
         filled_in: "number stopped_at",
         ..NONE
     },
-    // For processes of the version before jobs, beside which this one may run.
+    // For processes of the version before jobs, which may run beside this one.
     Table {
         name: "test_sends",
         insert: &[(Web, "id email subject body")],
@@ -209,7 +209,7 @@ const TABLES: &[Table] = &[
     Table {
         name: "pruned_runs",
         insert: &[(FanOut, "run_id kind")],
-        // To lock them.
+        // Only to lock the rows.
         update: &[(FanOut, "pruned_at")],
         delete: &[FanOut],
         ..NONE
@@ -232,13 +232,13 @@ const TABLES: &[Table] = &[
         filled_in: "single id restored_epoch restored_at",
         ..NONE
     },
-    // What links are signed with: who has it can unsubscribe everybody.
-    // Fan-out finds erased people by their tombstones, which are made with it.
+    // The key that signs links: it can unsubscribe every recipient. Fan-out needs it to recognise erased people by their
+    // tombstones.
     Table { name: "signing_key", readers: Some(&[Web, Send, FanOut]), filled_in: "single key", ..NONE },
-    // Views of tables above, each with the same readers.
+    // Views of the tables above, with the same readers.
     Table { name: "live_workers", ..NONE },
     Table { name: "run_counters", ..NONE },
-    // Which migrations the schema has had.
+    // The migrations applied to the schema.
     Table {
         name: "_sqlx_migrations",
         filled_in: "version description installed_on success checksum execution_time",
@@ -246,25 +246,21 @@ const TABLES: &[Table] = &[
     },
 ];
 
-/// Two setups at the same moment may get into each other's way; the second look finds what the first one has made.
+/// Concurrent setups may conflict. A retry finds what the other one has created.
 const TRIES: u32 = 5;
-/// The lock that they take.
+/// The advisory lock of setups.
 const SETUP_LOCK: i64 = 0x6d61_696c_726f_6c65;
 
-/// What became of the roles.
+/// The result of [`grant`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Granted {
-    /// They are there, with their rights.
+    /// The roles exist and have their privileges.
     Yes,
-    /// They are not there, and this user may not create them. All processes use one user then.
+    /// The roles are missing and this user may not create them. All processes then share one user.
     MayNotCreateRoles,
 }
 
-/// Creates the roles where they are missing, and grants each what its process writes, and nothing else. Repeating it changes
-/// nothing.
-///
-/// # Errors
-/// The database's.
+/// Creates missing roles, and grants each exactly what its process writes. Idempotent.
 pub async fn grant(pool: &PgPool, config: &RolesConfig) -> sqlx::Result<Granted> {
     let mut tries = 1;
     loop {
@@ -275,7 +271,7 @@ pub async fn grant(pool: &PgPool, config: &RolesConfig) -> sqlx::Result<Granted>
     }
 }
 
-/// An object that exists by now, or a row of the catalogue that somebody else has changed.
+/// The object exists by now, or another setup has changed the same catalogue row.
 fn is_of_another_setup(error: &sqlx::Error) -> bool {
     let code = error.as_database_error().and_then(DatabaseError::code);
     code.is_some_and(|code| ["42710", "23505", "XX000", "40001", "40P01"].contains(&code.as_ref()))
@@ -296,7 +292,7 @@ async fn grant_once(pool: &PgPool, config: &RolesConfig) -> sqlx::Result<Granted
             .await?;
         let statement = match (exists, config.verifier(writer)) {
             (false, _) if !may_create => return Ok(Granted::MayNotCreateRoles),
-            // A role without a password exists for its rights: another user may be made a member of it.
+            // A role without a password only holds privileges: another user may be made a member of it.
             (false, None) => format!("CREATE ROLE {} NOLOGIN", quoted(&name)),
             (false, Some(verifier)) => format!("CREATE ROLE {} LOGIN PASSWORD {}", quoted(&name), literal(&verifier)),
             (true, Some(verifier)) => format!("ALTER ROLE {} LOGIN PASSWORD {}", quoted(&name), literal(&verifier)),
@@ -319,11 +315,11 @@ async fn grant_once(pool: &PgPool, config: &RolesConfig) -> sqlx::Result<Granted
 }
 
 async fn execute(conn: &mut PgConnection, statement: String) -> sqlx::Result<()> {
-    // Everything in it that is not ours is quoted.
+    // All foreign parts of the statement are quoted.
     sqlx::raw_sql(AssertSqlSafe(statement)).execute(conn).await.map(drop)
 }
 
-/// All rights anew: none, then those of the table.
+/// The statements that revoke all privileges and grant those of the table.
 fn statements(config: &RolesConfig, database: &str, schema: &str, is_there: impl Fn(&&Table) -> bool) -> String {
     let (database, schema) = (quoted(database), quoted(schema));
     let all: Vec<String> = Writer::ALL.iter().map(|writer| quoted(&config.name(*writer))).collect();
@@ -362,14 +358,14 @@ fn statements(config: &RolesConfig, database: &str, schema: &str, is_there: impl
     // New people get their ids before they are inserted.
     let _ = write!(sql, "\nGRANT USAGE ON SEQUENCE {schema}.users_id_seq TO {web};");
     let _ = write!(sql, "\nGRANT USAGE, SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA {schema} TO {operator};");
-    // A worker with several roles has the rights of each.
+    // The role of a worker with several roles has the privileges of each.
     let parts: Vec<String> = Writer::WORKERS.iter().map(|writer| quoted(&config.name(*writer))).collect();
     let _ = write!(sql, "\nGRANT {} TO {};", parts.join(", "), quoted(&config.name(Writer::Worker)));
     sql
 }
 
-/// The columns of a schema that nobody is named for, or that are named and do not exist, in words: for the test that compares
-/// this table with the schema. `schema` holds each table with each of its columns.
+/// The differences between the table and a schema, as text: columns without a writer, and columns that do not exist. `schema` lists
+/// each table with each of its columns. For a test.
 #[must_use]
 pub fn differences(schema: &[(String, String)]) -> Vec<String> {
     let named: Vec<(&str, &str)> = TABLES
@@ -413,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn every_right_is_taken_before_some_are_given() {
+    fn all_privileges_are_revoked_before_any_is_granted() {
         let sql = statements(&RolesConfig::default(), "a\"b", "public", |_| true);
         assert!(sql.starts_with("REVOKE ALL ON ALL TABLES"), "{sql}");
         assert!(sql.contains("ON DATABASE \"a\"\"b\""), "{sql}");

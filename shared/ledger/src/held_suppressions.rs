@@ -1,4 +1,4 @@
-//! Suppressions for which a mail server is the only witness: applied at once, or held for a person if a run would suppress an
+//! Suppressions based only on a mail server's reply. They are applied at once, or held for a person if a run would suppress an
 //! unusual share of its recipients.
 
 use std::collections::BTreeMap;
@@ -9,31 +9,29 @@ use uuid::Uuid;
 
 use crate::settings::SuppressionsConfig;
 
-/// An address of which a mail server has said that it does not exist.
+/// An address that does not exist, according to a mail server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Missing {
-    /// The run whose recipient it was.
+    /// The run of the recipient.
     pub run_id: Uuid,
     /// The address, in lower case.
     pub email: String,
-    /// In the mail server's words.
+    /// The mail server's reply.
     pub detail: Option<String>,
 }
 
-/// What became of suppressions.
+/// The number of suppressions applied and held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Suppressed {
-    /// Addresses that are suppressed now, and were not before.
+    /// Newly suppressed addresses.
     pub new: usize,
-    /// Addresses that are held for review.
+    /// Addresses held for review.
     pub held: usize,
 }
 
-/// Suppresses addresses that do not exist. A run that suppresses more of its recipients than `settings` allow gets a review: what it
-/// has suppressed is taken back, and held with the rest. Call it last in a transaction: it locks the counters of the runs.
-///
-/// # Errors
-/// The database's.
+/// Suppresses addresses that do not exist. If a run suppresses a larger share of its recipients than `settings` allow, it gets
+/// a review: what it has suppressed is undone and held with the rest. Call this last in a transaction, because it locks the
+/// counters of the runs.
 pub async fn suppress_missing(
     conn: &mut PgConnection,
     settings: &SuppressionsConfig,
@@ -48,7 +46,7 @@ pub async fn suppress_missing(
     for (run_id, addresses) in runs {
         let emails: Vec<String> = addresses.keys().map(|email| (*email).to_owned()).collect();
         let details: Vec<Option<&str>> = addresses.into_values().collect();
-        // In turn, so that two of them can't both see fewer than there are.
+        // One transaction at a time, so that concurrent ones do not both see too low a count.
         let total = sqlx::query_scalar!("SELECT total FROM run_progress WHERE run_id = $1 FOR UPDATE", run_id)
             .fetch_optional(&mut *tx)
             .await?
@@ -110,7 +108,7 @@ async fn is_unusual(
     Ok(settings.holds(count, total))
 }
 
-/// Takes back what a run has suppressed, and holds it. How many addresses that is.
+/// Undoes and holds the suppressions of a run. Returns the number of addresses.
 async fn hold(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<usize> {
     sqlx::query!("INSERT INTO suppression_reviews (run_id) VALUES ($1)", run_id).execute(&mut *conn).await?;
     let held = sqlx::query!(
@@ -131,18 +129,15 @@ async fn hold(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<usize> {
 pub struct Review {
     /// The run.
     pub run_id: Uuid,
-    /// Since when.
+    /// When the review began.
     pub held_at: DateTime<Utc>,
-    /// How many addresses.
+    /// The number of addresses.
     pub addresses: i64,
-    /// What most of their mail servers said.
+    /// The most frequent reply.
     pub detail: Option<String>,
 }
 
-/// The reviews that are not decided, newest first.
-///
-/// # Errors
-/// The database's.
+/// The undecided reviews, newest first.
 pub async fn open_reviews(conn: &mut PgConnection) -> sqlx::Result<Vec<Review>> {
     sqlx::query_as!(
         Review,
@@ -155,11 +150,8 @@ pub async fn open_reviews(conn: &mut PgConnection) -> sqlx::Result<Vec<Review>> 
     .await
 }
 
-/// Decides a review: `accepted` suppresses the addresses, otherwise they are dropped. How many; none: there is no such review, or it
-/// is decided already.
-///
-/// # Errors
-/// The database's.
+/// Decides a review: `accepted` suppresses the addresses, otherwise they are dropped. Returns the number of addresses. `None`:
+/// there is no undecided review.
 pub async fn decide(conn: &mut PgConnection, run_id: Uuid, accepted: bool) -> sqlx::Result<Option<usize>> {
     let mut tx = conn.begin().await?;
     let decided = sqlx::query!(

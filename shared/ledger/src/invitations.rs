@@ -1,4 +1,4 @@
-//! Invitations: who receives each item, and what is noted of a person when an item is settled.
+//! Invitations: the recipient of each item, and what is recorded about a person when an item is settled.
 
 use std::collections::HashMap;
 
@@ -16,10 +16,10 @@ use mailrun_core::{claim::Withheld, item::ItemState};
 pub const KIND: &str = "invitations";
 /// The code of attempts that are withheld because the address is suppressed.
 pub const SUPPRESSED: u8 = 1;
-/// The code of attempts that are withheld because the person has another invitation: that of an earlier run that was cancelled and
-/// turned out to have been sent, or that of another spelling of the same mailbox.
+/// The code of attempts that are withheld because the person has another invitation: an earlier run's that was cancelled and
+/// turned out to be sent, or one to another spelling of the same mailbox.
 pub const INVITED: u8 = 3;
-/// The reasons shown for them.
+/// The reasons shown for these codes.
 pub const WITHHELD: &[(u8, &str)] = &[
     (SUPPRESSED, "the address is on the suppression list"),
     (INVITED, "already invited: another run has this person's invitation"),
@@ -28,16 +28,13 @@ pub const WITHHELD: &[(u8, &str)] = &[
 /// The recipient of an invitation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recipient {
-    /// The address as the list wrote it.
+    /// The address as written in the list.
     pub email: String,
-    /// The name that the list gave.
+    /// The name in the list.
     pub name: Option<String>,
 }
 
-/// The recipients of these items, by item, or why their attempt is withheld.
-///
-/// # Errors
-/// The database's.
+/// The recipients of these items, by item id, or why their attempts are withheld.
 pub async fn recipients(
     conn: &mut PgConnection,
     item_ids: &[i64],
@@ -68,10 +65,7 @@ pub async fn recipients(
         .collect())
 }
 
-/// Notes who was emailed, and suppresses the mailboxes that do not exist. Items about no person are left alone.
-///
-/// # Errors
-/// The database's.
+/// Records who was emailed, and suppresses mailboxes that do not exist. Skips items about no person.
 pub async fn settled(
     conn: &mut PgConnection,
     suppressions: &SuppressionsConfig,
@@ -112,7 +106,7 @@ async fn suppress(conn: &mut PgConnection, settings: &SuppressionsConfig, settle
     Ok(())
 }
 
-/// For results that a person gives from outside the workers: about any person, of a job that keeps to the invitations' rules.
+/// For results that a person reports from outside the workers: about any person, of a job that follows the invitations' rules.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ByPeople;
 

@@ -1,6 +1,6 @@
-//! PostgreSQL, the truth: one file for each part of the ledger, one function for each intent.
+//! The ledger: PostgreSQL as the source of truth. One module for each part, one function for each operation.
 //!
-//! Functions take a connection, so that their callers own the transaction.
+//! Functions take a connection, so that the caller owns the transaction.
 
 pub mod attempts;
 pub mod audit;
@@ -40,8 +40,8 @@ pub use self::{
     schema::migrate,
 };
 
-/// Whether the data itself is refused, so that it will be refused every time: a value that is out of range (class 22), or a
-/// constraint that is violated (class 23). Everything else is the server's state, which somebody will mend.
+/// Whether the data itself is invalid, so that every retry fails: a value out of range (class 22), or a violated constraint (class
+/// 23). All other errors depend on the state of the server, which can be repaired.
 #[must_use]
 pub fn is_about_data(error: &sqlx::Error) -> bool {
     match error {
@@ -52,8 +52,8 @@ pub fn is_about_data(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether the same transaction may succeed when it is simply run again: the connection was lost, the server is starting
-/// or ending, or it chose this transaction to resolve a deadlock.
+/// Whether the same transaction may succeed when it is run again: the connection was lost, the server is starting or stopping, or
+/// the server chose this transaction to resolve a deadlock.
 #[must_use]
 pub fn may_pass(error: &sqlx::Error) -> bool {
     match error {

@@ -1,5 +1,5 @@
-//! Turns the addresses of older ledgers into mailboxes. They were compared by letter, so one person may be there twice, with
-//! an invitation each.
+//! Normalizes the addresses of older ledgers to mailboxes. Those ledgers compared addresses as text, so a person may exist
+//! twice, with an invitation each.
 
 use std::collections::BTreeMap;
 
@@ -8,29 +8,28 @@ use sqlx::{Connection as _, PgConnection};
 use super::may_pass;
 use mailrun_core::address::mailbox;
 
-/// Web and progress may be at work; the transaction that PostgreSQL ends for a deadlock is run again.
+/// Web and progress may be running. A transaction that PostgreSQL ends because of a deadlock is retried.
 const TRIES: u32 = 5;
 
-/// What was changed.
+/// The number of changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unified {
-    /// People whose address was spelled in another way.
+    /// People whose address was not normalized.
     pub people: usize,
-    /// Those of them who were somebody known, under another spelling.
+    /// Those of them who were merged with a person who has the same mailbox.
     pub merged: u64,
-    /// Suppressions that were spelled in another way.
+    /// Suppressions whose address was not normalized.
     pub suppressions: usize,
 }
 
-/// Spells every address as its mailbox, and merges people, and suppressions, of one mailbox. Items keep their state, so no
-/// counter changes; of several items that count for one person, one still does, and the others are not sent any more.
+/// Normalizes every address, and merges people and suppressions with the same mailbox. Items keep their state, so no counter
+/// changes. Of several items that count for one person, one still does; the others are no longer sent.
 ///
-/// It may be run at any time and as often as wanted: processes of an older version add such addresses until they are replaced.
+/// Safe to repeat at any time: processes of an older version add such addresses until they are replaced.
 ///
-/// # Errors
-/// The database's. Nothing is changed then.
+/// On an error nothing is changed.
 pub async fn unify(conn: &mut PgConnection) -> sqlx::Result<Unified> {
-    // Most ledgers have nothing to do, and need no lock for it.
+    // Most ledgers need no change, and so no lock.
     if people(conn).await?.is_empty() && suppressions(conn).await?.is_empty() {
         return Ok(Unified::default());
     }
@@ -45,7 +44,7 @@ pub async fn unify(conn: &mut PgConnection) -> sqlx::Result<Unified> {
 
 async fn unify_once(conn: &mut PgConnection) -> sqlx::Result<Unified> {
     let mut tx = conn.begin().await?;
-    // Items first, as progress writes them.
+    // Items first, in the order in which progress writes.
     sqlx::query("LOCK TABLE run_items, users, suppressions IN SHARE ROW EXCLUSIVE MODE").execute(&mut *tx).await?;
     let people = people(&mut tx).await?;
     let merged = if people.is_empty() { 0 } else { merge_people(&mut tx, &people).await? };
@@ -55,7 +54,7 @@ async fn unify_once(conn: &mut PgConnection) -> sqlx::Result<Unified> {
     Ok(Unified { people: people.len(), merged, suppressions: suppressions.len() })
 }
 
-/// Somebody, or a suppression, whose address is not its mailbox.
+/// A person or suppression whose address is not normalized.
 struct Spelled {
     id: i64,
     email: String,
@@ -70,7 +69,7 @@ fn misspelled(rows: impl Iterator<Item = (i64, String)>) -> Vec<Spelled> {
     rows.filter_map(spelled).collect()
 }
 
-/// The condition leaves out, without reading it twice, what was written in lower case and ASCII.
+/// The condition skips lower-case ASCII addresses, which need no change, without reading them twice.
 async fn people(conn: &mut PgConnection) -> sqlx::Result<Vec<Spelled>> {
     let rows = sqlx::query!(
         r#"SELECT id, email FROM users
@@ -95,7 +94,8 @@ async fn suppressions(conn: &mut PgConnection) -> sqlx::Result<Vec<Spelled>> {
     Ok(misspelled(rows.into_iter().map(|row| (row.number, row.email))))
 }
 
-/// Returns how many people are gone. The statements can't be checked at compile time: the temporary table does not exist then.
+/// Returns how many people were deleted. These statements can't be checked at compile time, because the temporary table does
+/// not exist then.
 async fn merge_people(conn: &mut PgConnection, people: &[Spelled]) -> sqlx::Result<u64> {
     sqlx::query(
         r#"CREATE TEMP TABLE spelled (user_id bigint PRIMARY KEY, email text COLLATE "C", mailbox text COLLATE "C", keep bigint)
@@ -122,19 +122,19 @@ async fn merge_people(conn: &mut PgConnection, people: &[Spelled]) -> sqlx::Resu
     Ok(gone)
 }
 
-/// Which of [`MERGE`] deletes people.
+/// The index in [`MERGE`] of the statement that deletes people.
 const DELETION: usize = 6;
 const MERGE: [&str; 8] = [
-    // Those who are known under their mailbox.
+    // People who already have the normalized address.
     "INSERT INTO spelled (user_id, email, mailbox)
      SELECT u.id, u.email, u.email FROM users u WHERE u.email IN (SELECT mailbox FROM spelled) ON CONFLICT DO NOTHING",
     "UPDATE spelled s SET keep = first.user_id
      FROM (SELECT mailbox, min(user_id) AS user_id FROM spelled GROUP BY mailbox) first WHERE first.mailbox = s.mailbox",
-    // Every mail goes on saying what its list said.
+    // Every mail keeps the name and spelling of its list.
     "UPDATE run_items i SET name = coalesce(i.name, u.name, ''), typed = coalesce(i.typed, nullif(s.email, s.mailbox))
      FROM spelled s JOIN users u ON u.id = s.user_id WHERE i.user_id = s.user_id",
-    // The item that counts is the one that is, or may be, in the recipient's mailbox already; otherwise the one that is the
-    // furthest on its way there, or the first.
+    // The item that counts is the one that is, or may be, in the recipient's mailbox already. Otherwise it is the one closest
+    // to being sent, or the first.
     "UPDATE run_items i SET overtaken = true
      FROM (SELECT i.id, row_number() OVER (PARTITION BY s.keep ORDER BY
                CASE i.state WHEN 'sent' THEN 0 WHEN 'unknown' THEN 1 WHEN 'failed' THEN 5 ELSE
@@ -153,7 +153,7 @@ const MERGE: [&str; 8] = [
     "UPDATE users u SET email = s.mailbox FROM spelled s WHERE u.id = s.user_id AND u.email <> s.mailbox",
 ];
 
-/// The first reason stays.
+/// The first reason is kept.
 async fn merge_suppressions(conn: &mut PgConnection, spelled: &[Spelled]) -> sqlx::Result<()> {
     let mut by_mailbox: BTreeMap<&str, Vec<i64>> = BTreeMap::new();
     for Spelled { id, mailbox, .. } in spelled {

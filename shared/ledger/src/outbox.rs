@@ -1,4 +1,4 @@
-//! The outbox: messages that became true with a transaction, and wait for RabbitMQ.
+//! The outbox: messages committed with the transaction that makes them true, waiting to be published.
 
 use std::time::Duration;
 
@@ -6,21 +6,18 @@ use sqlx::{PgConnection, types::Json};
 
 use mailrun_core::message::Message;
 
-/// A message that waits.
+/// An unpublished message.
 #[derive(Debug)]
 pub struct Waiting {
-    /// For [`mark_published`].
+    /// Its id, for [`mark_published`].
     pub id: i64,
-    /// Its [`Message::TYPE`], if this program is not older than the one that wrote it.
+    /// Its [`Message::TYPE`], unless a newer program wrote it.
     pub kind: String,
     /// Its body.
     pub message: serde_json::Value,
 }
 
-/// Puts a message in, to be published once the caller's transaction has committed.
-///
-/// # Errors
-/// The database's.
+/// Adds a message, to be published after the caller's transaction has committed.
 pub async fn put<M: Message + Sync>(conn: &mut PgConnection, message: &M) -> sqlx::Result<()> {
     sqlx::query!("INSERT INTO outbox (kind, message) VALUES ($1, $2)", message.kind(), Json(message) as _)
         .execute(conn)
@@ -28,11 +25,8 @@ pub async fn put<M: Message + Sync>(conn: &mut PgConnection, message: &M) -> sql
     Ok(())
 }
 
-/// The oldest messages that are due, locked until the caller's transaction ends, so that several relays don't publish
-/// the same ones.
-///
-/// # Errors
-/// The database's.
+/// The oldest due messages, locked until the caller's transaction ends, so that several outbox publishers do not publish the
+/// same ones.
 pub async fn take(conn: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Waiting>> {
     sqlx::query_as!(
         Waiting,
@@ -46,19 +40,13 @@ pub async fn take(conn: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Waiti
     .await
 }
 
-/// Marks messages as published, after the broker's confirm.
-///
-/// # Errors
-/// The database's.
+/// Marks messages as published, after the publisher confirm.
 pub async fn mark_published(conn: &mut PgConnection, ids: &[i64]) -> sqlx::Result<()> {
     sqlx::query!("UPDATE outbox SET published_at = now() WHERE id = ANY($1)", ids).execute(conn).await?;
     Ok(())
 }
 
-/// Leaves messages for some time.
-///
-/// # Errors
-/// The database's.
+/// Postpones messages by `time`.
 pub async fn postpone(conn: &mut PgConnection, ids: &[i64], time: Duration) -> sqlx::Result<()> {
     if !ids.is_empty() {
         sqlx::query!(
@@ -72,10 +60,7 @@ pub async fn postpone(conn: &mut PgConnection, ids: &[i64], time: Duration) -> s
     Ok(())
 }
 
-/// The oldest messages that were put in so long ago and are still not published.
-///
-/// # Errors
-/// The database's.
+/// The oldest messages that were added more than `after` ago and are still not published.
 pub async fn overdue(conn: &mut PgConnection, after: Duration, limit: i64) -> sqlx::Result<Vec<Waiting>> {
     sqlx::query_as!(
         Waiting,
@@ -89,10 +74,7 @@ pub async fn overdue(conn: &mut PgConnection, after: Duration, limit: i64) -> sq
     .await
 }
 
-/// Locks messages as [`take`] does, and returns those that nobody has published or locked meanwhile.
-///
-/// # Errors
-/// The database's.
+/// Locks messages as [`take`] does. Returns those that were neither published nor locked in the meantime.
 pub async fn lock(conn: &mut PgConnection, ids: &[i64]) -> sqlx::Result<Vec<i64>> {
     sqlx::query_scalar!("SELECT id FROM outbox WHERE id = ANY($1) AND published_at IS NULL FOR UPDATE SKIP LOCKED", ids)
         .fetch_all(conn)

@@ -1,4 +1,4 @@
-//! The meters of rate limits: locked by a claim, which reserves send times in them.
+//! The meters of rate limits. A claim locks them and reserves send times.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -8,37 +8,34 @@ use uuid::Uuid;
 
 use mailrun_core::pacing::{Meter, Meters, Rate};
 
-/// Stands in place of a run for the meter of the installation. It sorts before every run, so it is locked first.
+/// The run id of the installation's meter. It sorts before every run, so it is locked first.
 const INSTALLATION: Uuid = Uuid::nil();
 
-/// The rate limits of these runs, in sends a second; none: no limit. Runs that do not exist are left out.
-///
-/// # Errors
-/// The database's.
+/// The rate limits of these runs, in sends per second. `None`: no limit. Runs that do not exist are missing.
 pub async fn rates(conn: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<HashMap<Uuid, Option<Rate>>> {
     let rows =
         sqlx::query!("SELECT id, sends_per_second FROM runs WHERE id = ANY($1)", run_ids).fetch_all(conn).await?;
     Ok(rows.into_iter().map(|row| (row.id, row.sends_per_second.map(Rate::new))).collect())
 }
 
-/// Meters that are locked until the caller's transaction ends.
+/// Meters, locked until the caller's transaction ends.
 #[derive(Clone, Debug)]
 pub struct Locked {
     /// The database's clock.
     pub now: DateTime<Utc>,
-    /// Of runs without a limit, only their last slot counts.
+    /// For runs without a limit, only the last slot matters.
     runs: BTreeMap<Uuid, (Option<Rate>, Meter)>,
     installation: Option<(Rate, Meter)>,
 }
 
 impl Locked {
-    /// When the next attempt of a run may be sent; none: nothing limits it.
+    /// The send time of a run's next attempt. `None`: it is not limited.
     #[must_use]
     pub fn next_slot(&self, run_id: Uuid) -> Option<DateTime<Utc>> {
         self.of(run_id).next_slot()
     }
 
-    /// Takes the next slot for an attempt of a run; none: nothing limits it.
+    /// Takes the next slot for an attempt of a run. `None`: it is not limited.
     pub fn take(&mut self, run_id: Uuid) -> Option<DateTime<Utc>> {
         let mut meters = self.of(run_id);
         let slot = meters.take()?;
@@ -49,7 +46,7 @@ impl Locked {
         Some(slot)
     }
 
-    /// Gives back slots that attempts of a run were granted and did not use.
+    /// Returns slots that attempts of a run were granted and did not use.
     pub fn unused(&mut self, run_id: Uuid, slots: i32) {
         if let Some((Some(rate), meter)) = self.runs.get_mut(&run_id) {
             *meter = meter.unused(slots, *rate);
@@ -65,11 +62,8 @@ impl Locked {
     }
 }
 
-/// Locks the meters of these runs, and of the installation if it has a limit, until the caller's transaction ends. They are
-/// locked in one order by everybody. A run that is locked for the first time begins now.
-///
-/// # Errors
-/// The database's.
+/// Locks the meters of these runs, and the installation's meter if it has a limit, until the caller's transaction ends. All
+/// processes lock in the same order. The meter of a run that is locked for the first time starts now.
 pub async fn lock(
     conn: &mut PgConnection,
     runs: &BTreeMap<Uuid, Option<Rate>>,
@@ -88,10 +82,10 @@ pub async fn lock(
         .await?;
         rows = locked(conn, &ids).await?;
     }
-    // After the locks are held: whoever held them before has reserved by an earlier clock.
+    // Read the clock only after the locks are held: the previous holders used an earlier time.
     let now = sqlx::query_scalar!(r#"SELECT clock_timestamp() AS "now!""#).fetch_one(conn).await?;
     let meter = |id: &Uuid| rows.get(id).copied().unwrap_or(Meter::new(now));
-    // What the installation did not use before these runs began to send is nothing to make up for.
+    // Capacity that the installation did not use before these runs began is not made up for.
     let busy_since = runs.keys().map(|id| meter(id).next_at).min().unwrap_or(now);
     let of_installation = |meter: Meter| Meter { next_at: meter.next_at.max(busy_since.min(now)), ..meter }.at(now);
     Ok(Locked {
@@ -112,17 +106,14 @@ async fn locked(conn: &mut PgConnection, ids: &[Uuid]) -> sqlx::Result<HashMap<U
     Ok(rows.into_iter().map(|row| (row.run_id, meter(row.next_at, row.owed_us))).collect())
 }
 
-/// Writes the meters down as they are now.
-///
-/// # Errors
-/// The database's.
+/// Saves the meters.
 pub async fn save(conn: &mut PgConnection, locked: &Locked) -> sqlx::Result<()> {
     let installation = locked.installation.map(|(_, meter)| (INSTALLATION, meter));
     let runs = locked.runs.iter().map(|(id, (_, meter))| (*id, *meter));
     let (mut ids, mut next_at, mut owed_us) = (Vec::new(), Vec::new(), Vec::new());
     for (id, meter) in installation.into_iter().chain(runs) {
         ids.push(id);
-        // The ledger keeps microseconds. Rounded down, a limit would be exceeded by one for each claim.
+        // The ledger stores microseconds. Rounding down would exceed the limit a little with each claim.
         next_at.push(meter.next_at + TimeDelta::nanoseconds(999));
         owed_us.push(meter.owed.num_microseconds().unwrap_or_default());
     }

@@ -1,4 +1,4 @@
-//! The pump's place in each run: passes, their cursors, steps and rate budgets.
+//! The state of the fan-out in each run: passes, their cursors, steps and rate budgets.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use mailrun_core::{
     run::{Counters, Flow, Wanted},
 };
 
-/// Why the pump goes over a run.
+/// The purpose of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::Type)]
 #[sqlx(type_name = "pass_kind", rename_all = "snake_case")]
 pub enum PassKind {
@@ -21,7 +21,7 @@ pub enum PassKind {
     First,
     /// Releases failed or unknown items again.
     Replay,
-    /// Settles what nobody has begun to send.
+    /// Settles items that were not claimed.
     Cancel,
 }
 
@@ -29,82 +29,79 @@ impl InLedger for PassKind {
     type Sql = Self;
 }
 
-/// A run's present pass.
+/// The current pass of a run.
 #[derive(Clone, Debug)]
 pub struct Pass {
     /// The run.
     pub run_id: Uuid,
-    /// Passes count from 1.
+    /// The number of the pass, from 1.
     pub number: i32,
-    /// What it is for; none: something that a later version knows.
+    /// Its purpose. `None`: a kind of a later version.
     pub kind: Option<PassKind>,
-    /// replay: the states asked for.
+    /// replay: the requested states.
     pub states: Vec<ItemState>,
-    /// replay: the error asked for; none: all.
+    /// replay: the requested error; `None` for all.
     pub error: Option<String>,
     /// Items up to this position are released.
     pub cursor: i32,
     /// The cursor before the newest chunk.
     pub chunk_start: i32,
-    /// The step that comes next.
+    /// The next step.
     pub step: i32,
-    /// The next item may be released from this moment on, under a rate limit.
+    /// Under a rate limit, when the next item may be released.
     pub next_due_at: DateTime<Utc>,
     /// When it began.
     pub created_at: DateTime<Utc>,
-    /// When it had gone over the whole run.
+    /// When it was finished.
     pub done_at: Option<DateTime<Utc>>,
-    /// Items it has released.
+    /// The number of items it has released.
     pub released: i32,
     /// When the newest chunk was released.
     pub chunk_at: DateTime<Utc>,
-    /// How fast the run went when the pump last looked.
+    /// The speed of the run when it was last measured.
     pub flow: Flow,
 }
 
-/// What the pump has to know of a run besides its pass.
+/// What the fan-out needs to know about a run besides its pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Situation {
-    /// What a person wants of it.
+    /// Its wanted state.
     pub wanted: Wanted,
     /// Its rate limit.
     pub sends_per_second: Option<i32>,
     /// Its counters.
     pub counters: Counters,
-    /// What its first pass has released.
+    /// The number of items released by its first pass.
     pub first_released: i32,
-    /// Sends that all the workers that live may have in flight.
+    /// The permits of all live workers.
     pub permits: i32,
-    /// How many they have, at their last heartbeats.
+    /// The permits in use, according to the last heartbeats.
     pub in_flight: i32,
     /// The database's clock.
     pub now: DateTime<Utc>,
 }
 
-/// An item for the pump.
+/// An item to release.
 #[derive(Clone, Copy, Debug)]
 pub struct Item {
     /// The item.
     pub id: i64,
-    /// Its place in the run.
+    /// Its position in the run.
     pub position: i32,
-    /// The attempt its state speaks of.
+    /// The attempt that its state refers to.
     pub attempt: i32,
     /// Its state.
     pub state: ItemState,
-    /// The tries used of its budget.
+    /// The number of tries used of its budget.
     pub tries: i16,
-    /// How often it was asked for again.
+    /// How often it was replayed.
     pub replays: i16,
     /// See [`ItemMessage::impersonal`].
     pub impersonal: bool,
 }
 
-/// Locks a run for the pump until the transaction ends, making its first pass if need be, and returns the present pass.
-/// None: there is no such run.
-///
-/// # Errors
-/// The database's.
+/// Locks a run for the fan-out until the transaction ends, creates the first pass if it is missing, and returns the current
+/// pass. `None`: there is no such run.
 pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Pass>> {
     sqlx::query!(
         "INSERT INTO run_passes (run_id, number, kind) SELECT id, 1, 'first' FROM runs WHERE id = $1 ON CONFLICT DO NOTHING",
@@ -112,7 +109,7 @@ pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<
     )
     .execute(&mut *conn)
     .await?;
-    // The first pass stands for the run: locking the newest one would miss one that is begun meanwhile.
+    // The lock is on the first pass: locking the newest one would miss a pass that is begun in the meantime.
     sqlx::query!("SELECT number FROM run_passes WHERE run_id = $1 AND number = 1 FOR UPDATE", run_id)
         .fetch_optional(&mut *conn)
         .await?;
@@ -145,24 +142,18 @@ pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<
     }))
 }
 
-/// None: one of them is a later version's.
+/// `None`: one of the states belongs to a later version.
 fn known(states: Vec<Stored<ItemState>>) -> Option<Vec<ItemState>> {
     states.into_iter().map(Stored::known).collect()
 }
 
-/// Begins the replay that comes after the pass `last`, and returns its number. The caller holds the run's lock, and has
-/// seen that the command has not begun one before.
-///
-/// # Errors
-/// The database's.
+/// Begins the replay that follows the pass `last`, and returns its number. The caller holds the run's lock and has checked that the
+/// command has not begun a pass before.
 pub async fn begin_replay(conn: &mut PgConnection, last: &Pass, replay: &Replay) -> sqlx::Result<i32> {
     begin(conn, last, PassKind::Replay, replay.command_id, &replay.states, replay.error.as_deref()).await
 }
 
-/// Begins a pass that settles everything open, in the same way.
-///
-/// # Errors
-/// The database's.
+/// Begins a pass that settles all open items, under the same conditions.
 pub async fn begin_cancel(conn: &mut PgConnection, last: &Pass, command_id: Uuid) -> sqlx::Result<i32> {
     begin(conn, last, PassKind::Cancel, command_id, &[], None).await
 }
@@ -189,18 +180,12 @@ async fn begin(
     .await
 }
 
-/// Whether a command has begun a pass already, and which.
-///
-/// # Errors
-/// The database's.
+/// The pass that a command has begun, if any.
 pub async fn begun_by(conn: &mut PgConnection, command_id: Uuid) -> sqlx::Result<Option<i32>> {
     sqlx::query_scalar!("SELECT number FROM run_passes WHERE command_id = $1", command_id).fetch_optional(conn).await
 }
 
-/// The run's wishes and counters, and who is there to send. None: there is no such run.
-///
-/// # Errors
-/// The database's.
+/// The run's wanted state and counters, and the capacity of the senders. `None`: there is no such run.
 pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Situation>> {
     let row = sqlx::query!(
         r#"SELECT r.wanted AS "wanted: Stored<Wanted>", r.sends_per_second, p.total AS "total!", p.counts AS "counts!", f.released, clock_timestamp() AS "now!",
@@ -224,10 +209,7 @@ pub async fn situation(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Op
     }))
 }
 
-/// The items that the pass, which is of this kind, releases next, in order of position.
-///
-/// # Errors
-/// The database's.
+/// The next items to release in a pass of this kind, by position.
 pub async fn next_items(conn: &mut PgConnection, pass: &Pass, kind: PassKind, limit: i32) -> sqlx::Result<Vec<Item>> {
     let limit = i64::from(limit);
     match kind {
@@ -279,10 +261,7 @@ pub async fn next_items(conn: &mut PgConnection, pass: &Pass, kind: PassKind, li
     }
 }
 
-/// Whether items of a replay's newest chunk are still shown as they were before: their results are on the way.
-///
-/// # Errors
-/// The database's.
+/// Whether results of a replay's newest chunk are still on their way: some of its items have their old state.
 pub async fn is_unapplied(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<bool> {
     sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT FROM run_items
@@ -304,18 +283,15 @@ pub async fn is_unapplied(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<
 pub struct Advance {
     /// The position of the last item released.
     pub cursor: i32,
-    /// How many there were.
+    /// The number of items.
     pub released: i32,
-    /// The next item may be released from this moment on.
+    /// When the next item may be released.
     pub next_due_at: DateTime<Utc>,
-    /// How fast the run goes.
+    /// The measured speed of the run.
     pub flow: Flow,
 }
 
-/// Moves the pass on by one step. The caller has published the chunk and the message for the next step by then.
-///
-/// # Errors
-/// The database's.
+/// Advances the pass by one step. The caller has already published the chunk and the message for the next step.
 pub async fn advance(conn: &mut PgConnection, pass: &Pass, by: Advance) -> sqlx::Result<()> {
     sqlx::query!(
         "UPDATE run_passes SET step = step + 1, chunk_start = cursor, cursor = $3, released = released + $4,
@@ -336,10 +312,7 @@ pub async fn advance(conn: &mut PgConnection, pass: &Pass, by: Advance) -> sqlx:
     Ok(())
 }
 
-/// How many runs have something to send and are not paused: they share the installation's rate limit.
-///
-/// # Errors
-/// The database's.
+/// The number of runs that have something to send and are not paused: they share the installation's rate limit.
 pub async fn count_running(conn: &mut PgConnection) -> sqlx::Result<i64> {
     sqlx::query_scalar!(
         r#"SELECT count(*) AS "count!" FROM run_progress p JOIN runs r ON r.id = p.run_id
@@ -349,28 +322,18 @@ pub async fn count_running(conn: &mut PgConnection) -> sqlx::Result<i64> {
     .await
 }
 
-/// Locks the rate budget of the installation until the transaction ends, and returns from when on the next item may be
-/// released.
-///
-/// # Errors
-/// The database's.
+/// Locks the installation's rate budget until the transaction ends, and returns when the next item may be released.
 pub async fn lock_budget(conn: &mut PgConnection) -> sqlx::Result<DateTime<Utc>> {
     sqlx::query_scalar!("SELECT next_due_at FROM sending_budget FOR UPDATE").fetch_one(conn).await
 }
 
-/// Spends of the rate budget of the installation. The caller has locked it.
-///
-/// # Errors
-/// The database's.
+/// Spends from the installation's rate budget. The caller has locked it.
 pub async fn spend_budget(conn: &mut PgConnection, next_due_at: DateTime<Utc>) -> sqlx::Result<()> {
     sqlx::query!("UPDATE sending_budget SET next_due_at = $1", next_due_at).execute(conn).await?;
     Ok(())
 }
 
-/// Notes that the pass has gone over the whole run.
-///
-/// # Errors
-/// The database's.
+/// Marks the pass as finished.
 pub async fn finish(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
     sqlx::query!(
         "UPDATE run_passes SET done_at = clock_timestamp(), seen_at = clock_timestamp() WHERE run_id = $1 AND number = $2",
@@ -382,25 +345,22 @@ pub async fn finish(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
     Ok(())
 }
 
-/// A replay that has gone over the whole run, and whose dead letters may still be on their queue.
+/// A finished replay whose dead letters may still be on the queue.
 #[derive(Clone, Debug)]
 pub struct Replayed {
     /// The run.
     pub run_id: Uuid,
     /// The pass.
     pub number: i32,
-    /// The states asked for.
+    /// The requested states.
     pub states: Vec<ItemState>,
-    /// The error asked for; none: all.
+    /// The requested error; `None` for all.
     pub error: Option<String>,
     /// When it began.
     pub created_at: DateTime<Utc>,
 }
 
 /// All such replays.
-///
-/// # Errors
-/// The database's.
 pub async fn to_tidy(conn: &mut PgConnection) -> sqlx::Result<Vec<Replayed>> {
     let rows = sqlx::query!(
         r#"SELECT run_id, number, states AS "states: Vec<Stored<ItemState>>", error, created_at FROM run_passes
@@ -416,21 +376,15 @@ pub async fn to_tidy(conn: &mut PgConnection) -> sqlx::Result<Vec<Replayed>> {
     Ok(replayed.collect())
 }
 
-/// Any number will do, as long as it is the same for all processes.
+/// The advisory lock of tidying. Arbitrary, but the same for all processes.
 const TIDYING: i64 = 0x6d61_696c_7275_6e02;
 
-/// Makes the connection the only one that takes dead letters off, until it is closed. False: there is one.
-///
-/// # Errors
-/// The database's.
+/// Makes this connection the only one that removes dead letters, until it is closed. False: another one does.
 pub async fn lock_tidying(conn: &mut PgConnection) -> sqlx::Result<bool> {
     sqlx::query_scalar!(r#"SELECT pg_try_advisory_lock($1) AS "locked!""#, TIDYING).fetch_one(conn).await
 }
 
-/// Notes that the dead letters of these replays are off their queue.
-///
-/// # Errors
-/// The database's.
+/// Records that the dead letters of these replays are removed.
 pub async fn mark_tidied(conn: &mut PgConnection, replays: &[Replayed]) -> sqlx::Result<()> {
     let (runs, numbers): (Vec<Uuid>, Vec<i32>) = replays.iter().map(|replay| (replay.run_id, replay.number)).unzip();
     sqlx::query!(
@@ -444,11 +398,8 @@ pub async fn mark_tidied(conn: &mut PgConnection, replays: &[Replayed]) -> sqlx:
     Ok(())
 }
 
-/// Notes that a message for this pass goes round, though it releases nothing yet. At most once a second, since a waiting
-/// run comes by ten times as often.
-///
-/// # Errors
-/// The database's.
+/// Records that a message for this pass exists, although it releases nothing yet. At most once a second, because the message of
+/// a waiting run arrives ten times as often.
 pub async fn touch(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
     sqlx::query!(
         "UPDATE run_passes SET seen_at = clock_timestamp()
@@ -461,22 +412,19 @@ pub async fn touch(conn: &mut PgConnection, pass: &Pass) -> sqlx::Result<()> {
     Ok(())
 }
 
-/// An item whose message senders may have dropped, since the run was paused.
+/// An item whose message senders may have dropped while the run was paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dropped {
-    /// The attempt that the item waits for.
+    /// The next attempt of the item.
     pub next: ItemMessage,
-    /// Its place in the run.
+    /// Its position in the run.
     pub position: i32,
 }
 
-/// The released and open items of a run, behind position `after`, whose next attempt is due and that nobody has claimed.
+/// The released, open items of a run after position `after` whose next attempt is due and not claimed.
 ///
-/// Progress writes down when an attempt is due a little after the message is on its retry queue, so what is due within
-/// `soon` may have been dropped as well.
-///
-/// # Errors
-/// The database's.
+/// Progress records when an attempt is due a little after its message has reached the retry queue. So items due within `soon` are
+/// included: their messages may have been dropped too.
 pub async fn dropped_items(
     conn: &mut PgConnection,
     run_id: Uuid,

@@ -1,7 +1,7 @@
-//! Erasing a person. What remains is a tombstone: a keyed hash of the address, by which it is still known that nothing may be sent
-//! there, and that the person was invited already. Everything else that says who it was is deleted or replaced.
+//! Erases people. A tombstone remains: a keyed hash of the address. It shows that nothing may be sent to the address and that
+//! the person was already invited. Everything else that identifies the person is deleted or replaced.
 //!
-//! The items stay, so counters and runs don't change. Their next claim is withheld.
+//! The items stay, so counters and runs do not change. Their next claim is withheld.
 
 use std::{
     borrow::Cow,
@@ -19,21 +19,21 @@ use mailrun_core::{
     outcome::DELETED,
 };
 
-/// So that a signature made for another purpose with the same key is no tombstone.
+/// Domain separation: a signature made with the same key for another purpose is not a tombstone.
 const PURPOSE: &[u8] = b"mailrun erased person v1";
-/// What stands in place of an address.
+/// Replaces an address.
 const REPLACEMENT: &str = "[erased]";
-/// What stands in place of a reply that was about the person.
+/// Replaces a reply about an erased person.
 pub const REPLY_ERASED: &str = "the reply was erased with the person";
-/// A statement that goes over all items may take so long.
+/// The time limit of a statement that scans all items.
 pub const LONGEST: Duration = Duration::from_secs(600);
 
-/// Makes tombstones of addresses.
+/// Computes tombstones.
 #[derive(Clone)]
 pub struct Tombs(Hmac<Sha256>);
 
 impl Tombs {
-    /// With the installation's key.
+    /// Uses the installation's key.
     #[must_use]
     pub fn new(key: &[u8]) -> Self {
         #[expect(clippy::expect_used, reason = "HMAC takes keys of any length")]
@@ -41,15 +41,12 @@ impl Tombs {
     }
 
     /// Reads the key.
-    ///
-    /// # Errors
-    /// The database's.
     pub async fn read(conn: &mut PgConnection) -> sqlx::Result<Self> {
         let key = sqlx::query_scalar!("SELECT key FROM signing_key").fetch_one(conn).await?;
         Ok(Self::new(&key))
     }
 
-    /// The tombstone of an address, as it is compared: always the same one.
+    /// The tombstone of a normalized address. Deterministic.
     #[must_use]
     pub fn of(&self, email: &str) -> String {
         let hash = self.0.clone().chain_update(PURPOSE).chain_update(email).finalize().into_bytes();
@@ -61,17 +58,14 @@ impl Tombs {
     }
 }
 
-/// Finds the addresses of erased people in texts, by their tombstones: so nobody has to keep the addresses for that.
+/// Finds the addresses of erased people in texts by their tombstones, so that the addresses need not be kept.
 pub struct Finder {
     tombs: Tombs,
     tombstones: HashSet<String>,
 }
 
 impl Finder {
-    /// One for these people.
-    ///
-    /// # Errors
-    /// The database's.
+    /// A finder for these people.
     pub async fn of(conn: &mut PgConnection, user_ids: &[i64]) -> sqlx::Result<Self> {
         let tombs = Tombs::read(&mut *conn).await?;
         let names = sqlx::query_scalar::<_, String>("SELECT email FROM users WHERE id = ANY($1)").bind(user_ids);
@@ -79,7 +73,7 @@ impl Finder {
         Ok(Self { tombs, tombstones: names.iter().map(|name| hash_of(name).to_owned()).collect() })
     }
 
-    /// The text without their addresses. None: it holds none of them.
+    /// The text without their addresses. `None`: it contains none.
     #[must_use]
     pub fn scrubbed(&self, text: &str) -> Option<String> {
         let words = text.split_inclusive(|character: char| !may_be_of_address(character));
@@ -103,35 +97,32 @@ impl Finder {
     }
 }
 
-/// What stands in addresses without quotes, and not around them.
+/// Whether a character occurs in unquoted addresses, and not as a delimiter around them.
 fn may_be_of_address(character: char) -> bool {
     character.is_alphanumeric() || "@.!#$%&*+/=?^_{|}~-".contains(character)
 }
 
-/// The tombstone in a name: behind that of somebody who was erased more than once stands a number.
+/// The hash in a stored name. If a person was erased more than once, the name has a number after the hash.
 fn hash_of(name: &str) -> &str {
     name.split('.').next().unwrap_or_default()
 }
 
-/// The erased people who must not be invited again: they have got an invitation, or perhaps, or did not want any.
+/// The erased people who must not be invited again: an invitation was or may have been sent, or they refused mail.
 pub struct Blocked {
     tombs: Tombs,
-    /// By tombstone, the name under which the person is in the ledger.
+    /// By tombstone: the name that replaces the address in the ledger.
     names: HashMap<String, String>,
 }
 
 impl Blocked {
-    /// Under which name this address is in the ledger, if it is of one of them.
+    /// The name under which this address is in the ledger, if it is blocked.
     #[must_use]
     pub fn name(&self, email: &str) -> Option<&str> {
         self.names.get(&self.tombs.of(email)).map(String::as_str)
     }
 }
 
-/// Reads them. None: nobody is erased, or all of them may be invited.
-///
-/// # Errors
-/// The database's.
+/// Reads the blocked people. `None`: there are none.
 pub async fn blocked(conn: &mut PgConnection) -> sqlx::Result<Option<Blocked>> {
     let names = sqlx::query_scalar!(
         r#"SELECT email AS "email!" FROM users u
@@ -149,32 +140,29 @@ pub async fn blocked(conn: &mut PgConnection) -> sqlx::Result<Option<Blocked>> {
     Ok(Some(Blocked { tombs: Tombs::read(conn).await?, names }))
 }
 
-/// What was erased.
+/// The result of [`erase`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Erased {
     /// Whether the person was in the ledger.
     pub known: bool,
-    /// Whether the address was suppressed, which its tombstone is now.
+    /// Whether the address was suppressed. Its tombstone is suppressed now.
     pub suppressed: bool,
     /// Test mails to the address.
     pub tests: u64,
-    /// Other rows in which the address stood: replies of mail servers, invalid entries of lists.
+    /// Other rows that contained the address: replies of mail servers, invalid entries of lists.
     pub texts: u64,
 }
 
-/// Erases a person, in one transaction. `email` is the address as it is compared.
+/// Erases a person in one transaction. `email` is the normalized address.
 ///
-/// What is being sent at this moment goes out, and dead letters have to be gone over: see [`unscrubbed`].
-///
-/// # Errors
-/// The database's.
+/// Attempts in progress are not stopped. Dead letters must be scrubbed afterwards: see [`unscrubbed`].
 pub async fn erase(conn: &mut PgConnection, email: &str) -> sqlx::Result<Erased> {
     let mut tx = conn.begin().await?;
     let timeout = format!("SET LOCAL statement_timeout = {}", LONGEST.as_millis());
     sqlx::query(AssertSqlSafe(timeout)).execute(&mut *tx).await?;
     let tombstone = Tombs::read(&mut tx).await?.of(email);
     let mut erased = Erased::default();
-    // Two who erase the same person wait for each other here.
+    // Concurrent erasures of the same person wait here.
     let user =
         sqlx::query_scalar!("SELECT id FROM users WHERE email = $1 FOR UPDATE", email).fetch_optional(&mut *tx).await?;
     if let Some(user_id) = user {
@@ -191,7 +179,7 @@ pub async fn erase(conn: &mut PgConnection, email: &str) -> sqlx::Result<Erased>
         erase_items(&mut tx, &[user_id]).await?;
     }
     erased.suppressed = suppress_tombstone(&mut tx, email, &tombstone).await?;
-    // The review of its run is decided later.
+    // The review of its run is still undecided.
     sqlx::query!("UPDATE held_suppressions SET email = $2, detail = NULL WHERE email = $1", email, tombstone)
         .execute(&mut *tx)
         .await?;
@@ -224,7 +212,7 @@ async fn suppress_tombstone(conn: &mut PgConnection, email: &str, tombstone: &st
     Ok(true)
 }
 
-/// Replaces what mail servers replied about these people, and what lists said of them.
+/// Replaces mail servers' replies about these people, and what lists said about them.
 async fn erase_items(conn: &mut PgConnection, user_ids: &[i64]) -> sqlx::Result<()> {
     sqlx::query!(
         "UPDATE run_items
@@ -253,16 +241,16 @@ async fn erase_test_mails(conn: &mut PgConnection, email: &str) -> sqlx::Result<
     Ok(erased.rows_affected())
 }
 
-/// Replaces the address wherever else it may stand. Returns how many rows that was in.
+/// Replaces all other occurrences of the address. Returns the number of rows.
 async fn scrub(conn: &mut PgConnection, email: &str) -> sqlx::Result<u64> {
     let pattern = pattern(email, str::to_owned);
-    // Within JSON, quotes and backslashes are written otherwise.
+    // JSON escapes quotes and backslashes.
     let in_json = self::pattern(email, |text| {
         let quoted = serde_json::to_string(text).unwrap_or_default();
         quoted.trim_start_matches('"').strip_suffix('"').unwrap_or_default().to_owned()
     });
     let mut rows = 0;
-    // Both are names of ours.
+    // Both are our own identifiers, so no quoting is needed.
     for (table, column) in [
         ("run_items", "error"),
         ("run_passes", "error"),
@@ -287,14 +275,13 @@ async fn scrub(conn: &mut PgConnection, email: &str) -> sqlx::Result<u64> {
     Ok(rows)
 }
 
-/// A regular expression of PostgreSQL for an address in both spellings of its domain, alone and not as the end or the beginning of
-/// another one.
+/// A PostgreSQL regular expression that matches an address in both spellings of its domain, but not as a part of a longer address.
 fn pattern(email: &str, write: impl Fn(&str) -> String) -> String {
     let spellings: Vec<String> = spellings(email).iter().map(|spelling| escape(&write(spelling))).collect();
     format!("(?<![[:alnum:]._%+-])({})(?![[:alnum:]-])", spellings.join("|"))
 }
 
-/// An address with its domain in ASCII and in letters.
+/// An address with its domain in ASCII and in Unicode.
 fn spellings(email: &str) -> Vec<String> {
     let Some((local, domain)) = email.rsplit_once('@') else { return vec![email.to_owned()] };
     let mut spellings = vec![email.to_owned()];
@@ -305,7 +292,7 @@ fn spellings(email: &str) -> Vec<String> {
     spellings
 }
 
-/// Whatever is no letter and no digit stands for itself behind a backslash.
+/// Escapes every character that is neither a letter nor a digit.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(2 * text.len());
     for character in text.chars() {
@@ -317,21 +304,18 @@ fn escape(text: &str) -> String {
     escaped
 }
 
-/// A person of whom something may be left outside the ledger.
+/// An erased person of whom something may be left outside the ledger.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unscrubbed {
     /// The person.
     pub user_id: i64,
     /// The person's items.
     pub item_ids: Vec<i64>,
-    /// Whether an attempt at one of them is under way, whose result will say something.
+    /// Whether an attempt at one of the items is in progress, whose result may contain a reply.
     pub in_flight: bool,
 }
 
-/// The erased people of whom something may be left on `mailrun.dead`, or in results that are under way.
-///
-/// # Errors
-/// The database's.
+/// The erased people of whom something may be left in `mailrun.dead` or in results in progress.
 pub async fn unscrubbed(conn: &mut PgConnection) -> sqlx::Result<Vec<Unscrubbed>> {
     sqlx::query_as!(
         Unscrubbed,
@@ -348,20 +332,14 @@ pub async fn unscrubbed(conn: &mut PgConnection) -> sqlx::Result<Vec<Unscrubbed>
     .await
 }
 
-/// Notes that nothing is left of these people, and replaces what results have said of them meanwhile.
-///
-/// # Errors
-/// The database's.
+/// Records that nothing is left of these people, and replaces what results have said about them since the erasure.
 pub async fn mark_scrubbed(conn: &mut PgConnection, user_ids: &[i64]) -> sqlx::Result<()> {
     erase_items(&mut *conn, user_ids).await?;
     sqlx::query!("UPDATE users SET scrubbed_at = now() WHERE id = ANY($1)", user_ids).execute(conn).await?;
     Ok(())
 }
 
-/// Which of these people are erased.
-///
-/// # Errors
-/// The database's.
+/// Those of these people who are erased.
 pub(super) async fn erased_of(conn: &mut PgConnection, user_ids: &[i64]) -> sqlx::Result<Vec<i64>> {
     sqlx::query_scalar!("SELECT id FROM users WHERE erased_at IS NOT NULL AND id = ANY($1)", user_ids)
         .fetch_all(conn)
@@ -375,7 +353,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tombstone_needs_the_key_and_says_nothing_of_the_address() {
+    fn a_tombstone_depends_on_the_key_and_does_not_reveal_the_address() {
         let (mine, other) = (Tombs::new(b"key"), Tombs::new(b"another"));
         assert_eq!(mine.of("ann@x.org"), mine.of("ann@x.org"));
         assert_ne!(mine.of("ann@x.org"), other.of("ann@x.org"));
@@ -385,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_found_in_texts_by_their_tombstones() {
+    fn finds_addresses_in_texts_by_their_tombstones() {
         let tombs = Tombs::new(b"key");
         let tombstones = HashSet::from([tombs.of("ann@x.org")]);
         let finder = Finder { tombs, tombstones };
@@ -403,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_stands_for_the_address_in_both_spellings() {
+    fn a_pattern_matches_both_spellings_of_an_address() {
         let pattern = pattern("a+b@xn--mller-kva.example", str::to_owned);
         assert_eq!(
             pattern,

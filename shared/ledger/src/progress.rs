@@ -1,4 +1,4 @@
-//! Applies results: items and counters in one transaction, so that no counter can ever differ from a count of the items.
+//! Applies results: items and counters in one transaction, so that the counters always equal the counts of the items.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -20,7 +20,7 @@ use mailrun_core::{
     message::ItemResult,
 };
 
-/// A result, and the run that it says its item belongs to. Messages of the first version name none.
+/// A result and the run it names. Messages of the first version name none.
 #[derive(Clone, Copy, Debug)]
 pub struct Report<'a> {
     /// The run.
@@ -29,29 +29,29 @@ pub struct Report<'a> {
     pub result: &'a ItemResult,
 }
 
-/// What a batch of results did.
+/// The effect of a batch of results.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
-    /// Results that said something new.
+    /// Results that changed an item.
     pub changed: usize,
-    /// Results that were known, outdated or doubled.
+    /// Results that were known, outdated or duplicate.
     pub absorbed: usize,
-    /// How many items of each run have entered each state.
+    /// How many items of each run entered each state.
     pub entered: BTreeMap<(Uuid, ItemState), u64>,
-    /// Results of items that don't exist in the run that they name, by their place in the batch: another ledger's.
+    /// Indices of results whose item does not exist in the run they name: they belong to another ledger.
     pub strange: Vec<usize>,
-    /// Results of items in a state of a later version, which alone knows what follows, by their place in the batch.
+    /// Indices of results whose item is in a state of a later version: only that version knows how to apply them.
     pub later: Vec<usize>,
 }
 
-/// An item that a result has settled, for the job of its run.
+/// An item that was settled, for the job of its run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settled {
     /// The run.
     pub run_id: Uuid,
     /// The item.
     pub item_id: i64,
-    /// The person that it is about, if it is about one.
+    /// The person it is about, if any.
     pub user_id: Option<i64>,
     /// Its state: sent, failed, unknown, cancelled or skipped.
     pub state: ItemState,
@@ -61,24 +61,24 @@ pub struct Settled {
     pub flagged: bool,
 }
 
-/// What jobs do in the transaction in which their results are counted.
+/// The changes of jobs in the transaction that counts their results.
 pub trait OnSettled {
-    /// Called once for each batch that settles anything, after the counters are written.
+    /// Called once for each batch that settles items, after the counters are written.
     fn on_settled(&self, conn: &mut PgConnection, settled: &[Settled])
     -> impl Future<Output = sqlx::Result<()>> + Send;
 }
 
-/// An item as it is and as it becomes.
+/// An item before and after the batch.
 struct Item {
     run_id: Uuid,
     user_id: Option<i64>,
-    /// Whom or what it is about was erased.
+    /// Whether its subject was erased.
     is_empty: bool,
-    /// In a state of a later version, which is left alone.
+    /// Whether it is in a state of a later version, and is left unchanged.
     is_later: bool,
     was: Standing,
     standing: Standing,
-    /// The result that won, by its place in the batch.
+    /// The index of the winning result.
     winner: Option<usize>,
 }
 
@@ -88,19 +88,17 @@ impl Item {
     }
 }
 
-/// How often a batch is merged anew because something that it depends on changed meanwhile.
+/// How often a batch is merged again because something it depends on has changed.
 const TRIES: u32 = 20;
 
-/// Applies a batch of results, in one transaction of its own.
+/// Applies a batch of results in its own transaction.
 ///
-/// Any number of processes may do so at once: items are written in order of id, counters last and in order of run. An item
-/// is written only if it still stands where it was read; if it doesn't, somebody else has applied a result meanwhile, and
-/// the batch is merged anew. That is rare, and a lock on every item would cost as much as its update.
+/// Any number of processes may do so concurrently: items are written in order of id, then counters in order of run. An item is
+/// written only if its standing is still the one that was read. Otherwise another process has applied a result in the meantime,
+/// and the batch is merged again. That is rare, and locking every item would cost as much as updating it.
 ///
-/// Counters that were changed by hand may not allow the change: they are counted anew then, once.
-///
-/// # Errors
-/// The database's. Nothing is applied then, and the batch can be applied again.
+/// If counters were changed by hand and do not allow the change, they are recounted once.
+/// On an error nothing is applied, and the batch can be applied again.
 pub async fn apply(conn: &mut PgConnection, jobs: &impl OnSettled, results: &[Report<'_>]) -> sqlx::Result<Applied> {
     let mut recounted = false;
     let mut tries = 0;
@@ -109,7 +107,7 @@ pub async fn apply(conn: &mut PgConnection, jobs: &impl OnSettled, results: &[Re
         match apply_once(conn, jobs, results).await {
             Ok(Some(applied)) => return Ok(applied),
             Ok(None) => {}
-            // The person of a late `sent` is invited again at this very moment.
+            // The person of a late `sent` is being invited again right now.
             Err(error) if violates(&error, &["run_items_one_per_person"]) && tries < TRIES => {}
             Err(error) if violates(&error, &["run_progress_adds_up", "run_progress_not_negative"]) && !recounted => {
                 recounted = true;
@@ -129,7 +127,7 @@ fn violates(error: &sqlx::Error, constraints: &[&str]) -> bool {
     violated.is_some_and(|violated| constraints.contains(&violated))
 }
 
-/// None: an item was not where it had been read; nothing is applied.
+/// `None`: an item had changed since it was read; nothing is applied.
 async fn apply_once(
     conn: &mut PgConnection,
     jobs: &impl OnSettled,
@@ -219,7 +217,7 @@ async fn mark_overtaken(conn: &mut PgConnection, items: &HashMap<i64, Item>) -> 
     Ok(())
 }
 
-/// The items whose reason must not be kept: whom they are about was erased since the attempt began.
+/// The items whose reason must not be kept, because their person was erased after the attempt began.
 async fn erased(
     conn: &mut PgConnection,
     items: &HashMap<i64, Item>,
@@ -238,12 +236,12 @@ async fn erased(
     Ok(with_reason.into_iter().filter(|(_, item)| is_erased(item)).map(|(id, _)| *id).collect())
 }
 
-/// The reason that is written down: nothing that a mail server says about a person who was erased.
+/// The reason to store: never a mail server's reply about an erased person.
 fn kept(error: Option<&str>, is_erased: bool) -> Option<&str> {
     error.map(|error| if is_erased && error != DELETED { REPLY_ERASED } else { error })
 }
 
-/// False: one of them was not where it had been read.
+/// False: an item had changed since it was read.
 async fn update_items(
     conn: &mut PgConnection,
     items: &HashMap<i64, Item>,
@@ -291,7 +289,7 @@ async fn update_items(
     Ok(updated.rows_affected() == ids.len() as u64)
 }
 
-/// What this batch has settled, in order of item.
+/// The items that this batch settled, in order of id.
 fn settled(items: &HashMap<i64, Item>, results: &[Report<'_>], erased: &HashSet<i64>) -> Vec<Settled> {
     let mut settled: Vec<Settled> = items
         .iter()
@@ -319,10 +317,7 @@ async fn update_counters(conn: &mut PgConnection, runs: &BTreeMap<Uuid, Change>)
     Ok(())
 }
 
-/// Whether a result is buried already.
-///
-/// # Errors
-/// The database's.
+/// Whether a result was already buried.
 pub async fn is_buried(conn: &mut PgConnection, report: Report<'_>) -> sqlx::Result<bool> {
     sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT FROM buried_results
@@ -336,10 +331,7 @@ pub async fn is_buried(conn: &mut PgConnection, report: Report<'_>) -> sqlx::Res
     .await
 }
 
-/// Notes that a result is buried, so that its repetitions are dropped.
-///
-/// # Errors
-/// The database's.
+/// Records that a result is buried, so that its repetitions are dropped.
 pub async fn note_buried(conn: &mut PgConnection, report: Report<'_>, reason: &str) -> sqlx::Result<()> {
     sqlx::query!(
         "INSERT INTO buried_results (run_id, item_id, attempt, state, reason) VALUES ($1, $2, $3, $4, $5)

@@ -1,5 +1,5 @@
-//! Deletes what is old. A run goes at once, its items and claims after that in bounded steps, so that nothing live ever
-//! waits for long. People stay: they remember that they were emailed.
+//! Deletes old data. A run is deleted at once, its items and claims afterwards in bounded steps, so that live runs never wait
+//! for long. People stay, because they record who was emailed.
 
 use std::time::Duration;
 
@@ -8,25 +8,27 @@ use uuid::Uuid;
 
 use mailrun_core::setting::DAY;
 
-/// Published messages and ended workers are of no use after a day.
-const SCRAPS_AFTER: Duration = DAY;
+/// Published messages and ended workers are kept for a day.
+const KEPT_FOR: Duration = DAY;
 /// Hidden runs are kept for a day.
 const HIDDEN_FOR: Duration = DAY;
-/// Nobody repeats a result after this time.
+/// Results are not repeated after this time.
 const BURIED_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
-/// A run whose counters moved so lately is under way.
+/// A run whose counters moved within this time counts as in progress.
 const STILL_MOVING: Duration = Duration::from_secs(5);
 
-/// Deletes the oldest runs that were over for `after` (none: none of them), and hidden ones of a day ago, at most `limit`, and
-/// returns how many. Their items remain for [`step`]. A run with unknown items stays until a person has decided: without them, those people might be written to
-/// twice, and nobody would know. So does one whose suppressions are held for review, and one that was just asked to send
-/// something again. Of a cancelled run, passes that were broken off are never done.
+/// Deletes the oldest runs that ended more than `after` ago (`None`: none), and hidden runs older than a day, at most `limit`.
+/// Returns how many. Their items remain for [`step`].
 ///
-/// From the commit on, no item of these runs can be claimed, and every claim of before is seen by [`step`]: it is made in a
-/// transaction that has ended by then, or waits until it sees the run deleted.
+/// A run stays if it has unknown items that a person must decide about: without them, those people might be mailed twice
+/// unnoticed. It also stays if its suppressions are held for review, or if a replay was just requested. Unfinished passes of a
+/// cancelled run do not count.
+///
+/// After the commit no item of these runs can be claimed, and [`step`] sees every earlier claim: the claim's transaction has either
+/// ended by then, or waits and then sees that the run is deleted.
 ///
 /// # Errors
-/// The database's; 55P03 if claims are held up by somebody for long.
+/// 55P03 if claims are locked for too long.
 pub async fn delete_runs(pool: &PgPool, after: Option<Duration>, limit: i64) -> sqlx::Result<usize> {
     let mut tx = pool.begin().await?;
     let candidates = sqlx::query_scalar!(
@@ -47,7 +49,7 @@ pub async fn delete_runs(pool: &PgPool, after: Option<Duration>, limit: i64) -> 
     if candidates.is_empty() {
         return Ok(0);
     }
-    // Whoever asks for a replay locks the run: what was asked before is seen now, and nothing more is asked.
+    // A replay request locks the run: earlier requests are visible now, and no further one is possible.
     let old = sqlx::query_scalar!(
         r#"SELECT old.run_id AS "run_id!" FROM unnest($1::uuid[]) AS old (run_id)
            WHERE NOT EXISTS (
@@ -81,12 +83,9 @@ pub async fn delete_runs(pool: &PgPool, after: Option<Duration>, limit: i64) -> 
     Ok(old.len())
 }
 
-/// Cancels the hidden runs that are still open after a day: nobody waits for them any more. They are deleted once they are over.
-///
-/// # Errors
-/// The database's.
+/// Cancels hidden runs that are still open after a day. They are deleted once they have ended.
 pub async fn cancel_hidden(pool: &PgPool) -> sqlx::Result<u64> {
-    // The sweeper finds that they have no command yet, and publishes it.
+    // The sweeper finds that they have no cancel command yet, and publishes it.
     let cancelled = sqlx::query!(
         "UPDATE runs r SET wanted = 'cancelled' FROM run_progress p
          WHERE p.run_id = r.id AND p.finished_at IS NULL AND r.wanted <> 'cancelled'
@@ -98,33 +97,30 @@ pub async fn cancel_hidden(pool: &PgPool) -> sqlx::Result<u64> {
     Ok(cancelled.rows_affected())
 }
 
-/// Whether [`delete_runs`] failed because somebody held up the claims.
+/// Whether [`delete_runs`] failed because claims were locked.
 #[must_use]
 pub fn is_held_up(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Database(error) if error.code().is_some_and(|code| code == "55P03"))
 }
 
-/// What a step deleted.
+/// The effect of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
     /// The run.
     pub run_id: Uuid,
-    /// Items of it.
+    /// The number of its items that were deleted.
     pub items: u64,
-    /// Whether all that is left of it is being sent at this moment: the run comes up again after the others.
+    /// Whether all its remaining items are being sent: the run is tried again after the others.
     pub waits: bool,
-    /// Whether another run was moving meanwhile.
+    /// Whether another run was in progress.
     pub beside_others: bool,
 }
 
-/// Deletes at most `limit` items of deleted runs, with their claims. None: nothing is left, or somebody else is at it.
+/// Deletes at most `limit` items of deleted runs, with their claims. `None`: nothing is left, or another process is deleting.
 ///
-/// A dead letter of the run may have been moved by hand just before the run was deleted. What a worker is sending stays until its
-/// end is known, so that the person counts as emailed. Where the worker has died, the person may have got it, and counts as
-/// emailed.
-///
-/// # Errors
-/// The database's.
+/// A dead letter of the run may have been requeued by hand just before the run was deleted. An item that is being sent stays
+/// until its outcome is known, so that the person counts as emailed. If the worker has died, the person may have received the
+/// mail and counts as emailed.
 pub async fn step(pool: &PgPool, limit: i64) -> sqlx::Result<Option<Step>> {
     let mut tx = pool.begin().await?;
     let Some(run_id) = next(&mut tx).await? else { return Ok(None) };
@@ -191,15 +187,12 @@ async fn is_any_moving(conn: &mut PgConnection) -> sqlx::Result<bool> {
     .await
 }
 
-/// Deletes at most `limit` of each kind of scrap: published messages and workers that ended or died, of a day ago or more;
-/// receipts that no item needs; results that were buried long ago; meters of runs that are gone. Returns how many there were.
+/// Deletes housekeeping rows, at most `limit` of each kind: published messages, and workers that ended or died, after a day;
+/// receipts that no item needs; results that were buried long ago; meters of deleted runs. Returns how many.
 ///
-/// A receipt of a worker that is gone is needed for as long as one of its items is not shown as sent.
-///
-/// # Errors
-/// The database's.
-pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
-    let after = SCRAPS_AFTER.as_secs_f64();
+/// A receipt of an ended worker is needed until all its items are shown as sent.
+pub async fn housekeeping(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
+    let after = KEPT_FOR.as_secs_f64();
     let messages = sqlx::query!(
         "DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE published_at < now() - make_interval(secs => $1)
                                          ORDER BY id LIMIT $2)",
@@ -208,7 +201,7 @@ pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
     )
     .execute(pool)
     .await?;
-    // A claim whose worker is not known counts as one of a dead worker, which it is.
+    // A claim whose worker has no row counts as a dead worker's, which is right.
     let workers = sqlx::query!(
         "DELETE FROM workers WHERE id IN (SELECT id FROM workers w
                                           WHERE heartbeat_at < now() - make_interval(secs => $1)
@@ -238,7 +231,7 @@ pub async fn scraps(pool: &PgPool, limit: i64) -> sqlx::Result<u64> {
     )
     .execute(pool)
     .await?;
-    // A claim that was under way when its run was deleted may have written one.
+    // A claim in progress when its run was deleted may have written a meter.
     let meters = sqlx::query!(
         "DELETE FROM pacing WHERE run_id IN (
              SELECT run_id FROM pacing p WHERE run_id <> '00000000-0000-0000-0000-000000000000'

@@ -1,27 +1,24 @@
-//! Receipts: what a mail server has accepted, written down by its sender in the transaction of its next claim.
+//! Receipts: what a mail server has accepted, stored by its sender in the transaction of the next claim.
 //!
-//! With a receipt on disk an attempt can't become unknown any more, whatever happens to its worker and to its result. So it
-//! needs no permit from then on.
+//! With a receipt on disk, an attempt can no longer become unknown, whatever happens to its worker or its result. So it needs
+//! no permit from then on.
 
 use std::collections::HashSet;
 
 use sqlx::PgConnection;
 
-/// What is written with a claim.
+/// A receipt.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Receipt {
-    /// Counts the worker's receipts. One that may have been written, or not, is never written again.
+    /// The worker's sequence number. A number that may have been written is never used again.
     pub number: i64,
     /// The items.
     pub item_ids: Vec<i64>,
-    /// The number of each one's attempt.
+    /// The attempt number of each item.
     pub attempts: Vec<i32>,
 }
 
-/// Writes a receipt by itself, for a worker that claims nothing more.
-///
-/// # Errors
-/// The database's.
+/// Writes a receipt without a claim, for a worker that claims nothing more.
 pub async fn write(conn: &mut PgConnection, worker_id: i64, receipt: &Receipt) -> sqlx::Result<()> {
     if !receipt.item_ids.is_empty() {
         sqlx::query!(
@@ -37,10 +34,7 @@ pub async fn write(conn: &mut PgConnection, worker_id: i64, receipt: &Receipt) -
     Ok(())
 }
 
-/// Of attempts that dead workers had claimed, those for which there is a receipt, as item and number.
-///
-/// # Errors
-/// The database's.
+/// Those attempts of dead workers that have a receipt, as item and attempt number.
 pub(super) async fn of_workers(
     conn: &mut PgConnection,
     worker_ids: &[i64],
@@ -61,11 +55,8 @@ pub(super) async fn of_workers(
     Ok(rows.into_iter().map(|row| (row.item_id, row.attempt)).collect())
 }
 
-/// Deletes a worker's receipts from number `from` on, and before number `until`. The lower end is there for speed: looking
-/// for them would otherwise pass by all those that were deleted lately.
-///
-/// # Errors
-/// The database's.
+/// Deletes a worker's receipts with numbers from `from` up to, but not including, `until`. The lower bound avoids scanning
+/// recently deleted rows.
 pub async fn delete(conn: &mut PgConnection, worker_id: i64, from: i64, until: i64) -> sqlx::Result<()> {
     sqlx::query!("DELETE FROM receipts WHERE worker_id = $1 AND number >= $2 AND number < $3", worker_id, from, until)
         .execute(conn)

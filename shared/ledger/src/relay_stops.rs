@@ -1,4 +1,4 @@
-//! Relays that are stopped because many refusals could not be explained, until an operator says whose fault they were.
+//! Relays that are stopped because of many unexplained refusals, until an operator answers whose fault they were.
 
 use chrono::{DateTime, Utc};
 use sqlx::{Connection as _, PgConnection};
@@ -8,13 +8,13 @@ use super::{outbox, stored::Stored};
 use crate::stored::InLedger;
 use mailrun_core::message::{Command, RunMessage};
 
-/// Whose fault refusals were.
+/// Whose fault the refusals were.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::Type)]
 #[sqlx(type_name = "relay_fault", rename_all = "snake_case")]
 pub enum Fault {
-    /// The relay refused the sender: the recipients are tried again.
+    /// The relay refused the sender: the recipients are retried.
     Us,
-    /// Each recipient was refused for a reason of its own.
+    /// Each recipient was refused for its own reason.
     Them,
 }
 
@@ -22,30 +22,26 @@ impl InLedger for Fault {
     type Sql = Self;
 }
 
-/// A relay that was stopped.
+/// A relay stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RelayStop {
     /// Its number: higher is newer.
     pub number: i64,
-    /// The relay, as host:port.
+    /// The relay, as `host:port`.
     pub relay: String,
     /// When.
     pub stopped_at: DateTime<Utc>,
-    /// What was counted, and the relay's words.
+    /// The counts, and the relay's last reply.
     pub reason: String,
-    /// What the refusals have in common.
+    /// The normalized texts of the refusals.
     pub alike: Vec<String>,
-    /// The runs that were paused with it.
+    /// The runs paused with it.
     pub runs: Vec<Uuid>,
-    /// The answer; none: the relay is still stopped.
+    /// The answer. `None`: the relay is still stopped.
     pub fault: Option<Stored<Fault>>,
 }
 
-/// Stops a relay, and pauses those of these runs that go on. A relay that is stopped already keeps its stop, and the runs are added
-/// to it.
-///
-/// # Errors
-/// The database's.
+/// Stops a relay and pauses those of these runs that are running. If the relay is already stopped, the runs are added to its stop.
 pub async fn stop(
     conn: &mut PgConnection,
     relay: &str,
@@ -75,10 +71,7 @@ pub async fn stop(
     tx.commit().await
 }
 
-/// The relays that are stopped, and those that were and got an answer within the last week; oldest first.
-///
-/// # Errors
-/// The database's.
+/// The stopped relays, and those answered within the last week; oldest first.
 pub async fn recent(conn: &mut PgConnection) -> sqlx::Result<Vec<RelayStop>> {
     sqlx::query_as!(
         RelayStop,
@@ -89,11 +82,8 @@ pub async fn recent(conn: &mut PgConnection) -> sqlx::Result<Vec<RelayStop>> {
     .await
 }
 
-/// Says whose fault the refusals were: the relay goes on, and so do the runs that were paused with it. `number`: none: of all
-/// relays that are stopped. How many were.
-///
-/// # Errors
-/// The database's.
+/// Answers whose fault the refusals were: the relay and the runs paused with it continue. `number`: `None` for all stopped
+/// relays. Returns how many stops were answered.
 pub async fn answer(conn: &mut PgConnection, number: Option<i64>, fault: Fault) -> sqlx::Result<usize> {
     let mut tx = conn.begin().await?;
     let answered = sqlx::query_scalar!(

@@ -1,4 +1,4 @@
-//! Declares that the ledger was restored from a backup: whatever was open in it may have been sent since.
+//! Declares that the ledger was restored from a backup: what is open in it may have been sent since the backup.
 
 use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
@@ -11,24 +11,24 @@ use mailrun_core::{
     message::{ItemMessage, ItemResult},
 };
 
-/// Why an item of a restored run is unknown.
+/// The error of unknown items in a restored run.
 pub const MAY_HAVE_BEEN_SENT: &str =
     "the ledger was restored from a backup: this invitation may have been sent after the backup was taken";
-/// Items that are settled in one transaction.
+/// Items settled in one transaction.
 const BATCH: i64 = 1_000;
 
-/// What was stopped before the items are settled.
+/// The effect of [`stop_all`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stopped {
-    /// Runs in the ledger: retrying their failed items asks first from now on.
+    /// Runs in the ledger. Replaying their failed items needs a confirmation from now on.
     pub runs: u64,
-    /// Those of them with open items, which are paused.
+    /// Runs with open items, which are paused.
     pub paused: u64,
     /// Unpublished messages that were removed.
     pub messages: u64,
 }
 
-/// An item as it is in the ledger.
+/// An open item.
 struct Item {
     hidden: bool,
     run_id: Uuid,
@@ -40,18 +40,15 @@ struct Item {
 }
 
 impl Item {
-    /// The attempt that it waits for.
+    /// The attempt it waits for.
     fn awaited(&self) -> ItemMessage {
         let Self { run_id, id, attempt, tries, replays, state, .. } = *self;
-        // What is settled here is not published.
+        // The result is not published.
         ItemMessage { run_id, item_id: id, attempt, tries, replays, impersonal: false }.awaited(state)
     }
 }
 
-/// The processes that are connected to this database, by name: they have to be stopped first.
-///
-/// # Errors
-/// The database's.
+/// The names of the processes connected to this database. They must be stopped first.
 pub async fn connected_workers(conn: &mut PgConnection) -> sqlx::Result<Vec<String>> {
     sqlx::query_scalar!(
         r#"SELECT DISTINCT application_name AS "name!" FROM pg_stat_activity
@@ -61,10 +58,9 @@ pub async fn connected_workers(conn: &mut PgConnection) -> sqlx::Result<Vec<Stri
     .await
 }
 
-/// Pauses every run with open items and removes what would set them going again. Repeating it changes nothing.
+/// Pauses every run with open items, and removes whatever would make them continue. Idempotent.
 ///
-/// # Errors
-/// The database's. Nothing is changed then.
+/// On an error nothing is changed.
 pub async fn stop_all(conn: &mut PgConnection) -> sqlx::Result<Stopped> {
     let mut tx = conn.begin().await?;
     let paused = sqlx::query_scalar!(
@@ -77,7 +73,7 @@ pub async fn stop_all(conn: &mut PgConnection) -> sqlx::Result<Stopped> {
         .fetch_all(&mut *tx)
         .await?;
     let visible = |hidden: Vec<bool>| hidden.into_iter().filter(|hidden| !hidden).count() as u64;
-    // Whoever answers for a relay later must not resume them.
+    // A later answer for a relay must not resume the runs.
     sqlx::query!("UPDATE relay_stops SET runs = '{}' WHERE answered_at IS NULL").execute(&mut *tx).await?;
     // Every item is settled below, so no pass has anything left to release.
     sqlx::query!(
@@ -86,7 +82,7 @@ pub async fn stop_all(conn: &mut PgConnection) -> sqlx::Result<Stopped> {
     .execute(&mut *tx)
     .await?;
     let messages = sqlx::query!("DELETE FROM outbox WHERE published_at IS NULL").execute(&mut *tx).await?;
-    // The workers of the time of the backup.
+    // The workers that were running when the backup was taken.
     sqlx::query!("UPDATE workers SET died_at = clock_timestamp() WHERE stopped_at IS NULL AND died_at IS NULL")
         .execute(&mut *tx)
         .await?;
@@ -94,10 +90,9 @@ pub async fn stop_all(conn: &mut PgConnection) -> sqlx::Result<Stopped> {
     Ok(Stopped { runs: visible(runs), paused: visible(paused), messages: messages.rows_affected() })
 }
 
-/// Settles items as sent, of which a relay's log shows that they were. Returns how many were not known to be.
-///
+/// Settles items as sent if a relay's log shows that they were. Returns how many were not known to be sent.
 /// # Errors
-/// The database's. A batch of them is settled or not; the call can be repeated.
+/// Each batch is settled completely or not at all; the call can be repeated.
 pub async fn settle_sent(conn: &mut PgConnection, sent: &[(Uuid, i64)]) -> sqlx::Result<usize> {
     let mut settled = 0;
     for sent in sent.chunks(BATCH as usize) {
@@ -119,11 +114,10 @@ pub async fn settle_sent(conn: &mut PgConnection, sent: &[(Uuid, i64)]) -> sqlx:
     Ok(settled)
 }
 
-/// Settles every open item as unknown, whether it was released or not: the backup's cursor is older than the sends. Returns how
-/// many there were in visible runs; `progress` is told after each batch.
+/// Settles every open item as unknown, released or not: the backup's cursor is older than the sends. Returns how many of them
+/// are in visible runs. Calls `progress` after each batch.
 ///
-/// # Errors
-/// The database's. A batch of them is settled or not; the call can be repeated.
+/// Each batch is settled completely or not at all; the call can be repeated.
 pub async fn settle_open(conn: &mut PgConnection, mut progress: impl FnMut(usize)) -> sqlx::Result<usize> {
     let (mut settled, mut after) = (0, 0);
     loop {

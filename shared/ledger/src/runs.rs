@@ -1,4 +1,4 @@
-//! Runs as people see them: what the pages show, and what a person may ask for.
+//! Runs as shown on pages, and what a person may request.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
@@ -16,7 +16,7 @@ use mailrun_core::{
     run::{Counters, Phase, Wanted},
 };
 
-/// The present rate is taken over this time.
+/// The period over which the current rate is measured, in seconds.
 const RATE_OVER_S: f64 = 5.0;
 
 /// A run's progress at one moment.
@@ -26,90 +26,84 @@ pub struct Progress {
     pub run_id: Uuid,
     /// When it was accepted.
     pub created_at: DateTime<Utc>,
-    /// What a person wants of it.
+    /// Its wanted state.
     pub wanted: Wanted,
-    /// What a later version wants of it, in its word: then this one leaves the run alone.
+    /// The wanted state, if only a later version knows it: this version leaves the run alone.
     pub later: Option<String>,
-    /// How many items are in which state.
+    /// The number of items in each state.
     pub counters: Counters,
-    /// When it was accepted, or begun again by a replay.
+    /// When it was accepted, or restarted by a replay.
     pub started_at: DateTime<Utc>,
     /// When a counter last moved.
     pub updated_at: DateTime<Utc>,
-    /// When nothing was open any more.
+    /// When the last open item was settled.
     pub finished_at: Option<DateTime<Utc>>,
-    /// Items settled a second, lately.
+    /// Items settled per second, recently.
     pub rate: f64,
-    /// Whether the ledger was restored from a backup that holds the run.
+    /// Whether the ledger was restored from a backup that contains the run.
     pub restored: bool,
-    /// Why no worker sends anything at the moment, in the mail server's words.
+    /// Why no worker sends at present: the mail server's reply.
     pub held_up: Option<String>,
     /// The database's clock.
     pub now: DateTime<Utc>,
 }
 
 impl Progress {
-    /// What the run is doing.
+    /// The phase of the run.
     #[must_use]
     pub fn phase(&self) -> Phase {
         Phase::of(self.wanted, &self.counters)
     }
 
-    /// How long it has been going, or took.
+    /// How long it has been running, or how long it took.
     #[must_use]
     pub fn elapsed(&self) -> TimeDelta {
         (self.finished_at.unwrap_or(self.now) - self.started_at).max(TimeDelta::zero())
     }
 }
 
-/// What was in the list that a run was made of.
+/// The contents of the list that a run was made from.
 #[derive(Clone, Debug)]
 pub struct Summary {
-    /// Invitations accepted.
+    /// Accepted invitations.
     pub total: i32,
-    /// People invited before, or waiting in another run.
+    /// People who were invited before, or are waiting in another run.
     pub already_invited: i32,
-    /// People whose invitation failed, or is unclear, in an earlier run.
+    /// People whose invitation in an earlier run failed or is unknown.
     pub already_failed: i32,
-    /// Addresses that nobody writes to any more.
+    /// Suppressed addresses.
     pub suppressed: i32,
-    /// Addresses that stood in the list before.
+    /// Repeated addresses.
     pub repeated: i32,
-    /// Entries that are no address.
+    /// Entries that are not an address.
     pub invalid: i32,
-    /// The first of those.
+    /// The first invalid entries.
     pub invalid_entries: Vec<InvalidEntry>,
 }
 
 /// An item that needs a person's attention.
 #[derive(Clone, Debug, Serialize)]
 pub struct Trouble {
-    /// Its place in the run, from 1.
+    /// Its position in the run, from 1.
     pub position: i32,
-    /// The recipient as the list wrote it; the item's data where it is about no person.
+    /// The recipient as written in the list, or the data of an item about no person.
     pub email: String,
     /// `failed` or `unknown`.
     pub state: Stored<ItemState>,
-    /// How many attempts were made.
+    /// The number of attempts.
     pub attempts: i32,
-    /// Why.
+    /// The error.
     pub error: Option<String>,
-    /// Since when.
+    /// When it was settled.
     pub finished_at: Option<DateTime<Utc>>,
 }
 
-/// One run's progress. None: there is no such run.
-///
-/// # Errors
-/// The database's.
+/// One run's progress. `None`: there is no such run.
 pub async fn progress(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Progress>> {
     Ok(list_where(pool, Some(run_id), None, 1).await?.pop())
 }
 
-/// The newest runs, before a moment if one is given.
-///
-/// # Errors
-/// The database's.
+/// The newest runs, optionally only those before a moment.
 pub async fn list(pool: &PgPool, before: Option<DateTime<Utc>>, limit: i64) -> sqlx::Result<Vec<Progress>> {
     list_where(pool, None, before, limit).await
 }
@@ -160,10 +154,7 @@ async fn list_where(
         .collect())
 }
 
-/// What a run was made of. None: there is no such run.
-///
-/// # Errors
-/// The database's.
+/// The contents of a run's list. `None`: there is no such run.
 pub async fn summary(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Summary>> {
     let row = sqlx::query!(
         r#"SELECT total, already_invited, already_failed, suppressed, repeated, invalid,
@@ -184,20 +175,13 @@ pub async fn summary(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Summary
     }))
 }
 
-/// The rate limit a run was accepted with; none: it has none.
-///
-/// # Errors
-/// The database's.
+/// A run's rate limit. `None`: it has none.
 pub async fn rate_limit(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<i32>> {
     let limit = sqlx::query_scalar("SELECT sends_per_second FROM runs WHERE id = $1").bind(run_id);
     Ok(limit.fetch_optional(pool).await?.flatten())
 }
 
-/// The kinds of these runs, also of those that were pruned and whose items are not all deleted. One that isn't returned does not
-/// exist.
-///
-/// # Errors
-/// The database's.
+/// The kinds of these runs, including pruned runs whose items are not all deleted. Missing runs do not exist.
 pub async fn kinds(conn: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<Vec<(Uuid, String)>> {
     let rows = sqlx::query!(
         r#"SELECT id AS "id!", kind AS "kind!" FROM runs WHERE id = ANY($1)
@@ -209,19 +193,16 @@ pub async fn kinds(conn: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<Ve
     Ok(rows.into_iter().map(|row| (row.id, row.kind)).collect())
 }
 
-/// What a run says: its subject and text.
+/// A run's subject and text.
 ///
 /// # Errors
-/// The database's; `RowNotFound` if there is no such run.
+/// `RowNotFound` if there is no such run.
 pub async fn text(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<(String, String)> {
     let row = sqlx::query!("SELECT subject, body FROM runs WHERE id = $1", run_id).fetch_one(conn).await?;
     Ok((row.subject, row.body))
 }
 
-/// The failed and unknown items of a run, behind a position.
-///
-/// # Errors
-/// The database's.
+/// The failed and unknown items of a run after a position.
 pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sqlx::Result<Vec<Trouble>> {
     sqlx::query_as!(
         Trouble,
@@ -237,10 +218,7 @@ pub async fn troubles(pool: &PgPool, run_id: Uuid, after: i32, limit: i64) -> sq
     .await
 }
 
-/// The errors in the ledger's dead letters, most frequent first: state, error, how many.
-///
-/// # Errors
-/// The database's.
+/// The errors of failed and unknown items, most frequent first: state, error, count.
 pub async fn dead_by_error(pool: &PgPool) -> sqlx::Result<Vec<(Stored<ItemState>, String, i64)>> {
     let rows = sqlx::query!(
         r#"SELECT state AS "state: Stored<ItemState>", coalesce(error, '') AS "error!", count(*) AS "count!"
@@ -252,29 +230,23 @@ pub async fn dead_by_error(pool: &PgPool) -> sqlx::Result<Vec<(Stored<ItemState>
     Ok(rows.into_iter().map(|row| (row.state, row.error, row.count)).collect())
 }
 
-/// What became of a person's wish.
+/// The result of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Granted {
-    /// It is committed, and will be carried out.
+    /// Committed. It will be carried out.
     Yes,
-    /// The run is in a state in which it means nothing; for instance, it is over.
+    /// Not possible in the run's present state, for example because it has ended.
     NotNow,
     /// There is no such run.
     NoSuchRun,
 }
 
 /// Those of these runs that are paused or cancelled.
-///
-/// # Errors
-/// The database's.
 pub async fn stopped(conn: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<Vec<Uuid>> {
     sqlx::query_scalar!("SELECT id FROM runs WHERE id = ANY($1) AND wanted <> 'running'", run_ids).fetch_all(conn).await
 }
 
-/// Pauses or resumes a run. Resuming commits a command with it that puts back what senders have dropped meanwhile.
-///
-/// # Errors
-/// The database's.
+/// Pauses or resumes a run. Resuming also commits a command that republishes what senders have dropped in the meantime.
 pub async fn set_paused(pool: &PgPool, run_id: Uuid, paused: bool) -> sqlx::Result<Granted> {
     let (from, to) = if paused { (Wanted::Running, Wanted::Paused) } else { (Wanted::Paused, Wanted::Running) };
     let mut tx = pool.begin().await?;
@@ -288,7 +260,7 @@ pub async fn set_paused(pool: &PgPool, run_id: Uuid, paused: bool) -> sqlx::Resu
     .await?;
     let changed = changed.rows_affected() == 1;
     if changed {
-        // From now on this person decides when the run goes on, not who answers for a relay that was stopped.
+        // From now on this person decides when the run continues, not the operator who answers for a stopped relay.
         sqlx::query!(
             "UPDATE relay_stops SET runs = array_remove(runs, $1) WHERE answered_at IS NULL AND $1 = ANY(runs)",
             run_id
@@ -304,10 +276,7 @@ pub async fn set_paused(pool: &PgPool, run_id: Uuid, paused: bool) -> sqlx::Resu
     Ok(granted)
 }
 
-/// Cancels a run, for good: the wish and the command that settles its open items are committed together.
-///
-/// # Errors
-/// The database's.
+/// Cancels a run permanently. The wanted state and the command that settles its open items are committed together.
 pub async fn cancel(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Granted> {
     let mut tx = pool.begin().await?;
     let changed = sqlx::query!(
@@ -336,34 +305,31 @@ async fn granted(conn: &mut PgConnection, run_id: Uuid, changed: bool) -> sqlx::
     Ok(if exists { Granted::NotNow } else { Granted::NoSuchRun })
 }
 
-/// Which dead items to send again.
+/// Which failed or unknown items to replay.
 #[derive(Clone, Debug)]
 pub struct ReplayWish {
-    /// Only this run's; none: all runs'.
+    /// Only items of this run; `None` for all runs.
     pub run_id: Option<Uuid>,
     /// `failed`, `unknown` or both.
     pub states: Vec<ItemState>,
-    /// Only those with this error; none: all.
+    /// Only items with this error; `None` for all.
     pub error: Option<String>,
-    /// Tells a repeated wish (a second click) from a new one.
+    /// Distinguishes a repeated request (a second click) from a new one.
     pub token: Uuid,
-    /// Also of runs that were restored from a backup, whose failed items may have been sent since.
+    /// Whether to include runs that were restored from a backup, whose failed items may have been sent since.
     pub restored: bool,
 }
 
-/// What a wish for a replay has led to.
+/// The result of a replay request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Replayed {
-    /// Runs that begin again.
+    /// Runs that restart.
     pub runs: usize,
-    /// Runs that were restored from a backup, which the wish has not confirmed.
+    /// Runs restored from a backup, which the request did not confirm.
     pub unconfirmed: usize,
 }
 
-/// Asks for a replay of every run that has matching items. Cancelled runs stay cancelled.
-///
-/// # Errors
-/// The database's.
+/// Requests a replay of every run with matching items. Cancelled runs stay cancelled.
 pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<Replayed> {
     let mut tx = pool.begin().await?;
     let matching = sqlx::query!(
@@ -386,7 +352,7 @@ pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<Replayed> 
             runs.push(run.run_id);
         }
     }
-    // Those that are pruned at this very moment are gone; the others stay until the replay has begun.
+    // Runs that are being pruned right now are gone. The others stay until the replay has begun.
     let runs = sqlx::query_scalar!(
         "SELECT run_id FROM run_progress WHERE run_id = ANY($1) ORDER BY run_id FOR KEY SHARE",
         &runs
@@ -406,10 +372,7 @@ pub async fn replay(pool: &PgPool, wish: &ReplayWish) -> sqlx::Result<Replayed> 
     Ok(replayed)
 }
 
-/// How many people of a mail domain have been emailed: the demo's last check, in the table itself.
-///
-/// # Errors
-/// The database's.
+/// How many people of a mail domain have been emailed. The demo's final check, directly on the table.
 pub async fn emailed_in_domain(pool: &PgPool, domain: &str) -> sqlx::Result<i64> {
     sqlx::query_scalar!(
         r#"SELECT count(*) AS "count!" FROM users WHERE emailed_at IS NOT NULL AND split_part(email, '@', 2) = $1"#,

@@ -1,4 +1,4 @@
-//! The schema: brings it up to date, and tells whether it is.
+//! Migrates the schema, and checks whether it is up to date.
 
 use std::collections::HashMap;
 
@@ -11,19 +11,19 @@ use tracing::info;
 
 use super::mailboxes;
 
-/// The steps that make it. One that has landed is never edited.
+/// The migrations. A released migration is never edited.
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations");
 
-/// Brings the schema up to date, and the addresses in it (see [`mailboxes`]). Safe from several processes at once.
+/// Migrates the schema and normalizes the addresses in it (see [`mailboxes`]). Safe to run from several processes concurrently.
 ///
 /// # Errors
-/// When PostgreSQL can't be reached, or holds another schema.
+/// If PostgreSQL can't be reached, or the database holds a different schema.
 pub async fn migrate(pool: &PgPool) -> Result<(), MigrateError> {
     let mut connection = pool.acquire().await?;
-    // A step may take its time on a large ledger.
+    // A migration may take long on a large ledger.
     sqlx::query("SET statement_timeout = 0").execute(&mut *connection).await?;
     let done = bring_up_to_date(&mut connection).await;
-    // It is not as the others any more.
+    // This connection has other session settings than the pool's.
     connection.close().await?;
     done
 }
@@ -33,22 +33,19 @@ async fn bring_up_to_date(conn: &mut PgConnection) -> Result<(), MigrateError> {
     let unified = mailboxes::unify(conn).await?;
     if unified != Default::default() {
         let mailboxes::Unified { people, merged, suppressions } = unified;
-        info!(
-            people,
-            merged, suppressions, "addresses are spelled as their mailboxes, and people of one mailbox merged"
-        );
+        info!(people, merged, suppressions, "addresses normalized, people with the same mailbox merged");
     }
     Ok(())
 }
 
-/// What is between the schema of the database and that of this program. All empty: nothing.
+/// The difference between the database's schema and this program's. Empty if there is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Difference {
-    /// Migrations that the database has not had.
+    /// Migrations that the database lacks.
     pub missing: Vec<i64>,
-    /// Migrations that it has had and this program does not know: it is the older one.
+    /// Migrations that this program does not know: it is older than the schema.
     pub unknown: Vec<i64>,
-    /// Migrations that were other ones there, or were broken off.
+    /// Migrations that have other contents in the database, or failed there.
     pub altered: Vec<i64>,
 }
 
@@ -69,10 +66,7 @@ impl Difference {
     }
 }
 
-/// Compares the schema of the database with that of this program.
-///
-/// # Errors
-/// The database's.
+/// Compares the database's schema with this program's.
 pub async fn difference(conn: &mut PgConnection) -> sqlx::Result<Difference> {
     let exists = sqlx::query_scalar!(r#"SELECT to_regclass('_sqlx_migrations') IS NOT NULL AS "exists!""#)
         .fetch_one(&mut *conn)
@@ -88,9 +82,6 @@ pub async fn difference(conn: &mut PgConnection) -> sqlx::Result<Difference> {
 }
 
 /// The database's clock.
-///
-/// # Errors
-/// The database's.
 pub async fn now(conn: &mut PgConnection) -> sqlx::Result<DateTime<Utc>> {
     sqlx::query_scalar!(r#"SELECT clock_timestamp() AS "now!""#).fetch_one(conn).await
 }
@@ -100,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_difference_is_told() {
+    fn reports_every_difference() {
         let known: [(i64, &[u8]); 4] = [(1, b"a"), (2, b"b"), (3, b"c"), (4, b"d")];
         let applied = |rows: &[(i64, &[u8], bool)]| {
             rows.iter().map(|(version, checksum, success)| (*version, (checksum.to_vec(), *success))).collect()

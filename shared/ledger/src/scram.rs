@@ -1,13 +1,13 @@
-//! What PostgreSQL keeps of a password (RFC 5803, RFC 7677): made here, so that no statement carries the password itself.
+//! SCRAM verifiers (RFC 5803, RFC 7677), computed here so that no statement contains the password itself.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::{Digest as _, Sha256};
 
-/// As many as PostgreSQL takes by itself.
+/// PostgreSQL's default.
 const ITERATIONS: u32 = 4_096;
 
-/// The verifier of a password of ASCII characters, which need no preparation.
+/// The verifier of an ASCII password, which needs no normalization.
 pub(crate) fn verifier(password: &str, salt: [u8; 16]) -> String {
     let salted = salted(password, &salt);
     let stored = Sha256::digest(mac(&salted, &[b"Client Key"]));
@@ -16,7 +16,7 @@ pub(crate) fn verifier(password: &str, salt: [u8; 16]) -> String {
     format!("SCRAM-SHA-256${ITERATIONS}:{}${}:{}", encode(&salt), encode(&stored), encode(&server))
 }
 
-/// PBKDF2 with HMAC-SHA-256, of one block.
+/// PBKDF2 with HMAC-SHA-256, one block.
 fn salted(password: &str, salt: &[u8]) -> [u8; 32] {
     let mut last = mac(password.as_bytes(), &[salt, &1_u32.to_be_bytes()]);
     let mut all = last;
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_verifier_is_as_postgresql_makes_it() {
+    fn a_verifier_equals_postgresqls() {
         // RFC 7677's example: the password "pencil".
         let salt = STANDARD.decode("W22ZaJ0SNY7soEsUEjb6gQ==").unwrap().try_into().unwrap();
         let expected = "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ==$WG5d8oPm3OtcPnkdi4Uo7BkeZkBFzpcXkuLmtbsT4qY=:wfPLwcE6nTWhTAmQ7tl2KeoiWGPlZqQxSrmfPwDl2dU=";

@@ -1,4 +1,4 @@
-//! `[database]` and `[suppressions]`: how PostgreSQL is reached, encrypted beyond this machine, and the roles that setup makes.
+//! `[database]` and `[suppressions]`: the connection to PostgreSQL, its encryption, and the roles that setup creates.
 
 use std::time::Duration;
 
@@ -17,18 +17,18 @@ use crate::scram;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DatabaseConfig {
-    /// `postgres://user:password@host:port/database`; `DATABASE_URL` wins over it.
+    /// `postgres://user:password@host:port/database`. `DATABASE_URL` takes precedence.
     pub url: SecretString,
-    /// Connections a process keeps at most.
+    /// The maximum number of connections of a process.
     pub max_connections: u32,
-    /// How long a request for a connection of the pool may wait. Not a setting: the pages wait less long than workers.
+    /// How long acquiring a connection from the pool may take. Not a setting: pages wait for a shorter time than workers.
     #[serde(skip)]
     pub acquire_timeout: Duration,
-    /// Lets connections beyond this machine go unencrypted or unverified, as `url` says.
+    /// Allows unencrypted or unverified connections to other hosts, as `url` says.
     pub allow_plaintext: bool,
-    /// The roles that `mailrun setup` makes.
+    /// The roles that `mailrun setup` creates.
     pub roles: RolesConfig,
-    /// PostgreSQL must answer a statement within this time. A connection on which it does not is given up.
+    /// PostgreSQL must answer a statement within this time. Otherwise the connection is closed.
     #[serde(rename = "answer_timeout_ms", with = "ms")]
     pub answer_timeout: Duration,
 }
@@ -46,7 +46,7 @@ impl Default for DatabaseConfig {
     }
 }
 
-/// What may stand behind the `?` of `database.url`.
+/// The query parameters that `database.url` may have.
 const PARAMETERS: [&str; 19] = [
     "sslmode",
     "ssl-mode",
@@ -70,11 +70,11 @@ const PARAMETERS: [&str; 19] = [
 ];
 
 impl DatabaseConfig {
-    /// How PostgreSQL is reached. Beyond this machine the connection is encrypted, and the server's certificate and name are
-    /// verified, unless `allow_plaintext` leaves that to the address.
+    /// The connection options. A connection to another host is encrypted, and the server's certificate and name are verified,
+    /// unless `allow_plaintext` leaves that to the URL.
     ///
     /// # Errors
-    /// What is wrong with the address, without any part of it.
+    /// What is wrong with the URL, without quoting any part of it.
     pub fn options(&self) -> Result<PgConnectOptions, &'static str> {
         const MALFORMED: &str = "it is not like postgres://user:password@host:port/database; \
                                  special characters of a password are written as in any URL, such as %40 for @";
@@ -85,7 +85,7 @@ impl DatabaseConfig {
         }
         let is_known = |name: &str| PARAMETERS.contains(&name) || name.starts_with("options[");
         if url.query_pairs().any(|(name, _)| !is_known(&name)) {
-            return Err("it has an unknown parameter behind the question mark");
+            return Err("it has an unknown parameter after the question mark");
         }
         let options: PgConnectOptions = text.parse().map_err(|_| MALFORMED)?;
         let is_local = options.get_socket().is_some()
@@ -105,10 +105,10 @@ impl DatabaseConfig {
         }
     }
 
-    /// Whether they can be used.
+    /// Checks the settings.
     ///
     /// # Errors
-    /// The first setting that can't.
+    /// The first invalid setting.
     pub fn check(&self) -> Result<(), InvalidSetting> {
         let wrong = |key, reason: &str| Err(InvalidSetting::new(key, reason));
         if let Err(reason) = self.options() {
@@ -121,10 +121,10 @@ impl DatabaseConfig {
     }
 }
 
-/// Who writes to the ledger, each with a role of its own.
+/// The writers of the ledger, each with its own role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Writer {
-    /// The pages.
+    /// The web process.
     Web,
     /// A worker with the role `fan-out`.
     FanOut,
@@ -141,9 +141,9 @@ pub enum Writer {
 impl Writer {
     /// All of them.
     pub const ALL: [Self; 6] = [Self::Web, Self::FanOut, Self::Send, Self::Progress, Self::Worker, Self::Operator];
-    /// Those that a process is, one by one.
+    /// The roles of processes, without combinations.
     pub const PROCESSES: [Self; 4] = [Self::Web, Self::FanOut, Self::Send, Self::Progress];
-    /// Those that a worker may be.
+    /// The roles of workers, without combinations.
     pub const WORKERS: [Self; 3] = [Self::FanOut, Self::Send, Self::Progress];
 
     fn suffix(self) -> &'static str {
@@ -158,24 +158,24 @@ impl Writer {
     }
 }
 
-/// `[database.roles]`: the roles that `mailrun setup` makes. Only setup needs these settings.
+/// `[database.roles]`: the roles that `mailrun setup` creates. Only setup needs these settings.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RolesConfig {
-    /// Their names begin with it: `mailrun_web`, `mailrun_send`. Roles belong to the whole server, so two installations on one
-    /// need two prefixes.
+    /// The prefix of their names: `mailrun_web`, `mailrun_send`. Roles belong to the whole server, so two installations on one
+    /// server need two prefixes.
     pub prefix: String,
-    /// The password of the pages' role; none: it can't log in, or keeps the password it has.
+    /// The password of the web process's role. `None`: the role can't log in, or keeps its password.
     pub web_password: Option<SecretString>,
-    /// That of the fan-out workers.
+    /// The password of fan-out workers.
     pub fan_out_password: Option<SecretString>,
-    /// That of the senders.
+    /// The password of senders.
     pub send_password: Option<SecretString>,
-    /// That of the progress workers.
+    /// The password of progress workers.
     pub progress_password: Option<SecretString>,
-    /// That of workers with several roles.
+    /// The password of workers with several roles.
     pub worker_password: Option<SecretString>,
-    /// That of the operator's commands.
+    /// The password of the operator's commands.
     pub operator_password: Option<SecretString>,
 }
 
@@ -193,7 +193,7 @@ impl Default for RolesConfig {
     }
 }
 
-/// The length of a name in PostgreSQL, without the longest suffix.
+/// PostgreSQL's maximum length of a name, minus the longest suffix.
 const MAX_PREFIX_BYTES: usize = 63 - "_operator".len();
 
 impl RolesConfig {
@@ -214,13 +214,13 @@ impl RolesConfig {
         }
     }
 
-    /// Whether a role is to log in, so that all of them have to be there.
+    /// Whether any role has a password, so that all roles must exist.
     #[must_use]
     pub fn is_used(&self) -> bool {
         Writer::ALL.iter().any(|writer| self.password(*writer).is_some())
     }
 
-    /// What PostgreSQL keeps in the place of a role's password. The password itself would stand in the server's log.
+    /// The SCRAM verifier of a role's password. The password itself would appear in the server's log.
     pub(crate) fn verifier(&self, writer: Writer) -> Option<String> {
         self.password(writer).map(|password| scram::verifier(password.expose_secret(), rand::random()))
     }
@@ -248,9 +248,9 @@ impl RolesConfig {
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SuppressionsConfig {
-    /// A run that suppresses more than this share of its recipients gets a review; 100: none does.
+    /// A run that suppresses more than this percentage of its recipients gets a review; 100 disables reviews.
     pub hold_percent: u32,
-    /// But not before it suppresses so many.
+    /// The minimum number of suppressions for a review.
     pub hold_at_least: u32,
 }
 
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn beyond_this_machine_postgresql_is_verified() {
+    fn connections_to_other_hosts_are_verified() {
         for url in
             ["postgres://u@db.example/d", "postgres://u@192.0.2.1/d", "postgresql://u@db.example/d?sslmode=verify-full"]
         {
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_addresses_are_refused_without_their_password() {
+    fn rejects_malformed_urls_without_quoting_the_password() {
         for url in [
             "hunter2",
             "",
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unusual_share_is_held() {
+    fn holds_an_unusual_share() {
         let holds = |count, total| SuppressionsConfig::default().holds(count, total);
         assert!(!holds(19, 20) && holds(20, 20));
         assert!(!holds(20, 200) && holds(21, 200));

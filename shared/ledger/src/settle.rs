@@ -1,4 +1,4 @@
-//! Settling what is unknown: a person who has found out whether a message arrived says so.
+//! Settles unknown items, after a person has found out whether the message arrived.
 
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -10,7 +10,7 @@ use mailrun_core::{item::ItemState, message::ItemMessage};
 /// Items settled in one transaction.
 const BATCH: i64 = 500;
 
-/// What was found out.
+/// What the person found out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
     /// The message arrived.
@@ -19,20 +19,19 @@ pub enum Found {
     NotSent,
 }
 
-/// Which of the unknown items are settled.
+/// Which unknown items to settle.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
-    /// Only this run's; none: every run's.
+    /// Only items of this run; `None` for all runs.
     pub run_id: Option<Uuid>,
-    /// Only those of these people; none: everybody's. Addresses as they are compared.
+    /// Only items of these people; `None` for everyone. Normalized addresses.
     pub emails: Option<Vec<String>>,
 }
 
-/// Settles unknown items as sent or failed, and returns how many. They are reported as a sender would, so the counters follow, and
-/// a message that arrives late that one was sent after all still wins.
+/// Settles unknown items as sent or failed, and returns how many. They are reported as a sender would report them, so the
+/// counters are updated. A late result that one was sent after all still wins.
 ///
-/// # Errors
-/// The database's. What was settled by then stays settled.
+/// Batches settled before the error stay settled.
 pub async fn settle(conn: &mut PgConnection, which: &Selection, found: Found, by: &str) -> sqlx::Result<usize> {
     let (state, reason) = match found {
         Found::Arrived => (ItemState::Sent, format!("settled by {by}: it arrived")),

@@ -1,25 +1,22 @@
-//! The key that ids are signed with, and what says how far ids can be trusted.
+//! The key that signs ids, and how far ids can be trusted.
 
 use sqlx::PgConnection;
 
 use crate::installation;
 use mailrun_core::signed_id::SigningKey;
 
-/// The key that `Message-ID`s and unsubscribe links are signed with. It never changes.
+/// The key that signs `Message-ID`s and unsubscribe links. It never changes.
 ///
 /// # Errors
-/// The database's; `RowNotFound` where somebody has deleted it.
+/// `RowNotFound` if the key was deleted.
 pub async fn key(conn: &mut PgConnection) -> sqlx::Result<SigningKey> {
     let installation = installation::read(&mut *conn).await?;
     let key = sqlx::query_scalar!("SELECT key FROM signing_key").fetch_one(conn).await?;
     Ok(SigningKey::new(key, installation.id))
 }
 
-/// Whether the ledger was ever restored from a backup. Numbers of items may have been given to other people since, so an id
-/// counts only if it names the run as well.
-///
-/// # Errors
-/// The database's.
+/// Whether the ledger was ever restored from a backup. Item ids may have been reused for other people since, so a signed id
+/// counts only if it also names the run.
 pub async fn was_restored(conn: &mut PgConnection) -> sqlx::Result<bool> {
     Ok(installation::read(conn).await?.restored_at.is_some())
 }

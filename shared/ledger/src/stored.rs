@@ -1,8 +1,8 @@
-//! Values of the ledger's enums that a later version may have written: read as they are, instead of failing the whole query.
+//! Enum values of the ledger that a later version may have written. They are read as they are, instead of failing the whole query.
 //!
-//! While an installation is upgraded, older processes meet rows of the new ones. The rule: a walk over many rows skips those
-//! whose word this version does not know, messages about them wait for a worker that understands it, and the pages show the
-//! word. So every query that reads an enum reads it as [`Stored`], unless its `WHERE` names the words.
+//! During an upgrade, older processes meet rows of the new version. The rule: a scan over many rows skips those with an unknown
+//! value, messages about them wait for a worker that understands it, and the pages show the value as text. So every query reads
+//! an enum as [`Stored`], unless its `WHERE` clause names the values.
 
 use serde::{Serialize, Serializer};
 use sqlx::{
@@ -13,13 +13,13 @@ use sqlx::{
 
 use mailrun_core::{item::ItemState, run::Wanted};
 
-/// A type that stands in the ledger as an enum.
+/// A type that the ledger stores as an enum.
 pub trait InLedger: Sized {
-    /// The same values as PostgreSQL's type has them.
+    /// The SQL form of the type.
     type Sql: Into<Self>;
 }
 
-/// The ledger's form of an enum of the core, which knows nothing of SQL.
+/// The SQL form of an enum of the core crate, which knows nothing of SQL.
 macro_rules! sql_enum {
     ($(#[$doc:meta])* $name:ident = $core:ident as $sql:literal { $($value:ident),* $(,)? }) => {
         $(#[$doc])*
@@ -63,19 +63,19 @@ sql_enum! {
 }
 
 impl SqlState {
-    /// These states, for a statement.
+    /// These states as statement parameters.
     #[must_use]
     pub fn all(states: &[ItemState]) -> Vec<Self> {
         states.iter().copied().map(Into::into).collect()
     }
 }
 
-/// A value of an enum of the ledger.
+/// An enum value read from the ledger.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stored<T> {
-    /// This version knows it.
+    /// A value that this version knows.
     Known(T),
-    /// A later version's word.
+    /// A value of a later version, as text.
     Later(String),
 }
 
@@ -89,7 +89,7 @@ impl<T> Stored<T> {
         }
     }
 
-    /// The word, if this version does not know it.
+    /// The text, if this version does not know the value.
     #[must_use]
     pub fn later(&self) -> Option<&str> {
         match self {
@@ -100,7 +100,7 @@ impl<T> Stored<T> {
 }
 
 impl Stored<Wanted> {
-    /// What to do about a run. If the word is a later version's, the run is left alone, like a paused one.
+    /// The wanted state to act on. A run with an unknown wanted state is left alone, like a paused one.
     #[must_use]
     pub fn acted_on(self) -> Wanted {
         self.known().unwrap_or(Wanted::Paused)
@@ -134,7 +134,7 @@ impl<'r, T: InLedger<Sql: Decode<'r, Postgres>>> Decode<'r, Postgres> for Stored
     }
 }
 
-/// The word, as the ledger has it.
+/// Serialized as in the ledger.
 impl<T: Serialize> Serialize for Stored<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {

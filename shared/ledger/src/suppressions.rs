@@ -1,4 +1,4 @@
-//! Addresses that nobody writes to any more.
+//! The suppression list: addresses that receive no mail.
 
 use crate::stored::InLedger;
 use chrono::{DateTime, Utc};
@@ -8,15 +8,15 @@ use uuid::Uuid;
 pub use super::held_suppressions::{Missing, Suppressed, suppress_missing};
 use super::{people::Tombs, stored::Stored};
 
-/// Why nobody is to write to an address.
+/// Why an address is suppressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, sqlx::Type)]
 #[sqlx(type_name = "suppression_reason", rename_all = "snake_case")]
 pub enum Reason {
-    /// Its owner followed the link in a mail.
+    /// The recipient followed the unsubscribe link.
     Unsubscribed,
-    /// Its owner called a mail spam.
+    /// The recipient reported a mail as spam.
     Complained,
-    /// A mail server said that there is no such address.
+    /// A mail server replied that the address does not exist.
     Bounced,
     /// An operator added it.
     Asked,
@@ -41,7 +41,7 @@ impl std::str::FromStr for Reason {
 }
 
 impl Reason {
-    /// In words that complete "This person …" or "This address …".
+    /// A text that completes "This person …" or "This address …".
     #[must_use]
     pub fn words_of(reason: &Stored<Self>) -> &str {
         match reason {
@@ -53,42 +53,38 @@ impl Reason {
     fn words(self) -> &'static str {
         match self {
             Self::Unsubscribed => "unsubscribed",
-            Self::Complained => "called a mail spam",
+            Self::Complained => "reported a mail as spam",
             Self::Bounced => "does not exist",
-            Self::Asked => "was added here",
+            Self::Asked => "was added by an operator",
         }
     }
 }
 
-/// An address on the list.
+/// A suppressed address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Suppression {
     /// Its number: higher is newer.
     pub number: i64,
     /// The address, in lower case.
     pub email: String,
-    /// Why it is here; the first reason counts.
+    /// The first reason for which it was suppressed.
     pub reason: Stored<Reason>,
-    /// In the mail server's or the operator's words.
+    /// The mail server's reply or the operator's note.
     pub detail: Option<String>,
-    /// Since when.
+    /// When it was added.
     pub created_at: DateTime<Utc>,
 }
 
-/// The person that an invitation went to.
+/// The recipient of an invitation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invited {
     /// The address.
     pub email: String,
-    /// Why nobody writes to it any more, if so.
+    /// Why the address is suppressed, if it is.
     pub suppressed: Option<Stored<Reason>>,
 }
 
-/// Keeps an address from being written to again. `email` is in lower case. False: it was on the list before, and stays
-/// there with its first reason.
-///
-/// # Errors
-/// The database's.
+/// Suppresses an address. `email` is in lower case. False: it was already suppressed, and keeps its first reason.
 pub async fn suppress(
     conn: &mut PgConnection,
     email: &str,
@@ -106,11 +102,7 @@ pub async fn suppress(
     Ok(inserted.rows_affected() == 1)
 }
 
-/// The same for the person that an invitation went to, who is returned as it was before. None: there is no such invitation
-/// any more.
-///
-/// # Errors
-/// The database's.
+/// Suppresses the recipient of an invitation, and returns the recipient as before. `None`: the invitation no longer exists.
 pub async fn suppress_item(
     conn: &mut PgConnection,
     run_id: Option<Uuid>,
@@ -124,10 +116,7 @@ pub async fn suppress_item(
     Ok(Some(invited))
 }
 
-/// Who an invitation went to. None: there is no such invitation any more, or it belongs to another run than `run_id`.
-///
-/// # Errors
-/// The database's.
+/// The recipient of an invitation. `None`: it no longer exists, or belongs to another run than `run_id`.
 pub async fn invited(conn: &mut PgConnection, run_id: Option<Uuid>, item_id: i64) -> sqlx::Result<Option<Invited>> {
     sqlx::query_as!(
         Invited,
@@ -141,39 +130,27 @@ pub async fn invited(conn: &mut PgConnection, run_id: Option<Uuid>, item_id: i64
     .await
 }
 
-/// Why nobody writes to an address any more. None: it may be written to.
-///
-/// # Errors
-/// The database's.
+/// Why an address is suppressed. `None`: it is not.
 pub async fn reason(conn: &mut PgConnection, email: &str) -> sqlx::Result<Option<Stored<Reason>>> {
     sqlx::query_scalar!(r#"SELECT reason AS "reason: Stored<Reason>" FROM suppressions WHERE email = $1"#, email)
         .fetch_optional(conn)
         .await
 }
 
-/// Takes an address off the list, or its tombstone if the person was erased. False: it was not on it.
-///
-/// # Errors
-/// The database's.
+/// Removes an address from the list, or its tombstone if the person was erased. False: it was not on the list.
 pub async fn remove(conn: &mut PgConnection, email: &str) -> sqlx::Result<bool> {
     let names = [email.to_owned(), Tombs::read(&mut *conn).await?.of(email)];
     let deleted = sqlx::query!("DELETE FROM suppressions WHERE email = ANY($1)", &names).execute(conn).await?;
     Ok(deleted.rows_affected() > 0)
 }
 
-/// The same by its number.
-///
-/// # Errors
-/// The database's.
+/// Removes an entry by its number.
 pub async fn remove_number(conn: &mut PgConnection, number: i64) -> sqlx::Result<bool> {
     let deleted = sqlx::query!("DELETE FROM suppressions WHERE number = $1", number).execute(conn).await?;
     Ok(deleted.rows_affected() == 1)
 }
 
-/// Takes those off the list that came onto it for `reason` at `since` or later. How many that were.
-///
-/// # Errors
-/// The database's.
+/// Removes entries that were added for `reason` at or after `since`. Returns how many.
 pub async fn remove_since(conn: &mut PgConnection, reason: Reason, since: DateTime<Utc>) -> sqlx::Result<u64> {
     let deleted = sqlx::query!("DELETE FROM suppressions WHERE reason = $1 AND created_at >= $2", reason as _, since)
         .execute(conn)
@@ -181,10 +158,7 @@ pub async fn remove_since(conn: &mut PgConnection, reason: Reason, since: DateTi
     Ok(deleted.rows_affected())
 }
 
-/// How many [`remove_since`] would take off.
-///
-/// # Errors
-/// The database's.
+/// How many entries [`remove_since`] would remove.
 pub async fn count_since(conn: &mut PgConnection, reason: Reason, since: DateTime<Utc>) -> sqlx::Result<i64> {
     sqlx::query_scalar!(
         r#"SELECT count(*) AS "count!" FROM suppressions WHERE reason = $1 AND created_at >= $2"#,
@@ -195,10 +169,7 @@ pub async fn count_since(conn: &mut PgConnection, reason: Reason, since: DateTim
     .await
 }
 
-/// The newest ones, or those that are older than the one with the number `before`.
-///
-/// # Errors
-/// The database's.
+/// The newest entries, or the newest before the number `before`.
 pub async fn list(pool: &PgPool, before: Option<i64>, limit: i64) -> sqlx::Result<Vec<Suppression>> {
     sqlx::query_as!(
         Suppression,
@@ -212,10 +183,7 @@ pub async fn list(pool: &PgPool, before: Option<i64>, limit: i64) -> sqlx::Resul
     .await
 }
 
-/// How many there are.
-///
-/// # Errors
-/// The database's.
+/// The number of entries.
 pub async fn count(pool: &PgPool) -> sqlx::Result<i64> {
     sqlx::query_scalar!(r#"SELECT count(*) AS "count!" FROM suppressions"#).fetch_one(pool).await
 }

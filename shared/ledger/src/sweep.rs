@@ -1,4 +1,4 @@
-//! What may be missing from the conveyor: runs that have not moved for long, and the items they wait for.
+//! Finds what may be missing from the broker: runs that have stalled, and the items they wait for.
 
 use std::{ops::AddAssign, time::Duration};
 
@@ -12,36 +12,30 @@ use crate::{
 use mailrun_core::claim::Owner;
 use mailrun_core::{message::ItemMessage, run::Wanted};
 
-/// Any number will do, as long as it is the same for all sweepers.
+/// The advisory lock of sweepers. Arbitrary, but the same for all.
 const ADVISORY_LOCK: i64 = 0x6d61_696c_7275_6e01;
 
-/// Makes the caller the only sweeper until its transaction ends. False: there is one.
-///
-/// # Errors
-/// The database's.
+/// Makes the caller the only sweeper until its transaction ends. False: there is another one.
 pub async fn try_lock(conn: &mut PgConnection) -> sqlx::Result<bool> {
     sqlx::query_scalar!(r#"SELECT pg_try_advisory_xact_lock($1) AS "locked!""#, ADVISORY_LOCK).fetch_one(conn).await
 }
 
-/// A run whose counters have not moved for long.
+/// A run whose counters have not moved for a while.
 #[derive(Clone, Debug)]
 pub struct Stalled {
     /// The run.
     pub run_id: Uuid,
     /// Its kind.
     pub kind: String,
-    /// What a person wants of it.
+    /// Its wanted state.
     pub wanted: Wanted,
-    /// Whether a message that drives its present pass has been seen lately, or none is needed.
+    /// Whether a message that drives its current pass was seen lately, or none is needed.
     pub driven: bool,
-    /// Whether a pass that cancels it has begun.
+    /// Whether a cancel pass has begun.
     pub cancel_begun: bool,
 }
 
 /// The unfinished runs whose counters have not moved for `stalled_after`.
-///
-/// # Errors
-/// The database's.
 pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> sqlx::Result<Vec<Stalled>> {
     let rows = sqlx::query!(
         r#"SELECT p.run_id, r.kind, r.wanted AS "wanted: Stored<Wanted>",
@@ -70,10 +64,7 @@ pub async fn stalled_runs(conn: &mut PgConnection, stalled_after: Duration) -> s
         .collect())
 }
 
-/// Whether there is a run that nobody has paused, that is not over, and whose counters have not moved for so long.
-///
-/// # Errors
-/// The database's.
+/// Whether there is an unfinished run that is not paused and whose counters have not moved for `still_for`.
 pub async fn is_standstill(conn: &mut PgConnection, still_for: Duration) -> sqlx::Result<bool> {
     sqlx::query_scalar!(
         r#"SELECT EXISTS (SELECT FROM run_progress p JOIN runs r ON r.id = p.run_id
@@ -85,21 +76,21 @@ pub async fn is_standstill(conn: &mut PgConnection, still_for: Duration) -> sqlx
     .await
 }
 
-/// What a sweep has repaired in a run, or all sweeps together.
+/// The repairs of one sweep, or of all sweeps of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Repairs {
-    /// Run messages that were put back.
+    /// Republished run messages.
     pub driven: i64,
-    /// Item messages that were put back.
+    /// Republished item messages.
     pub put_back: i64,
     /// Claims of dead workers whose items became unknown.
     pub buried: i64,
-    /// Items whose end was told once more: nobody will send them, or their worker had, and died.
+    /// Items whose result was reported again: no worker will send them, or their worker sent them and died.
     pub told_again: i64,
 }
 
 impl Repairs {
-    /// Each kind of repair, and how often it was made.
+    /// The count of each kind of repair, by name.
     #[must_use]
     pub fn by_name(&self) -> [(&'static str, i64); 4] {
         let Self { driven, put_back, buried, told_again } = *self;
@@ -116,10 +107,7 @@ impl AddAssign for Repairs {
     }
 }
 
-/// Writes down what a sweep has repaired; nothing is not worth a line.
-///
-/// # Errors
-/// The database's.
+/// Records the repairs of a sweep, unless there were none.
 pub async fn record(conn: &mut PgConnection, run_id: Uuid, repairs: Repairs) -> sqlx::Result<()> {
     if repairs == Repairs::default() {
         return Ok(());
@@ -138,10 +126,7 @@ pub async fn record(conn: &mut PgConnection, run_id: Uuid, repairs: Repairs) -> 
     Ok(())
 }
 
-/// What all sweeps have repaired in a run.
-///
-/// # Errors
-/// The database's.
+/// All repairs of a run.
 pub async fn repairs(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Repairs> {
     sqlx::query_as!(
         Repairs,
@@ -154,10 +139,7 @@ pub async fn repairs(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Repairs> {
     .await
 }
 
-/// Whether there are senders, and none of them sends anything at present: then nothing is missing, everything waits.
-///
-/// # Errors
-/// The database's.
+/// Whether there are senders and all their gates are closed: then nothing is missing, everything waits.
 pub async fn all_lanes_closed(conn: &mut PgConnection) -> sqlx::Result<bool> {
     sqlx::query_scalar!(
         r#"SELECT coalesce(bool_and(coalesce(lane_until > clock_timestamp(), false)), false) AS "closed!" FROM live_workers
@@ -170,18 +152,15 @@ pub async fn all_lanes_closed(conn: &mut PgConnection) -> sqlx::Result<bool> {
 /// A released item that is still open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpenItem {
-    /// The attempt it waits for.
+    /// Its next attempt.
     pub next: ItemMessage,
-    /// Its place in the run.
+    /// Its position in the run.
     pub position: i32,
     /// Who has claimed that attempt.
     pub owner: Option<Owner>,
 }
 
-/// The released and open items of a run, behind position `after`, whose next attempt is overdue.
-///
-/// # Errors
-/// The database's.
+/// The released, open items of a run after position `after` whose next attempt is overdue.
 pub async fn open_items(
     conn: &mut PgConnection,
     run_id: Uuid,

@@ -1,4 +1,4 @@
-//! Test mails: a person looks at an invitation before sending it. Each is a hidden run of one item, about no person.
+//! Test mails: a person checks an invitation before sending it. Each is a hidden run of one item about no person.
 
 use serde::{Deserialize, Serialize};
 use sqlx::{PgConnection, PgPool};
@@ -18,14 +18,14 @@ pub const KIND: &str = "test_mail";
 /// The data of the item.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TestMail {
-    /// The recipient, as addresses are compared.
+    /// The normalized recipient address.
     pub email: String,
 }
 
 /// A test mail to submit.
 #[derive(Clone, Copy, Debug)]
 pub struct NewTest<'a> {
-    /// The recipient, as addresses are compared.
+    /// The normalized recipient address.
     pub email: &'a str,
     /// The invitation's subject.
     pub subject: &'a str,
@@ -58,7 +58,7 @@ pub async fn submit_test(pool: &PgPool, test: NewTest<'_>) -> Result<Submitted, 
 }
 
 async fn suppressed_or_in_progress(conn: &mut PgConnection, test: NewTest<'_>) -> sqlx::Result<Option<Submitted>> {
-    // The suppression of an erased person stands under the tombstone.
+    // The suppression of an erased person is stored under the tombstone.
     let tombstone = Tombs::read(&mut *conn).await?.of(test.email);
     for email in [test.email, tombstone.as_str()] {
         if let Some(reason) = suppressions::reason(&mut *conn, email).await? {
@@ -68,7 +68,7 @@ async fn suppressed_or_in_progress(conn: &mut PgConnection, test: NewTest<'_>) -
     Ok(in_progress(conn, test).await?.map(Submitted::Accepted))
 }
 
-/// The same test while it is pending. A test that is over may be repeated: something may have been repaired.
+/// The same test, if it is pending. A test that has ended may be repeated, because its cause may have been repaired.
 async fn in_progress(conn: &mut PgConnection, test: NewTest<'_>) -> sqlx::Result<Option<Uuid>> {
     sqlx::query_scalar!(
         "SELECT r.id FROM runs r JOIN run_items i ON i.run_id = r.id
@@ -87,7 +87,7 @@ async fn in_progress(conn: &mut PgConnection, test: NewTest<'_>) -> sqlx::Result
 /// A test mail, for its page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Test {
-    /// The recipient; none: erased.
+    /// The recipient. `None`: erased.
     pub email: Option<String>,
     /// The invitation's subject.
     pub subject: String,
@@ -95,7 +95,7 @@ pub struct Test {
     pub body: String,
     /// The state of the item.
     pub state: Stored<ItemState>,
-    /// Why it was not sent, in the relay's words.
+    /// The relay's reply, if it was not sent.
     pub reason: Option<String>,
 }
 
@@ -107,10 +107,7 @@ impl Test {
     }
 }
 
-/// A test mail. None: there is none with this id, or it has been deleted.
-///
-/// # Errors
-/// The database's.
+/// A test mail. `None`: there is none with this id, or it was deleted.
 pub async fn read(pool: &PgPool, test_id: Uuid) -> sqlx::Result<Option<Test>> {
     sqlx::query_as!(
         Test,

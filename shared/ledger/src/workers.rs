@@ -1,4 +1,4 @@
-//! Signs of life: each worker process writes its own row, and nobody else's.
+//! Heartbeats: each worker process writes only its own row.
 
 use std::time::Duration;
 
@@ -9,41 +9,41 @@ use mailrun_core::{
 };
 use sqlx::{Connection as _, PgConnection, types::Json};
 
-/// What a worker says of itself when it registers.
+/// What a worker records when it registers.
 #[derive(Clone, Debug)]
 pub struct Registration<'a> {
-    /// Its roles, with commas between them.
+    /// Its roles, separated by commas.
     pub roles: &'a str,
-    /// The machine it is on.
+    /// Its host.
     pub host: &'a str,
-    /// Its process there.
+    /// Its process id.
     pub pid: i32,
-    /// How many sends it may have in flight.
+    /// Its number of permits.
     pub permits: i32,
-    /// Its settings that have to agree with those of the others.
+    /// The settings that must be equal in all workers.
     pub settings: &'a Agreement,
 }
 
-/// A live worker whose settings differ.
+/// A live worker with different settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disagreeing {
     /// Its heartbeat.
     pub beat: Beat,
-    /// The machine it is on.
+    /// Its host.
     pub host: String,
-    /// Its process there.
+    /// Its process id.
     pub pid: i32,
-    /// How long it may be silent until others declare it dead.
+    /// How long it may be silent before others declare it dead.
     pub dead_after: Duration,
-    /// Where it differs.
+    /// The differences.
     pub differences: Vec<Difference>,
 }
 
-/// Two workers with different settings must not both find themselves alone.
+/// Serializes registrations, so that two workers with different settings do not both find themselves alone.
 const REGISTRATION_LOCK: i64 = 0x6d61_696c_726f_7367;
 
-/// Registers this process and returns its id, which is never used again; or the live workers whose settings differ, and then it is
-/// not registered. Of workers that recorded no settings, or settings that can't be read, nothing is known.
+/// Registers this process and returns its id, which is never reused. Returns the live workers with different settings instead
+/// if there are any. Workers without recorded or readable settings are not compared.
 pub async fn register(
     conn: &mut PgConnection,
     worker: &Registration<'_>,
@@ -88,17 +88,11 @@ pub async fn register(
 }
 
 /// The heartbeats of all workers that have neither stopped nor been declared dead.
-///
-/// # Errors
-/// The database's.
 pub async fn beats(conn: &mut PgConnection) -> sqlx::Result<Vec<Beat>> {
     sqlx::query_as!(Beat, r#"SELECT id AS "worker_id!", heartbeat_at AS "at!" FROM live_workers"#).fetch_all(conn).await
 }
 
-/// Declares workers dead whose heartbeat is still the one that was seen. Returns which of them are.
-///
-/// # Errors
-/// The database's.
+/// Declares workers dead whose heartbeat has not changed since it was seen. Returns those that are dead now.
 pub async fn declare_dead(conn: &mut PgConnection, beats: &[Beat]) -> sqlx::Result<Vec<i64>> {
     let (ids, at): (Vec<i64>, Vec<DateTime<Utc>>) = beats.iter().map(|beat| (beat.worker_id, beat.at)).unzip();
     sqlx::query_scalar!(
@@ -112,13 +106,10 @@ pub async fn declare_dead(conn: &mut PgConnection, beats: &[Beat]) -> sqlx::Resu
     .await
 }
 
-/// Says that the worker lives, how often it has built a consumer's connection anew, why and for how long it sends nothing, and
-/// which messages RabbitMQ rejects, if so.
+/// Writes a heartbeat: that the worker lives, how often it has rebuilt a consumer's connection, why and for how long its gate
+/// is closed, and which messages RabbitMQ rejects.
 ///
-/// False: its row is gone, or it was declared dead. Others act on that, so the worker has to end.
-///
-/// # Errors
-/// The database's.
+/// False: the row is gone, or the worker was declared dead. Others act on that, so the worker must end.
 pub async fn heartbeat(
     conn: &mut PgConnection,
     worker_id: i64,
@@ -144,10 +135,7 @@ pub async fn heartbeat(
     Ok(written.rows_affected() == 1)
 }
 
-/// Says that the worker has ended. A claim that it leaves open is `unknown` from now on.
-///
-/// # Errors
-/// The database's.
+/// Records that the worker has ended. Claims that it leaves open become `unknown`.
 pub async fn stop(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sqlx::Result<()> {
     sqlx::query!(
         "UPDATE workers SET heartbeat_at = now(), stopped_at = now(), in_flight = $2, lane_until = NULL, rejected = NULL
@@ -160,33 +148,30 @@ pub async fn stop(conn: &mut PgConnection, worker_id: i64, in_flight: i32) -> sq
     Ok(())
 }
 
-/// A worker process, as its row tells.
+/// A worker's row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Worker {
     /// Its id.
     pub id: i64,
-    /// Its roles, with commas between them.
+    /// Its roles, separated by commas.
     pub roles: String,
-    /// The machine it is on.
+    /// Its host.
     pub host: String,
-    /// Its process there.
+    /// Its process id.
     pub pid: i32,
-    /// Whether it has ended in good order.
+    /// Whether it ended cleanly.
     pub stopped: bool,
     /// Whether it was declared dead.
     pub dead: bool,
-    /// Seconds since its last sign of life.
+    /// Seconds since its last heartbeat.
     pub silent_s: f64,
-    /// Why it sends nothing at present; none: it may.
+    /// Why its gate is closed. `None`: it is open.
     pub closed: Option<String>,
-    /// The queues for which RabbitMQ rejects its messages, and why; none: it takes all of them.
+    /// The queues that reject its messages, and why. `None`: none does.
     pub rejected: Option<String>,
 }
 
-/// All of them, past and present, oldest first.
-///
-/// # Errors
-/// The database's.
+/// All workers, past and present, oldest first.
 pub async fn all(conn: &mut PgConnection) -> sqlx::Result<Vec<Worker>> {
     sqlx::query_as!(
         Worker,

@@ -6,17 +6,17 @@ use sqlx::PgConnection;
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
-/// Makes both. The key is read when the first mail needs it.
+/// Creates both. The key is read when the first mail needs it.
 #[derive(Debug)]
 pub struct Ids {
     /// The part of a Message-ID behind the @.
     domain: String,
-    /// Where others reach the pages; none: mails carry no link.
+    /// The public address of the pages. `None`: mails carry no link.
     public_url: Option<PublicUrl>,
     signed: OnceCell<Signed>,
 }
 
-/// What the key makes.
+/// What is derived from the key.
 #[derive(Clone, Debug)]
 pub struct Signed {
     messages: MessageIds,
@@ -30,10 +30,7 @@ impl Ids {
         Self { domain, public_url, signed: OnceCell::new() }
     }
 
-    /// Reads the key, if that has not been done.
-    ///
-    /// # Errors
-    /// The database's.
+    /// Reads the key on first use.
     pub async fn signed(&self, conn: &mut PgConnection) -> sqlx::Result<Signed> {
         let read = async || {
             let key = signing::key(conn).await?;
@@ -60,7 +57,7 @@ impl Ids {
         format!("<test.{test_id}@{}>", self.domain)
     }
 
-    /// The unsubscribe link of a test mail, which shows the page and unsubscribes nobody.
+    /// The unsubscribe link of a test mail, which shows the page without unsubscribing anyone.
     #[must_use]
     pub fn test_link(&self, signed: &Signed) -> Option<String> {
         self.public_url.as_ref().map(|public_url| signed.links.test_link(public_url))

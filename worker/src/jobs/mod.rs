@@ -25,11 +25,11 @@ use self::{ids::Ids, invitations::Invitations, test_mails::TestMails};
 
 pub use self::test_mails::test_mail;
 
-/// Adds the jobs that send mail. A process that does not send has them without a mailer, for their reasons and their changes in the
-/// ledger.
+/// Adds the jobs that send mail. A process that does not send gets them without a mailer: it needs their reasons and their
+/// changes in the ledger.
 ///
 /// # Errors
-/// When the mailer can't be used as configured.
+/// If the mailer's configuration is not usable.
 pub fn with_mail(jobs: Jobs, config: &Config, sends: bool) -> Result<(Jobs, Arc<dyn Mailer>), MailerError> {
     let mailer = if sends { mailer::mailer(&config.mailer)? } else { mailer::none() };
     let ids = Arc::new(Ids::new(config.message_id_domain(), config.web.public_url.clone()));
@@ -38,7 +38,7 @@ pub fn with_mail(jobs: Jobs, config: &Config, sends: bool) -> Result<(Jobs, Arc<
     Ok((jobs, mailer))
 }
 
-/// Keeps the mailer and the ledger in agreement about stopped relays until `stop`.
+/// Synchronizes relay stops between the mailer and the ledger until `stop`.
 pub(crate) async fn watch(pool: PgPool, mailer: Arc<dyn Mailer>, limit: Duration, stop: CancellationToken) {
     relay_stops::watch(pool, mailer, limit, stop).await;
 }
@@ -48,7 +48,7 @@ async fn template(conn: &mut PgConnection, run_id: Uuid) -> Result<Arc<Template>
     let (subject, body) = runs::text(conn, run_id).await?;
     // Parsing a long text takes as long as composing some mails.
     match spawn_blocking(move || Template::new(&subject, &body)).await {
-        // The form checks it, so it was written by an earlier version or by hand.
+        // The form validates templates, so this one was written by an earlier version or by hand.
         Ok(template) => template.map(Arc::new).map_err(|error| JobError::Unusable(error.to_string())),
         Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
         Err(_) => Err(sqlx::Error::WorkerCrashed.into()),

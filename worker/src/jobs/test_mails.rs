@@ -1,4 +1,4 @@
-//! Test mails: a person looks at an invitation before sending it. The person waits for the result, so nothing is retried.
+//! Test mails: a person checks an invitation before sending it. The person waits for the result, so nothing is retried.
 
 use std::sync::Arc;
 
@@ -50,9 +50,9 @@ impl Job for TestMails {
         let message_id = self.ids.test_message_id(attempt.key().run_id);
         let mail = test_mail(message_id, email.clone(), Arc::clone(&run.template), self.ids.test_link(&run.signed));
         match self.mailer.send(&mail, attempt).await {
-            // It would wait for the relay; the person waits for an answer.
+            // The item would wait for the relay, but the person waits for an answer.
             Outcome::Later(reason) => Outcome::failed(reason),
-            // Says nothing about the mailbox that an invitation has not said.
+            // A test mail must not flag the address.
             Outcome::Failed { reason, .. } => Outcome::failed(reason),
             outcome => outcome,
         }

@@ -2,12 +2,12 @@
 
 use lettre::message::{Body, header::ContentTransferEncoding};
 
-/// The longest line that every program leaves as it is (RFC 5322 2.1.1, RFC 2045 6.7).
+/// The longest line that no program wraps (RFC 5322 2.1.1, RFC 2045 6.7).
 const MAX_LINE_BYTES: usize = 76;
 
-/// A text as the body of a part. It stays readable if that is safe.
+/// Encodes a text as a body part. Text that is safe as it is stays readable.
 pub fn encode(text: &str) -> Body {
-    // lettre inserts what is missing here one by one, each time moving all that follows.
+    // lettre inserts missing CRs one at a time, each time moving the rest of the text.
     let text = with_crlf(text);
     if text.split("\r\n").all(is_left_alone) {
         return Body::dangerous_pre_encoded(text.into_bytes(), ContentTransferEncoding::SevenBit);
@@ -16,13 +16,13 @@ pub fn encode(text: &str) -> Body {
     let body = match Body::new(text.clone()) {
         body if body.encoding() == ContentTransferEncoding::Base64 => return body,
         body if body.encoding() == quoted => body.into_vec(),
-        // This encoding is refused for no text.
+        // Quoted-printable can encode any text.
         _ => Body::new_with_encoding(text, quoted).map_or_else(|text| text, Body::into_vec),
     };
     Body::dangerous_pre_encoded(protect(&body), quoted)
 }
 
-/// Lines end in CRLF, as mail servers want them.
+/// Normalizes line ends to CRLF, as SMTP requires.
 fn with_crlf(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + text.len() / 16);
     for line in text.split_inclusive('\n') {
@@ -37,8 +37,8 @@ fn with_crlf(text: &str) -> String {
     out
 }
 
-/// Whether every server passes a line on as it is. A mailbox file marks *From* at its beginning, SMTP doubles a dot there, and
-/// spaces at its end get lost.
+/// Whether every server forwards a line unchanged. Mailbox files escape *From* at its beginning, SMTP doubles a leading dot, and
+/// trailing spaces get lost.
 fn is_left_alone(line: &str) -> bool {
     line.len() <= MAX_LINE_BYTES
         && line.bytes().all(|byte| byte == b'\t' || (b' '..=b'~').contains(&byte))
@@ -50,17 +50,17 @@ fn is_marked(line: &[u8]) -> bool {
     line.starts_with(b"From") || line.starts_with(b".")
 }
 
-/// Escapes the first character of lines that a server could mark. The text is quoted-printable.
+/// Escapes the first character of lines that a server might change. The text is quoted-printable.
 fn protect(encoded: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(encoded.len() + encoded.len() / 16);
     for line in encoded.split_inclusive(|byte| *byte == b'\n') {
         match line.first() {
             Some(first) if is_marked(line) => {
                 out.extend_from_slice(format!("={first:02X}").as_bytes());
-                // Two bytes more: a line that gets too long is broken behind them, which changes nothing.
+                // This adds two bytes. A line that gets too long is broken right after them, which does not change the text.
                 if line.trim_ascii_end().len() + 2 > MAX_LINE_BYTES {
                     out.extend_from_slice(b"=\r\n");
-                    // What follows could be marked as well.
+                    // The rest could need escaping as well.
                     out.extend(protect(&line[1..]));
                 } else {
                     out.extend_from_slice(&line[1..]);
@@ -99,14 +99,14 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_begins_with_from_goes_through_a_mailbox_file_unchanged() {
+    fn a_leading_from_survives_a_mailbox_file() {
         for text in ["From here on", "a\nFrom: b\n", ".", "a\n.\nb", ".hidden", &format!("From {}", "x".repeat(300))] {
             let body = encode(text);
             assert_eq!(body.encoding(), ContentTransferEncoding::QuotedPrintable, "{text}");
             assert!(is_safe(&body), "{text}");
             assert_eq!(decoded(&body), text.replace('\n', "\r\n"));
         }
-        // Where a long line is broken, what follows begins a line as well.
+        // The rest of a broken long line begins a line as well.
         for shift in 0..90 {
             let text = format!("{}From me .to you From.", "x".repeat(shift)).repeat(9);
             assert!(is_safe(&encode(&text)), "{shift}");
@@ -128,7 +128,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_text_arrives_as_it_was(text in "(From |\\.|[a-zA-Z =]|\t|\r\n|\n|é|word ){0,200}") {
+        fn every_text_arrives_unchanged(text in "(From |\\.|[a-zA-Z =]|\t|\r\n|\n|é|word ){0,200}") {
             let body = encode(&text);
             if body.encoding() == ContentTransferEncoding::Base64 {
                 return Ok(());

@@ -1,4 +1,4 @@
-//! Writes a mail as it goes over the wire: from a template and a recipient to headers and two parts, signed if that is set up.
+//! Composes a mail: headers, a text part and an HTML part, from a template and a recipient, with an optional DKIM signature.
 
 use std::{fs, io, path::PathBuf};
 
@@ -19,7 +19,8 @@ use mailrun_core::template::Recipient;
 
 use super::{Mail, Outcome, encoding::encode};
 
-/// The headers that a signature covers. Not Content-Type: lettre signs before it stands in the header. One-click unsubscribing asks for the last two (RFC 8058).
+/// The headers covered by the DKIM signature. Content-Type is missing because lettre adds that header after signing. One-click
+/// unsubscribing requires the last two (RFC 8058).
 const SIGNED: [&str; 10] = [
     "From",
     "Reply-To",
@@ -32,56 +33,56 @@ const SIGNED: [&str; 10] = [
     "List-Unsubscribe",
     "List-Unsubscribe-Post",
 ];
-/// A text from this length on is not written on the runtime's threads.
+/// Longer texts are composed on a blocking thread.
 const LONG_TEXT_BYTES: usize = 16 * 1024;
-/// A longer address would not fit on a line of a header.
+/// A longer URL would not fit on one header line.
 const MAX_URL_BYTES: usize = 900;
 
-/// Why mail can't be written as configured.
+/// Mail cannot be composed with this configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ComposerError {
-    /// A sender that mail servers can't take.
-    #[error("the setting mailer.smtp.{key} is not usable: {address} is not an address that mail servers know")]
+    /// A sender address that mail servers do not accept.
+    #[error("the setting mailer.smtp.{key} is not usable: {address} is not a valid email address")]
     Sender {
-        /// Which.
+        /// The setting.
         key: &'static str,
-        /// What it says.
+        /// Its value.
         address: String,
     },
-    /// The key of the signature is not there.
+    /// The DKIM key cannot be read.
     #[error("the key {path} of mailer.smtp.dkim can't be read: {error}")]
     Key {
-        /// Where it should be.
+        /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The I/O error.
         error: io::Error,
     },
-    /// The key of the signature is of another kind.
-    #[error("{path} is no private RSA key as PEM (PKCS #1: it begins with BEGIN RSA PRIVATE KEY)")]
+    /// The DKIM key has the wrong format.
+    #[error("{path} is not a private RSA key in PEM format (PKCS #1: it begins with BEGIN RSA PRIVATE KEY)")]
     KeyKind {
-        /// Where it is.
+        /// The file.
         path: PathBuf,
     },
 }
 
-/// A mail, ready for the wire.
+/// A composed mail with its envelope.
 #[derive(Clone, Debug)]
-pub struct Letter {
+pub struct ComposedMail {
     /// The sender's address, for `MAIL FROM`.
     pub from: String,
     /// The recipient's address, for `RCPT TO`.
     pub to: String,
-    /// The recipient's address as it is known to us: not to be repeated to anybody.
-    pub known_as: String,
+    /// The recipient's address as the ledger stores it. Never repeated in reasons or logs.
+    pub recipient: String,
     /// The recipient's domain, in ASCII and lower case.
     pub domain: String,
-    /// The message, with CRLF at the ends of lines; not yet stuffed with dots.
+    /// The message with CRLF line ends, before dot-stuffing.
     pub bytes: Vec<u8>,
-    /// An address has a local part that is not ASCII: only a server with SMTPUTF8 can take it.
+    /// An address has a non-ASCII local part: only a server with SMTPUTF8 accepts it.
     pub needs_utf8: bool,
 }
 
-/// Writes mails.
+/// Composes mail.
 pub struct Composer {
     from: Mailbox,
     reply_to: Option<Mailbox>,
@@ -90,10 +91,10 @@ pub struct Composer {
 }
 
 impl Composer {
-    /// Reads what stays the same from mail to mail.
+    /// Reads the settings shared by all mails.
     ///
     /// # Errors
-    /// When a sender or the key of the signature can't be used.
+    /// If a sender or the DKIM key is not usable.
     pub fn new(config: &SmtpConfig) -> Result<Self, ComposerError> {
         let mailbox = |key, sender: &Sender| {
             let wrong = || ComposerError::Sender { key, address: sender.email.clone() };
@@ -108,21 +109,19 @@ impl Composer {
         })
     }
 
-    /// Whether writing `mail` takes so long that a thread of the runtime must not do it: a long text, or a signature.
+    /// Whether composing `mail` would block a runtime thread for too long: it has a long text, or is signed.
     pub fn takes_long(&self, mail: &Mail) -> bool {
         self.signature.is_some() || mail.template.len() > LONG_TEXT_BYTES
     }
 
-    /// Writes `mail`.
+    /// Composes `mail`.
     ///
     /// # Errors
-    /// How the attempt ends if it can't be written; the same on every try.
-    pub fn compose(&self, mail: &Mail) -> Result<Letter, Outcome> {
+    /// The outcome of the attempt if the mail cannot be composed. It is the same on every try.
+    pub fn compose(&self, mail: &Mail) -> Result<ComposedMail, Outcome> {
         let failed = |reason: String| Outcome::failed(reason);
-        let to = in_ascii(&mail.email).ok_or_else(|| Outcome::Failed {
-            reason: "this is not an address that mail servers know".into(),
-            flagged: true,
-        })?;
+        let to = in_ascii(&mail.email)
+            .ok_or_else(|| Outcome::Failed { reason: "this is not a valid email address".into(), flagged: true })?;
         let unsubscribe = mail.unsubscribe.as_deref();
         let recipient = Recipient { email: &mail.email, name: mail.name.as_deref(), unsubscribe_url: unsubscribe };
         let rendered = mail.template.render(&recipient).map_err(|error| failed(error.to_string()))?;
@@ -132,7 +131,7 @@ impl Composer {
             .to(Mailbox::new(mail.name.as_deref().and_then(in_a_header), to.clone()))
             .subject(rendered.subject)
             .date_now()
-            // So that nobody's out-of-office message answers.
+            // Suppresses out-of-office replies.
             .raw_header(header("Auto-Submitted", "auto-generated".into()));
         if let Some(reply_to) = &self.reply_to {
             message = message.reply_to(reply_to.clone());
@@ -140,17 +139,17 @@ impl Composer {
         if let Some(url) = unsubscribe {
             if url.len() > MAX_URL_BYTES || !url.chars().all(|c| c.is_ascii_graphic() && !matches!(c, '<' | '>' | ','))
             {
-                return Err(failed("the address for unsubscribing can't stand in a header".into()));
+                return Err(failed("the unsubscribe URL does not fit in a header".into()));
             }
             message = message.raw_header(header("List-Unsubscribe", format!("<{url}>")));
-            // One click needs https (RFC 8058, 3.1); without it the link opens the page.
+            // One-click unsubscribing requires https (RFC 8058, 3.1). Without it, the link opens the page.
             if url.starts_with("https://") {
                 message = message.raw_header(header("List-Unsubscribe-Post", "List-Unsubscribe=One-Click".into()));
             }
         }
         let mut message = message
             .multipart(MultiPart::alternative_plain_html(encode(&rendered.text), encode(&rendered.html)))
-            .map_err(|error| failed(format!("the message can't be written: {error}")))?;
+            .map_err(|error| failed(format!("can't compose the message: {error}")))?;
         if let Some(signature) = &self.signature {
             message.sign(signature);
         }
@@ -163,20 +162,20 @@ impl Composer {
             )));
         }
         let address = |address: &Address| -> String { AsRef::<str>::as_ref(address).to_owned() };
-        Ok(Letter {
+        Ok(ComposedMail {
             needs_utf8: !address(&to).is_ascii() || !address(&self.from.email).is_ascii(),
             from: address(&self.from.email),
             to: address(&to),
-            known_as: mail.email.clone(),
+            recipient: mail.email.clone(),
             domain: to.domain().to_ascii_lowercase(),
             bytes,
         })
     }
 }
 
-/// The address with its domain in ASCII, if it is one. The part before the @ sign stays as it is.
+/// The address with its domain in ASCII, if valid. The local part is unchanged.
 fn in_ascii(email: &str) -> Option<Address> {
-    // It goes into a command and a header, so nothing that could end either, wherever it comes from.
+    // The address goes into a command and a header: reject anything that could end either.
     if email.chars().any(char::is_control) {
         return None;
     }
@@ -184,14 +183,14 @@ fn in_ascii(email: &str) -> Option<Address> {
     Address::new(user, idna::domain_to_ascii(domain).ok()?).ok()
 }
 
-/// A name on one line.
+/// A name without control characters or surrounding spaces.
 fn in_a_header(name: &str) -> Option<String> {
     let name: String = name.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let name = name.trim();
     (!name.is_empty()).then(|| name.to_owned())
 }
 
-/// A header of ASCII that must neither be folded nor encoded.
+/// An ASCII header that must be neither folded nor encoded.
 fn header(name: &'static str, value: String) -> HeaderValue {
     HeaderValue::dangerous_new_pre_encoded(HeaderName::new_from_ascii_str(name), value.clone(), value)
 }
@@ -243,12 +242,12 @@ mod tests {
         }
     }
 
-    fn compose(mail: &Mail) -> Letter {
+    fn compose(mail: &Mail) -> ComposedMail {
         Composer::new(&config()).unwrap().compose(mail).unwrap()
     }
 
-    fn parsed(letter: &Letter) -> Parsed<'_> {
-        MessageParser::default().parse(&letter.bytes).unwrap()
+    fn parsed(composed: &ComposedMail) -> Parsed<'_> {
+        MessageParser::default().parse(&composed.bytes).unwrap()
     }
 
     fn text<'a>(message: &'a Parsed<'_>, name: &'a str) -> &'a str {
@@ -256,23 +255,23 @@ mod tests {
     }
 
     #[test]
-    fn a_mail_says_all_that_it_should() {
-        let letter = compose(&mail("ann@müller.example", Some("Анна \"A\" O'Neil")));
-        let message = parsed(&letter);
+    fn a_mail_has_all_its_headers_and_parts() {
+        let composed = compose(&mail("ann@müller.example", Some("Анна \"A\" O'Neil")));
+        let message = parsed(&composed);
         assert_eq!(
-            (letter.from.as_str(), letter.to.as_str(), letter.domain.as_str()),
+            (composed.from.as_str(), composed.to.as_str(), composed.domain.as_str()),
             ("jo@xn--bcher-kva.example", "ann@xn--mller-kva.example", "xn--mller-kva.example")
         );
-        assert!(!letter.needs_utf8 && letter.bytes.is_ascii());
+        assert!(!composed.needs_utf8 && composed.bytes.is_ascii());
         let to = message.to().unwrap().first().unwrap();
-        assert_eq!((to.name(), to.address()), (Some("Анна \"A\" O'Neil"), Some(letter.to.as_str())));
+        assert_eq!((to.name(), to.address()), (Some("Анна \"A\" O'Neil"), Some(composed.to.as_str())));
         assert_eq!(message.from().unwrap().first().unwrap().name(), Some("Jürgen, Chef"));
         assert_eq!(message.reply_to().unwrap().first().unwrap().address(), Some("answers@example.org"));
         assert_eq!(message.subject(), Some("Grüße an Анна \"A\" O'Neil 🎂"));
         assert_eq!(message.message_id(), Some("5.abc@mailrun"));
         assert!(message.date().is_some());
         assert_eq!(text(&message, "Auto-Submitted"), "auto-generated");
-        let raw = String::from_utf8(letter.bytes.clone()).unwrap();
+        let raw = String::from_utf8(composed.bytes.clone()).unwrap();
         assert!(raw.contains(&format!("\r\nList-Unsubscribe: <{URL}>\r\n")));
         assert!(raw.contains("\r\nList-Unsubscribe-Post: List-Unsubscribe=One-Click\r\n"));
         assert!(raw.contains("multipart/alternative"));
@@ -282,12 +281,12 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_never_a_header() {
+    fn a_name_cannot_inject_a_header() {
         for name in
             ["Ann\r\nBcc: eve@example.org", "Ann\nBcc: eve@example.org", "\"\r\n\r\nbody", "Ann\u{85}\u{2028}Bcc: x"]
         {
-            let letter = compose(&mail("ann@example.org", Some(name)));
-            let message = parsed(&letter);
+            let composed = compose(&mail("ann@example.org", Some(name)));
+            let message = parsed(&composed);
             assert!(message.bcc().is_none());
             assert_eq!(message.to().unwrap().iter().count(), 1, "{name}");
             assert_eq!(message.to().unwrap().first().unwrap().address(), Some("ann@example.org"));
@@ -299,9 +298,9 @@ mod tests {
     }
 
     #[test]
-    fn without_a_way_out_there_is_no_header_for_it() {
-        let letter = compose(&Mail { unsubscribe: None, ..mail("ann@example.org", None) });
-        assert!(!String::from_utf8(letter.bytes).unwrap().contains("List-Unsubscribe"));
+    fn a_mail_without_an_unsubscribe_url_has_no_header_for_it() {
+        let composed = compose(&Mail { unsubscribe: None, ..mail("ann@example.org", None) });
+        assert!(!String::from_utf8(composed.bytes).unwrap().contains("List-Unsubscribe"));
         let hostile = Mail { unsubscribe: Some("https://x>\r\nBcc: eve".into()), ..mail("ann@example.org", None) };
         assert!(matches!(Composer::new(&config()).unwrap().compose(&hostile), Err(Outcome::Failed { .. })));
     }
@@ -309,17 +308,17 @@ mod tests {
     #[test]
     fn one_click_is_offered_over_https_only() {
         let url = "http://mail.example/u/abc";
-        let letter = compose(&Mail { unsubscribe: Some(url.into()), ..mail("ann@example.org", None) });
-        let raw = String::from_utf8(letter.bytes).unwrap();
+        let composed = compose(&Mail { unsubscribe: Some(url.into()), ..mail("ann@example.org", None) });
+        let raw = String::from_utf8(composed.bytes).unwrap();
         assert!(raw.contains(&format!("\r\nList-Unsubscribe: <{url}>\r\n")), "{raw}");
         assert!(!raw.contains("List-Unsubscribe-Post"), "{raw}");
     }
 
     #[test]
-    fn a_local_part_in_another_script_needs_a_server_that_knows_it() {
-        let letter = compose(&mail("пётр@пример.рф", None));
-        assert!(letter.needs_utf8);
-        assert_eq!(letter.to, "пётр@xn--e1afmkfd.xn--p1ai");
+    fn a_non_ascii_local_part_needs_smtputf8() {
+        let composed = compose(&mail("пётр@пример.рф", None));
+        assert!(composed.needs_utf8);
+        assert_eq!(composed.to, "пётр@xn--e1afmkfd.xn--p1ai");
     }
 
     #[test]
@@ -331,30 +330,30 @@ mod tests {
     }
 
     #[test]
-    fn no_line_of_a_mail_gives_a_server_a_reason_to_change_it() {
+    fn no_line_tempts_a_server_to_change_it() {
         let body = format!("From here on\n.\n{}\nFrom https://x.org/{} to you", "long ".repeat(60), "a".repeat(300));
-        let letter =
+        let composed =
             compose(&Mail { template: Arc::new(Template::new("Hi", &body).unwrap()), ..mail("ann@x.org", None) });
-        for line in String::from_utf8(letter.bytes.clone()).unwrap().split("\r\n") {
+        for line in String::from_utf8(composed.bytes.clone()).unwrap().split("\r\n") {
             assert!(line.len() <= 78 && !line.starts_with("From ") && !line.starts_with('.'), "{line}");
         }
-        let message = parsed(&letter);
+        let message = parsed(&composed);
         assert!(message.body_text(0).unwrap().replace("\r\n", "\n").starts_with(&body));
         assert!(message.body_html(0).unwrap().contains("<p>From here on<br />"));
     }
 
     #[test]
-    fn fifty_thousand_lines_arrive_as_they_were_written() {
+    fn fifty_thousand_lines_arrive_unchanged() {
         let body = "a\n".repeat(49_000) + "От Ann\n";
-        let letter =
+        let composed =
             compose(&Mail { template: Arc::new(Template::new("Hi", &body).unwrap()), ..mail("ann@x.org", None) });
-        assert!(parsed(&letter).body_text(0).unwrap().replace("\r\n", "\n").starts_with(&body));
-        let raw = String::from_utf8(letter.bytes).unwrap();
+        assert!(parsed(&composed).body_text(0).unwrap().replace("\r\n", "\n").starts_with(&body));
+        let raw = String::from_utf8(composed.bytes).unwrap();
         assert!(!raw.replace("\r\n", "").contains(['\r', '\n']));
     }
 
     #[test]
-    fn a_signature_covers_the_way_out() {
+    fn the_signature_covers_the_unsubscribe_headers() {
         let folder = tempfile::tempdir().unwrap();
         let key_file = folder.path().join("key.pem");
         let dkim =
@@ -364,30 +363,30 @@ mod tests {
         fs::write(&key_file, "no key").unwrap();
         assert!(matches!(composer(), Err(ComposerError::KeyKind { .. })));
         fs::write(&key_file, include_str!("test_key.pem")).unwrap();
-        let letter = composer().unwrap().compose(&mail("ann@example.org", None)).unwrap();
-        let message = parsed(&letter);
+        let composed = composer().unwrap().compose(&mail("ann@example.org", None)).unwrap();
+        let message = parsed(&composed);
         let signature = message.header_raw("DKIM-Signature").unwrap();
         let signature = signature.to_lowercase().replace([' ', '\r', '\n', '\t'], "");
         assert!(signature.contains("d=example.org;s=s1;"), "{signature}");
         assert!(signature.contains("list-unsubscribe:list-unsubscribe-post;"), "{signature}");
-        // A header that was not there when it was signed would break the signature.
+        // Signing a header that is added later would break the signature.
         assert!(!signature.contains("content-type"), "{signature}");
     }
 
     proptest::proptest! {
         #[test]
-        fn whoever_is_accepted_gets_a_mail_that_says_what_it_should(
+        fn every_accepted_address_yields_a_well_formed_mail(
             entry in "([a-cA-C@.,;>\"\\\\ \t\r\n\u{85}éß():-]|[a-z]{1,5}@[a-zé]{1,5}\\.org|Bcc: |\r\n){0,12}( <\"?[a-z.,:é]{1,6}\"?@[a-zé]{1,6}\\.org>)?",
         ) {
             let Ok(mailrun_core::address::Address { email, name, .. }) = entry.parse() else { return Ok(()) };
-            let Ok(letter) = Composer::new(&config()).unwrap().compose(&mail(&email, name.as_deref())) else { return Ok(()) };
-            proptest::prop_assert!(!letter.to.contains(|c: char| c.is_control() || c == ' ' || c == '<'), "{}", letter.to);
-            let bytes = String::from_utf8_lossy(&letter.bytes);
+            let Ok(composed) = Composer::new(&config()).unwrap().compose(&mail(&email, name.as_deref())) else { return Ok(()) };
+            proptest::prop_assert!(!composed.to.contains(|c: char| c.is_control() || c == ' ' || c == '<'), "{}", composed.to);
+            let bytes = String::from_utf8_lossy(&composed.bytes);
             let (header, _) = bytes.split_once("\r\n\r\n").unwrap();
             for line in header.split("\r\n") {
                 proptest::prop_assert!(line.len() <= 998 && !line.contains(['\r', '\n']), "{}", line);
             }
-            let parsed = parsed(&letter);
+            let parsed = parsed(&composed);
             proptest::prop_assert_eq!(parsed.to().unwrap().iter().count(), 1, "{}", header);
             proptest::prop_assert!(parsed.bcc().is_none() && parsed.cc().is_none(), "{}", header);
         }

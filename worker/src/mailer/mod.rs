@@ -1,4 +1,4 @@
-//! Who carries the mail.
+//! Sends mail: the [`Mailer`] trait and its two implementations, simulated and SMTP.
 
 mod encoding;
 mod message;
@@ -21,79 +21,75 @@ pub use message::ComposerError;
 pub use simulated::{Simulated, SimulatedError};
 pub use smtp::{Smtp, SmtpError, TlsError, reply_classes};
 
-/// One invitation, ready to be sent.
+/// One mail to one recipient, not yet rendered.
 #[derive(Clone, Debug)]
 pub struct Mail {
-    /// The same on every attempt, so that a mail server or a reader can tell a repetition.
+    /// The same on every attempt, so that a mail server or a mail client can recognise a duplicate.
     pub message_id: String,
-    /// The run that is paused if the mail's relay is stopped; none: it belongs to no run of invitations.
+    /// The run to pause if the mail's relay is stopped. `None`: the mail belongs to no run of invitations.
     pub run_id: Option<Uuid>,
-    /// The recipient.
     pub email: String,
-    /// The recipient's name.
     pub name: Option<String>,
-    /// What the run says to everybody: a mailer that sends renders it for this recipient.
+    /// The run's texts. A mailer that really sends renders them for this recipient.
     pub template: Arc<Template>,
-    /// Where the recipient can say that this is enough; none: the installation has no address that others can reach.
+    /// One-click unsubscribe URL (RFC 8058). `None`: the installation has no public address.
     pub unsubscribe: Option<String>,
 }
 
-/// A relay that the mailer has stopped, since many refusals could not be explained.
+/// A relay that the mailer stopped after many unexplained refusals.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stopped {
-    /// The relay, as host:port.
+    /// `host:port`.
     pub relay: String,
-    /// What was counted, and the relay's words.
+    /// The counts that tripped the breaker, and the relay's last reply.
     pub reason: String,
-    /// What the refusals have in common.
+    /// The normalized texts of the refusals.
     pub alike: Vec<String>,
     /// The runs whose mail was refused.
     pub runs: Vec<Uuid>,
 }
 
-/// Sends mail, as many at a time as are asked of it.
+/// Sends mail. Calls to [`Mailer::send`] may run concurrently; the caller bounds how many.
 #[async_trait]
 pub trait Mailer: Send + Sync {
-    /// Hands `mail` to the mail server. Asks `attempt` before the mail is offered ([`Attempt::may_proceed`]), and again before
-    /// the bytes that let the server accept it ([`Attempt::may_commit`]).
+    /// Hands `mail` to the relay. Calls [`Attempt::may_proceed`] before it offers the mail, and [`Attempt::may_commit`] before it
+    /// sends the bytes that let the relay accept the mail.
     async fn send(&self, mail: &Mail, attempt: &Attempt) -> Outcome;
 
-    /// Whether to send at present. Whoever sends all the same gets [`Outcome::Later`].
+    /// Whether the mailer accepts work at present. If it does not, [`Mailer::send`] returns [`Outcome::Later`].
     fn gate(&self) -> Gate {
         Gate::Open
     }
 
-    /// Whether it may stop relays: then it has to be told what the ledger knows of that.
+    /// Whether this mailer can stop relays. If so, the caller must keep it informed through [`Mailer::learn`].
     fn stops_relays(&self) -> bool {
         false
     }
 
-    /// Relays that it has stopped since it was asked last.
+    /// The relays stopped since the last call.
     fn take_stopped(&self) -> Vec<Stopped> {
         Vec::new()
     }
 
-    /// What the ledger knows of stopped relays, with the answers of operators.
+    /// Tells the mailer which relay stops the ledger holds, and how operators answered them.
     fn learn(&self, _stops: &[RelayStop]) {}
 
-    /// Whether it writes what its recipients read: then a mail carries its link.
+    /// Whether mail reaches real recipients. Only then does it need an unsubscribe URL.
     fn writes_mail(&self) -> bool {
         true
     }
 
-    /// Whether a mail that failed may be tried again within a moment. Real servers penalise immediate retries.
+    /// Whether a failed mail may be retried at once. Real servers penalise immediate retries.
     fn allows_immediate_retry(&self) -> bool {
         false
     }
 }
 
-/// Why the mailer can't be used as configured.
+/// The mailer's configuration is not usable.
 #[derive(Debug, thiserror::Error)]
 pub enum MailerError {
-    /// The simulated one.
     #[error(transparent)]
     Simulated(#[from] SimulatedError),
-    /// The real one.
     #[error(transparent)]
     Smtp(#[from] SmtpError),
 }
@@ -113,10 +109,10 @@ impl Mailer for NoMailer {
     }
 }
 
-/// The mailer that the configuration asks for.
+/// Builds the configured mailer.
 ///
 /// # Errors
-/// When it can't be used as configured.
+/// If its configuration is not usable.
 pub fn mailer(config: &MailerConfig) -> Result<Arc<dyn Mailer>, MailerError> {
     Ok(match config.kind {
         MailerKind::Simulated => Arc::new(Simulated::new(&config.simulated)?),

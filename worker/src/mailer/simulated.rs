@@ -1,7 +1,7 @@
-//! The default mailer: sends nothing, and fails on schedule, so that every path of the pipeline can be seen.
+//! The default mailer: sends nothing and fails on schedule, so that every path of the pipeline can be seen.
 //!
-//! Whether a send fails depends on nothing but the email's place in its run, its tries and its replays: tests and the
-//! demo count on it.
+//! Whether a send fails depends only on the email's position in its run, its tries and its replays. Tests and the demo rely on
+//! that.
 
 use std::{
     fs::{File, OpenOptions},
@@ -18,20 +18,20 @@ use tokio::time::sleep;
 use super::{Mail, Mailer, Outcome};
 use crate::attempt::Attempt;
 
-/// The error that lasts until a person replays the email.
+/// Lasts until a person replays the email.
 const DOWN: &str = "Internet Down";
-/// The error that is gone at the next try.
+/// Succeeds on the next try.
 const FLAKY: &str = "Connection Reset";
 
-/// Why the simulated mailer can't be used.
+/// The journal is not usable.
 #[derive(Debug, thiserror::Error)]
-#[error("the mailer's journal {path} can't be opened for appending: {error}")]
+#[error("can't open the mailer's journal {path} for appending: {error}")]
 pub struct SimulatedError {
     path: PathBuf,
     error: io::Error,
 }
 
-/// The simulated mail server.
+/// A mailer that only waits, fails on schedule and writes a journal.
 #[derive(Clone, Debug)]
 pub struct Simulated {
     latency: Duration,
@@ -42,7 +42,7 @@ pub struct Simulated {
 
 impl Simulated {
     /// # Errors
-    /// When the journal can't be opened.
+    /// If the journal cannot be opened.
     pub fn new(config: &SimulatedConfig) -> Result<Self, SimulatedError> {
         let open = |path: &PathBuf| {
             let file = OpenOptions::new().create(true).append(true).open(path);
@@ -56,7 +56,7 @@ impl Simulated {
         })
     }
 
-    /// Whether, and how, a send fails.
+    /// The error of this send, if it fails.
     fn failure(&self, attempt: &Attempt) -> Option<&'static str> {
         let every = |n: i32| n > 0 && attempt.position() % n == 0;
         if attempt.replays() > 0 {
@@ -78,7 +78,7 @@ impl Mailer for Simulated {
             return Outcome::Withdrawn(withdrawn);
         }
         if !self.latency.is_zero() {
-            // Tokio's timers count whole milliseconds, and are late by one of them on average.
+            // Tokio's timers have a resolution of 1 ms and fire 1 ms late on average.
             sleep(self.latency.saturating_sub(Duration::from_millis(1))).await;
         }
         if let Some(error) = self.failure(attempt) {
@@ -88,9 +88,9 @@ impl Mailer for Simulated {
             return Outcome::Withdrawn(withdrawn);
         }
         if let Some(mut journal) = self.journal.as_deref() {
-            // One write for the whole line: several processes append to the same file.
+            // A single write per line, because several processes append to the same file.
             if let Err(error) = journal.write_all(format!("{}\n", mail.message_id).as_bytes()) {
-                return Outcome::Retry(format!("the journal can't be written: {error}"));
+                return Outcome::Retry(format!("can't write the journal: {error}"));
             }
         }
         tracing::trace!(message_id = mail.message_id, "sent");
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_hundredth_meets_internet_down_until_it_is_replayed() {
+    async fn every_hundredth_email_fails_until_it_is_replayed() {
         let session = Simulated::new(&SimulatedConfig::default()).unwrap();
         let down = Outcome::Retry(DOWN.into());
         assert_eq!(send(&session, 99, 1, 0).await, Outcome::Sent);
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_smaller_share_fails_once() {
+    async fn some_emails_fail_only_on_the_first_try() {
         let session = Simulated::new(&SimulatedConfig::default()).unwrap();
         assert_eq!(send(&session, 150, 1, 0).await, Outcome::Retry(FLAKY.into()));
         assert_eq!(send(&session, 150, 2, 0).await, Outcome::Sent);

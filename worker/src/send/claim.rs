@@ -20,7 +20,7 @@ use mailrun_ledger::{
 use sqlx::{Connection as _, PgConnection};
 use tracing::warn;
 
-use super::{Asked, Senders};
+use super::{Request, Senders};
 use crate::{
     attempt::Attempt,
     gate::Gate,
@@ -29,25 +29,25 @@ use crate::{
     reporter::{Finished, Reporter},
 };
 
-/// Of limited runs, attempts are claimed whose send time lies within this: a connection that is free finds one waiting, and
-/// few permits wait.
+/// Items of a rate-limited run are claimed up to this long before their send time. That keeps free connections busy without
+/// occupying many permits.
 const AHEAD: Duration = Duration::from_millis(100);
 
-/// What a claim came to.
+/// The result of a claim.
 #[derive(Default)]
 struct Claimed {
-    /// What was granted, loaded by its jobs.
+    /// Granted to this worker, loaded by their jobs.
     batches: Vec<Batch>,
-    /// What was granted to no worker, and the reasons of its job.
+    /// Withheld, with the reasons of the job.
     withheld: Vec<(Key, Withheld, Reasons)>,
-    /// How long each of those that a rate limit holds for has to wait for its send time.
+    /// For items under a rate limit: the wait until their send time.
     slots: HashMap<Key, Duration>,
-    /// What was not asked for, since no send time is near: how long until one will be.
+    /// Not claimed because no send time is near: the wait until one is.
     not_due: Vec<(Key, Duration)>,
 }
 
 impl Claimed {
-    /// Everything that was granted, to this worker or to none.
+    /// All granted claims, including withheld ones.
     fn keys(&self) -> HashSet<Key> {
         let withheld = self.withheld.iter().map(|(key, ..)| *key);
         self.batches.iter().flat_map(Batch::keys).chain(withheld).collect()
@@ -55,38 +55,38 @@ impl Claimed {
 }
 
 impl Senders {
-    /// Claims what has come, starts what was granted, holds what is not due and settles what was refused.
+    /// Claims a batch. Starts what was granted, holds what is not due, and settles what was refused.
     pub(super) async fn begin(
         self: &Arc<Self>,
         mut keys: Vec<Key>,
-        mut asked: HashMap<Key, Asked>,
-        held: &mut Held<Asked>,
+        mut requests: HashMap<Key, Request>,
+        held: &mut Held<Request>,
         session: &mut Session,
         reporter: &Reporter,
     ) {
-        if let Err(error) = self.put_off_closed(&mut keys, &mut asked).await {
-            warn!(%error, "the kinds of runs can't be read, trying again later");
-            return self.park(asked.into_values().collect(), self.policy().shortest()).await;
+        if let Err(error) = self.defer_closed(&mut keys, &mut requests).await {
+            warn!(%error, "can't read the kinds of runs, trying again later");
+            return self.park(requests.into_values().collect(), self.policy().shortest()).await;
         }
-        let lost_before = self.claims().asking(&keys);
+        let lost_before = self.claims().requesting(&keys);
         let claimed = match self.claim(session, &keys).await {
             Ok(claimed) => claimed,
             Err(error) => {
                 warn!(%error, "claim failed, checking its result later");
-                self.claims().answer_lost(asked.keys().copied());
-                return self.park(asked.into_values().collect(), self.policy().shortest()).await;
+                self.claims().answer_lost(requests.keys().copied());
+                return self.park(requests.into_values().collect(), self.policy().shortest()).await;
             }
         };
         let claimed_at = Instant::now();
         let granted = claimed.keys();
-        // Before anything is begun: there is room for each delivery, and at least one delivery for each claim.
+        // Before any attempt is started. There is room for each delivery, and each claim has at least one delivery.
         self.permits.begin(granted.len());
-        // What was granted now had not been claimed.
+        // Claims granted now were not granted before.
         self.claims().answer_lost(lost_before.into_iter().filter(|key| !granted.contains(key)));
         for batch in claimed.batches {
             let mut attempts = HashMap::with_capacity(batch.items.len());
             for (key, position) in &batch.items {
-                let Some(Asked { item, deliveries }) = asked.remove(key) else { continue };
+                let Some(Request { item, deliveries }) = requests.remove(key) else { continue };
                 self.claims().begin(*key, deliveries);
                 self.stopped.begin(key.run_id, 1);
                 let slot = claimed.slots.get(key).map(|wait| (claimed_at + *wait).into());
@@ -95,23 +95,23 @@ impl Senders {
             batch.start(attempts, reporter);
         }
         for (key, why, reasons) in claimed.withheld {
-            let Some(Asked { item, deliveries }) = asked.remove(&key) else { continue };
+            let Some(Request { item, deliveries }) = requests.remove(&key) else { continue };
             self.claims().begin(key, deliveries);
             let next = Next { follow_up: None, result: outcome::withheld(item, why, reasons) };
-            // The report outlives every sender of this channel.
+            // The report task outlives all senders of this channel, so this cannot fail.
             let _ = reporter.finished.send(Finished { key, next }).await;
         }
-        self.hold(claimed.not_due, &mut asked, held).await;
-        if !asked.is_empty() {
-            self.settle_refused(asked).await;
+        self.hold(claimed.not_due, &mut requests, held).await;
+        if !requests.is_empty() {
+            self.settle_refused(requests).await;
         }
     }
 
-    /// Puts off the items of jobs whose gate is closed, without claiming them.
-    async fn put_off_closed(
+    /// Defers items of jobs with a closed gate, without claiming them.
+    async fn defer_closed(
         self: &Arc<Self>,
         keys: &mut Vec<Key>,
-        asked: &mut HashMap<Key, Asked>,
+        requests: &mut HashMap<Key, Request>,
     ) -> sqlx::Result<()> {
         let kinds = &self.context.kinds;
         if matches!(kinds.gate(), Gate::Open | Gate::Trying) {
@@ -124,40 +124,40 @@ impl Senders {
             Gate::Closed { until, .. } => Some(until),
             Gate::Open | Gate::Trying => None,
         };
-        let mut closed: BTreeMap<Duration, Vec<Asked>> = BTreeMap::new();
+        let mut closed: BTreeMap<Duration, Vec<Request>> = BTreeMap::new();
         keys.retain(|key| {
             let Some(until) = closed_until(key) else { return true };
             let wait = self.policy().delay_within(until.saturating_duration_since(Instant::now()));
-            closed.entry(wait).or_default().extend(asked.remove(key));
+            closed.entry(wait).or_default().extend(requests.remove(key));
             false
         });
-        for (wait, asked) in closed {
-            self.park(asked, wait).await;
+        for (wait, requests) in closed {
+            self.park(requests, wait).await;
         }
         Ok(())
     }
 
-    /// Keeps messages whose send time is not near until it is. What has to wait longer, or has no room, waits on a retry queue.
+    /// Holds messages until their send time is near. Those that must wait longer, or that do not fit, go to a retry queue.
     async fn hold(
         self: &Arc<Self>,
         not_due: Vec<(Key, Duration)>,
-        asked: &mut HashMap<Key, Asked>,
-        held: &mut Held<Asked>,
+        requests: &mut HashMap<Key, Request>,
+        held: &mut Held<Request>,
     ) {
         let now = Instant::now();
-        let mut beyond: BTreeMap<Duration, Vec<Asked>> = BTreeMap::new();
+        let mut beyond: BTreeMap<Duration, Vec<Request>> = BTreeMap::new();
         for (key, wait) in not_due {
-            let Some(asked) = asked.remove(&key) else { continue };
-            if let Err(asked) = held.put(asked, now + wait.saturating_sub(AHEAD / 2), now) {
-                beyond.entry(self.policy().delay_within(wait)).or_default().push(asked);
+            let Some(request) = requests.remove(&key) else { continue };
+            if let Err(request) = held.put(request, now + wait.saturating_sub(AHEAD / 2), now) {
+                beyond.entry(self.policy().delay_within(wait)).or_default().push(request);
             }
         }
-        for (wait, asked) in beyond {
-            self.park(asked, wait).await;
+        for (wait, requests) in beyond {
+            self.park(requests, wait).await;
         }
     }
 
-    /// Claims what is due, and writes down what the remote side has accepted since the last claim.
+    /// Claims what is due, and stores the receipt for what was accepted since the last claim.
     async fn claim(&self, session: &mut Session, keys: &[Key]) -> sqlx::Result<Claimed> {
         if keys.is_empty() {
             return Ok(Claimed::default());
@@ -188,7 +188,7 @@ impl Senders {
         claimed
     }
 
-    /// Claims, lets the jobs load what was granted and withhold some of it, and reserves send times for the rest.
+    /// Claims, lets the jobs load or withhold what was granted, and reserves send times for the rest.
     async fn claim_in_transaction(
         &self,
         conn: &mut PgConnection,

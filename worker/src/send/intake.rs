@@ -1,4 +1,4 @@
-//! Takes deliveries in, as many as there are permits for, and puts off what cannot be claimed now.
+//! Takes as many deliveries as there are permits for, and defers what cannot be claimed now.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -17,25 +17,25 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use super::{Asked, Senders};
+use super::{Request, Senders};
 use crate::{gate::Gate, held::Held, poison, reporter::Reporter};
 
-/// How long deliveries are gathered for a claim while there are permits for more: a claim of many costs little more than
-/// one of few. With a slow remote side the permits are used up, and nothing waits here.
+/// How long deliveries are gathered for a claim while more permits are free: a large claim costs little more than a small one. If
+/// the remote side is slow, all permits are in use and nothing waits here.
 const GATHER: Duration = Duration::from_millis(20);
-/// Deliveries that are claimed by one statement at most.
+/// The maximum number of deliveries in one claim.
 const CLAIM_BATCH: usize = 200;
-/// A delivery that has waited for a permit for so long is put off. With the longest attempt after it, it would otherwise be held
-/// for longer than RabbitMQ allows.
+/// A delivery that has waited this long for a permit is deferred. Otherwise, with the longest attempt after it, it would be
+/// held for longer than RabbitMQ's acknowledgement timeout.
 const LONGEST_UNCLAIMED: Duration = Duration::from_secs(4 * 60);
-/// How often that is looked for while there is no permit.
-const LOOK_FOR_OLD_EVERY: Duration = Duration::from_secs(10);
-/// What is claimed together.
+/// How often this is checked while there is no permit.
+const CHECK_OLD_EVERY: Duration = Duration::from_secs(10);
+/// Messages that are claimed together.
 #[derive(Default)]
 struct Batch {
-    /// Messages that were held until their send time was near.
-    held: Vec<Asked>,
-    /// Messages that have just come.
+    /// Held until their send time was near.
+    held: Vec<Request>,
+    /// Newly delivered.
     fresh: Vec<Delivery>,
 }
 
@@ -46,37 +46,36 @@ impl Batch {
 }
 
 impl Senders {
-    /// Takes deliveries in and claims them, until told to stop. Deliveries that were taken ahead by then go back to the queue when
-    /// the consumer closes.
+    /// Takes and claims deliveries until told to stop. Prefetched deliveries return to the queue when the consumer closes.
     pub(super) async fn take(self: Arc<Self>, mut consumer: Consumer, reporter: Reporter, stop: CancellationToken) {
         let mut session = Session::new(&self.context.pool);
-        // Half of what the broker hands out: the other half is for runs without a limit.
+        // Half of the prefetch: the other half is for runs without a limit.
         let mut held = Held::new(usize::from(self.prefetch) / 2);
         while let Some(Some(batch)) = stop.run_until_cancelled(self.gather(&mut consumer, &mut held)).await {
             if self.heartbeat.is_fresh() {
-                let (keys, asked) = self.understand(batch).await;
-                self.begin(keys, asked, &mut held, &mut session, &reporter).await;
+                let (keys, requests) = self.understand(batch).await;
+                self.begin(keys, requests, &mut held, &mut session, &reporter).await;
             } else {
-                // A claim would only be given up again, and use up the attempt's number.
-                self.put_off(batch).await;
+                // A claim would be given back unused, and still use up the attempt's number.
+                self.defer(batch).await;
             }
         }
     }
 
-    /// Waits for room and a message, then takes as many more of both as come within a moment.
-    async fn gather(self: &Arc<Self>, consumer: &mut Consumer, held: &mut Held<Asked>) -> Option<Batch> {
+    /// Waits for a permit and a message, then takes as many more of both as arrive within [`GATHER`].
+    async fn gather(self: &Arc<Self>, consumer: &mut Consumer, held: &mut Held<Request>) -> Option<Batch> {
         loop {
-            let has_room = timeout(LOOK_FOR_OLD_EVERY, self.permits.some()).await.is_ok();
+            let has_room = timeout(CHECK_OLD_EVERY, self.permits.available()).await.is_ok();
             let old: Vec<Delivery> = iter::from_fn(|| consumer.next_older_than(LONGEST_UNCLAIMED)).collect();
             if !old.is_empty() {
-                debug!(deliveries = old.len(), "no permit became free in time, putting deliveries off");
-                self.put_off(Batch { fresh: old, ..Batch::default() }).await;
+                debug!(deliveries = old.len(), "no permit became free in time, deferring deliveries");
+                self.defer(Batch { fresh: old, ..Batch::default() }).await;
             }
             if has_room {
                 break;
             }
         }
-        // Those that were claimed together end together: let them, or most would wait for the next claim.
+        // Attempts that were claimed together end together. Let them, or most would wait for the next claim.
         yield_now().await;
         let mut batch = Batch::default();
         while batch.len() == 0 {
@@ -103,24 +102,24 @@ impl Senders {
         Some(batch)
     }
 
-    /// Claims nothing, so that no attempt is used up: what has come waits for the shortest retry delay.
-    async fn put_off(self: &Arc<Self>, batch: Batch) {
-        let (_, asked) = self.understand(batch).await;
-        self.park(asked.into_values().collect(), self.policy().shortest()).await;
+    /// Defers a batch by the shortest retry delay without claiming it, so that no attempt number is used up.
+    async fn defer(self: &Arc<Self>, batch: Batch) {
+        let (_, requests) = self.understand(batch).await;
+        self.park(requests.into_values().collect(), self.policy().shortest()).await;
     }
 
-    /// Reads messages, in their order. Two that ask for the same attempt become one. What is not understood is dead.
-    async fn understand(&self, batch: Batch) -> (Vec<Key>, HashMap<Key, Asked>) {
+    /// Decodes messages, in order. Messages for the same attempt are merged. A message that can't be decoded becomes a dead letter.
+    async fn understand(&self, batch: Batch) -> (Vec<Key>, HashMap<Key, Request>) {
         let mut keys = Vec::with_capacity(batch.len());
-        let mut asked: HashMap<Key, Asked> = HashMap::with_capacity(batch.len());
-        let mut add = |item: ItemMessage, deliveries: Vec<Delivery>| match asked.entry(item.key()) {
+        let mut requests: HashMap<Key, Request> = HashMap::with_capacity(batch.len());
+        let mut add = |item: ItemMessage, deliveries: Vec<Delivery>| match requests.entry(item.key()) {
             Entry::Occupied(mut same) => same.get_mut().deliveries.extend(deliveries),
             Entry::Vacant(place) => {
                 keys.push(item.key());
-                place.insert(Asked { item, deliveries });
+                place.insert(Request { item, deliveries });
             }
         };
-        for Asked { item, deliveries } in batch.held {
+        for Request { item, deliveries } in batch.held {
             add(item, deliveries);
         }
         for delivery in batch.fresh {
@@ -129,6 +128,6 @@ impl Senders {
                 Err(refusal) => poison::refuse(&self.context.publisher, delivery, refusal).await,
             }
         }
-        (keys, asked)
+        (keys, requests)
     }
 }

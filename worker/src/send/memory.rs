@@ -1,4 +1,4 @@
-//! Remembers the results of this process, and repeats them until the ledger shows them.
+//! Remembers the results of this process and repeats them until they are seen in the ledger.
 
 use std::{
     collections::HashMap,
@@ -23,27 +23,27 @@ impl Senders {
     /// Compares remembered outcomes with the ledger: forgets what is applied, repeats what is not.
     pub(super) async fn remember(self: Arc<Self>, stop: CancellationToken) {
         let mut first_receipt = 0;
-        let mut trouble = Reconnect::default();
+        let mut backoff = Reconnect::default();
         let mut wait = REMEMBER_INTERVAL;
         while stop.run_until_cancelled(sleep(wait)).await.is_some() {
             wait = match self.look_up(&mut first_receipt).await {
-                // There is more of the kind: go on without a pause.
+                // A full batch: continue without a pause.
                 Ok(REMEMBER_BATCH) => Duration::ZERO,
                 Ok(_) => {
-                    trouble.reset();
+                    backoff.reset();
                     REMEMBER_INTERVAL
                 }
                 Err(error) => {
-                    debug!(%error, "outcomes can't be compared with the ledger");
-                    trouble.next_wait()
+                    debug!(%error, "can't compare outcomes with the ledger");
+                    backoff.next_wait()
                 }
             };
         }
     }
 
-    /// `first_receipt`: those before it are deleted.
+    /// `first_receipt`: earlier receipts are already deleted.
     async fn look_up(&self, first_receipt: &mut i64) -> sqlx::Result<usize> {
-        let keys = self.claims().to_look_up(Instant::now(), REMEMBER_BATCH);
+        let keys = self.claims().to_check(Instant::now(), REMEMBER_BATCH);
         if keys.is_empty() {
             return Ok(0);
         }
@@ -55,12 +55,12 @@ impl Senders {
         let repeats: Vec<(Uuid, ItemResult)> = {
             let mut claims = self.claims();
             let mut repeat = |key: &Key| match standings.get(&key.item_id) {
-                // The result waits for a process that understands the item, and so does what is remembered of it.
+                // The result waits for a process of a later version, so it stays remembered.
                 Some(None) => {
-                    claims.look_again(*key, now);
+                    claims.check_later(*key, now);
                     None
                 }
-                found => claims.looked_up(*key, found.copied().flatten(), now),
+                found => claims.checked(*key, found.copied().flatten(), now),
             };
             keys.iter().filter_map(|key| Some((key.run_id, repeat(key)?))).collect()
         };
@@ -82,7 +82,7 @@ impl Senders {
         Ok(())
     }
 
-    /// Writes down what was sent and is not seen to be counted: nobody repeats these results when the worker has ended.
+    /// Stores a receipt for sent items that were not seen counted: after the worker has ended, nothing repeats their results.
     pub(super) async fn last_receipt(&self) {
         let receipt = {
             let mut claims = self.claims();
@@ -93,7 +93,7 @@ impl Senders {
             receipts::write(&mut *self.context.pool.acquire().await?, self.heartbeat.worker_id(), &receipt).await
         };
         if let Err(error) = in_time(self.context.answer_timeout, write).await {
-            warn!(%error, sent = receipt.item_ids.len(), "the last receipt can't be written");
+            warn!(%error, sent = receipt.item_ids.len(), "can't write the last receipt");
         }
     }
 }

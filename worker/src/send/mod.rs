@@ -1,12 +1,11 @@
 //! The senders: permit → claim → attempt → outcome → publish → acknowledge.
 //!
-//! A permit comes before a claim and is given back when the outcome is on disk, so a worker that is killed leaves at most as many
-//! attempts unknown as it has permits. What was sent is on disk with the next claim already, which takes a receipt along: so a slow
-//! remote side never waits for RabbitMQ. Claims, follow-ups and results travel in batches that form by themselves: each takes what
-//! has gathered while the one before was in progress.
+//! A permit is taken before the claim and released when the outcome is on disk, so a killed worker leaves at most as many attempts
+//! unknown as it has permits. The next claim stores a receipt for what was sent, so a slow remote side never waits for RabbitMQ.
+//! Claims, follow-ups and results form batches on their own: each takes what has gathered while the previous one was in progress.
 //!
 //! `intake` takes deliveries, `claim` claims and starts attempts, `report` publishes what follows from them, `refused` settles
-//! claims that were refused, and `memory` repeats results until they are seen to be counted.
+//! refused claims, and `memory` repeats results until they are seen counted.
 
 mod claim;
 mod intake;
@@ -40,9 +39,9 @@ use crate::{
     reporter::Reporter, stopped_runs::StoppedRuns,
 };
 
-/// Messages that the broker rejects are published again for so long, before the sweeper is left to replace them. Their items keep
-/// their permits meanwhile, and a deployment or a full queue may pass within it.
-const INSIST: Duration = Duration::from_secs(10);
+/// How long rejected messages are published again, before they are left to the sweeper. Their items keep their permits in the
+/// meantime, and a deployment or a full queue may be over within it.
+const RETRY_FOR: Duration = Duration::from_secs(10);
 
 /// The senders of a process.
 pub(crate) struct Senders {
@@ -53,21 +52,20 @@ pub(crate) struct Senders {
     pace: Arc<Pace>,
     stopped: Arc<StoppedRuns>,
     checks: Arc<Checks>,
-    /// When the results queue was last looked at, and whether it was empty.
-    results_look: tokio::sync::Mutex<Option<(Instant, bool)>>,
-    /// Deliveries that the broker hands out ahead.
+    /// When the depth of the results queue was last read, and whether it was 0.
+    results_read: tokio::sync::Mutex<Option<(Instant, bool)>>,
+    /// Prefetch of the consumer.
     prefetch: u16,
     claim_seconds: Histogram,
 }
 
-/// A message with all the deliveries that ask for the same attempt.
-struct Asked {
+/// A message with all deliveries that request the same attempt.
+struct Request {
     item: ItemMessage,
     deliveries: Vec<Delivery>,
 }
 
 impl Senders {
-    /// The senders of this process.
     pub(crate) fn new(
         context: Context,
         heartbeat: Arc<Heartbeat>,
@@ -90,13 +88,13 @@ impl Senders {
             pace,
             stopped,
             checks: Arc::new(checks),
-            results_look: tokio::sync::Mutex::default(),
+            results_read: tokio::sync::Mutex::default(),
             prefetch,
             claim_seconds: histogram!(metric::CLAIM_SECONDS),
         })
     }
 
-    /// Works until the consumer stops, then finishes what is in flight.
+    /// Works until the consumer stops, then finishes the work in progress.
     pub(crate) async fn run(self: Arc<Self>, consumer: Consumer, stop: CancellationToken) {
         let (finished, outcomes) = mpsc::channel(self.permits.all());
         let reporter = Reporter {
@@ -109,42 +107,42 @@ impl Senders {
         let ending = CancellationToken::new();
         let remember = tokio::spawn(Arc::clone(&self).remember(ending.clone()));
         let watch = tokio::spawn(Arc::clone(&self.stopped).watch(ending.clone()));
-        // Ends when the intake and the last attempt have dropped their end.
+        // Ends when the intake and the last attempt have dropped their senders.
         Arc::clone(&self).report(outcomes).await;
         ending.cancel();
         let _ = (intake.await, remember.await, watch.await);
         self.last_receipt().await;
     }
 
-    /// Sends messages round by a retry queue, to be looked at again later: a delivery is never held through a wait.
-    async fn park(self: &Arc<Self>, asked: Vec<Asked>, wait: Duration) {
+    /// Moves messages to a retry queue, to be tried again later: no delivery is held during a wait.
+    async fn park(self: &Arc<Self>, requests: Vec<Request>, wait: Duration) {
         let queue = retry_queue(wait);
         let messages: Vec<Outgoing> =
-            asked.iter().map(|Asked { item, .. }| Outgoing::new(item).to(queue.clone())).collect();
+            requests.iter().map(|Request { item, .. }| Outgoing::new(item).to(queue.clone())).collect();
         let ids: Vec<Uuid> = messages.iter().map(Outgoing::id).collect();
         let Ok(rejected) = self.context.publisher.offer(messages).await else { return };
         let held: HashSet<Uuid> = rejected.iter().map(Outgoing::id).collect();
-        let (held, taken): (Vec<_>, Vec<_>) = ids.into_iter().zip(asked).partition(|(id, _)| held.contains(id));
-        let ack = |asked: Vec<(Uuid, Asked)>| {
-            asked.into_iter().flat_map(|(_, asked)| asked.deliveries).for_each(Delivery::ack);
+        let (held, taken): (Vec<_>, Vec<_>) = ids.into_iter().zip(requests).partition(|(id, _)| held.contains(id));
+        let ack = |requests: Vec<(Uuid, Request)>| {
+            requests.into_iter().flat_map(|(_, request)| request.deliveries).for_each(Delivery::ack);
         };
         ack(taken);
         if !held.is_empty() {
             let this = Arc::clone(self);
             tokio::spawn(async move {
-                this.insist(rejected).await;
+                this.retry_rejected(rejected).await;
                 ack(held);
             });
         }
     }
 
-    /// Publishes messages that the broker has rejected, for a while. If that fails, the sweeper finds their items and republishes
-    /// them; a missing dead letter is no loss.
-    async fn insist(&self, rejected: Vec<Outgoing>) {
-        let _ = timeout(INSIST, self.context.publisher.publish(rejected)).await;
+    /// Publishes rejected messages again for up to [`RETRY_FOR`]. If that fails, the sweeper republishes their items; a missing
+    /// dead letter does no harm.
+    async fn retry_rejected(&self, rejected: Vec<Outgoing>) {
+        let _ = timeout(RETRY_FOR, self.context.publisher.publish(rejected)).await;
     }
 
-    /// What the settings say of retries.
+    /// The installation's retry policy.
     fn policy(&self) -> &RetryPolicy {
         self.context.kinds.installation()
     }
@@ -153,7 +151,7 @@ impl Senders {
         Outgoing::results_by_run(results, self.context.result_batch)
     }
 
-    /// False: the process is ending; what is not confirmed stays unacknowledged.
+    /// False: the process is stopping; unconfirmed messages stay unacknowledged.
     async fn publish(&self, messages: Vec<Outgoing>) -> bool {
         self.context.publisher.publish(messages).await.is_ok()
     }

@@ -1,4 +1,4 @@
-//! Publishes what follows from attempts: follow-ups, then results; then acknowledges.
+//! Publishes the follow-ups and results of attempts, then acknowledges.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -14,11 +14,11 @@ use tokio_util::task::TaskTracker;
 use super::Senders;
 use crate::reporter::Finished;
 
-/// How long outcomes are gathered for a report. Hardly anybody waits for it: permits come back with the next claim.
+/// How long outcomes are gathered for a report. This hardly delays anything: the next claim releases the permits.
 const GATHER_OUTCOMES: Duration = Duration::from_millis(5);
 
 impl Senders {
-    /// Publishes follow-ups, then results, then acknowledges; batch after batch.
+    /// Publishes follow-ups, then results, then acknowledges, in batches.
     pub(super) async fn report(self: Arc<Self>, mut outcomes: mpsc::Receiver<Finished>) {
         let mut batch = Vec::new();
         let late = TaskTracker::new();
@@ -45,7 +45,7 @@ impl Senders {
             if !held.is_empty() {
                 let this = Arc::clone(&self);
                 late.spawn(async move {
-                    this.insist(rejected).await;
+                    this.retry_rejected(rejected).await;
                     this.settle(held).await;
                 });
             }
@@ -57,13 +57,13 @@ impl Senders {
         late.wait().await;
     }
 
-    /// Publishes results, gives the permits back and acknowledges. False: the process is ending.
+    /// Publishes results, releases the permits and acknowledges. False: the process is stopping.
     async fn settle(&self, batch: Vec<Finished>) -> bool {
         let results = batch.iter().map(|finished| (finished.key.run_id, finished.next.result.clone())).collect();
         if !self.publish(self.results(results)).await {
             return false;
         }
-        // All at once, so that the next claim is as large as this report.
+        // All permits at once, so that the next claim is as large as this report.
         self.permits.confirmed(batch.iter().map(|Finished { key, next }| (*key, next.result.state)));
         let now = Instant::now();
         let mut claims = self.claims();

@@ -1,4 +1,4 @@
-//! Claims: who gets one, who does not, and what is known of it later.
+//! Claims: which are granted, which are refused, and what is known about them later.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -32,7 +32,7 @@ async fn owner(conn: &mut PgConnection, key: Key) -> Option<Owner> {
 }
 
 #[test]
-fn grants_a_claim_with_what_it_takes_to_send() {
+fn grants_a_claim_with_the_data_to_send() {
     in_transaction(async |conn| {
         let listed = item(Pending).to("ann@example.org").listed_as("Ann", "Ann@example.org");
         let run = run(conn, &[item(Pending), listed]).await;
@@ -47,7 +47,7 @@ fn grants_a_claim_with_what_it_takes_to_send() {
 }
 
 #[test]
-fn the_name_of_an_older_item_is_its_persons() {
+fn an_older_item_uses_its_persons_name() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         let worker = worker(conn).await;
@@ -116,12 +116,12 @@ fn refuses_a_claim_whose_item_belongs_to_another_run() {
         let worker = worker(conn).await;
         let mixed = Key { run_id: other.id, ..run.key(0, 1) };
         assert!(claim(conn, worker, &[mixed]).await.is_empty());
-        assert!(find(conn, &[mixed]).await.is_empty(), "the ledger does not know it");
+        assert!(find(conn, &[mixed]).await.is_empty(), "it is not in the ledger");
     });
 }
 
 #[test]
-fn a_withheld_claim_is_nobodys() {
+fn a_withheld_claim_belongs_to_no_worker() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending; 6]).await;
         let cancelled = run_of(conn, &[Pending]).await;
@@ -148,7 +148,7 @@ fn a_withheld_claim_is_nobodys() {
                 Some(why) => assert_eq!(owner, Owner::Nobody(why)),
                 None => assert_eq!(owner, Owner::Worker { id: worker, fate: Fate::Alive }),
             }
-            assert!(claim(conn, worker, &[key]).await.is_empty(), "it is claimed for good");
+            assert!(claim(conn, worker, &[key]).await.is_empty(), "it is claimed permanently");
         }
         let deleted = run.items[2].id;
         assert_eq!(value::<i64>(conn, format!("SELECT worker_id FROM attempts WHERE item_id = {deleted}")).await, -2);
@@ -156,14 +156,14 @@ fn a_withheld_claim_is_nobodys() {
 }
 
 #[test]
-fn of_two_workers_at_the_same_moment_one_gets_the_claim() {
+fn only_one_of_two_concurrent_workers_gets_the_claim() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Pending, Pending]).await;
         let (first, second) = (worker(&mut conn).await, worker(&mut conn).await);
         let mut tx = ledger.begin().await.unwrap();
         assert_eq!(claim(&mut tx, first, &run.keys()).await.len(), 2);
-        // The second one asks before the first one has committed, in the other order: it waits, and is refused.
+        // The second worker claims in the other order before the first one has committed: it waits, and is refused.
         let backwards = [run.key(1, 1), run.key(0, 1)];
         let (claimed, ()) = tokio::join!(claim(&mut conn, second, &backwards), async {
             until_one_waits(ledger).await;
@@ -175,7 +175,7 @@ fn of_two_workers_at_the_same_moment_one_gets_the_claim() {
 }
 
 #[test]
-fn a_claim_that_was_rolled_back_is_granted_to_the_next() {
+fn a_rolled_back_claim_is_granted_to_the_next_worker() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Pending]).await;
@@ -216,9 +216,9 @@ fn writes_no_empty_receipt() {
     });
 }
 
-/// A claim whose result was lost may have been made: repeating it with the same receipt must not claim anything.
+/// A claim whose response was lost may have been made: repeating it with the same receipt must not claim anything.
 #[test]
-fn a_receipt_that_exists_fails_the_whole_claim() {
+fn an_existing_receipt_number_fails_the_whole_claim() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Pending, Pending]).await;
@@ -232,7 +232,7 @@ fn a_receipt_that_exists_fails_the_whole_claim() {
 }
 
 #[test]
-fn finds_what_became_of_the_claims_worker() {
+fn finds_the_fate_of_the_claims_worker() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending; 4]).await;
         let (alive, stopped, dead) = (worker(conn).await, worker(conn).await, worker(conn).await);
@@ -254,7 +254,7 @@ fn finds_what_became_of_the_claims_worker() {
     });
 }
 
-/// Another attempt's receipt says nothing of this one.
+/// A receipt of another attempt proves nothing about this one.
 #[test]
 fn a_receipt_counts_for_its_own_attempt_and_worker() {
     in_transaction(async |conn| {
@@ -272,7 +272,7 @@ fn a_receipt_counts_for_its_own_attempt_and_worker() {
 }
 
 #[test]
-fn finds_items_of_a_run_that_was_deleted() {
+fn finds_items_of_a_deleted_run() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Failed]).await;
         execute(conn, format!("DELETE FROM run_progress WHERE run_id = '{}'", run.id)).await;
@@ -283,7 +283,7 @@ fn finds_items_of_a_run_that_was_deleted() {
 }
 
 #[test]
-fn a_later_versions_state_is_no_standing() {
+fn a_later_versions_state_has_no_standing() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Pending]).await;
@@ -298,7 +298,7 @@ fn a_later_versions_state_is_no_standing() {
 }
 
 #[test]
-fn reads_where_items_stand() {
+fn reads_standings() {
     in_transaction(async |conn| {
         let run = run(conn, &[item(Sent).attempt(3)]).await;
         let item_id = run.items[0].id;
@@ -312,16 +312,16 @@ fn limits(run_id: Uuid, per_second: i32) -> Limits {
 }
 
 #[test]
-fn under_a_rate_limit_claims_what_has_a_slot_soon() {
+fn claims_items_with_a_near_slot_under_a_rate_limit() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending; 5]).await;
         let worker = worker(conn).await;
         let limits = limits(run.id, 10);
         let ahead = Duration::from_millis(250);
         let paced = claim_paced(conn, worker, &run.keys(), &limits, ahead).await;
-        // Slots at 0, 100 and 200 ms are within reach; the others are told how long they have to wait.
+        // Slots at 0, 100 and 200 ms are within reach. The other attempts get the wait until theirs.
         assert_eq!(paced.claimed.len(), 3);
-        // Less the microseconds since the meter was made, which are made up for.
+        // Minus the microseconds since the meter was created, which are made up for.
         let tenths = |wait: &Duration| (wait.as_secs_f64() * 10.0).round() as i32;
         let mut waits: Vec<i32> = paced.slots.values().map(tenths).collect();
         waits.sort_unstable();
@@ -330,7 +330,7 @@ fn under_a_rate_limit_claims_what_has_a_slot_soon() {
         assert_eq!(not_due, [(run.key(3, 1), 3), (run.key(4, 1), 4)]);
         assert_eq!(owner(conn, run.key(3, 1)).await, None, "it is not claimed");
 
-        // The next claim goes on behind them.
+        // The next claim continues after them.
         let paced = claim_paced(conn, worker, &[run.key(3, 1)], &limits, Duration::from_secs(1)).await;
         let wait = paced.slots[&run.key(3, 1)];
         assert!(wait > Duration::from_millis(200) && wait <= Duration::from_millis(300), "{wait:?}");
@@ -338,7 +338,7 @@ fn under_a_rate_limit_claims_what_has_a_slot_soon() {
 }
 
 #[test]
-fn what_is_refused_or_withheld_takes_no_slot() {
+fn refused_and_withheld_attempts_take_no_slot() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending; 3]).await;
         let worker = worker(conn).await;
@@ -353,7 +353,7 @@ fn what_is_refused_or_withheld_takes_no_slot() {
 }
 
 #[test]
-fn the_installations_limit_holds_runs_that_have_none() {
+fn the_installations_limit_applies_to_runs_without_one() {
     in_transaction(async |conn| {
         let (first, second) = (run_of(conn, &[Pending]).await, run_of(conn, &[Pending]).await);
         let worker = worker(conn).await;
@@ -386,19 +386,19 @@ fn reserves_another_slot_unless_it_is_too_far_away() {
 }
 
 #[test]
-fn slots_that_went_unused_are_made_up_for() {
+fn unused_slots_are_made_up_for() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         let mut limits = limits(run.id, 10);
         limits.unused.insert(run.id, 3);
         reserve(conn, run.id, &limits, Duration::from_secs(1)).await.unwrap();
         let owed: i64 = value(conn, format!("SELECT owed_us FROM pacing WHERE run_id = '{}'", run.id)).await;
-        // Three slots of 100 ms, of which the next slot has made up for a part.
+        // Three slots of 100 ms, a part of which the next slot has made up for.
         assert!((250_000..300_000).contains(&owed), "{owed}");
     });
 }
 
-/// A claim in a run that is being cancelled or settled elsewhere: the item's state decides, and it is read in the statement.
+/// The item's state decides about a claim in a cancelled run, and it is read in the claim's statement.
 #[test]
 fn a_cancelled_items_next_attempt_may_be_claimed_by_a_replay() {
     in_transaction(async |conn| {
@@ -409,9 +409,9 @@ fn a_cancelled_items_next_attempt_may_be_claimed_by_a_replay() {
     });
 }
 
-/// A worker without the job leaves the items to one that has it.
+/// A worker without the job leaves the items to a worker that has it.
 #[test]
-fn grants_only_attempts_of_the_kinds_that_are_asked_for() {
+fn grants_only_attempts_of_the_requested_kinds() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         execute(conn, format!("UPDATE runs SET kind = 'calls' WHERE id = '{}'", run.id)).await;

@@ -20,7 +20,7 @@ use crate::support::{
 use ItemState::{Cancelled, Failed, Pending, Retrying, Sent, Skipped, Unknown};
 
 #[test]
-fn a_snapshot_sees_one_moment_and_writes_nothing() {
+fn a_snapshot_is_consistent_and_read_only() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let first = run_of(&mut conn, &[Pending]).await;
@@ -87,7 +87,7 @@ fn a_recount_of_a_run_that_was_wrongly_finished_does_not_restart_it() {
     });
 }
 
-/// That version may count them in a counter of its own.
+/// The later version may have its own counter for them.
 #[test]
 fn a_run_with_items_in_a_later_versions_state_is_not_judged() {
     in_database(async |ledger| {
@@ -107,7 +107,7 @@ async fn emailed(conn: &mut PgConnection, user_id: i64) -> bool {
 }
 
 #[test]
-fn flags_say_what_became_of_the_invitation() {
+fn corrects_flags_that_contradict_the_invitation() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Sent, Pending, Failed, Cancelled, Skipped, Sent]).await;
@@ -161,7 +161,7 @@ fn lists_unfinished_runs_oldest_first() {
 }
 
 #[test]
-fn a_run_without_progress_has_due_items_and_nothing_that_holds_it() {
+fn a_run_without_progress_has_due_items_and_is_not_held() {
     in_transaction(async |conn| {
         const AFTER: Duration = Duration::from_secs(60);
         let stuck = run_of(conn, &[Pending]).await.id;
@@ -187,7 +187,7 @@ fn a_run_without_progress_has_due_items_and_nothing_that_holds_it() {
 }
 
 #[test]
-fn counts_what_a_person_has_to_look_at() {
+fn counts_items_that_need_attention() {
     in_transaction(async |conn| {
         run_of(conn, &[Failed, Unknown, Failed, Sent, Cancelled]).await;
         assert_eq!(troubled(conn).await.unwrap(), Troubled { failed: 2, unknown: 1 });
@@ -195,7 +195,7 @@ fn counts_what_a_person_has_to_look_at() {
 }
 
 #[test]
-fn tells_where_the_subject_of_a_dead_letter_stands() {
+fn reads_the_standing_of_a_dead_letters_item() {
     in_transaction(async |conn| {
         const QUIET: Duration = Duration::from_secs(60);
         let (over, open) = (run(conn, &[item(Failed).attempt(4)]).await, run_of(conn, &[Pending]).await);
@@ -208,7 +208,7 @@ fn tells_where_the_subject_of_a_dead_letter_stands() {
         idle_for(conn, over.id, 3_600).await;
         idle_for(conn, open.id, 3_600).await;
         assert!(subject(conn, over.items[0].id).await[0].quiet);
-        assert!(!subject(conn, open.items[0].id).await[0].quiet, "it is not over");
+        assert!(!subject(conn, open.items[0].id).await[0].quiet, "it has not ended");
         execute(conn, format!("DELETE FROM run_progress WHERE run_id = '{}'", open.id)).await;
         assert!(subject(conn, open.items[0].id).await[0].quiet, "its run was pruned");
     });

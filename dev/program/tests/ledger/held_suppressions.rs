@@ -1,4 +1,4 @@
-//! Suppressions of missing addresses: an unusual share of a run's recipients is held until a person decides.
+//! Suppressions of missing addresses: if a run suppresses an unusual share of its recipients, they are held for a person.
 
 use mailrun_core::item::ItemState::Pending;
 use mailrun_ledger::{
@@ -9,7 +9,7 @@ use sqlx::PgConnection;
 
 use crate::support::{Run, execute, in_database, in_transaction, run_of, until_one_waits, value};
 
-/// More than half of a run, and three at least.
+/// More than half of a run, and at least three.
 const HOLDS: SuppressionsConfig = SuppressionsConfig { hold_percent: 50, hold_at_least: 3 };
 
 fn missing(run: &Run, indices: std::ops::Range<usize>) -> Vec<Missing> {
@@ -34,7 +34,7 @@ fn a_usual_share_is_suppressed_at_once() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending; 8]).await;
         assert_eq!(report(conn, &run, 0..2).await, Suppressed { new: 2, held: 0 });
-        assert_eq!(report(conn, &run, 1..3).await, Suppressed { new: 1, held: 0 }, "a known one is not new");
+        assert_eq!(report(conn, &run, 1..3).await, Suppressed { new: 1, held: 0 }, "the known one is not new");
         assert_eq!(listed(conn).await, (3, 0));
         let of_run = format!("SELECT count(*) FROM suppressions WHERE run_id = '{}'", run.id);
         assert_eq!(value::<i64>(conn, of_run).await, 3);
@@ -43,7 +43,7 @@ fn a_usual_share_is_suppressed_at_once() {
 }
 
 #[test]
-fn an_unusual_share_is_taken_back_and_held_with_the_rest() {
+fn an_unusual_share_is_undone_and_held_with_the_rest() {
     in_transaction(async |conn| {
         let (run, other) = (run_of(conn, &[Pending; 6]).await, run_of(conn, &[Pending; 6]).await);
         report(conn, &other, 0..1).await;
@@ -58,7 +58,7 @@ fn an_unusual_share_is_taken_back_and_held_with_the_rest() {
 }
 
 #[test]
-fn what_a_person_suppressed_is_not_taken_back() {
+fn suppressions_by_people_are_not_undone() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending; 4]).await;
         let email = &run.items[0].email;
@@ -76,7 +76,7 @@ fn accepting_a_review_suppresses_and_lets_later_ones_through() {
         assert_eq!(decide(conn, run.id, true).await.unwrap(), Some(4));
         assert_eq!(listed(conn).await, (4, 0));
         assert_eq!(report(conn, &run, 4..5).await, Suppressed { new: 1, held: 0 });
-        assert_eq!(decide(conn, run.id, false).await.unwrap(), None, "it is decided");
+        assert_eq!(decide(conn, run.id, false).await.unwrap(), None, "already decided");
         assert!(open_reviews(conn).await.unwrap().is_empty());
     });
 }
@@ -94,9 +94,9 @@ fn rejecting_a_review_drops_it_and_later_ones() {
     });
 }
 
-/// Each alone sees a usual share.
+/// Each transaction alone would see a usual share.
 #[test]
-fn two_reports_at_the_same_moment_are_counted_together() {
+fn concurrent_reports_are_counted_together() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Pending; 4]).await;

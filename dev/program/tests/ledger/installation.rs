@@ -9,7 +9,7 @@ use crate::support::{execute, in_database, in_transaction, run_of, until_one_wai
 use mailrun_core::item::ItemState::Pending;
 
 #[test]
-fn each_epoch_is_later_than_the_one_before() {
+fn each_epoch_is_later_than_the_previous_one() {
     in_transaction(async |conn| {
         let before = read(conn).await.unwrap();
         assert_eq!(begin_epoch(conn).await.unwrap(), before.epochs.present + 1);
@@ -22,7 +22,7 @@ fn each_epoch_is_later_than_the_one_before() {
 }
 
 #[test]
-fn of_several_processes_one_begins_the_next_epoch() {
+fn only_one_process_begins_the_next_epoch() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let present = read(&mut conn).await.unwrap().epochs.present;
@@ -38,7 +38,7 @@ fn of_several_processes_one_begins_the_next_epoch() {
 }
 
 #[test]
-fn starting_processes_look_one_after_the_other() {
+fn starting_processes_are_serialized() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let mut tx = ledger.begin().await.unwrap();
@@ -52,7 +52,7 @@ fn starting_processes_look_one_after_the_other() {
 }
 
 #[test]
-fn a_restore_skips_epochs_and_ids_that_were_given_out_since_the_backup() {
+fn a_restore_skips_epochs_and_ids_issued_since_the_backup() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let before = run_of(&mut conn, &[Pending]).await;
@@ -71,7 +71,7 @@ fn a_restore_skips_epochs_and_ids_that_were_given_out_since_the_backup() {
 }
 
 #[test]
-fn the_signing_key_stays_and_is_bound_to_the_installation() {
+fn the_signing_key_is_constant_and_bound_to_the_installation() {
     in_transaction(async |conn| {
         let key = format!("{:?}", signing::key(conn).await.unwrap());
         let installation = read(conn).await.unwrap().id;

@@ -1,4 +1,4 @@
-//! Spelling addresses of older ledgers as mailboxes, and merging people of one mailbox.
+//! Normalizing the addresses of older ledgers, and merging people with the same mailbox.
 
 use mailrun_core::item::ItemState;
 use mailrun_ledger::mailboxes::{Unified, unify};
@@ -19,11 +19,11 @@ async fn active(conn: &mut PgConnection) -> Uuid {
 }
 
 #[test]
-fn a_ledger_of_mailboxes_is_left_alone() {
+fn a_normalized_ledger_is_left_alone() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         run(&mut conn, &[item(Pending).to("ann@example.org"), item(Sent).to(MAILBOX)]).await;
-        // It takes no lock either: somebody holds one.
+        // It takes no lock either: another transaction holds one.
         let mut tx = ledger.begin().await.unwrap();
         execute(&mut tx, "LOCK TABLE run_items IN ROW EXCLUSIVE MODE").await;
         assert_eq!(unify(&mut conn).await.unwrap(), Unified::default());
@@ -31,7 +31,7 @@ fn a_ledger_of_mailboxes_is_left_alone() {
 }
 
 #[test]
-fn an_address_is_spelled_as_its_mailbox_and_its_mail_says_what_it_said() {
+fn an_address_is_normalized_and_its_mail_is_unchanged() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run(&mut conn, &[item(Pending).to(WRITTEN)]).await;
@@ -42,15 +42,15 @@ fn an_address_is_spelled_as_its_mailbox_and_its_mail_says_what_it_said() {
         let row = "SELECT email || ' ' || i.name || ' ' || typed FROM users u JOIN run_items i ON i.user_id = u.id";
         assert_eq!(value::<String>(&mut conn, row).await, format!("{MAILBOX} Ann {WRITTEN}"));
         assert_eq!(value::<String>(&mut conn, "SELECT email FROM suppressions").await, "bob@xn--bcher-kva.example");
-        assert_eq!(unify(&mut conn).await.unwrap(), Unified::default(), "it may be repeated");
+        assert_eq!(unify(&mut conn).await.unwrap(), Unified::default(), "repeating it changes nothing");
         let worker = worker(&mut conn).await;
         assert_eq!(claim(&mut conn, worker, &run.keys()).await[0].recipient.as_ref().unwrap().email, WRITTEN);
     });
 }
 
-/// The one that is, or may be, in the recipient's mailbox already, then the furthest on its way there.
+/// The item that is, or may be, in the recipient's mailbox already; otherwise the one closest to being sent.
 #[test]
-fn of_two_items_for_one_mailbox_the_furthest_counts() {
+fn the_item_closest_to_being_sent_counts_for_a_mailbox() {
     let orders = [(Sent, Unknown), (Unknown, Retrying), (Retrying, Pending), (Pending, Failed)];
     for (further, other) in orders {
         for further_is_first in [true, false] {
@@ -73,7 +73,7 @@ fn of_two_items_for_one_mailbox_the_furthest_counts() {
 }
 
 #[test]
-fn an_item_that_is_claimed_counts_before_one_that_is_not() {
+fn a_claimed_item_counts_before_an_unclaimed_one() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         run(&mut conn, &[item(Retrying).to(WRITTEN)]).await;
@@ -86,7 +86,7 @@ fn an_item_that_is_claimed_counts_before_one_that_is_not() {
 }
 
 #[test]
-fn the_overtaken_item_is_not_sent_any_more() {
+fn an_overtaken_item_is_no_longer_sent() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         run(&mut conn, &[item(Pending).to(WRITTEN)]).await;
@@ -102,7 +102,7 @@ fn the_overtaken_item_is_not_sent_any_more() {
 }
 
 #[test]
-fn of_two_suppressions_the_first_reason_stays() {
+fn the_first_reason_of_two_suppressions_is_kept() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         for (email, reason) in [(WRITTEN, "unsubscribed"), (MAILBOX, "bounced")] {
@@ -116,11 +116,11 @@ fn of_two_suppressions_the_first_reason_stays() {
 }
 
 #[test]
-fn waits_for_what_is_being_written() {
+fn waits_for_concurrent_writes() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         run(&mut conn, &[item(Pending).to(WRITTEN)]).await;
-        // A list is being taken in, with the mailbox of somebody who is there under another spelling.
+        // A list with the mailbox of a person who exists under another spelling is being submitted.
         let mut tx = ledger.begin().await.unwrap();
         run(&mut tx, &[item(Pending).to(MAILBOX)]).await;
         let (unified, ()) = tokio::join!(unify(&mut conn), async {

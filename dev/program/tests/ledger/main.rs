@@ -1,4 +1,4 @@
-//! The ledger's SQL, function by function, on a real PostgreSQL: `DATABASE_URL`'s, else the private stack's.
+//! Tests of the ledger's SQL on a real PostgreSQL: `DATABASE_URL`'s, else the private stack's.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod attempts;

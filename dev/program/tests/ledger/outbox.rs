@@ -1,4 +1,4 @@
-//! The outbox: what is due is taken by one publisher at a time, oldest first.
+//! The outbox: due messages are taken by one publisher at a time, oldest first.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::support::{execute, in_database, in_transaction, until, value};
 
-/// Puts in as many messages, and returns their ids.
+/// Adds `count` messages and returns their ids.
 async fn messages(conn: &mut PgConnection, count: usize) -> Vec<i64> {
     for _ in 0..count {
         put(conn, &RunMessage { run_id: Uuid::new_v4(), command: Command::Resume }).await.unwrap();
@@ -44,18 +44,18 @@ fn two_publishers_take_different_messages() {
         let ids = messages(&mut conn, 3).await;
         let (mut first, mut second) = (ledger.begin().await.unwrap(), ledger.begin().await.unwrap());
         assert_eq!(take(&mut first, 2).await.unwrap().len(), 2);
-        assert_eq!(taken(&mut second).await, [ids[2]], "it does not wait for the first one");
+        assert_eq!(taken(&mut second).await, [ids[2]], "it does not wait for the first publisher");
         assert_eq!(lock(&mut second, &ids).await.unwrap(), [ids[2]]);
         mark_published(&mut first, &ids[..2]).await.unwrap();
         first.commit().await.unwrap();
         second.rollback().await.unwrap();
-        assert_eq!(taken(&mut conn).await, [ids[2]], "what was not published is taken again");
+        assert_eq!(taken(&mut conn).await, [ids[2]], "an unpublished message is taken again");
         assert_eq!(lock(&mut conn, &ids).await.unwrap(), [ids[2]]);
     });
 }
 
 #[test]
-fn a_publisher_that_dies_before_it_marks_leaves_the_message() {
+fn a_message_survives_a_publisher_that_dies_before_marking_it() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let ids = messages(&mut conn, 1).await;
@@ -67,7 +67,7 @@ fn a_publisher_that_dies_before_it_marks_leaves_the_message() {
 }
 
 #[test]
-fn a_postponed_message_waits_and_lets_others_pass() {
+fn a_postponed_message_does_not_block_others() {
     in_transaction(async |conn| {
         let ids = messages(conn, 3).await;
         postpone(conn, &ids[..1], Duration::from_secs(60)).await.unwrap();
@@ -81,7 +81,7 @@ fn a_postponed_message_waits_and_lets_others_pass() {
 
 /// It was postponed before the clock was set back.
 #[test]
-fn a_message_postponed_for_longer_than_anyone_postpones_is_due() {
+fn a_message_postponed_beyond_the_maximum_is_due() {
     in_transaction(async |conn| {
         let ids = messages(conn, 1).await;
         execute(conn, "UPDATE outbox SET publish_at = now() + interval '3 hours'").await;
@@ -90,13 +90,13 @@ fn a_message_postponed_for_longer_than_anyone_postpones_is_due() {
 }
 
 #[test]
-fn finds_messages_that_are_still_not_published() {
+fn finds_overdue_messages() {
     in_transaction(async |conn| {
         let ids = messages(conn, 3).await;
         execute(conn, format!("UPDATE outbox SET created_at = now() - interval '1 minute' WHERE id <> {}", ids[2]))
             .await;
         mark_published(conn, &ids[..1]).await.unwrap();
-        // Also those that somebody has locked: that is for the caller to find out.
+        // Including locked ones: the caller has to check that.
         let found = overdue(conn, Duration::from_secs(30), 10).await.unwrap();
         assert_eq!(found.iter().map(|waiting| waiting.id).collect::<Vec<_>>(), [ids[1]]);
         assert_eq!(overdue(conn, Duration::ZERO, 1).await.unwrap()[0].id, ids[1]);

@@ -1,4 +1,4 @@
-//! The meters of rate limits: one row each, locked in one order.
+//! The meters of rate limits: one row each, always locked in the same order.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ fn limited(run_ids: &[Uuid]) -> BTreeMap<Uuid, Option<Rate>> {
 }
 
 #[test]
-fn reads_the_rates_of_runs_that_exist() {
+fn reads_the_rates_of_existing_runs() {
     in_transaction(async |conn| {
         let (free, slow) = (run_of(conn, &[Pending]).await.id, run_of(conn, &[Pending]).await.id);
         execute(conn, format!("UPDATE runs SET sends_per_second = 3 WHERE id = '{slow}'")).await;
@@ -24,17 +24,17 @@ fn reads_the_rates_of_runs_that_exist() {
 }
 
 #[test]
-fn a_run_that_is_locked_for_the_first_time_begins_now() {
+fn the_meter_of_a_newly_locked_run_starts_now() {
     in_transaction(async |conn| {
         let run_id = Uuid::new_v4();
         let mut meters = lock(conn, &limited(&[run_id]), None).await.unwrap();
         assert_eq!(meters.next_slot(run_id), Some(meters.now));
         assert_eq!(meters.take(run_id), Some(meters.now));
-        assert_eq!(meters.next_slot(Uuid::new_v4()), None, "nothing limits another run");
+        assert_eq!(meters.next_slot(Uuid::new_v4()), None, "another run is not limited");
         save(conn, &meters).await.unwrap();
         let again = lock(conn, &limited(&[run_id]), None).await.unwrap();
         let next = again.next_slot(run_id).unwrap();
-        // The interval is 100 ms; what the clock went on meanwhile is made up for by at most a tenth of it.
+        // The interval is 100 ms. At most a tenth of it is made up for, for the time that has passed since.
         assert!(next - meters.now > TimeDelta::milliseconds(90), "{}", next - meters.now);
         assert_eq!(value::<i64>(conn, "SELECT count(*) FROM pacing").await, 1, "no row for the installation");
     });
@@ -58,7 +58,7 @@ fn under_the_installations_limit_all_runs_share_its_slots() {
 }
 
 #[test]
-fn what_the_installation_did_not_use_before_is_not_made_up_for() {
+fn capacity_unused_before_the_runs_began_is_not_made_up_for() {
     in_transaction(async |conn| {
         let run_id = Uuid::new_v4();
         let nil = Uuid::nil();
@@ -72,7 +72,7 @@ fn what_the_installation_did_not_use_before_is_not_made_up_for() {
 }
 
 #[test]
-fn unused_slots_are_given_back_to_both_meters() {
+fn unused_slots_return_to_both_meters() {
     in_transaction(async |conn| {
         let run_id = Uuid::new_v4();
         let mut meters = lock(conn, &limited(&[run_id]), Some(Rate::new(10))).await.unwrap();
@@ -83,7 +83,7 @@ fn unused_slots_are_given_back_to_both_meters() {
     });
 }
 
-/// Claims lock in one order, whatever order they ask in: two of them cannot deadlock.
+/// Claims always lock in the same order, so two of them cannot deadlock.
 #[test]
 fn a_second_claim_waits_and_reserves_behind_the_first() {
     in_database(async |ledger| {
@@ -105,7 +105,7 @@ fn a_second_claim_waits_and_reserves_behind_the_first() {
 }
 
 #[test]
-fn a_meter_written_before_the_clock_was_set_back_stops_nothing() {
+fn a_meter_from_the_future_does_not_stop_sending() {
     in_transaction(async |conn| {
         let run_id = Uuid::new_v4();
         execute(conn, format!("INSERT INTO pacing (run_id, next_at) VALUES ('{run_id}', now() + interval '3 hours')"))

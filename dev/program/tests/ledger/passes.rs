@@ -1,4 +1,4 @@
-//! The pump's place in a run: its lock, its passes and what they release.
+//! The fan-out's state in a run: its lock, its passes and what they release.
 
 use std::time::Duration;
 
@@ -47,7 +47,7 @@ fn step(pass: &Pass, cursor: i32, released: i32) -> Advance {
 }
 
 #[test]
-fn the_first_lock_makes_the_first_pass() {
+fn the_first_lock_creates_the_first_pass() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         let pass = lock(conn, run.id).await;
@@ -62,7 +62,7 @@ fn the_first_lock_makes_the_first_pass() {
 }
 
 #[test]
-fn a_second_pump_waits_and_sees_the_pass_that_was_begun_meanwhile() {
+fn a_second_fan_out_waits_and_sees_the_new_pass() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Failed]).await;
@@ -90,7 +90,10 @@ fn a_command_begins_one_pass() {
         assert_eq!(passes::begun_by(&mut conn, command.command_id).await.unwrap(), Some(2));
         let pass = lock(&mut conn, run.id).await;
         assert_eq!((pass.states.as_slice(), pass.error.as_deref()), (&[Failed, Unknown][..], Some("550")));
-        assert!(passes::begin_replay(&mut conn, &pass, &command).await.is_err(), "the constraint is the last guard");
+        assert!(
+            passes::begin_replay(&mut conn, &pass, &command).await.is_err(),
+            "the constraint prevents a second pass"
+        );
         let cancel = Uuid::new_v4();
         assert_eq!(passes::begin_cancel(&mut conn, &pass, cancel).await.unwrap(), 3);
         assert_eq!(lock(&mut conn, run.id).await.kind, Some(PassKind::Cancel));
@@ -129,7 +132,7 @@ fn the_first_pass_releases_every_item_once() {
 }
 
 #[test]
-fn a_replay_releases_items_in_the_states_and_with_the_error_asked_for() {
+fn a_replay_releases_items_with_the_requested_states_and_error() {
     in_transaction(async |conn| {
         let items =
             [item(Failed).error("550 a"), item(Failed).error("550 b"), item(Unknown), item(Pending), item(Sent)];
@@ -144,7 +147,7 @@ fn a_replay_releases_items_in_the_states_and_with_the_error_asked_for() {
 }
 
 #[test]
-fn a_cancel_pass_takes_what_is_open() {
+fn a_cancel_pass_takes_open_items() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending, Retrying, Sent, Failed, Pending]).await;
         let last = lock(conn, run.id).await;
@@ -155,7 +158,7 @@ fn a_cancel_pass_takes_what_is_open() {
 }
 
 #[test]
-fn a_replays_chunk_is_unapplied_until_its_results_are_in() {
+fn a_replays_chunk_is_unapplied_until_its_results_are_counted() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Failed, Failed]).await;
         execute(conn, "UPDATE run_items SET finished_at = now() - interval '1 hour'").await;
@@ -171,7 +174,7 @@ fn a_replays_chunk_is_unapplied_until_its_results_are_in() {
 }
 
 #[test]
-fn a_passes_later_kind_or_states_are_left_alone() {
+fn a_pass_of_a_later_version_is_left_alone() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Failed]).await;
@@ -188,10 +191,13 @@ fn a_passes_later_kind_or_states_are_left_alone() {
 }
 
 #[test]
-fn the_situation_counts_the_permits_of_workers_that_live() {
+fn the_situation_counts_the_permits_of_live_workers() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending, Sent]).await;
-        assert!(passes::situation(conn, run.id).await.unwrap().is_none(), "without a first pass nothing is to be done");
+        assert!(
+            passes::situation(conn, run.id).await.unwrap().is_none(),
+            "without a first pass there is nothing to do"
+        );
         release(conn, run.id, 2).await;
         set_wanted(conn, run.id, Wanted::Paused).await;
         execute(conn, "UPDATE runs SET sends_per_second = 7").await;
@@ -206,7 +212,7 @@ fn the_situation_counts_the_permits_of_workers_that_live() {
 }
 
 #[test]
-fn runs_that_wait_or_are_over_do_not_share_the_installations_limit() {
+fn paused_and_finished_runs_do_not_share_the_installations_limit() {
     in_transaction(async |conn| {
         for (state, wanted) in [(Pending, Wanted::Running), (Pending, Wanted::Paused), (Sent, Wanted::Running)] {
             let run = run_of(conn, &[state]).await;
@@ -217,7 +223,7 @@ fn runs_that_wait_or_are_over_do_not_share_the_installations_limit() {
 }
 
 #[test]
-fn the_installations_budget_is_spent_by_one_at_a_time() {
+fn the_installations_budget_is_spent_by_one_step_at_a_time() {
     in_database(async |ledger| {
         let mut tx = ledger.begin().await.unwrap();
         let mut conn = ledger.acquire().await.unwrap();
@@ -233,11 +239,11 @@ fn the_installations_budget_is_spent_by_one_at_a_time() {
 }
 
 #[test]
-fn a_finished_replay_is_tidied_once() {
+fn a_finished_replay_is_tidied_exactly_once() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Failed]).await;
         let pass = replay(conn, run.id, &[Failed], Some("550")).await;
-        assert!(passes::to_tidy(conn).await.unwrap().is_empty(), "it goes on");
+        assert!(passes::to_tidy(conn).await.unwrap().is_empty(), "it is not finished");
         passes::finish(conn, &pass).await.unwrap();
         let replayed = passes::to_tidy(conn).await.unwrap();
         assert_eq!((replayed[0].run_id, replayed[0].number), (run.id, 2));
@@ -248,7 +254,7 @@ fn a_finished_replay_is_tidied_once() {
 }
 
 #[test]
-fn one_connection_tidies() {
+fn only_one_connection_tidies() {
     in_database(async |ledger| {
         let (mut first, mut second) = (ledger.acquire().await.unwrap(), ledger.acquire().await.unwrap());
         assert!(passes::lock_tidying(&mut first).await.unwrap());
@@ -260,7 +266,7 @@ fn one_connection_tidies() {
 }
 
 #[test]
-fn notes_at_most_once_a_second_that_a_message_goes_round() {
+fn records_a_waiting_message_at_most_once_a_second() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         let pass = lock(conn, run.id).await;
@@ -272,7 +278,7 @@ fn notes_at_most_once_a_second_that_a_message_goes_round() {
         assert!(touched > before);
         passes::touch(conn, &pass).await.unwrap();
         assert_eq!(value::<DateTime<Utc>>(conn, seen).await, touched);
-        // One from the future was written before the clock was set back: it must not silence the pass for hours.
+        // A time in the future was written before the clock was set back. It must not block updates for hours.
         execute(conn, "UPDATE run_passes SET seen_at = clock_timestamp() + interval '1 hour'").await;
         passes::touch(conn, &pass).await.unwrap();
         assert!(value::<DateTime<Utc>>(conn, seen).await <= now(conn).await.unwrap());
@@ -280,7 +286,7 @@ fn notes_at_most_once_a_second_that_a_message_goes_round() {
 }
 
 #[test]
-fn finds_what_senders_may_have_dropped_while_the_run_was_paused() {
+fn finds_items_dropped_while_the_run_was_paused() {
     in_transaction(async |conn| {
         let items = [
             item(Pending),                          // 1: released
@@ -298,7 +304,7 @@ fn finds_what_senders_may_have_dropped_while_the_run_was_paused() {
         claim(conn, worker, &[run.key(1, 1)]).await;
         let dropped = passes::dropped_items(conn, run.id, Duration::from_secs(5), 0, 9).await.unwrap();
         let found: Vec<(i32, i32)> = dropped.iter().map(|item| (item.position, item.next.attempt)).collect();
-        assert_eq!(found, [(1, 1), (4, 2), (5, 2), (7, 2)], "each with the attempt that it waits for");
+        assert_eq!(found, [(1, 1), (4, 2), (5, 2), (7, 2)], "each with its next attempt");
         let rest = passes::dropped_items(conn, run.id, Duration::from_secs(5), 4, 1).await.unwrap();
         assert_eq!(rest[0].position, 5);
         claim(conn, worker, &[run.key(3, 2)]).await;

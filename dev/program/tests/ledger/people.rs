@@ -1,4 +1,4 @@
-//! Erasing a person: what is deleted, what remains, and who stays uninvited.
+//! Erasing people: what is deleted, what remains, and who is not invited again.
 
 use mailrun_core::{address::is_tombstone, item::ItemState, outcome::DELETED};
 use mailrun_ledger::people::{Erased, Finder, REPLY_ERASED, Tombs, blocked, erase, mark_scrubbed, unscrubbed};
@@ -33,7 +33,7 @@ fn a_tombstone_replaces_the_person() {
 }
 
 #[test]
-fn the_address_is_replaced_wherever_else_it_stands() {
+fn replaces_the_address_everywhere_else() {
     in_transaction(async |conn| {
         let run =
             run(conn, &[item(Failed).error("550 <ANN@bücher.example>: forwarded by dann@xn--bcher-kva.example")]).await;
@@ -54,7 +54,7 @@ fn the_address_is_replaced_wherever_else_it_stands() {
         let erased = erase(conn, "ann@xn--bcher-kva.example").await.unwrap();
         assert_eq!((erased.known, erased.tests, erased.texts), (false, 1, 8));
         let error = value::<String>(conn, "SELECT error FROM run_items WHERE user_id IS NOT NULL").await;
-        assert_eq!(error, "550 <[erased]>: forwarded by dann@xn--bcher-kva.example", "and no other address");
+        assert_eq!(error, "550 <[erased]>: forwarded by dann@xn--bcher-kva.example", "other addresses stay");
         assert_eq!(value::<String>(conn, "SELECT message->>'error' FROM outbox").await, "550 [erased]");
         assert_eq!(value::<String>(conn, "SELECT invalid_entries->0->>'text' FROM runs").await, "[erased] x");
         assert_eq!(value::<String>(conn, "SELECT detail FROM suppressions").await, "[erased] knows");
@@ -62,7 +62,7 @@ fn the_address_is_replaced_wherever_else_it_stands() {
 }
 
 #[test]
-fn our_own_words_stay() {
+fn our_own_texts_stay() {
     in_transaction(async |conn| {
         let email = address();
         run(conn, &[item(Cancelled).error(DELETED).to(&email)]).await;
@@ -85,7 +85,7 @@ fn a_suppression_moves_to_the_tombstone() {
         let known =
             format!("SELECT erased_at IS NOT NULL AND scrubbed_at IS NOT NULL FROM users WHERE email = '{tombstone}'");
         assert!(value::<bool>(conn, known).await, "so that lists find it");
-        // A second suppression of the same address joins the first one.
+        // A second suppression of the same address is merged with the first one.
         suppress(conn, &email).await;
         assert!(erase(conn, &email).await.unwrap().suppressed);
         assert_eq!(value::<i64>(conn, "SELECT count(*) FROM suppressions").await, 1);
@@ -93,7 +93,7 @@ fn a_suppression_moves_to_the_tombstone() {
 }
 
 #[test]
-fn a_held_suppression_keeps_its_place_under_the_tombstone() {
+fn a_held_suppression_is_kept_under_the_tombstone() {
     in_transaction(async |conn| {
         let email = address();
         let run = run_of(conn, &[Failed]).await;
@@ -107,7 +107,7 @@ fn a_held_suppression_keeps_its_place_under_the_tombstone() {
 }
 
 #[test]
-fn somebody_who_comes_back_is_erased_under_another_name() {
+fn a_person_who_returns_is_erased_under_another_name() {
     in_transaction(async |conn| {
         let email = address();
         let first = person(conn, &email).await;
@@ -123,7 +123,7 @@ fn somebody_who_comes_back_is_erased_under_another_name() {
 }
 
 #[test]
-fn blocks_the_erased_who_were_invited_or_suppressed() {
+fn blocks_erased_people_who_were_invited_or_suppressed() {
     in_transaction(async |conn| {
         assert!(blocked(conn).await.unwrap().is_none());
         let emails: Vec<String> = (0..5).map(|_| address()).collect();
@@ -145,7 +145,7 @@ fn blocks_the_erased_who_were_invited_or_suppressed() {
 }
 
 #[test]
-fn two_who_erase_the_same_person_wait_for_each_other() {
+fn concurrent_erasures_of_a_person_wait_for_each_other() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let email = address();
@@ -162,7 +162,7 @@ fn two_who_erase_the_same_person_wait_for_each_other() {
 }
 
 #[test]
-fn an_erased_person_is_unscrubbed_until_that_is_noted() {
+fn an_erased_person_stays_unscrubbed_until_marked() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending, Sent]).await;
         let worker = worker(conn).await;
@@ -175,8 +175,8 @@ fn an_erased_person_is_unscrubbed_until_that_is_noted() {
         assert_eq!(found[0].item_ids, [run.items[0].id]);
         assert_eq!(found.iter().map(|one| one.in_flight).collect::<Vec<_>>(), [true, false]);
         kill(conn, worker).await;
-        assert!(!unscrubbed(conn).await.unwrap().iter().any(|one| one.in_flight), "nothing more will be heard of it");
-        // A result that was under way has said something meanwhile.
+        assert!(!unscrubbed(conn).await.unwrap().iter().any(|one| one.in_flight), "no further result can arrive");
+        // A result in progress has stored a reply in the meantime.
         execute(conn, format!("UPDATE run_items SET error = '550 ann' WHERE id = {}", run.items[0].id)).await;
         mark_scrubbed(conn, &[run.items[0].user_id]).await.unwrap();
         let error = format!("SELECT error FROM run_items WHERE id = {}", run.items[0].id);
@@ -186,7 +186,7 @@ fn an_erased_person_is_unscrubbed_until_that_is_noted() {
 }
 
 #[test]
-fn a_finder_knows_the_erased_by_their_tombstones() {
+fn a_finder_recognises_erased_people_by_their_tombstones() {
     in_transaction(async |conn| {
         let (erased, other) = (address(), address());
         let user_id = person(conn, &erased).await;

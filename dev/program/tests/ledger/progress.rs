@@ -86,7 +86,7 @@ fn the_newest_attempt_wins_in_any_order() {
 }
 
 #[test]
-fn sent_wins_over_what_came_after_it() {
+fn sent_wins_over_later_results() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         apply(conn, run.id, &[run.result(0, 2, Failed)]).await;
@@ -99,7 +99,7 @@ fn sent_wins_over_what_came_after_it() {
 }
 
 #[test]
-fn keeps_what_a_result_says() {
+fn stores_the_details_of_a_result() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         let result = ItemResult {
@@ -121,7 +121,7 @@ fn keeps_what_a_result_says() {
 }
 
 #[test]
-fn a_run_is_finished_with_its_last_item_and_begins_again_with_a_replay() {
+fn a_run_finishes_with_its_last_item_and_restarts_with_a_replay() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending, Sent]).await;
         execute(conn, "UPDATE run_progress SET started_at = now() - interval '1 day'").await;
@@ -147,7 +147,7 @@ fn a_run_is_finished_with_its_last_item_and_begins_again_with_a_replay() {
 }
 
 #[test]
-fn a_batch_may_speak_of_several_runs() {
+fn a_batch_may_cover_several_runs() {
     in_transaction(async |conn| {
         let (first, second) = (run_of(conn, &[Pending]).await, run_of(conn, &[Pending, Pending]).await);
         let results = [second.result(1, 1, Sent), first.result(0, 1, Failed), second.result(0, 1, Sent)];
@@ -160,7 +160,7 @@ fn a_batch_may_speak_of_several_runs() {
 }
 
 #[test]
-fn results_of_another_ledger_are_strange_and_change_nothing() {
+fn results_of_another_ledger_change_nothing() {
     in_transaction(async |conn| {
         let (run, other) = (run_of(conn, &[Pending, Pending]).await, run_of(conn, &[Pending]).await);
         let unknown = ItemResult { item_id: i64::MAX, ..run.result(0, 1, Sent) };
@@ -187,7 +187,7 @@ fn a_result_for_an_item_in_a_later_versions_state_waits() {
 }
 
 #[test]
-fn the_first_email_of_a_person_dates_the_flag() {
+fn the_flag_keeps_the_time_of_the_first_email() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         let user_id = run.items[0].user_id;
@@ -198,7 +198,7 @@ fn the_first_email_of_a_person_dates_the_flag() {
     });
 }
 
-/// The item was cancelled, its person invited again, and then the news arrives that it had been sent.
+/// The item was cancelled, its person was invited again, and then a late result says that the item had been sent.
 #[test]
 fn a_late_sent_is_overtaken_by_the_persons_newer_item() {
     in_transaction(async |conn| {
@@ -229,7 +229,7 @@ fn suppresses_an_address_that_does_not_exist() {
         apply(conn, run.id, &[bounced(&run, 0), run.result(1, 1, Failed)]).await;
         let listed = "SELECT email || ' ' || reason || ' ' || detail FROM suppressions";
         assert_eq!(value::<String>(conn, listed).await, format!("{} bounced 550 no such user", run.items[0].email));
-        // An outdated result says nothing any more.
+        // An outdated result has no effect.
         let run = run_of(conn, &[Pending]).await;
         apply(conn, run.id, &[run.result(0, 2, Retrying)]).await;
         apply(conn, run.id, &[bounced(&run, 0)]).await;
@@ -251,7 +251,7 @@ fn holds_an_unusual_share_of_suppressions() {
 }
 
 #[test]
-fn keeps_no_reply_about_a_person_who_was_erased() {
+fn stores_no_reply_about_an_erased_person() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending, Pending]).await;
         let user_id = run.items[0].user_id;
@@ -269,7 +269,7 @@ fn keeps_no_reply_about_a_person_who_was_erased() {
 }
 
 #[test]
-fn counts_anew_when_counters_changed_by_hand_do_not_allow_a_result() {
+fn recounts_if_manually_changed_counters_do_not_allow_a_result() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending, Pending]).await;
         execute(conn, "UPDATE run_progress SET pending = 0, failed = 2").await;
@@ -280,7 +280,7 @@ fn counts_anew_when_counters_changed_by_hand_do_not_allow_a_result() {
 }
 
 #[test]
-fn a_batch_is_merged_anew_when_an_item_changes_meanwhile() {
+fn a_batch_is_merged_again_if_an_item_changes_concurrently() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Pending, Pending]).await;
@@ -298,9 +298,9 @@ fn a_batch_is_merged_anew_when_an_item_changes_meanwhile() {
     });
 }
 
-/// The unique index tells the one who commits second; it merges anew, and finds the newer item.
+/// The unique index makes the second commit fail. It then merges again and finds the newer item.
 #[test]
-fn a_late_sent_and_a_new_invitation_at_the_same_moment_leave_one_active_item() {
+fn a_concurrent_late_sent_and_new_invitation_leave_one_active_item() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let first = run_of(&mut conn, &[Cancelled]).await;
@@ -320,7 +320,7 @@ fn a_late_sent_and_a_new_invitation_at_the_same_moment_leave_one_active_item() {
 }
 
 #[test]
-fn batches_at_the_same_moment_lose_nothing() {
+fn concurrent_batches_lose_nothing() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Pending; 30]).await;
@@ -359,7 +359,7 @@ fn recounts_while_results_are_applied() {
 }
 
 #[test]
-fn results_are_applied_whatever_is_wanted_of_the_run() {
+fn results_are_applied_in_every_wanted_state() {
     in_transaction(async |conn| {
         for wanted in [Wanted::Paused, Wanted::Cancelled] {
             let run = run_of(conn, &[Pending]).await;

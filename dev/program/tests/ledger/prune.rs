@@ -1,10 +1,10 @@
-//! Pruning: what is old goes, and nothing that somebody still needs.
+//! Pruning: deletes old data, and nothing that is still needed.
 
 use std::time::Duration;
 
 use mailrun_core::{item::ItemState, run::Wanted};
 use mailrun_ledger::{
-    prune::{Step, cancel_hidden, delete_runs, is_held_up, scraps, step},
+    prune::{Step, cancel_hidden, delete_runs, housekeeping, is_held_up, step},
     runs::{ReplayWish, replay},
 };
 use sqlx::{PgConnection, PgPool};
@@ -19,7 +19,7 @@ use ItemState::{Failed, Pending, Retrying, Sent, Unknown};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A run that was over for two days.
+/// A run that ended two days ago.
 async fn old_run(conn: &mut PgConnection, states: &[ItemState]) -> Run {
     let run = run_of(conn, states).await;
     release(conn, run.id, i32::try_from(states.len()).unwrap()).await;
@@ -46,7 +46,7 @@ async fn count(conn: &mut PgConnection, table: &str) -> i64 {
 }
 
 #[test]
-fn an_old_run_goes_at_once_and_its_items_in_steps() {
+fn an_old_run_is_deleted_at_once_and_its_items_in_steps() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let old = old_run(&mut conn, &[Sent, Sent, Failed]).await;
@@ -82,7 +82,7 @@ fn an_old_run_goes_at_once_and_its_items_in_steps() {
 }
 
 #[test]
-fn a_run_that_somebody_still_needs_stays() {
+fn a_run_that_is_still_needed_stays() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         old_run(&mut conn, &[Unknown]).await;
@@ -103,14 +103,14 @@ fn a_run_that_somebody_still_needs_stays() {
         assert_eq!(deleted(ledger).await, 0);
         execute(&mut conn, "UPDATE suppression_reviews SET decided_at = now(), accepted = true").await;
         assert_eq!(deleted(ledger).await, 1, "decided");
-        // Passes of a cancelled run are broken off.
+        // Passes of a cancelled run are never finished.
         set_wanted(&mut conn, replaying.id, Wanted::Cancelled).await;
         assert_eq!(deleted(ledger).await, 1);
     });
 }
 
 #[test]
-fn a_run_that_was_asked_to_send_again_stays_until_that_has_begun() {
+fn a_run_with_a_requested_replay_stays_until_the_replay_has_begun() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let old = old_run(&mut conn, &[Failed]).await;
@@ -119,23 +119,23 @@ fn a_run_that_was_asked_to_send_again_stays_until_that_has_begun() {
         assert_eq!(replay(ledger, &wish).await.unwrap().runs, 1);
         assert_eq!(deleted(ledger).await, 0, "the command waits in the outbox");
         execute(&mut conn, "UPDATE outbox SET published_at = now()").await;
-        assert_eq!(deleted(ledger).await, 0, "it is on its way");
+        assert_eq!(deleted(ledger).await, 0, "the command is being delivered");
         let command = "(SELECT (message->'command'->'replay'->>'command_id')::uuid FROM outbox)";
         let pass = "INSERT INTO run_passes (run_id, number, kind, command_id, done_at) VALUES";
         execute(&mut conn, format!("{pass} ('{}', 2, 'replay', {command}, now())", old.id)).await;
-        assert_eq!(deleted(ledger).await, 1, "it has begun, and is done");
+        assert_eq!(deleted(ledger).await, 1, "the replay has begun and finished");
     });
 }
 
-/// The replay locks the run's counters: it is seen, or finds the run deleted.
+/// The replay locks the run's counters: either pruning sees it, or it finds the run deleted.
 #[test]
-fn a_replay_at_the_same_moment_keeps_the_run() {
+fn a_concurrent_replay_keeps_the_run() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         old_run(&mut conn, &[Failed]).await;
         let mut tx = ledger.begin().await.unwrap();
         execute(&mut tx, "SELECT FROM run_progress FOR KEY SHARE").await;
-        assert_eq!(deleted(ledger).await, 0, "it does not wait for it either");
+        assert_eq!(deleted(ledger).await, 0, "nor does pruning wait for it");
         tx.rollback().await.unwrap();
         assert_eq!(deleted(ledger).await, 1);
         let wish =
@@ -145,7 +145,7 @@ fn a_replay_at_the_same_moment_keeps_the_run() {
 }
 
 #[test]
-fn a_claim_that_is_under_way_is_waited_for() {
+fn waits_for_a_claim_in_progress() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let old = old_run(&mut conn, &[Failed]).await;
@@ -157,20 +157,20 @@ fn a_claim_that_is_under_way_is_waited_for() {
             tx.commit().await.unwrap();
         });
         assert_eq!(gone, 1);
-        // The step sees the claim: the item stays until its end is known.
+        // The step sees the claim: the item stays until its outcome is known.
         let step = stepped(ledger, 10).await.unwrap();
         assert_eq!((step.items, step.waits), (0, true));
         let withheld = claim(&mut conn, worker, &[old.key(0, 3)]).await;
-        assert!(withheld[0].withheld.is_some(), "no attempt is made any more");
+        assert!(withheld[0].withheld.is_some(), "no further attempt is made");
         kill(&mut conn, worker).await;
         assert_eq!(stepped(ledger, 10).await.unwrap().items, 1);
         let emailed = format!("SELECT emailed_at IS NOT NULL FROM users WHERE id = {}", old.items[0].user_id);
-        assert!(value::<bool>(&mut conn, emailed).await, "the person may have got it");
+        assert!(value::<bool>(&mut conn, emailed).await, "the person may have received it");
     });
 }
 
 #[test]
-fn a_claim_that_is_held_up_for_long_ends_the_try() {
+fn a_long_claim_ends_the_try() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         old_run(&mut conn, &[Sent]).await;
@@ -184,7 +184,7 @@ fn a_claim_that_is_held_up_for_long_ends_the_try() {
 }
 
 #[test]
-fn items_of_a_worker_whose_row_was_pruned_go_and_their_people_count_as_emailed() {
+fn items_of_a_pruned_worker_are_deleted_and_their_people_count_as_emailed() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let old = old_run(&mut conn, &[Failed]).await;
@@ -198,7 +198,7 @@ fn items_of_a_worker_whose_row_was_pruned_go_and_their_people_count_as_emailed()
 }
 
 #[test]
-fn a_run_that_waits_comes_up_after_the_others() {
+fn a_run_with_attempts_in_progress_is_tried_after_the_others() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let worker = worker(&mut conn).await;
@@ -214,7 +214,7 @@ fn a_run_that_waits_comes_up_after_the_others() {
 }
 
 #[test]
-fn two_who_prune_take_different_runs_and_notice_what_moves() {
+fn concurrent_prunes_take_different_runs_and_notice_runs_in_progress() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         old_run(&mut conn, &[Sent]).await;
@@ -233,7 +233,7 @@ fn two_who_prune_take_different_runs_and_notice_what_moves() {
 }
 
 #[test]
-fn prunes_at_most_as_many_as_asked_oldest_first() {
+fn prunes_at_most_the_limit_oldest_first() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let newer = old_run(&mut conn, &[Sent]).await;
@@ -245,7 +245,7 @@ fn prunes_at_most_as_many_as_asked_oldest_first() {
 }
 
 #[test]
-fn scraps_are_what_nobody_needs_after_a_day() {
+fn housekeeping_deletes_rows_that_are_not_needed_after_a_day() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Sent, Pending]).await;
@@ -267,18 +267,18 @@ fn scraps_are_what_nobody_needs_after_a_day() {
         ] {
             execute(&mut conn, statement).await;
         }
-        assert_eq!(scraps(ledger, 100).await.unwrap(), 5);
+        assert_eq!(housekeeping(ledger, 100).await.unwrap(), 5);
         for (table, left) in [("outbox", 2), ("workers", 1), ("receipts", 2), ("buried_results", 1), ("pacing", 2)] {
             assert_eq!(count(&mut conn, table).await, left, "{table}");
         }
         let needed = format!("SELECT number FROM receipts WHERE worker_id = {gone}");
         assert_eq!(value::<i64>(&mut conn, needed).await, 2, "an item of it is not shown as sent");
-        assert_eq!(scraps(ledger, 100).await.unwrap(), 0);
+        assert_eq!(housekeeping(ledger, 100).await.unwrap(), 0);
     });
 }
 
 #[test]
-fn a_hidden_run_is_deleted_after_a_day_and_cancelled_if_it_is_open() {
+fn a_hidden_run_is_deleted_after_a_day_or_cancelled_if_open() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let (over, unknown) = (run_of(&mut conn, &[Failed]).await, run_of(&mut conn, &[Unknown]).await);

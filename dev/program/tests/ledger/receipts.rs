@@ -19,7 +19,7 @@ fn writes_a_receipt_alone_unless_it_is_empty() {
 }
 
 #[test]
-fn a_number_is_written_once() {
+fn a_receipt_number_is_written_once() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         let worker = worker(conn).await;
@@ -29,7 +29,7 @@ fn a_number_is_written_once() {
 }
 
 #[test]
-fn deletes_a_workers_own_receipts_between_two_numbers() {
+fn deletes_a_workers_receipts_in_a_range() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         let (mine, other) = (worker(conn).await, worker(conn).await);

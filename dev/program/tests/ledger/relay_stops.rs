@@ -1,4 +1,4 @@
-//! Relays that are stopped: their runs are paused with them, and go on with the answer.
+//! Relay stops: they pause the runs of the relay, and the answer resumes them.
 
 use mailrun_core::{item::ItemState::Pending, run::Wanted};
 use mailrun_ledger::{
@@ -21,7 +21,7 @@ async fn stop_relay(conn: &mut PgConnection, runs: &[Uuid]) {
 }
 
 #[test]
-fn pauses_the_runs_that_go_on() {
+fn pauses_running_runs() {
     in_transaction(async |conn| {
         let [running, paused, cancelled] =
             [run_of(conn, &[Pending]).await.id, run_of(conn, &[Pending]).await.id, run_of(conn, &[Pending]).await.id];
@@ -30,7 +30,7 @@ fn pauses_the_runs_that_go_on() {
         stop_relay(conn, &[running, paused, cancelled]).await;
         let stops = recent(conn).await.unwrap();
         assert_eq!((stops[0].relay.as_str(), stops[0].reason.as_str()), ("relay:25", "20 refusals"));
-        assert_eq!((stops[0].runs.as_slice(), &stops[0].fault), (&[running][..], &None), "only what it has paused");
+        assert_eq!((stops[0].runs.as_slice(), &stops[0].fault), (&[running][..], &None), "only the run that it paused");
         assert_eq!(wanted(conn, running).await, "paused");
         assert_eq!(wanted(conn, cancelled).await, "cancelled");
     });
@@ -50,7 +50,7 @@ fn a_second_worker_adds_its_runs_to_the_stop() {
 }
 
 #[test]
-fn the_answer_resumes_what_was_paused_with_the_relay() {
+fn the_answer_resumes_the_runs_paused_with_the_relay() {
     in_transaction(async |conn| {
         let (stopped, cancelled) = (run_of(conn, &[Pending]).await.id, run_of(conn, &[Pending]).await.id);
         stop_relay(conn, &[stopped, cancelled]).await;
@@ -74,7 +74,7 @@ fn a_relay_may_be_stopped_again_after_the_answer() {
     in_transaction(async |conn| {
         stop_relay(conn, &[]).await;
         stop(conn, "other:25", "x", &[], &[]).await.unwrap();
-        assert_eq!(answer(conn, None, Fault::Them).await.unwrap(), 2, "all that are stopped");
+        assert_eq!(answer(conn, None, Fault::Them).await.unwrap(), 2, "all stopped relays");
         stop_relay(conn, &[]).await;
         assert_eq!(recent(conn).await.unwrap().len(), 3);
         execute(conn, "UPDATE relay_stops SET answered_at = now() - interval '8 days' WHERE answered_at IS NOT NULL")
@@ -83,9 +83,9 @@ fn a_relay_may_be_stopped_again_after_the_answer() {
     });
 }
 
-/// The person has the last word.
+/// The person's decision takes precedence.
 #[test]
-fn a_run_that_a_person_resumed_or_paused_meanwhile_is_not_touched_by_the_answer() {
+fn the_answer_does_not_touch_a_run_that_a_person_resumed_or_paused() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Pending]).await.id;

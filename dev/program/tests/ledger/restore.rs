@@ -1,4 +1,4 @@
-//! Declaring a restore: whatever was open in the backup may have been sent since.
+//! Declaring a restore: items that are open in the backup may have been sent since.
 
 use mailrun_core::{item::ItemState, run::Wanted};
 use mailrun_ledger::{
@@ -14,7 +14,7 @@ use crate::support::{
 use ItemState::{Cancelled, Failed, Pending, Retrying, Sent, Unknown};
 
 #[test]
-fn names_the_workers_that_are_connected() {
+fn names_connected_workers() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         assert!(connected_workers(&mut conn).await.unwrap().is_empty());
@@ -27,7 +27,7 @@ fn names_the_workers_that_are_connected() {
 }
 
 #[test]
-fn stops_everything_that_would_go_on() {
+fn stops_everything_that_would_continue() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let (open, over) = (run_of(&mut conn, &[Pending]).await.id, run_of(&mut conn, &[Sent]).await.id);
@@ -44,7 +44,7 @@ fn stops_everything_that_would_go_on() {
         let stopped = stop_all(&mut conn).await.unwrap();
         assert_eq!(stopped, Stopped { runs: 3, paused: 1, messages: 1 });
         let wanted = "SELECT string_agg(wanted::text, ',' ORDER BY wanted) FROM runs";
-        assert_eq!(value::<String>(&mut conn, wanted).await, "running,paused,cancelled", "what is over stays as it is");
+        assert_eq!(value::<String>(&mut conn, wanted).await, "running,paused,cancelled", "an ended run stays as it is");
         assert!(runs::progress(ledger, over).await.unwrap().unwrap().restored);
         assert!(workers::beats(&mut conn).await.unwrap().is_empty());
         assert!(value::<bool>(&mut conn, "SELECT bool_and(done_at IS NOT NULL) FROM run_passes").await);
@@ -55,7 +55,7 @@ fn stops_everything_that_would_go_on() {
 }
 
 #[test]
-fn open_items_become_unknown_whether_they_were_released_or_not() {
+fn open_items_become_unknown_released_or_not() {
     in_transaction(async |conn| {
         let items = [item(Pending), item(Retrying).attempt(3).counted(2, 1), item(Failed), item(Sent), item(Cancelled)];
         let run = run(conn, &items).await;
@@ -72,7 +72,7 @@ fn open_items_become_unknown_whether_they_were_released_or_not() {
 }
 
 #[test]
-fn settles_more_open_items_than_one_batch_holds() {
+fn settles_more_than_one_batch_of_open_items() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending; 1_001]).await;
         let mut told = Vec::new();
@@ -84,13 +84,13 @@ fn settles_more_open_items_than_one_batch_holds() {
 }
 
 #[test]
-fn settles_what_the_relays_log_shows_as_sent() {
+fn settles_items_that_the_relays_log_shows_as_sent() {
     in_transaction(async |conn| {
         let items = [item(Pending), item(Retrying).attempt(2), item(Failed), item(Sent), item(Cancelled)];
         let run = run(conn, &items).await;
         let other = run_of(conn, &[Pending]).await;
         let mut sent: Vec<_> = run.items.iter().map(|item| (run.id, item.id)).collect();
-        // The log names an item of another ledger, under a number that exists here.
+        // The log names an item of another ledger whose id exists here.
         sent.push((run.id, other.items[0].id));
         assert_eq!(settle_sent(conn, &sent).await.unwrap(), 4);
         assert_eq!(standings(conn, run.id).await, [(1, Sent), (3, Sent), (1, Sent), (1, Sent), (1, Sent)]);

@@ -1,4 +1,4 @@
-//! Runs as pages show them, and what a person may ask for.
+//! Runs as shown on pages, and what a person may request.
 
 use mailrun_core::{
     item::ItemState,
@@ -44,7 +44,7 @@ fn shows_a_runs_progress() {
 }
 
 #[test]
-fn the_rate_is_what_was_settled_lately() {
+fn the_rate_covers_recently_settled_items() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run_id = run_of(&mut conn, &[Pending]).await.id;
@@ -59,7 +59,7 @@ fn the_rate_is_what_was_settled_lately() {
 }
 
 #[test]
-fn an_open_run_says_why_nothing_is_sent() {
+fn an_open_run_shows_why_nothing_is_sent() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let (open, over) = (run_of(&mut conn, &[Pending]).await.id, run_of(&mut conn, &[Sent]).await.id);
@@ -87,7 +87,7 @@ fn lists_page_by_page_newest_first() {
 }
 
 #[test]
-fn a_later_versions_wish_is_shown_as_its_word_and_leaves_the_run_alone() {
+fn a_later_versions_wanted_state_is_shown_as_text_and_not_acted_on() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run_id = run_of(&mut conn, &[Pending]).await.id;
@@ -99,7 +99,7 @@ fn a_later_versions_wish_is_shown_as_its_word_and_leaves_the_run_alone() {
 }
 
 #[test]
-fn reads_what_a_run_was_made_of_and_says() {
+fn reads_a_runs_summary_and_text() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run_id = run_of(&mut conn, &[Pending]).await.id;
@@ -129,7 +129,7 @@ fn reads_what_a_run_was_made_of_and_says() {
 }
 
 #[test]
-fn troubles_are_failed_and_unknown_items_as_the_list_wrote_them() {
+fn troubles_are_failed_and_unknown_items_as_written_in_the_list() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let typed = item(Failed).error("550 a").to("ann@example.org").listed_as("Ann", "Ann@example.org");
@@ -147,7 +147,7 @@ fn troubles_are_failed_and_unknown_items_as_the_list_wrote_them() {
 }
 
 #[test]
-fn tells_which_runs_are_stopped() {
+fn finds_paused_and_cancelled_runs() {
     in_transaction(async |conn| {
         let ids =
             [run_of(conn, &[Pending]).await.id, run_of(conn, &[Pending]).await.id, run_of(conn, &[Pending]).await.id];
@@ -172,7 +172,7 @@ fn a_run_is_paused_and_resumed_once() {
         assert!(outbox(&mut conn, run_id).await.is_empty());
         assert_eq!(set_paused(ledger, run_id, false).await.unwrap(), Granted::Yes);
         assert_eq!(wanted(&mut conn, run_id).await, "running");
-        assert_eq!(outbox(&mut conn, run_id).await, [json!("resume")], "what senders dropped is put back");
+        assert_eq!(outbox(&mut conn, run_id).await, [json!("resume")], "dropped items are republished");
         assert_eq!(set_paused(ledger, Uuid::new_v4(), true).await.unwrap(), Granted::NoSuchRun);
         set_wanted(&mut conn, run_id, Wanted::Cancelled).await;
         for paused in [true, false] {
@@ -182,7 +182,7 @@ fn a_run_is_paused_and_resumed_once() {
 }
 
 #[test]
-fn a_run_is_cancelled_once_unless_it_is_over() {
+fn a_run_is_cancelled_once_unless_it_has_ended() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let (open, over) = (run_of(&mut conn, &[Pending]).await.id, run_of(&mut conn, &[Sent]).await.id);
@@ -202,7 +202,7 @@ fn wish(run_id: Option<Uuid>, states: &[ItemState]) -> ReplayWish {
 }
 
 #[test]
-fn a_replay_asks_every_run_with_matching_items() {
+fn a_replay_covers_every_run_with_matching_items() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let failed = run(&mut conn, &[item(Failed).error("550"), item(Sent)]).await.id;
@@ -223,7 +223,7 @@ fn a_replay_asks_every_run_with_matching_items() {
 }
 
 #[test]
-fn the_same_wish_asks_for_the_same_pass() {
+fn the_same_request_is_the_same_pass() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run_id = run_of(&mut conn, &[Failed]).await.id;
@@ -237,7 +237,7 @@ fn the_same_wish_asks_for_the_same_pass() {
 }
 
 #[test]
-fn a_restored_run_is_replayed_once_that_is_confirmed() {
+fn a_restored_run_is_replayed_only_after_a_confirmation() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run_id = run_of(&mut conn, &[Failed]).await.id;
@@ -251,7 +251,7 @@ fn a_restored_run_is_replayed_once_that_is_confirmed() {
 }
 
 #[test]
-fn counts_who_was_emailed_in_a_domain() {
+fn counts_emailed_people_of_a_domain() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run = run_of(&mut conn, &[Pending, Pending]).await;

@@ -1,4 +1,4 @@
-//! The schema: brought up to date by any number of processes at once, and compared with the program's.
+//! The schema: concurrent migrations, and the comparison with the program's schema.
 
 use mailrun_core::item::ItemState::Pending;
 use mailrun_ledger::{
@@ -9,7 +9,7 @@ use mailrun_ledger::{
 use crate::support::{execute, in_bare_database, in_transaction, item, run, value};
 
 #[test]
-fn several_processes_may_bring_the_schema_up_to_date_at_once() {
+fn several_processes_may_migrate_concurrently() {
     in_bare_database(async |bare| {
         let mut conn = bare.acquire().await.unwrap();
         let before = difference(&mut conn).await.unwrap();
@@ -17,7 +17,7 @@ fn several_processes_may_bring_the_schema_up_to_date_at_once() {
         let (first, second, third) = tokio::join!(migrate(bare), migrate(bare), migrate(bare));
         [first, second, third].into_iter().for_each(|done| done.unwrap());
         assert_eq!(difference(&mut conn).await.unwrap(), Difference::default());
-        // Also the addresses in it.
+        // Migrating also normalizes addresses.
         run(&mut conn, &[item(Pending).to("ann@bücher.example")]).await;
         migrate(bare).await.unwrap();
         assert_eq!(value::<String>(&mut conn, "SELECT email FROM users").await, "ann@xn--bcher-kva.example");
@@ -25,7 +25,7 @@ fn several_processes_may_bring_the_schema_up_to_date_at_once() {
 }
 
 #[test]
-fn tells_how_the_schema_differs() {
+fn reports_schema_differences() {
     in_transaction(async |conn| {
         assert_eq!(difference(conn).await.unwrap(), Difference::default());
         for statement in [
@@ -43,14 +43,14 @@ fn tells_how_the_schema_differs() {
 }
 
 #[test]
-fn the_clock_goes_on_within_a_transaction() {
+fn the_clock_advances_within_a_transaction() {
     in_transaction(async |conn| {
         let first = now(conn).await.unwrap();
         assert!(now(conn).await.unwrap() > first);
     });
 }
 
-/// What waits for a moment in the future to pass would wait for hours after the clock was set back.
+/// Otherwise, waiting for a moment in the future would take hours after the clock was set back.
 #[test]
 fn a_moment_in_the_future_is_not_recent() {
     in_transaction(async |conn| {

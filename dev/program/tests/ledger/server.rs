@@ -1,4 +1,4 @@
-//! PostgreSQL itself: its promises, our sessions, its roles, and what monitoring reads.
+//! PostgreSQL itself: its durability settings, our sessions, its roles, and the gauges.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::support::{execute, in_database, in_transaction, run_of, suppress, val
 use ItemState::{Pending, Retrying, Sent};
 
 #[test]
-fn reads_what_a_commit_depends_on() {
+fn reads_the_durability_settings() {
     in_transaction(async |conn| {
         execute(conn, "SET LOCAL synchronous_commit = on").await;
         let durable = durability::read(conn).await.unwrap();
@@ -29,7 +29,7 @@ fn reads_what_a_commit_depends_on() {
 }
 
 #[test]
-fn gauges_add_up_the_runs() {
+fn gauges_sum_up_the_runs() {
     in_transaction(async |conn| {
         let empty = gauges::read(conn).await.unwrap();
         assert_eq!((empty.open_runs, empty.outbox_messages, empty.outbox_oldest), (0, 0, Duration::ZERO));
@@ -51,9 +51,9 @@ fn gauges_add_up_the_runs() {
     });
 }
 
-/// A clock that was set back makes a message younger than nothing.
+/// After the clock was set back, the age would be negative.
 #[test]
-fn a_message_from_the_future_has_no_age() {
+fn a_message_from_the_future_has_age_zero() {
     in_transaction(async |conn| {
         execute(conn, "INSERT INTO outbox (message, created_at) VALUES ('1', now() + interval '1 hour')").await;
         assert_eq!(gauges::read(conn).await.unwrap().outbox_oldest, Duration::ZERO);
@@ -73,12 +73,12 @@ fn a_session_keeps_its_connection_until_an_error() {
         execute(&mut ledger.acquire().await.unwrap(), format!("SELECT pg_terminate_backend({first})")).await;
         let error = session.run(LIMIT, pid).await.unwrap_err();
         assert!(may_pass(&error), "{error}");
-        assert_ne!(session.run(LIMIT, pid).await.unwrap(), first, "the next work gets another one");
+        assert_ne!(session.run(LIMIT, pid).await.unwrap(), first, "the next operation gets another one");
     });
 }
 
 #[test]
-fn a_role_may_write_its_columns_and_no_others() {
+fn a_role_may_write_only_its_columns() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let config = RolesConfig { prefix: format!("ledger_{}", Uuid::new_v4().simple()), ..RolesConfig::default() };

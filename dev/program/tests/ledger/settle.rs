@@ -1,4 +1,4 @@
-//! Settling what is unknown, after a person has found out.
+//! Settling unknown items, after a person has found out.
 
 use mailrun_core::item::ItemState::{Failed, Pending, Sent, Unknown};
 use mailrun_ledger::settle::{Found, Selection, settle};
@@ -6,7 +6,7 @@ use mailrun_ledger::settle::{Found, Selection, settle};
 use crate::support::{apply, counters_equal_counts, in_transaction, item, run, run_of, standings, states, value};
 
 #[test]
-fn settles_unknown_items_and_no_others() {
+fn settles_only_unknown_items() {
     in_transaction(async |conn| {
         let run = run(conn, &[item(Unknown).attempt(3), item(Failed), item(Pending)]).await;
         assert_eq!(settle(conn, &Selection::default(), Found::Arrived, "ann").await.unwrap(), 1);
@@ -19,7 +19,7 @@ fn settles_unknown_items_and_no_others() {
 }
 
 #[test]
-fn settles_those_that_are_selected() {
+fn settles_the_selected_items() {
     in_transaction(async |conn| {
         let (first, second) = (run_of(conn, &[Unknown, Unknown]).await, run_of(conn, &[Unknown]).await);
         let of_first = Selection { run_id: Some(first.id), emails: Some(vec![first.items[0].email.clone()]) };

@@ -1,4 +1,4 @@
-//! Submissions: a list becomes a run in one transaction, once, and invites nobody twice.
+//! Submissions: a list becomes one run in one transaction, and no one is invited twice.
 
 use mailrun_core::{item::ItemState, run::Wanted};
 use mailrun_ledger::{
@@ -85,11 +85,11 @@ fn the_same_submission_is_the_same_run() {
 }
 
 #[test]
-fn a_second_click_at_the_same_moment_waits_for_the_first() {
+fn a_simultaneous_second_click_waits_for_the_first() {
     in_database(async |ledger| {
         let submission = list("ann@example.org");
         let mut conn = ledger.acquire().await.unwrap();
-        // The first one has got as far as inserting its run.
+        // The first submission has inserted its run.
         let mut tx = ledger.begin().await.unwrap();
         let run_id = submission.run_id();
         let insert = "INSERT INTO runs (id, subject, body, total) VALUES";
@@ -104,7 +104,7 @@ fn a_second_click_at_the_same_moment_waits_for_the_first() {
 }
 
 #[test]
-fn a_list_that_invites_nobody_leaves_nothing_behind() {
+fn a_list_that_invites_no_one_leaves_nothing_behind() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         assert_eq!(refused(ledger, list(" \n ,, ")).await, Refusal::Empty);
@@ -117,20 +117,20 @@ fn a_list_that_invites_nobody_leaves_nothing_behind() {
         };
         let left = "SELECT (SELECT count(*) FROM runs) + (SELECT count(*) FROM users) + (SELECT count(*) FROM outbox)";
         assert_eq!(value::<i64>(&mut conn, left).await, 0);
-        // The same form with a longer list is taken.
+        // The same form with a longer list is accepted.
         accepted(ledger, list("sam@example.org\nann@example.org")).await;
     });
 }
 
 #[test]
-fn exactly_as_many_as_a_run_may_have_are_taken() {
+fn accepts_exactly_the_maximum_number_of_addresses() {
     in_database(async |ledger| {
         accepted(ledger, Submission { max_addresses: 2, ..list("a@x.org\nb@x.org\nnobody") }).await;
     });
 }
 
 #[test]
-fn leaves_out_who_has_an_invitation() {
+fn leaves_out_people_with_an_invitation() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let states = [Pending, Sent, Failed, Unknown, Cancelled, Skipped];
@@ -165,7 +165,7 @@ fn an_overtaken_item_does_not_count() {
 }
 
 #[test]
-fn who_was_erased_after_an_invitation_stays_out() {
+fn people_erased_after_an_invitation_stay_out() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         run(&mut conn, &[item(Sent).to("sent@example.org"), item(Failed).to("failed@example.org")]).await;
@@ -176,7 +176,7 @@ fn who_was_erased_after_an_invitation_stays_out() {
         let run_id =
             accepted(ledger, list("sent@example.org\nfailed@example.org\nsam@example.org\nnew@example.org")).await;
         let summary = mailrun_ledger::runs::summary(ledger, run_id).await.unwrap().unwrap();
-        // Who had no mail and did not refuse any is another person by now.
+        // An erased person who neither received mail nor refused it counts as a new person.
         assert_eq!((summary.total, summary.already_invited, summary.suppressed), (2, 1, 1));
         let known = "SELECT count(*) FROM users WHERE email IN ('sent@example.org', 'sam@example.org')";
         assert_eq!(value::<i64>(&mut conn, known).await, 0);
@@ -184,7 +184,7 @@ fn who_was_erased_after_an_invitation_stays_out() {
 }
 
 #[test]
-fn two_lists_at_the_same_moment_invite_each_person_once() {
+fn concurrent_lists_invite_each_person_once() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         // The other submission has inserted two people and an item of one of them, and is about to commit.
@@ -209,7 +209,7 @@ fn two_lists_at_the_same_moment_invite_each_person_once() {
 }
 
 #[test]
-fn lists_in_any_order_at_the_same_moment_do_not_lose_anybody() {
+fn concurrent_lists_in_any_order_lose_no_one() {
     in_database(async |ledger| {
         let emails: Vec<String> = (0..200).map(|number| format!("guest-{number}@example.org")).collect();
         let forwards = emails.join("\n");

@@ -1,4 +1,4 @@
-//! A PostgreSQL with the ledger's schema, and builders for what tests put into it.
+//! A PostgreSQL with the ledger's schema, and builders for test data.
 
 use std::{
     collections::HashMap,
@@ -34,28 +34,28 @@ use tokio::{runtime::Runtime, sync::OnceCell};
 use url::Url;
 use uuid::Uuid;
 
-/// The servers stay for the next test program.
+/// How long the servers stay up for the next test program.
 const LINGER: Duration = Duration::from_secs(20);
-/// What the connections are called in `pg_stat_activity`.
+/// The connections' name in `pg_stat_activity`.
 const APPLICATION: &str = "mailrun ledger test";
-/// A wait that takes longer than this is a fault.
+/// The time limit of a wait. Exceeding it fails the test.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// All tests share one runtime, because it is the runtime that drives the connections they share. Opening a connection takes
-/// longer than most tests.
+/// All tests share one runtime, because the runtime drives the shared connections. Opening a connection takes longer than most
+/// tests.
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
 static SERVER: OnceCell<Server> = OnceCell::const_new();
 
-/// Where the databases are: on `DATABASE_URL`'s server, else on the private stack.
+/// The server of the databases: `DATABASE_URL`'s, else the private stack's.
 struct Server {
     url: Url,
-    /// The schema without data, which databases are copied from. Nothing may be connected to it while one is.
+    /// The schema without data, from which databases are copied. No connection to it may be open during a copy.
     template: String,
-    /// Shared by the tests whose transactions are rolled back, so it stays empty.
+    /// Shared by tests whose transactions are rolled back, so it stays empty.
     empty: PgPool,
-    /// Databases that no test uses at present. Creating one takes half a second, emptying one some milliseconds.
+    /// Unused databases. Creating one takes half a second, emptying one a few milliseconds.
     spare: Mutex<Vec<PgPool>>,
-    /// Keeps the servers up.
+    /// Keeps the servers running.
     _stack: Option<Stack>,
 }
 
@@ -87,7 +87,7 @@ fn new_name() -> String {
     format!("ledger-{}-{}", std::process::id(), Uuid::new_v4().simple())
 }
 
-/// Drops the databases of earlier programs.
+/// Drops the databases of earlier test programs.
 async fn drop_leftovers(url: Url) {
     let mut conn = PgConnection::connect(url.as_str()).await.unwrap();
     let names = sqlx::query_scalar("SELECT datname::text FROM pg_database WHERE datname LIKE 'ledger-%'");
@@ -112,8 +112,8 @@ async fn copy(url: &Url, template: &str) -> PgPool {
     pool(url, &name, APPLICATION)
 }
 
-/// Connections with the session settings of the processes, but for one: nothing here has to survive a crash, so no commit
-/// waits for the disk.
+/// Connections with the session settings of the processes, except that commits do not wait for the disk: no test needs to survive a
+/// crash.
 fn pool(url: &Url, database: &str, application: &str) -> PgPool {
     let mut url = url.clone();
     url.set_path(database);
@@ -123,7 +123,7 @@ fn pool(url: &Url, database: &str, application: &str) -> PgPool {
     PgPoolOptions::new().max_connections(20).test_before_acquire(false).connect_lazy_with(options)
 }
 
-/// Deletes everything but the schema and what its migrations have inserted.
+/// Deletes everything except the schema and the rows inserted by migrations.
 async fn empty(ledger: &PgPool) {
     let statements = "
         DO $$ DECLARE name text; BEGIN
@@ -154,7 +154,7 @@ pub fn in_transaction(test: impl AsyncFnOnce(&mut PgConnection)) {
     });
 }
 
-/// Runs a test on an empty ledger that no other test uses at that time: for what takes several connections, or commits.
+/// Runs a test on an empty ledger of its own, for tests that need several connections or commits.
 pub fn in_database(test: impl AsyncFnOnce(&PgPool)) {
     RUNTIME.block_on(async {
         let server = server().await;
@@ -169,7 +169,7 @@ pub fn in_database(test: impl AsyncFnOnce(&PgPool)) {
     });
 }
 
-/// Runs a test on a database without even the schema.
+/// Runs a test on a database without a schema.
 pub fn in_bare_database(test: impl AsyncFnOnce(&PgPool)) {
     RUNTIME.block_on(async {
         let server = server().await;
@@ -185,7 +185,7 @@ pub async fn pool_named(ledger: &PgPool, application: &str) -> PgPool {
     pool(&server().await.url, &database, application)
 }
 
-/// Adds a value that a later version's migration would add. It stays in the database.
+/// Adds an enum value, as a later version's migration would. It stays in the database.
 pub async fn add_later_value(conn: &mut PgConnection, enumeration: &str) {
     execute(conn, format!("ALTER TYPE {enumeration} ADD VALUE IF NOT EXISTS 'later'")).await;
 }
@@ -196,7 +196,7 @@ pub async fn execute(conn: &mut PgConnection, statement: impl Into<String>) -> u
     done.unwrap_or_else(|error| panic!("{statement}: {error}")).rows_affected()
 }
 
-/// The one value that a query returns.
+/// The single value returned by a query.
 pub async fn value<T>(conn: &mut PgConnection, query: impl Into<String>) -> T
 where
     T: for<'r> Decode<'r, Postgres> + Type<Postgres> + Send + Unpin,
@@ -221,14 +221,14 @@ pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     }
 }
 
-/// Each address and each run is another test's alone, so that open transactions never wait for each other.
+/// Numbers addresses and runs uniquely, so that open transactions of different tests never wait for each other.
 static NUMBERS: AtomicU64 = AtomicU64::new(1);
 
 pub fn address() -> String {
     format!("guest-{}@example.org", NUMBERS.fetch_add(1, Ordering::Relaxed))
 }
 
-/// A person who is not in any list yet.
+/// A person without items.
 pub async fn person(conn: &mut PgConnection, email: &str) -> i64 {
     let id = sqlx::query_scalar("INSERT INTO users (email) VALUES ($1) RETURNING id").bind(email);
     id.fetch_one(conn).await.unwrap()
@@ -248,7 +248,7 @@ pub struct NewItem {
     typed: Option<&'static str>,
 }
 
-/// An item in this state, of a person of its own, at its first attempt.
+/// An item in this state, with its own person, at its first attempt.
 pub fn item(state: ItemState) -> NewItem {
     NewItem {
         standing: Standing { attempt: 1, state },
@@ -277,12 +277,12 @@ impl NewItem {
         Self { error: Some(error), ..self }
     }
 
-    /// When the next attempt is due; negative: it was.
+    /// When the next attempt is due, from now; negative: in the past.
     pub fn due_in(self, seconds: f64) -> Self {
         Self { due_in_s: Some(seconds), ..self }
     }
 
-    /// Of a person who is there already.
+    /// For an existing person.
     pub fn of(self, user_id: i64) -> Self {
         Self { user_id: Some(user_id), ..self }
     }
@@ -296,17 +296,17 @@ impl NewItem {
     }
 }
 
-/// An item that was inserted.
+/// An inserted item.
 #[derive(Clone, Debug)]
 pub struct Item {
     pub id: i64,
     pub user_id: i64,
     pub email: String,
-    /// The attempt that it was inserted with.
+    /// The message of its current attempt.
     pub message: ItemMessage,
 }
 
-/// A run that was inserted.
+/// An inserted run.
 #[derive(Clone, Debug)]
 pub struct Run {
     pub id: Uuid,
@@ -333,7 +333,7 @@ impl Run {
     }
 }
 
-/// A run with these items, its counters, and no pass. Its people were not emailed, unless their item is sent.
+/// A run with these items and their counters, without a pass. Its people were not emailed, unless their item is sent.
 pub async fn run(conn: &mut PgConnection, items: &[NewItem]) -> Run {
     let id = Uuid::new_v4();
     let total = i32::try_from(items.len()).unwrap();
@@ -400,7 +400,7 @@ pub async fn set_wanted(conn: &mut PgConnection, run_id: Uuid, wanted: Wanted) {
     update.execute(conn).await.unwrap();
 }
 
-/// A first pass that has released the items up to this position.
+/// Adds a first pass that has released the items up to this position.
 pub async fn release(conn: &mut PgConnection, run_id: Uuid, cursor: i32) {
     let insert = format!(
         "INSERT INTO run_passes (run_id, number, kind, cursor, released) VALUES ('{run_id}', 1, 'first', {cursor}, {cursor})"
@@ -408,19 +408,19 @@ pub async fn release(conn: &mut PgConnection, run_id: Uuid, cursor: i32) {
     execute(conn, insert).await;
 }
 
-/// Makes a run's counters look as if they had not moved for so long.
+/// Makes a run's counters look as if they had not moved for this long.
 pub async fn idle_for(conn: &mut PgConnection, run_id: Uuid, seconds: u32) {
     let update = "UPDATE run_progress SET updated_at = clock_timestamp() - make_interval(secs =>";
     execute(conn, format!("{update} {seconds}) WHERE run_id = '{run_id}'")).await;
 }
 
-/// A sender that is alive.
+/// A live sender.
 pub async fn worker(conn: &mut PgConnection) -> i64 {
     let worker = Registration { roles: "send", host: "host", pid: 1, permits: 10, settings: &settings() };
     workers::register(conn, &worker).await.unwrap().unwrap()
 }
 
-/// The settings that have to agree.
+/// The settings that must be equal in all workers.
 pub fn settings() -> Agreement {
     Agreement {
         retry_delays_ms: vec![100, 200],
@@ -442,7 +442,7 @@ pub async fn suppress(conn: &mut PgConnection, email: &str) {
     insert.execute(conn).await.unwrap();
 }
 
-/// A claim that was granted.
+/// A granted claim.
 #[derive(Clone, Debug)]
 pub struct Claimed {
     pub key: Key,
@@ -472,14 +472,14 @@ pub async fn claim(conn: &mut PgConnection, worker_id: i64, keys: &[Key]) -> Vec
     claimed
 }
 
-/// What a claim under rate limits came to.
+/// The result of a rate-limited claim.
 pub struct ClaimedPaced {
     pub claimed: Vec<Claimed>,
     pub slots: HashMap<Key, Duration>,
     pub not_due: Vec<(Key, Duration)>,
 }
 
-/// Claims attempts at invitations of which a send time lies within `ahead`.
+/// Claims attempts at invitations whose send time is within `ahead`.
 pub async fn claim_paced(
     conn: &mut PgConnection,
     worker_id: i64,
@@ -494,7 +494,7 @@ pub async fn claim_paced(
     ClaimedPaced { claimed, slots, not_due }
 }
 
-/// The invitations' changes when results are counted, under the default settings.
+/// The changes of the invitations' job when results are counted, under the default settings.
 #[derive(Default)]
 pub struct Invitations(pub SuppressionsConfig);
 
@@ -519,7 +519,7 @@ pub async fn apply(conn: &mut PgConnection, run_id: Uuid, results: &[ItemResult]
     progress::apply(conn, &Invitations::default(), &reports).await.unwrap()
 }
 
-/// Where a run's items stand, by position.
+/// The standings of a run's items, by position.
 pub async fn standings(conn: &mut PgConnection, run_id: Uuid) -> Vec<(i32, ItemState)> {
     let rows = sqlx::query_as("SELECT attempt, state FROM run_items WHERE run_id = $1 ORDER BY position").bind(run_id);
     let rows: Vec<(i32, SqlState)> = rows.fetch_all(conn).await.unwrap();

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::support::{add_later_value, address, execute, in_database, in_transaction, run_of, value};
 
 #[test]
-fn the_first_reason_stays() {
+fn the_first_reason_is_kept() {
     in_transaction(async |conn| {
         let email = address();
         assert!(suppress(conn, &email, Reason::Bounced, Some("550")).await.unwrap());
@@ -25,7 +25,7 @@ fn the_first_reason_stays() {
 }
 
 #[test]
-fn suppresses_the_person_of_an_item() {
+fn suppresses_the_recipient_of_an_item() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         let item = &run.items[0];
@@ -47,7 +47,7 @@ fn removes_an_address_or_its_tombstone() {
             suppress(conn, email, Reason::Asked, None).await.unwrap();
         }
         people::erase(conn, &erased).await.unwrap();
-        assert_eq!(reason(conn, &erased).await.unwrap(), None, "it stands under another name");
+        assert_eq!(reason(conn, &erased).await.unwrap(), None, "it is stored under another name");
         assert!(remove(conn, &erased).await.unwrap());
         assert!(remove(conn, &kept).await.unwrap());
         assert!(!remove(conn, &kept).await.unwrap());
@@ -66,7 +66,7 @@ fn removes_by_number() {
 }
 
 #[test]
-fn removes_what_came_for_one_reason_since_a_moment() {
+fn removes_entries_with_one_reason_since_a_moment() {
     in_transaction(async |conn| {
         let (old, new, other) = (address(), address(), address());
         suppress(conn, &old, Reason::Bounced, None).await.unwrap();
@@ -76,7 +76,7 @@ fn removes_what_came_for_one_reason_since_a_moment() {
             .await;
         let since: DateTime<Utc> =
             value(conn, "SELECT created_at FROM suppressions ORDER BY number DESC LIMIT 1").await;
-        assert_eq!(count_since(conn, Reason::Bounced, since).await.unwrap(), 1, "that moment counts");
+        assert_eq!(count_since(conn, Reason::Bounced, since).await.unwrap(), 1, "the moment is included");
         assert_eq!(remove_since(conn, Reason::Bounced, since).await.unwrap(), 1);
         assert_eq!(count_since(conn, Reason::Bounced, since).await.unwrap(), 0);
         assert!(reason(conn, &old).await.unwrap().is_some() && reason(conn, &other).await.unwrap().is_some());

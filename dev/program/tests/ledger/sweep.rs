@@ -1,4 +1,4 @@
-//! What the sweeper looks for: runs that stalled, and items whose message may be lost.
+//! The sweeper's queries: stalled runs, and items whose message may be lost.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ async fn stalled_run(conn: &mut PgConnection, state: ItemState) -> Uuid {
 }
 
 #[test]
-fn one_sweeps_at_a_time() {
+fn only_one_sweeper_holds_the_lock() {
     in_database(async |ledger| {
         let (mut first, mut second) = (ledger.begin().await.unwrap(), ledger.begin().await.unwrap());
         assert!(try_lock(&mut first).await.unwrap());
@@ -41,7 +41,7 @@ fn one_sweeps_at_a_time() {
 }
 
 #[test]
-fn a_run_is_stalled_when_its_counters_have_not_moved_and_something_is_open() {
+fn a_run_is_stalled_if_its_counters_have_not_moved_and_items_are_open() {
     in_transaction(async |conn| {
         let stalled = stalled_run(conn, Retrying).await;
         stalled_run(conn, Sent).await;
@@ -52,7 +52,7 @@ fn a_run_is_stalled_when_its_counters_have_not_moved_and_something_is_open() {
     });
 }
 
-/// They moved before the clock was set back.
+/// The counters moved before the clock was set back.
 #[test]
 fn counters_that_moved_in_the_future_do_not_hide_a_stalled_run() {
     in_transaction(async |conn| {
@@ -63,7 +63,7 @@ fn counters_that_moved_in_the_future_do_not_hide_a_stalled_run() {
 }
 
 #[test]
-fn a_run_is_driven_by_a_message_that_was_seen_or_needs_none() {
+fn a_run_is_driven_if_its_message_was_seen_or_none_is_needed() {
     in_transaction(async |conn| {
         let run_id = stalled_run(conn, Pending).await;
         let driven = async |conn: &mut PgConnection| stalled_runs(conn, STALLED).await.unwrap()[0].driven;
@@ -82,7 +82,7 @@ fn a_run_is_driven_by_a_message_that_was_seen_or_needs_none() {
 }
 
 #[test]
-fn a_paused_run_is_no_standstill() {
+fn a_paused_run_is_not_a_standstill() {
     in_transaction(async |conn| {
         let run_id = stalled_run(conn, Pending).await;
         for (wanted, expected) in [(Wanted::Running, true), (Wanted::Paused, false), (Wanted::Cancelled, true)] {
@@ -111,7 +111,7 @@ fn repairs_add_up() {
 }
 
 #[test]
-fn all_lanes_are_closed_when_no_living_sender_may_send() {
+fn all_gates_are_closed_when_no_live_sender_may_send() {
     in_transaction(async |conn| {
         assert!(!all_lanes_closed(conn).await.unwrap(), "there is no sender");
         let (first, second) = (worker(conn).await, worker(conn).await);
@@ -130,7 +130,7 @@ fn all_lanes_are_closed_when_no_living_sender_may_send() {
 }
 
 #[test]
-fn finds_released_items_that_are_overdue_with_who_has_claimed_them() {
+fn finds_overdue_released_items_and_their_owners() {
     in_transaction(async |conn| {
         let items = [
             item(Pending),                          // 1: nobody's
@@ -173,9 +173,9 @@ fn finds_released_items_that_are_overdue_with_who_has_claimed_them() {
     });
 }
 
-/// The rows of workers that died are pruned after a day: a run that was paused for longer still has their claims.
+/// The rows of dead workers are pruned after a day. A run that was paused for longer still has their claims.
 #[test]
-fn a_claim_of_a_worker_whose_row_was_pruned_is_a_dead_ones() {
+fn a_claim_of_a_pruned_worker_counts_as_a_dead_workers() {
     in_transaction(async |conn| {
         let run = run_of(conn, &[Pending]).await;
         release(conn, run.id, 1).await;

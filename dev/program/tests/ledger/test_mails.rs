@@ -58,7 +58,7 @@ fn a_test_is_released_with_its_submission() {
 }
 
 #[test]
-fn a_test_is_in_no_list_or_count_and_invites_nobody() {
+fn a_test_is_in_no_list_or_count_and_invites_no_one() {
     in_database(async |ledger| {
         let test_id = submitted(ledger).await;
         result(ledger, test_id, Failed, Some("550 no such user")).await;
@@ -75,7 +75,7 @@ fn a_test_is_in_no_list_or_count_and_invites_nobody() {
 }
 
 #[test]
-fn a_second_click_asks_for_the_same_test() {
+fn a_second_click_is_the_same_test() {
     in_database(async |ledger| {
         let first = submitted(ledger).await;
         assert_eq!(submitted(ledger).await, first);
@@ -95,7 +95,7 @@ fn a_suppressed_address_gets_no_test() {
         suppress(&mut conn, TEST.email).await;
         let suppressed = Submitted::Suppressed(Stored::Known(Reason::Asked));
         assert_eq!(submit_test(ledger, TEST).await.unwrap(), suppressed);
-        // The suppression of a person who was erased stands under the tombstone.
+        // The suppression of an erased person is stored under the tombstone.
         mailrun_ledger::people::erase(&mut conn, TEST.email).await.unwrap();
         assert_eq!(submit_test(ledger, TEST).await.unwrap(), suppressed);
         assert_eq!(value::<i64>(&mut conn, "SELECT count(*) FROM outbox").await, 0);

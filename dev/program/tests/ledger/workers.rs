@@ -1,4 +1,4 @@
-//! Workers: each writes its own row, and others declare it dead by a heartbeat that does not change.
+//! Workers: each writes only its own row, and is declared dead when its heartbeat stops changing.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use mailrun_ledger::workers::{Registration, all, beats, declare_dead, heartbeat,
 use crate::support::{execute, in_database, in_transaction, kill, settings, until_one_waits, value, worker};
 
 #[test]
-fn a_worker_registers_beats_and_stops() {
+fn a_worker_registers_sends_heartbeats_and_stops() {
     in_transaction(async |conn| {
         let registration =
             Registration { roles: "send,progress", host: "host", pid: 42, permits: 7, settings: &settings() };
@@ -34,7 +34,7 @@ fn a_worker_registers_beats_and_stops() {
 }
 
 #[test]
-fn a_worker_with_other_settings_than_a_live_one_is_not_registered() {
+fn refuses_a_worker_whose_settings_differ_from_a_live_one() {
     in_transaction(async |conn| {
         let live = worker(conn).await;
         let settings = Agreement { item_queues: 2, ..settings() };
@@ -49,7 +49,7 @@ fn a_worker_with_other_settings_than_a_live_one_is_not_registered() {
 }
 
 #[test]
-fn a_worker_of_a_version_without_settings_agrees_with_every_other() {
+fn a_worker_without_recorded_settings_agrees_with_all_others() {
     in_transaction(async |conn| {
         worker(conn).await;
         execute(conn, "UPDATE workers SET settings = NULL").await;
@@ -60,7 +60,7 @@ fn a_worker_of_a_version_without_settings_agrees_with_every_other() {
 }
 
 #[test]
-fn a_lane_that_was_to_open_by_now_is_not_closed() {
+fn a_gate_that_was_due_to_open_is_not_closed() {
     in_transaction(async |conn| {
         let id = worker(conn).await;
         heartbeat(conn, id, 0, 0, Some(("busy".into(), Duration::from_secs(60))), None).await.unwrap();
@@ -70,7 +70,7 @@ fn a_lane_that_was_to_open_by_now_is_not_closed() {
 }
 
 #[test]
-fn declares_a_worker_dead_whose_heartbeat_has_not_changed() {
+fn declares_a_worker_with_an_unchanged_heartbeat_dead() {
     in_transaction(async |conn| {
         let (silent, beating) = (worker(conn).await, worker(conn).await);
         let seen = beats(conn).await.unwrap();
@@ -83,18 +83,18 @@ fn declares_a_worker_dead_whose_heartbeat_has_not_changed() {
 }
 
 #[test]
-fn a_worker_that_was_declared_dead_beats_no_more() {
+fn refuses_the_heartbeat_of_a_worker_declared_dead() {
     in_transaction(async |conn| {
         let id = worker(conn).await;
         let seen = beats(conn).await.unwrap();
         declare_dead(conn, &seen).await.unwrap();
         assert!(!heartbeat(conn, id, 0, 0, None, None).await.unwrap());
-        assert!(!heartbeat(conn, id + 1, 0, 0, None, None).await.unwrap(), "nor one without a row");
+        assert!(!heartbeat(conn, id + 1, 0, 0, None, None).await.unwrap(), "nor of one without a row");
     });
 }
 
 #[test]
-fn a_worker_that_stopped_is_not_declared_dead() {
+fn does_not_declare_a_stopped_worker_dead() {
     in_transaction(async |conn| {
         let id = worker(conn).await;
         let seen = beats(conn).await.unwrap();
@@ -103,9 +103,9 @@ fn a_worker_that_stopped_is_not_declared_dead() {
     });
 }
 
-/// Whoever comes first decides: the worker ends, or it lives.
+/// Whichever commits first wins: the worker ends, or it lives.
 #[test]
-fn a_heartbeat_and_a_declaration_at_the_same_moment_agree() {
+fn a_concurrent_heartbeat_and_declaration_agree() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let id = worker(&mut conn).await;

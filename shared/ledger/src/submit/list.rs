@@ -1,7 +1,7 @@
-//! A list of addresses: they become people and items.
+//! Turns a list of addresses into people and items.
 //!
-//! The list goes through a temporary table, so that a million addresses cost neither memory here nor a statement each.
-//! Statements on that table can't be checked at compile time: it does not exist then.
+//! The list passes through a temporary table, so that a million addresses need neither memory here nor a statement each.
+//! Statements on that table can't be checked at compile time, because it does not exist then.
 
 use serde::{Deserialize, Serialize};
 use sqlx::{PgConnection, PgPool, types::Json};
@@ -11,9 +11,9 @@ use super::{Insert, Inserted, NewRun, NotSubmitted, Refusal, Rows, Submitted, su
 use crate::{invitations, people};
 use mailrun_core::address::{self, Address};
 
-/// How many invalid entries are kept to be shown; all of them are counted.
+/// How many invalid entries are stored for display. All of them are counted.
 const SHOWN_INVALID: usize = 100;
-/// The list is copied to the server in pieces of about this size.
+/// The approximate size of the pieces in which the list is copied to the server.
 const COPY_BYTES: usize = 256 * 1024;
 
 /// What a person submits.
@@ -21,29 +21,29 @@ const COPY_BYTES: usize = 256 * 1024;
 pub struct Submission<'a> {
     /// The form's token: the same token, list, subject and text are the same submission.
     pub token: Uuid,
-    /// The addresses, as they were typed.
+    /// The addresses as typed.
     pub text: &'a str,
     /// The invitation's subject.
     pub subject: &'a str,
     /// The invitation's text.
     pub body: &'a str,
-    /// The run's rate limit; none: as fast as possible.
+    /// The run's rate limit. `None`: as fast as possible.
     pub sends_per_second: Option<i32>,
-    /// The most addresses that are taken.
+    /// The maximum number of addresses.
     pub max_addresses: usize,
 }
 
 impl Submission<'_> {
-    /// The run's id, which follows from the submission: whoever submits it again asks for the same run. Whoever has changed
-    /// the list or what it says asks for another one, and is told if there is nobody left to invite.
+    /// The run's id, derived from the submission: the same submission is the same run. A changed list or text is another run,
+    /// which is refused if no one is left to invite.
     #[must_use]
     pub fn run_id(&self) -> Uuid {
         let listed = Uuid::new_v5(&self.token, self.text.as_bytes());
-        // A subject has no control characters.
+        // A subject contains no control characters, so the separator is unambiguous.
         Uuid::new_v5(&listed, format!("{}\0{}", self.subject, self.body).as_bytes())
     }
 
-    /// The run, of invitations.
+    /// The run to submit.
     #[must_use]
     pub fn run(&self) -> NewRun<'_> {
         NewRun {
@@ -56,10 +56,10 @@ impl Submission<'_> {
         }
     }
 
-    /// Submits it.
+    /// Submits the list.
     ///
     /// # Errors
-    /// The database's, and whether it is certain that nothing is kept.
+    /// The error, and whether it is certain that nothing was stored.
     pub async fn submit(self, pool: &PgPool) -> Result<Submitted, NotSubmitted> {
         submit(pool, self.run(), &self).await
     }
@@ -89,37 +89,37 @@ impl Rows for Submission<'_> {
     }
 }
 
-/// What was in a list.
+/// The contents of a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Invitations that the run sends.
+    /// Accepted invitations.
     pub accepted: i32,
-    /// People invited before, or waiting in another run.
+    /// People who were invited before, or are waiting in another run.
     pub already_invited: i32,
-    /// People whose invitation failed, or is unclear, in an earlier run.
+    /// People whose invitation in an earlier run failed or is unknown.
     pub already_failed: i32,
-    /// Addresses that nobody writes to any more.
+    /// Suppressed addresses.
     pub suppressed: i32,
-    /// Addresses that stood in the list before.
+    /// Repeated addresses.
     pub repeated: i32,
-    /// Entries that are no address.
+    /// Entries that are not an address.
     pub invalid: i32,
-    /// The first of those.
+    /// The first invalid entries.
     pub invalid_entries: Vec<InvalidEntry>,
 }
 
-/// An entry that is no address, and where it stands.
+/// An entry that is not an address, and its position.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InvalidEntry {
     /// The line, from 1.
     pub line: u32,
-    /// What stands there, shortened.
+    /// The entry, shortened.
     pub text: String,
     /// What is wrong with it.
     pub reason: String,
 }
 
-/// Copies the valid addresses into the temporary table `listed`. None: there are too many.
+/// Copies the valid addresses into the temporary table `listed`. `None`: there are too many.
 async fn copy_list(conn: &mut PgConnection, submission: Submission<'_>) -> sqlx::Result<Option<(i32, Tally)>> {
     sqlx::query(
         r#"CREATE TEMP TABLE listed (place integer, email text COLLATE "C", typed text, name text) ON COMMIT DROP"#,
@@ -139,7 +139,7 @@ async fn copy_list(conn: &mut PgConnection, submission: Submission<'_>) -> sqlx:
                     copy.abort("too many addresses").await?;
                     return Ok(None);
                 }
-                // Who was erased is in the ledger under another name, and stays out of this list under it.
+                // Erased people are in the ledger under another name, which keeps them out of this list.
                 match blocked.as_ref().and_then(|blocked| blocked.name(&address.email)) {
                     Some(tombstone) => {
                         push_row(&mut rows, place, &Address { email: tombstone.to_owned(), typed: None, name: None });
@@ -165,7 +165,7 @@ async fn copy_list(conn: &mut PgConnection, submission: Submission<'_>) -> sqlx:
     Ok(Some((place, tally)))
 }
 
-/// A row in the text form of COPY.
+/// A row in COPY's text format.
 fn push_row(rows: &mut String, place: i32, address: &Address) {
     rows.push_str(&place.to_string());
     rows.push('\t');
@@ -180,7 +180,7 @@ fn push_row(rows: &mut String, place: i32, address: &Address) {
     rows.push('\n');
 }
 
-/// Addresses and names hold no control characters, but a backslash is possible in both.
+/// Addresses and names contain no control characters, but may contain backslashes.
 fn push_escaped(rows: &mut String, text: &str) {
     for character in text.chars() {
         if character == '\\' {
@@ -190,13 +190,13 @@ fn push_escaped(rows: &mut String, text: &str) {
     }
 }
 
-/// Leaves each address once, where it stood first, in the temporary table `invited`, with its person's id: of one who is
-/// known, or of one to be inserted.
+/// Stores each distinct address once, at its first position, in the temporary table `invited`, with the id of its person: a
+/// known one, or one to be inserted.
 ///
-/// Here and below, a person is looked up by a scalar subquery, which stays a look into an index for each of them. A join may
-/// be planned to read everybody ever invited, and would take longer with every run there has been.
+/// Here and below, a person is looked up by a scalar subquery, which is always an index lookup. A join might be planned as a
+/// scan over everyone ever invited, and would get slower with every run.
 async fn deduplicate(conn: &mut PgConnection) -> sqlx::Result<i32> {
-    // `OFFSET 0`, or it would look twice: once for each mention.
+    // `OFFSET 0` prevents the subquery from being evaluated twice, once for each reference.
     let distinct = sqlx::query(
         "CREATE TEMP TABLE invited ON COMMIT DROP AS
          SELECT place, email, typed, name, known, coalesce(known, nextval('users_id_seq')) AS user_id
@@ -206,18 +206,18 @@ async fn deduplicate(conn: &mut PgConnection) -> sqlx::Result<i32> {
     )
     .execute(&mut *conn)
     .await?;
-    // Without statistics the statements below may be planned as for a handful of rows.
+    // Without statistics, the statements below may be planned for a handful of rows.
     sqlx::query("ANALYZE invited").execute(conn).await?;
     Ok(to_count(distinct.rows_affected()))
 }
 
-/// In one order for everybody, so that two submissions of the same new people wait for each other and don't deadlock.
+/// Inserts in one fixed order, so that concurrent submissions of the same new people wait for each other instead of deadlocking.
 async fn insert_users(conn: &mut PgConnection, insert: Insert) -> sqlx::Result<()> {
     let statement = "INSERT INTO users (id, email) OVERRIDING SYSTEM VALUE
          SELECT user_id, email FROM invited WHERE known IS NULL ORDER BY email";
     sqlx::query(insert.rows(statement, "(email)")).execute(&mut *conn).await?;
     if insert == Insert::Checked {
-        // Another submission has inserted some of them since, under other ids.
+        // Another submission has inserted some of them in the meantime, under other ids.
         let statement =
             "UPDATE invited SET (known, user_id) = (SELECT u.id, u.id FROM users u WHERE u.email = invited.email)
              WHERE known IS NULL";
@@ -226,10 +226,10 @@ async fn insert_users(conn: &mut PgConnection, insert: Insert) -> sqlx::Result<(
     Ok(())
 }
 
-/// An item for everyone who was not emailed and has none that counts. The filter is a courtesy that leaves the positions
-/// without gaps; what keeps two submissions of the same moment apart is the unique index.
+/// Inserts an item for everyone who was not emailed and has no item that counts. The filter only keeps the positions without
+/// gaps; the unique index is what keeps concurrent submissions apart.
 ///
-/// The name and the spelling are this list's, whatever earlier lists said.
+/// Name and spelling are this list's, whatever earlier lists said.
 async fn insert_items(conn: &mut PgConnection, run_id: Uuid, insert: Insert) -> sqlx::Result<i32> {
     let statement = "INSERT INTO run_items (run_id, user_id, position, name, typed)
          SELECT $1, user_id, row_number() OVER (ORDER BY place), coalesce(name, ''), typed FROM invited
@@ -241,8 +241,7 @@ async fn insert_items(conn: &mut PgConnection, run_id: Uuid, insert: Insert) -> 
     Ok(to_count(inserted.rows_affected()))
 }
 
-/// Counts those who were left out: because of an item in another run, or of one that is pruned by now, or because they are
-/// suppressed.
+/// Counts the people who were left out: because of an item in another run, possibly a pruned one, or because they are suppressed.
 async fn count_others(conn: &mut PgConnection, run_id: Uuid, tally: &mut Tally) -> sqlx::Result<()> {
     let (suppressed, others, failed): (i64, i64, i64) = sqlx::query_as(
         "SELECT count(*) FILTER (WHERE suppressed),
@@ -286,7 +285,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_second_click_is_the_same_run_and_another_text_is_not() {
+    fn a_second_click_is_the_same_run_but_another_text_is_not() {
         let first = Submission {
             token: Uuid::from_u128(7),
             text: "ann@x.org",

@@ -1,5 +1,5 @@
-//! Submitting a run: the run, its items and the message that starts it, in one transaction. Items of every kind enter the ledger
-//! here; where they come from is a [`Rows`].
+//! Submits a run: the run, its items and the message that starts it, in one transaction. Items of every kind enter the ledger
+//! here. Their source is a [`Rows`].
 
 mod list;
 
@@ -17,29 +17,29 @@ use mailrun_core::{
 
 pub use list::{InvalidEntry, Submission, Tally};
 
-/// Two submissions that name the same people may deadlock; the one that PostgreSQL ends is run again.
+/// Submissions with the same people may deadlock. The one that PostgreSQL ends is retried.
 const TRIES: u32 = 5;
-/// Items of a hidden run, which are about no person, go to the outbox with it up to this number, without a fan-out.
+/// Up to this many items of a hidden run, which are about no person, go to the outbox with the run, without the fan-out.
 const RELEASED_AT_ONCE: i32 = 100;
-/// The type of their messages.
+/// The message type of these items.
 const IMPERSONAL_ITEM: &str = ItemMessage::TYPES[1];
-/// Rows that are inserted by one statement.
+/// Rows inserted by one statement.
 const ROWS: usize = 10_000;
 
 /// A run to submit.
 #[derive(Clone, Copy, Debug)]
 pub struct NewRun<'a> {
-    /// Its id. Submitting the same id again asks for the same run.
+    /// Its id. Submitting the same id again refers to the same run.
     pub id: Uuid,
     /// The job that processes its items: `Job::KIND`.
     pub kind: &'a str,
     /// In no list, count or metric, and deleted after a day.
     pub hidden: bool,
-    /// What pages call it; for invitations, the mail's subject.
+    /// Its title on pages. For invitations: the mail's subject.
     pub subject: &'a str,
-    /// Whatever else its items share; for invitations, the mail's text.
+    /// Other text shared by its items. For invitations: the mail's text.
     pub body: &'a str,
-    /// The rate limit; none: as fast as possible.
+    /// The rate limit. `None`: as fast as possible.
     pub sends_per_second: Option<i32>,
 }
 
@@ -51,15 +51,15 @@ impl<'a> NewRun<'a> {
     }
 }
 
-/// What inserting the rows of a run came to: how many items, or why there is no run.
+/// The result of inserting a run's rows: the number of items, or why there is no run.
 pub type Inserted = Result<i32, Refusal>;
 
-/// Where a run's items come from.
+/// The source of a run's items.
 pub trait Rows: Sync {
-    /// Whether there are no rows at all, as far as that can be seen without the ledger.
+    /// Whether there are no rows, as far as can be told without the ledger.
     fn are_none(&self) -> bool;
 
-    /// Inserts the items of the run, with positions from 1 and no gaps. Whatever is refused is rolled back.
+    /// Inserts the items of the run, with positions from 1 and no gaps. A refusal is rolled back.
     fn insert(
         &self,
         conn: &mut PgConnection,
@@ -68,7 +68,7 @@ pub trait Rows: Sync {
     ) -> impl Future<Output = sqlx::Result<Inserted>> + Send;
 }
 
-/// Rows of data that are about no person in the ledger: each becomes an item, as JSON.
+/// Rows of data about no person in the ledger. Each becomes an item, as JSON.
 #[derive(Clone, Copy, Debug)]
 pub struct Data<'a, T>(pub &'a [T]);
 
@@ -97,41 +97,41 @@ impl<T: Serialize + Sync> Rows for Data<'_, T> {
     }
 }
 
-/// What became of it.
+/// The result of a submission.
 #[derive(Debug)]
 pub enum Submitted {
-    /// Committed: nothing that happens from here on can lose it.
+    /// Committed: the run can no longer be lost.
     Accepted(Uuid),
-    /// This very submission was accepted before, perhaps with another rate limit.
+    /// The same submission was accepted before, perhaps with another rate limit.
     Before(Earlier),
     /// No run was made.
     Refused(Refusal),
 }
 
-/// A run that the same submission has made before.
+/// The run of an earlier identical submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Earlier {
     /// The run.
     pub run_id: Uuid,
-    /// What a person wants of it by now.
+    /// Its current wanted state.
     pub wanted: Wanted,
-    /// Its rate limit, which stays.
+    /// Its rate limit, which is not changed.
     pub sends_per_second: Option<i32>,
 }
 
-/// A submission that has no answer.
+/// A submission that failed or whose result is unknown.
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
 pub struct NotSubmitted {
-    /// The database's.
+    /// The database error.
     #[source]
     pub error: sqlx::Error,
-    /// Whether it is certain that nothing was kept. Otherwise the connection was lost while the database was committing, and the
-    /// same submission tells, once it is made again.
+    /// Whether it is certain that nothing was stored. Otherwise the connection was lost during the commit; repeating the same
+    /// submission shows the result.
     pub nothing_kept: bool,
 }
 
-/// An error that came from elsewhere, such as the end of all patience, says nothing about a commit.
+/// An error from elsewhere, such as a timeout, says nothing about the commit.
 impl From<sqlx::Error> for NotSubmitted {
     fn from(error: sqlx::Error) -> Self {
         Self { error, nothing_kept: false }
@@ -139,14 +139,14 @@ impl From<sqlx::Error> for NotSubmitted {
 }
 
 impl NotSubmitted {
-    /// Nothing had been committed, nor asked to be.
+    /// The error occurred before the commit was requested.
     #[must_use]
     pub fn before_commit(error: sqlx::Error) -> Self {
         Self { error, nothing_kept: true }
     }
 
-    /// The commit had been asked for. It is undone for certain only if the database says why it refused it: a conflict of
-    /// transactions (class 40), or data (22, 23, 25).
+    /// The commit was requested. It is certainly undone only if the database names a reason: a transaction conflict (class 40),
+    /// or the data (22, 23, 25).
     fn at_commit(error: sqlx::Error) -> Self {
         let refused = error
             .as_database_error()
@@ -156,34 +156,34 @@ impl NotSubmitted {
     }
 }
 
-/// Why no run was made.
+/// Why no run was created.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// There is nothing in the list.
+    /// The list is empty.
     Empty,
-    /// There are more addresses than a run may have.
+    /// The list has too many addresses.
     TooMany {
         /// The limit.
         limit: usize,
     },
-    /// Nobody in it can be invited.
+    /// No one in the list can be invited.
     NothingNew(Tally),
 }
 
-/// A submission is taken in within this time, or not at all.
+/// The time limit of a submission.
 pub const SUBMISSION: Duration = Duration::from_secs(300);
 
 /// Submits a run.
 ///
 /// # Errors
-/// The database's, and whether it is certain that nothing is kept.
+/// The error, and whether it is certain that nothing was stored.
 pub async fn submit(pool: &PgPool, run: NewRun<'_>, rows: &impl Rows) -> Result<Submitted, NotSubmitted> {
     if rows.are_none() {
         return Ok(Submitted::Refused(Refusal::Empty));
     }
     let mut tries = 1;
     let mut insert = Insert::Plain;
-    // An earlier try's commit may have been carried out, unless a later one has found nothing of it.
+    // The commit of an earlier try may have succeeded, unless a later try finds nothing of it.
     let mut in_doubt = false;
     loop {
         match submit_once(pool, run, rows, insert, &mut in_doubt).await {
@@ -198,12 +198,12 @@ pub async fn submit(pool: &PgPool, run: NewRun<'_>, rows: &impl Rows) -> Result<
     }
 }
 
-/// How rows are inserted that another submission may insert at the same moment.
+/// How to insert rows that another submission may be inserting as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Insert {
-    /// Fails as a whole if one does. Without the look before each row, the list is taken in in three quarters of the time.
+    /// Fails as a whole if one row conflicts. Without the check of each row, this takes three quarters of the time.
     Plain,
-    /// Leaves such rows out.
+    /// Skips conflicting rows.
     Checked,
 }
 
@@ -235,7 +235,7 @@ async fn submit_once(
     Ok(submitted)
 }
 
-/// Everything but the commit. Whatever is not accepted is rolled back.
+/// Everything except the commit. Unless the submission is accepted, it is rolled back.
 async fn take_in(
     conn: &mut PgConnection,
     run: NewRun<'_>,
@@ -243,14 +243,14 @@ async fn take_in(
     insert: Insert,
     in_doubt: &mut bool,
 ) -> sqlx::Result<Submitted> {
-    // A statement for a million people takes longer than others may.
+    // A statement for a million people may exceed the usual timeout.
     let timeout = format!("SET LOCAL statement_timeout = {}", SUBMISSION.as_millis());
     sqlx::query(AssertSqlSafe(timeout)).execute(&mut *conn).await?;
-    // First of all, so that the second of two simultaneous clicks waits here for the first one's end.
+    // This comes first, so that the second of two simultaneous clicks waits here for the end of the first one.
     if !insert_run(conn, run).await? {
         return earlier(conn, run.id).await.map(Submitted::Before);
     }
-    // It waits for the end of an earlier try as well: that one has left nothing behind.
+    // Inserting also waited for the end of an earlier try, so that one has left nothing behind.
     *in_doubt = false;
     let items = match rows.insert(conn, run.id, insert).await? {
         Ok(items) => items,
@@ -296,7 +296,7 @@ async fn complete_run(conn: &mut PgConnection, run_id: Uuid, items: i32) -> sqlx
     Ok(())
 }
 
-/// Puts the items' messages into the outbox, and notes that the first pass has released them.
+/// Adds the items' messages to the outbox, and records that the first pass has released them.
 async fn release_all(conn: &mut PgConnection, run_id: Uuid, items: i32) -> sqlx::Result<()> {
     sqlx::query!(
         "INSERT INTO run_passes (run_id, number, kind, cursor, released, done_at) VALUES ($1, 1, 'first', $2, $2, now())",
@@ -326,7 +326,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_was_refused_or_never_committed_is_certainly_not_kept() {
+    fn only_a_refused_or_unrequested_commit_certainly_stored_nothing() {
         let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
         assert!(NotSubmitted::before_commit(lost()).nothing_kept);
         assert!(!NotSubmitted::at_commit(lost()).nothing_kept);

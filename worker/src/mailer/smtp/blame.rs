@@ -1,6 +1,6 @@
-//! Whether a refusal that may speak of us concerns the relay, or only its recipient. Pure.
+//! Decides whether a refusal that may be about us concerns the relay or only its recipient. Pure.
 //!
-//! A recipient that meets it again while others get their mail is alone with it: the refusal costs that recipient a try, and pauses
+//! If a recipient is refused again while others get their mail, the refusal is about that recipient: it costs a try and pauses
 //! nothing.
 
 use std::{
@@ -8,19 +8,19 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
 };
 
-/// So many recipients in a row have to be deferred, at two domains at least, before that concerns the relay.
+/// A deferral concerns the relay once this many recipients in a row, at two or more domains, were deferred.
 const DEFERRED_IN_A_ROW: usize = 3;
-/// So many refused recipients are remembered, and then half of them.
+/// At most this many refused recipients are remembered; then the older half is dropped.
 const KEPT: usize = 10_000;
 
-/// What is remembered of refusals.
+/// The refusals of one relay.
 #[derive(Debug, Default)]
 pub struct Blame {
-    /// Messages that the relay has accepted.
+    /// How many messages the relay has accepted.
     accepted: u64,
-    /// Recipients that were refused, and how many messages had been accepted by then.
+    /// By recipient (hashed): the value of `accepted` at the last refusal.
     refused: HashMap<u64, u64>,
-    /// Recipients and domains that were deferred since a message was accepted.
+    /// Recipients and domains (hashed) deferred since the last accepted message.
     deferred: HashSet<(u64, u64)>,
 }
 
@@ -32,7 +32,7 @@ impl Blame {
         self.deferred.clear();
     }
 
-    /// A recipient was refused, with words that speak of us. True: that concerns the relay.
+    /// A recipient was refused with a reply that is about us. Returns whether that concerns the relay.
     pub fn refused(&mut self, recipient: &str) -> bool {
         let recipient = hash(recipient);
         if self.refused.len() >= KEPT {
@@ -43,13 +43,13 @@ impl Blame {
             self.refused.clear();
         }
         match self.refused.insert(recipient, self.accepted) {
-            // Others got their mail since.
+            // If the count has grown, others got their mail since.
             Some(before) => before == self.accepted,
             None => true,
         }
     }
 
-    /// A recipient was deferred, with words that may speak of us. True: that concerns the relay.
+    /// A recipient was deferred with a reply that may be about us. Returns whether that concerns the relay.
     pub fn deferred(&mut self, recipient: &str, domain: &str) -> bool {
         let is_alone = self.refused.get(&hash(recipient)).is_some_and(|before| *before < self.accepted);
         self.refused(recipient);
@@ -75,10 +75,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recipient_that_is_refused_again_while_others_succeed_is_alone_with_it() {
+    fn a_recipient_refused_again_while_others_succeed_does_not_concern_the_relay() {
         let mut blame = Blame::default();
         assert!(blame.refused("ann"));
-        assert!(blame.refused("ann"), "nobody else was accepted since");
+        assert!(blame.refused("ann"), "no other message was accepted since");
         blame.accepted("bob");
         assert!(!blame.refused("ann"));
         assert!(blame.refused("zoe"));
@@ -93,10 +93,10 @@ mod tests {
             assert!(!blame.deferred(&format!("{number}@one.example"), "one.example"));
         }
         assert!(blame.deferred("a@two.example", "two.example"));
-        // Who tries whether it has passed meets the same.
+        // A probe meets the same deferral.
         assert!(blame.deferred("a@two.example", "two.example"));
         blame.accepted("bob@one.example");
-        assert!(!blame.deferred("a@two.example", "two.example"), "it is alone with it");
+        assert!(!blame.deferred("a@two.example", "two.example"), "only this recipient is affected");
         assert!(!blame.deferred("c@three.example", "three.example"));
         assert!(!blame.deferred("d@four.example", "four.example"));
         assert!(blame.deferred("e@four.example", "four.example"));
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn only_so_many_are_remembered() {
+    fn the_number_of_remembered_recipients_is_bounded() {
         let mut blame = Blame::default();
         for number in 0..3 * KEPT {
             blame.refused(&number.to_string());

@@ -1,8 +1,9 @@
-//! The circuit breaker for refusals that nobody can explain. Pure.
+//! The circuit breaker for unexplained refusals. Pure.
 //!
-//! A message that is refused for good, with words that say neither that the mailbox does not exist nor that the relay refuses us, is
-//! suspect: it is put off without charging a try until it is clear whether others meet the same. If many do, the relay is stopped
-//! and an operator decides; if not, the message fails with the server's words, without being offered again.
+//! A message is suspect if it was refused permanently and the reply says neither that the mailbox does not exist nor that the
+//! relay rejects us. A suspect is deferred without charging a try until it is clear whether others meet the same refusal. If
+//! many do, the relay is stopped and an operator decides. If not, the message fails with the server's reply and is not offered
+//! again.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -12,38 +13,36 @@ use std::{
 use mailrun_app::config::BreakerConfig;
 use uuid::Uuid;
 
-/// While nothing was sent for so long, a suspect waits for nothing.
+/// After this long without a reply from the relay, suspects are no longer deferred.
 const QUIET: Duration = Duration::from_millis(1_500);
-/// No suspect waits for longer.
+/// A suspect is deferred for at most this long.
 const LONGEST: Duration = Duration::from_secs(600);
-/// A streak or a share below this part of what trips the breaker is no reason to wait.
+/// Suspects are deferred only while the streak or the share is at least this fraction (1/n) of what trips the breaker.
 const SUSPICIOUS_PART: usize = 4;
-/// So many suspects are remembered; what is forgotten is offered again.
+/// At most this many suspects are remembered. A forgotten message is offered again.
 const KEPT: usize = 10_000;
 
-/// A refused message.
+/// One message that was refused for an unknown reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// The message, the same on each attempt.
+    /// The same on each attempt.
     pub message_id: String,
-    /// Its run.
     pub run_id: Uuid,
-    /// Its recipient.
     pub recipient: String,
-    /// The server's words.
+    /// The server's reply.
     pub reason: String,
-    /// What they have in common with others.
+    /// The normalized reply, equal for refusals with the same reason.
     pub alike: String,
 }
 
-/// Why a relay is stopped.
+/// A relay to stop, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trip {
-    /// The number of the relay.
+    /// The relay's index.
     pub relay: usize,
-    /// What was counted, and the server's words.
+    /// The counts, and the server's last reply.
     pub reason: String,
-    /// What the refusals have in common.
+    /// The normalized replies.
     pub alike: Vec<String>,
     /// The runs whose messages were refused.
     pub runs: Vec<Uuid>,
@@ -52,9 +51,9 @@ pub struct Trip {
 /// What to do with a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// It waits, and costs no try.
+    /// Defer it without charging a try.
     Wait(String),
-    /// It fails.
+    /// Fail it.
     Fail(String),
 }
 
@@ -65,33 +64,32 @@ struct Suspect {
     at: Instant,
 }
 
-/// What is counted of one relay.
+/// The counts of one relay.
 #[derive(Debug, Default)]
 struct Counts {
-    /// What the last refusals have in common, and whom they hit.
+    /// The normalized reply shared by the latest refusals, and their distinct recipients.
     streak: Option<(String, HashSet<String>)>,
-    /// The last messages: whether each was refused.
+    /// Whether each of the last messages was refused.
     window: VecDeque<bool>,
     refused: usize,
-    /// When the last message was answered.
+    /// When the relay last replied to a message.
     last: Option<Instant>,
     stopped: bool,
 }
 
-/// The breaker of all relays of a process.
+/// The breaker of all relays in this process.
 #[derive(Debug)]
 pub struct Breaker {
     settings: BreakerConfig,
     counts: HashMap<usize, Counts>,
     suspects: HashMap<String, Suspect>,
-    /// Refusals that an operator called the recipients' fault.
+    /// Normalized replies that an operator attributed to the recipients.
     explained: HashSet<String>,
-    /// Messages that were refused so.
+    /// Relays to stop, not yet taken by [`Self::take_trips`].
     trips: Vec<Trip>,
 }
 
 impl Breaker {
-    /// Nothing is counted yet.
     pub fn new(settings: BreakerConfig) -> Self {
         Self {
             settings,
@@ -102,14 +100,14 @@ impl Breaker {
         }
     }
 
-    /// A message was accepted, or refused for a reason that is known.
+    /// A message was accepted, or refused for a known reason.
     pub fn answered(&mut self, relay: usize, now: Instant) {
         let counts = self.counts.entry(relay).or_default();
         counts.streak = None;
         counts.push(false, self.settings.window, now);
     }
 
-    /// A message was refused for good, and nobody knows why.
+    /// A message was refused permanently, for an unknown reason.
     pub fn refused(&mut self, relay: usize, refusal: Refusal, now: Instant) -> Decision {
         if self.settings.in_a_row == 0 || self.explained.contains(&refusal.alike) {
             self.answered(relay, now);
@@ -132,7 +130,7 @@ impl Breaker {
         Decision::Wait(reason)
     }
 
-    /// What to do with a message before it is offered. None: offer it.
+    /// Decides about a message before it is offered. `None`: offer it.
     pub fn before(&mut self, message_id: &str, now: Instant) -> Option<Decision> {
         let suspect = self.suspects.get(message_id)?;
         let reason = suspect.refusal.reason.clone();
@@ -150,17 +148,17 @@ impl Breaker {
         Some(Decision::Fail(reason))
     }
 
-    /// Relays that have to be stopped: to be asked after [`Self::refused`].
+    /// The relays to stop. Call this after [`Self::refused`].
     pub fn take_trips(&mut self) -> Vec<Trip> {
         std::mem::take(&mut self.trips)
     }
 
-    /// The relay is stopped, here or by another process.
+    /// The relay is stopped, by this or another process.
     pub fn stopped(&mut self, relay: usize) {
         self.counts.entry(relay).or_default().stopped = true;
     }
 
-    /// An operator has answered: the relay goes on. Suspects are offered again, unless their refusals are explained.
+    /// An operator has answered: the relay is used again. Its suspects are offered again, except those with an explained refusal.
     pub fn released(&mut self, relay: usize) {
         if self.counts.get(&relay).is_some_and(|counts| counts.stopped) {
             self.counts.insert(relay, Counts::default());
@@ -169,7 +167,7 @@ impl Breaker {
         }
     }
 
-    /// Such refusals are the recipients' fault.
+    /// Attributes these refusals to the recipients.
     pub fn explain(&mut self, alike: impl IntoIterator<Item = String>) {
         self.explained = alike.into_iter().collect();
     }
@@ -208,7 +206,7 @@ impl Counts {
         }
     }
 
-    /// Whether it may still come to a stop because of such refusals.
+    /// Whether refusals like this one may still trip the breaker.
     fn is_suspicious(&self, alike: &str, settings: &BreakerConfig) -> bool {
         let streak = self.streak.as_ref().is_some_and(|(same, recipients)| {
             same == alike && recipients.len() * SUSPICIOUS_PART >= settings.in_a_row.min(SUSPICIOUS_PART * 2)
@@ -241,12 +239,12 @@ mod tests {
     }
 
     #[test]
-    fn twenty_in_a_row_with_the_same_words_stop_the_relay_and_none_fails() {
+    fn twenty_identical_refusals_in_a_row_stop_the_relay_and_fail_no_message() {
         let (mut breaker, now) = breaker();
         for number in 0..19 {
             assert_eq!(breaker.refused(0, refusal(number, "no"), now), wait(number, "no"));
         }
-        // The same recipient again counts once.
+        // A repeated recipient counts once.
         breaker.refused(0, refusal(3, "no"), now);
         assert_eq!(breaker.take_trips(), []);
         breaker.refused(0, refusal(19, "no"), now);
@@ -256,13 +254,13 @@ mod tests {
         assert!(trips[0].reason.contains("20 recipients in a row") && trips[0].reason.contains("550 no 19"));
         let later = now + Duration::from_secs(3_600);
         assert!((0..20).all(|number| breaker.before(&format!("<{number}>"), later) == Some(wait(number, "no"))));
-        // It was us: they are offered again.
+        // Answered "it was us": they are offered again.
         breaker.released(0);
         assert!((0..20).all(|number| breaker.before(&format!("<{number}>"), later).is_none()));
     }
 
     #[test]
-    fn the_recipients_fault_fails_without_another_offer() {
+    fn refusals_explained_by_the_recipient_fail_without_another_offer() {
         let (mut breaker, now) = breaker();
         for number in 0..20 {
             breaker.refused(0, refusal(number, "no"), now);
@@ -276,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn an_acceptance_ends_the_streak_and_a_lone_refusal_fails() {
+    fn an_accepted_message_ends_the_streak_and_a_single_refusal_fails() {
         let (mut breaker, now) = breaker();
         for round in 0..10 {
             for number in 0..19 {
@@ -298,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn half_of_the_last_two_hundred_stop_the_relay_whatever_their_words() {
+    fn refusing_half_of_the_last_two_hundred_stops_the_relay_whatever_the_replies() {
         let (mut breaker, now) = breaker();
         for number in 0..199 {
             if number % 2 == 0 {
@@ -332,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn each_relay_is_counted_by_itself() {
+    fn each_relay_is_counted_separately() {
         let (mut breaker, now) = breaker();
         for number in 0..15 {
             breaker.refused(0, refusal(number, "no"), now);

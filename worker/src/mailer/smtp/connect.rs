@@ -1,4 +1,4 @@
-//! A TCP connection to a relay: its addresses are raced, each with its own share of the time (RFC 8305).
+//! Opens a TCP connection to a relay. Its addresses are raced, each with its own time limit (RFC 8305).
 
 use std::{collections::VecDeque, io, net::SocketAddr, time::Duration};
 
@@ -8,13 +8,13 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// The next address is tried when the one before was silent for so long.
+/// The next address is tried when the previous one has not answered within this time.
 const STAGGER: Duration = Duration::from_millis(250);
 
-/// The addresses of a host, IPv6 and IPv4 in turn.
+/// The addresses of a host, alternating between IPv6 and IPv4.
 ///
 /// # Errors
-/// When there are none.
+/// If there are none.
 pub async fn addresses(host: &str, port: u16, limit: Duration) -> io::Result<VecDeque<SocketAddr>> {
     let found = timeout(limit, lookup_host((host, port))).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))?;
     let (six, four): (Vec<_>, Vec<_>) = found.partition(SocketAddr::is_ipv6);
@@ -38,10 +38,10 @@ fn in_turn<T>(first: Vec<T>, second: Vec<T>) -> VecDeque<T> {
     }
 }
 
-/// Connects to the address that answers first, and takes it out of `addresses`, with those that refused. Each has `limit`.
+/// Connects to the address that answers first. Removes it from `addresses`, and those that refused. `limit` applies to each.
 ///
 /// # Errors
-/// The last one's, when none of them answers.
+/// The last error, if no address answers.
 pub async fn connect(addresses: &mut VecDeque<SocketAddr>, limit: Duration) -> io::Result<TcpStream> {
     let mut waiting = addresses.clone();
     let mut under_way = FuturesUnordered::new();
@@ -77,16 +77,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_families_have_their_turn() {
+    fn address_families_alternate() {
         assert_eq!(in_turn(vec![1, 2, 3], vec![4]), [1, 4, 2, 3]);
         assert_eq!(in_turn(vec![], vec![4, 5]), [4, 5]);
     }
 
     #[tokio::test]
-    async fn an_address_that_is_silent_or_refuses_does_not_hide_the_next_one() {
+    async fn a_silent_or_refusing_address_does_not_hide_the_next_one() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let there = listener.local_addr().unwrap();
-        // Its queue of connections is full: whoever comes then hears nothing.
+        // Its backlog is full, so new connections get no answer.
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let silent = socket.local_addr().unwrap();

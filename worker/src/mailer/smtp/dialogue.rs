@@ -1,7 +1,7 @@
-//! One side of a conversation in SMTP: a line out, an answer in, each within a time limit.
+//! The client side of an SMTP conversation: send a line, read a reply, each within a time limit.
 //!
-//! It is our own, and small, for what hangs on it: after a message was handed over, an answer that is merely odd (a code
-//! without text, a line that is not UTF-8) must not leave an invitation `unknown`; and nothing that somebody said before
+//! This is our own small implementation because two details matter. After a message was handed over, a reply that is merely
+//! odd (a code without text, a line that is not UTF-8) must not leave an invitation `unknown`. And nothing received before
 //! STARTTLS may count after it.
 
 use std::time::Duration;
@@ -14,74 +14,74 @@ use tokio::{
 
 use super::{
     reply::Reply,
-    verdict::{Failure, Stage, Trouble},
+    verdict::{Cause, Failure, Stage},
 };
 
-/// A line of an answer has 512 bytes at most (RFC 5321, 4.5.3.1.5); some servers write longer ones.
+/// A reply line has at most 512 bytes (RFC 5321, 4.5.3.1.5); some servers send longer ones.
 const MAX_LINE_BYTES: u64 = 8 * 1024;
-/// An answer with more lines is no answer.
+/// A reply with more lines is invalid.
 const MAX_LINES: usize = 200;
 
-/// What a conversation is held over.
+/// A byte stream, encrypted or not.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Stream for T {}
 
-/// A conversation.
+/// A conversation over one connection.
 pub struct Dialogue {
     stream: BufReader<Box<dyn Stream>>,
 }
 
 impl Dialogue {
-    /// Over a connection on which nothing was said yet.
+    /// Starts on a connection on which nothing was received yet.
     pub fn new(stream: impl Stream + 'static) -> Self {
         Self { stream: BufReader::new(Box::new(stream)) }
     }
 
-    /// The connection, to go on with it otherwise.
+    /// The underlying stream, for the TLS handshake.
     ///
     /// # Errors
-    /// When something is left unread, which would then be taken for something else.
-    pub fn into_stream(self) -> Result<Box<dyn Stream>, Trouble> {
+    /// If unread bytes are left: they would be mistaken for part of the encrypted conversation.
+    pub fn into_stream(self) -> Result<Box<dyn Stream>, Cause> {
         if self.stream.buffer().is_empty() {
             Ok(self.stream.into_inner())
         } else {
-            Err(Trouble::Senseless("more than one answer".into()))
+            Err(Cause::BadReply("more than one reply".into()))
         }
     }
 
-    /// Whether nothing is left unread: what was said ahead would be taken for the answer to the next command.
+    /// Whether no unread bytes are left: they would be mistaken for the reply to the next command.
     pub fn is_clean(&self) -> bool {
         self.stream.buffer().is_empty()
     }
 
-    /// What was said that nobody asked for. None: nothing.
-    async fn unasked(&mut self) -> Option<Trouble> {
+    /// What the server sent without being asked. `None`: nothing.
+    async fn unsolicited(&mut self) -> Option<Cause> {
         let said = self.stream.fill_buf().now_or_never()?;
         match said {
-            Ok([]) => Some(Trouble::Lost("the mail server closed it".into())),
-            Err(error) => Some(Trouble::Lost(error.to_string())),
-            // A server that closes may say so at any time (RFC 5321, 3.8).
+            Ok([]) => Some(Cause::Lost("the mail server closed the connection".into())),
+            Err(error) => Some(Cause::Lost(error.to_string())),
+            // A server may announce that it closes the connection at any time (RFC 5321, 3.8).
             Ok(bytes) if bytes.starts_with(b"421") && bytes.contains(&b'\n') => match self.reply().await {
-                Ok(reply) => Some(Trouble::Refused(reply)),
-                Err(trouble) => Some(trouble),
+                Ok(reply) => Some(Cause::Refused(reply)),
+                Err(cause) => Some(cause),
             },
-            Ok(_) => Some(Trouble::Senseless("more than one answer".into())),
+            Ok(_) => Some(Cause::BadReply("more than one reply".into())),
         }
     }
 
-    /// Sends a command and reads the answer. `line` has no line end, and nobody's text that was not checked for one.
+    /// Sends a command and reads the reply. `line` has no line end, and contains no text that was not checked for one.
     ///
     /// # Errors
-    /// When there is none within `limit`. A refusal is an answer.
+    /// If there is no reply within `limit`. A refusal is a reply.
     pub async fn command(&mut self, stage: Stage, line: &str, limit: Duration) -> Result<Reply, Failure> {
-        if let Some(trouble) = self.unasked().await {
-            return Err(Failure { stage, trouble });
+        if let Some(cause) = self.unsolicited().await {
+            return Err(Failure { stage, cause });
         }
         self.exchange(stage, format!("{line}\r\n").as_bytes(), limit).await
     }
 
-    /// Reads an answer to what was not asked: the greeting.
+    /// Reads a reply without sending a command: the greeting.
     ///
     /// # Errors
     /// As for [`Self::command`].
@@ -89,30 +89,31 @@ impl Dialogue {
         self.exchange(stage, &[], limit).await
     }
 
-    /// Sends a message with its end, and reads the answer. `message` has CRLF at the ends of its lines.
+    /// Sends a message with its terminator and reads the reply. `message` uses CRLF line ends. `limit` applies to sending, and
+    /// again to the reply.
     ///
     /// # Errors
-    /// As for [`Self::command`]. `limit` holds for handing it over, and again for the answer.
+    /// As for [`Self::command`].
     pub async fn message(&mut self, message: &[u8], limit: impl Fn() -> Duration) -> Result<Reply, Failure> {
-        // Not a byte of it is sent yet.
-        if let Some(trouble) = self.unasked().await {
-            return Err(Failure { stage: Stage::Data, trouble });
+        // No byte of the message was sent yet.
+        if let Some(cause) = self.unsolicited().await {
+            return Err(Failure { stage: Stage::Data, cause });
         }
-        let failed = |trouble| Failure { stage: Stage::Content, trouble };
+        let failed = |cause| Failure { stage: Stage::Content, cause };
         let hand_over = limit();
         match timeout(hand_over, self.write(&stuffed(message))).await {
             Ok(Ok(())) => {}
-            // A server that has had enough says why before it hangs up.
+            // A server that closes the connection may have said why first.
             Ok(Err(error)) => {
                 return match timeout(limit(), self.reply()).await {
                     Ok(Ok(reply)) if reply.code >= 400 => Ok(reply),
-                    _ => Err(failed(Trouble::Lost(error.to_string()))),
+                    _ => Err(failed(Cause::Lost(error.to_string()))),
                 };
             }
-            Err(_) => return Err(failed(Trouble::Slow(hand_over))),
+            Err(_) => return Err(failed(Cause::TimedOut(hand_over))),
         }
         let answer = limit();
-        timeout(answer, self.reply()).await.unwrap_or(Err(Trouble::Slow(answer))).map_err(failed)
+        timeout(answer, self.reply()).await.unwrap_or(Err(Cause::TimedOut(answer))).map_err(failed)
     }
 
     async fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
@@ -124,34 +125,34 @@ impl Dialogue {
         let exchange = async {
             match self.write(bytes).await {
                 Ok(()) => self.reply().await,
-                // A server that has had enough says why before it hangs up.
+                // A server that closes the connection may have said why first.
                 Err(error) => match self.reply().await {
                     Ok(reply) if reply.code >= 400 => Ok(reply),
-                    _ => Err(Trouble::Lost(error.to_string())),
+                    _ => Err(Cause::Lost(error.to_string())),
                 },
             }
         };
-        let result = timeout(limit, exchange).await.unwrap_or(Err(Trouble::Slow(limit)));
-        result.map_err(|trouble| Failure { stage, trouble })
+        let result = timeout(limit, exchange).await.unwrap_or(Err(Cause::TimedOut(limit)));
+        result.map_err(|cause| Failure { stage, cause })
     }
 
-    async fn reply(&mut self) -> Result<Reply, Trouble> {
+    async fn reply(&mut self) -> Result<Reply, Cause> {
         let mut answer: Option<Reply> = None;
         loop {
             let mut bytes = Vec::new();
             let mut limited = (&mut self.stream).take(MAX_LINE_BYTES);
-            limited.read_until(b'\n', &mut bytes).await.map_err(|error| Trouble::Lost(error.to_string()))?;
+            limited.read_until(b'\n', &mut bytes).await.map_err(|error| Cause::Lost(error.to_string()))?;
             if bytes.is_empty() {
-                return Err(Trouble::Lost("the mail server closed it".into()));
+                return Err(Cause::Lost("the mail server closed the connection".into()));
             }
             let text = String::from_utf8_lossy(&bytes);
             let line = text.trim_end_matches(['\r', '\n']);
             let read = Reply::line(line).filter(|_| bytes.ends_with(b"\n"));
-            let Some((code, last, text)) = read else { return Err(Trouble::Senseless(line.to_owned())) };
+            let Some((code, last, text)) = read else { return Err(Cause::BadReply(line.to_owned())) };
             let answer = answer.get_or_insert_with(|| Reply { code, lines: Vec::new() });
             answer.lines.push(text.to_owned());
             if answer.code != code || answer.lines.len() > MAX_LINES {
-                return Err(Trouble::Senseless(line.to_owned()));
+                return Err(Cause::BadReply(line.to_owned()));
             }
             if last {
                 return Ok(answer.clone());
@@ -160,7 +161,7 @@ impl Dialogue {
     }
 }
 
-/// The message as it is sent: a line with a dot alone would end it, so dots that begin lines are doubled (RFC 5321, 4.5.2).
+/// The message with dot-stuffing and terminator: a line with a single dot would end it (RFC 5321, 4.5.2).
 fn stuffed(message: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(message.len() + 64);
     let mut begins = true;
@@ -184,15 +185,15 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(5);
 
-    async fn answer(said: &[u8]) -> Result<Reply, Trouble> {
+    async fn answer(said: &[u8]) -> Result<Reply, Cause> {
         let (ours, mut theirs) = tokio::io::duplex(64 * 1024);
         theirs.write_all(said).await.unwrap();
         drop(theirs);
-        Dialogue::new(ours).listen(Stage::Greeting, LIMIT).await.map_err(|failure| failure.trouble)
+        Dialogue::new(ours).listen(Stage::Greeting, LIMIT).await.map_err(|failure| failure.cause)
     }
 
     #[tokio::test]
-    async fn answers_are_read_however_they_are_written() {
+    async fn replies_are_read_in_every_form_that_servers_use() {
         let reply = |code, lines: &[&str]| Ok(Reply { code, lines: lines.iter().map(|l| (*l).to_owned()).collect() });
         assert_eq!(answer(b"220 hi\r\n").await, reply(220, &["hi"]));
         assert_eq!(answer(b"250-a\r\n250-b\r\n250 c\r\n").await, reply(250, &["a", "b", "c"]));
@@ -202,43 +203,43 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_no_answer_is_none() {
+    async fn malformed_replies_are_rejected() {
         for said in [&b"HTTP/1.1 400\r\n"[..], b"250-a\r\n251 b\r\n", b"250 o", &[b'2'; 9_000]] {
-            assert!(matches!(answer(said).await, Err(Trouble::Senseless(_))));
+            assert!(matches!(answer(said).await, Err(Cause::BadReply(_))));
         }
-        assert!(matches!(answer(&b"250-a\r\n".repeat(300)).await, Err(Trouble::Senseless(_))));
-        assert!(matches!(answer(b"").await, Err(Trouble::Lost(_))));
-        assert!(matches!(answer(b"250-a\r\n").await, Err(Trouble::Lost(_))));
+        assert!(matches!(answer(&b"250-a\r\n".repeat(300)).await, Err(Cause::BadReply(_))));
+        assert!(matches!(answer(b"").await, Err(Cause::Lost(_))));
+        assert!(matches!(answer(b"250-a\r\n").await, Err(Cause::Lost(_))));
     }
 
     #[tokio::test]
-    async fn what_was_said_ahead_is_found_out() {
+    async fn bytes_sent_before_tls_are_detected() {
         let (ours, mut theirs) = tokio::io::duplex(1024);
         theirs.write_all(b"220 go\r\n250 injected\r\n").await.unwrap();
         let mut dialogue = Dialogue::new(ours);
         dialogue.listen(Stage::StartTls, LIMIT).await.unwrap();
-        assert!(matches!(dialogue.into_stream(), Err(Trouble::Senseless(_))));
+        assert!(matches!(dialogue.into_stream(), Err(Cause::BadReply(_))));
     }
 
     #[tokio::test]
-    async fn what_nobody_asked_for_is_no_answer() {
+    async fn an_unsolicited_reply_is_not_the_next_reply() {
         let (ours, mut theirs) = tokio::io::duplex(1024);
         theirs.write_all(b"220 hi\r\n250 ahead\r\n").await.unwrap();
         let mut dialogue = Dialogue::new(ours);
         dialogue.listen(Stage::Greeting, LIMIT).await.unwrap();
         assert!(!dialogue.is_clean());
         let failure = dialogue.command(Stage::Mail, "MAIL", LIMIT).await.unwrap_err();
-        assert_eq!(failure.trouble, Trouble::Senseless("more than one answer".into()));
-        // A farewell is one.
+        assert_eq!(failure.cause, Cause::BadReply("more than one reply".into()));
+        // Except for 421, which announces that the server closes the connection.
         let (ours, mut theirs) = tokio::io::duplex(1024);
         let mut dialogue = Dialogue::new(ours);
         theirs.write_all(b"421 4.4.2 idle for too long\r\n").await.unwrap();
         let failure = dialogue.command(Stage::Mail, "MAIL", LIMIT).await.unwrap_err();
-        assert!(matches!(failure.trouble, Trouble::Refused(Reply { code: 421, .. })), "{failure}");
+        assert!(matches!(failure.cause, Cause::Refused(Reply { code: 421, .. })), "{failure}");
     }
 
     #[tokio::test]
-    async fn a_message_is_not_begun_after_an_answer_too_many() {
+    async fn a_message_is_not_started_after_a_surplus_reply() {
         let (ours, mut theirs) = tokio::io::duplex(1024);
         theirs.write_all(b"354 go\r\n250 taken\r\n").await.unwrap();
         let mut dialogue = Dialogue::new(ours);
@@ -248,14 +249,14 @@ mod tests {
     }
 
     #[test]
-    fn dots_do_not_end_a_message() {
+    fn leading_dots_are_doubled() {
         assert_eq!(stuffed(b".\r\n..a\r\nb.\r\n"), b"..\r\n...a\r\nb.\r\n.\r\n");
         assert_eq!(stuffed(b"a"), b"a\r\n.\r\n");
     }
 
     proptest::proptest! {
         #[test]
-        fn any_bytes_are_an_answer_or_trouble(said in "([245][0-9]{2}[ -]?[a-z ]{0,9}\r?\n|[\\s\\S]{0,5}){0,8}", cut in 0usize..60) {
+        fn any_bytes_are_a_reply_or_an_error(said in "([245][0-9]{2}[ -]?[a-z ]{0,9}\r?\n|[\\s\\S]{0,5}){0,8}", cut in 0usize..60) {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
             let said = said.as_bytes();
             if let Ok(reply) = runtime.block_on(answer(&said[..cut.min(said.len())])) {
@@ -264,7 +265,7 @@ mod tests {
         }
 
         #[test]
-        fn no_message_ends_before_its_end(message in "([a\\.]|\r\n){0,40}") {
+        fn no_message_contains_its_terminator(message in "([a\\.]|\r\n){0,40}") {
             let sent = String::from_utf8(stuffed(message.as_bytes())).unwrap();
             proptest::prop_assert_eq!(sent.find("\r\n.\r\n").unwrap_or(0) + 5, sent.len().max(5));
         }

@@ -1,4 +1,4 @@
-//! How many connections send to the same domain: large providers turn away who comes with many at once.
+//! Bounds the connections per recipient domain: large providers reject senders that open many at once.
 
 use std::{
     collections::HashMap,
@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Domains are forgotten, if nobody sends to them, when there are so many.
+/// Once this many domains are known, unused ones are removed.
 const KEPT: usize = 4_096;
 
 /// The domains that this process sends to.
@@ -17,18 +17,18 @@ pub struct Domains {
 }
 
 impl Domains {
-    /// At most `limit` at a time for each; 0: no limit.
+    /// At most `limit` mails at a time for each domain; 0: no limit.
     pub fn new(limit: usize) -> Self {
         Self { limit, known: Mutex::default() }
     }
 
-    /// Waits until fewer than the limit send to `domain`; holding the result is sending to it.
+    /// Waits until fewer than `limit` mails are being sent to `domain`. Hold the permit while sending.
     pub async fn enter(&self, domain: &str) -> Option<OwnedSemaphorePermit> {
         if self.limit == 0 {
             return None;
         }
         let semaphore = self.semaphore(domain);
-        // It is never closed.
+        // The semaphore is never closed.
         semaphore.acquire_owned().await.ok()
     }
 
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn domains_are_forgotten() {
+    async fn unused_domains_are_removed() {
         let domains = Domains::new(1);
         let held = domains.enter("held").await;
         for number in 0..2 * KEPT {

@@ -1,4 +1,4 @@
-//! The connections that nobody uses at the moment. The one used last is taken first, so that those too many grow old.
+//! Idle connections. The most recently used one is taken first, so that surplus ones expire.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -13,19 +13,19 @@ struct Waiting {
     since: Instant,
 }
 
-/// Connections to all relays, oldest first.
+/// Idle connections to all relays, oldest first.
 pub struct Idle {
     keep: Duration,
     waiting: Mutex<Vec<Waiting>>,
 }
 
 impl Idle {
-    /// None yet; each is kept for `keep`.
+    /// Connections expire after `keep`.
     pub fn new(keep: Duration) -> Self {
         Self { keep, waiting: Mutex::default() }
     }
 
-    /// A connection to the relay of this number. One that waited for too long stays for [`Self::expired`].
+    /// Takes a connection to this relay. Expired ones are left to [`Self::expired`].
     pub fn take(&self, relay: usize, now: Instant) -> Option<Session> {
         let mut waiting = self.waiting();
         let fresh = |waiting: &Waiting| waiting.relay == relay && now.duration_since(waiting.since) < self.keep;
@@ -33,19 +33,19 @@ impl Idle {
         Some(waiting.remove(index).session)
     }
 
-    /// Puts a connection by.
+    /// Keeps a connection for reuse.
     pub fn put(&self, relay: usize, session: Session, now: Instant) {
         self.waiting().push(Waiting { relay, session, since: now });
     }
 
-    /// Those that waited for too long.
+    /// Takes the expired connections.
     pub fn expired(&self, now: Instant) -> Vec<Session> {
         let mut waiting = self.waiting();
         let old = |waiting: &mut Waiting| now.duration_since(waiting.since) >= self.keep;
         waiting.extract_if(.., old).map(|waiting| waiting.session).collect()
     }
 
-    /// The oldest, if there are more than `count`.
+    /// Takes the oldest connection if there are more than `count`.
     pub fn beyond(&self, count: usize) -> Option<Session> {
         let mut waiting = self.waiting();
         (waiting.len() > count).then(|| waiting.remove(0).session)

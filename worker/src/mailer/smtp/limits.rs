@@ -1,4 +1,4 @@
-//! How long each step of a conversation may take (RFC 5321, 4.5.3.2), and all of them together.
+//! Time limits: for each step of a conversation (RFC 5321, 4.5.3.2), and for a whole attempt.
 
 use std::time::Duration;
 
@@ -7,18 +7,17 @@ use tokio::time::Instant;
 
 use super::verdict::Stage;
 
-/// An attempt ends within this time. A delivery that was taken has to be acknowledged within 30 minutes, or RabbitMQ takes it
-/// back.
+/// The longest that an attempt takes. RabbitMQ requeues a delivery that is not acknowledged within 30 minutes.
 pub const LONGEST_ATTEMPT: Duration = Duration::from_secs(20 * 60);
-/// Kept free for handing the message over, beside what its answer may take.
+/// Reserved for sending the message, in addition to the time limit of its reply.
 const HAND_OVER: Duration = Duration::from_secs(60);
-/// While a relay has another address, one that does not greet within this time is passed over.
+/// If the relay has another address, one that does not greet within this time is skipped.
 const GREETING_IF_OTHERS: Duration = Duration::from_secs(30);
 
-/// How long each step may take.
+/// The time limit of each step.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// To connect to one address, and to agree on encryption.
+    /// For connecting to one address, and for the TLS handshake.
     pub connect: Duration,
     greeting: Duration,
     command: Duration,
@@ -27,7 +26,6 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// As configured.
     pub fn new(config: &SmtpConfig) -> Self {
         Self {
             connect: config.connect_timeout,
@@ -38,7 +36,7 @@ impl Limits {
         }
     }
 
-    /// The time of an attempt that begins now.
+    /// The deadline of an attempt that begins now.
     pub fn begin(self) -> Deadline {
         self.begin_at(Instant::now())
     }
@@ -48,24 +46,23 @@ impl Limits {
         Deadline { limits: self, before_message: end - HAND_OVER - self.message, end }
     }
 
-    /// To greet, while the relay has other addresses or not.
+    /// The limit of the greeting, depending on whether the relay has other addresses.
     pub fn greeting(&self, has_others: bool) -> Duration {
         if has_others { self.greeting.min(GREETING_IF_OTHERS) } else { self.greeting }
     }
 }
 
-/// The time that an attempt has left.
+/// The time left to an attempt.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline {
-    /// What each step may take.
     pub limits: Limits,
-    /// The message is begun until then, so that its answer has its time.
+    /// The latest time to begin the message, so that its reply has its full time limit.
     before_message: Instant,
     end: Instant,
 }
 
 impl Deadline {
-    /// How long a step may take that begins now.
+    /// The time limit of a step that begins now.
     pub fn limit(&self, stage: Stage) -> Duration {
         self.limit_at(stage, Instant::now())
     }
@@ -82,7 +79,7 @@ impl Deadline {
         limit.min(until.saturating_duration_since(now))
     }
 
-    /// When an attempt that has not begun its message is given up.
+    /// When an attempt that has not begun its message is abandoned.
     pub fn before_message(&self) -> Instant {
         self.before_message
     }
@@ -93,13 +90,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_attempt_ends_within_its_time() {
+    fn an_attempt_ends_within_its_deadline() {
         let begin = Instant::now();
         let deadline = Limits::new(&SmtpConfig::default()).begin_at(begin);
         let seconds = |stage, after| deadline.limit_at(stage, begin + Duration::from_secs(after)).as_secs();
         let stages = [Stage::Greeting, Stage::Mail, Stage::Rcpt, Stage::Data, Stage::Content];
         assert_eq!(stages.map(|stage| seconds(stage, 0)), [300, 300, 300, 120, 600]);
-        // The answer to the message keeps its time.
+        // The reply to the message keeps its full time limit.
         assert_eq!([Stage::Rcpt, Stage::Content].map(|stage| seconds(stage, 8 * 60)), [60, 600]);
         assert_eq!(seconds(Stage::Data, 9 * 60), 0);
         assert_eq!(seconds(Stage::Content, 15 * 60), 300);

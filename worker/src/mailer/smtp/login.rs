@@ -1,4 +1,4 @@
-//! AUTH: what is said to log in.
+//! SMTP AUTH.
 
 use std::{io, time::Duration};
 
@@ -9,15 +9,15 @@ use smtp_proto::{AUTH_LOGIN, AUTH_PLAIN, AUTH_XOAUTH2, response::generate::BitTo
 
 use super::{
     dialogue::Dialogue,
-    verdict::{Failure, Stage, Trouble},
+    verdict::{Cause, Failure, Stage},
 };
 
-/// Logs in. `offered` is what the server offers.
+/// Logs in. `offered`: the mechanisms that the server offers.
 ///
 /// # Errors
-/// When it does not succeed, for whatever reason.
+/// If the login does not succeed, for whatever reason.
 pub async fn log_in(dialogue: &mut Dialogue, login: &Login, offered: u64, limit: Duration) -> Result<(), Failure> {
-    let unable = |why: String| Failure { stage: Stage::Login, trouble: Trouble::Unable(why) };
+    let unable = |why: String| Failure { stage: Stage::Login, cause: Cause::Unsupported(why) };
     let offers = |mechanism: Mechanism| offered & bit(mechanism) != 0;
     let mechanism = match login.mechanism {
         Some(mechanism) => Some(mechanism).filter(|mechanism| offers(*mechanism)),
@@ -36,7 +36,7 @@ pub async fn log_in(dialogue: &mut Dialogue, login: &Login, offered: u64, limit:
     let (first, then) = match mechanism {
         Mechanism::Plain => (Some(format!("\0{}\0{secret}", login.user)), vec![]),
         Mechanism::Login => (None, vec![login.user.clone(), secret.to_owned()]),
-        // Where the token is not taken, the server says why in a challenge, and refuses after an empty answer.
+        // If the server rejects the token, it sends the reason as a challenge and refuses after an empty response.
         Mechanism::XOAuth2 => {
             (Some(format!("user={}\x01auth=Bearer {secret}\x01\x01", login.user)), vec![String::new()])
         }
@@ -49,12 +49,12 @@ pub async fn log_in(dialogue: &mut Dialogue, login: &Login, offered: u64, limit:
         }
         reply = dialogue.command(Stage::Login, &STANDARD.encode(answer), limit).await?;
     }
-    let trouble = match reply.code {
+    let cause = match reply.code {
         200..300 => return Ok(()),
-        300..400 => Trouble::Senseless(reply.to_string()),
-        _ => Trouble::Refused(reply),
+        300..400 => Cause::BadReply(reply.to_string()),
+        _ => Cause::Refused(reply),
     };
-    Err(Failure { stage: Stage::Login, trouble })
+    Err(Failure { stage: Stage::Login, cause })
 }
 
 fn bit(mechanism: Mechanism) -> u64 {
@@ -73,7 +73,7 @@ fn name(mechanism: Mechanism) -> &'static str {
     }
 }
 
-/// The password as it is now: a token in a file may be another one at each login.
+/// The current password. A token in a file may have changed since the last login.
 async fn password(password: &Password) -> io::Result<SecretString> {
     match password {
         Password::Here(password) => Ok(password.clone()),

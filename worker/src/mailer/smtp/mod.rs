@@ -1,8 +1,8 @@
-//! The real mailer: hands mail to relays by SMTP, over connections that it keeps.
+//! The real mailer: hands mail to relays over SMTP, on pooled connections.
 //!
-//! A mail waits for its recipient's domain and for a connection, then goes to a relay that takes mail, and to the next one if
-//! that one turns out to be away. `relays` says where to, `session` holds the conversation, `verdict` says what follows from
-//! what went wrong in it.
+//! A mail waits for its recipient's domain and for a connection. It then goes to a relay that accepts mail, and to the next
+//! one if that relay proves unavailable. `relays` chooses the relay, `session` speaks SMTP, and `verdict` decides what a
+//! failure means.
 
 mod blame;
 mod breaker;
@@ -46,7 +46,7 @@ use tracing::{error, info};
 
 use self::{
     breaker::{Breaker, Decision, Refusal},
-    circuit::Patience,
+    circuit::ProbeDelay,
     domains::Domains,
     idle::Idle,
     limits::{Deadline, Limits},
@@ -57,70 +57,69 @@ use self::{
 };
 use super::{
     Mail, Mailer, Outcome, Stopped,
-    message::{Composer, ComposerError, Letter},
+    message::{ComposedMail, Composer, ComposerError},
 };
 use crate::attempt::Attempt;
 use crate::gate::Gate;
 
 pub use self::tls::TlsError;
 
-/// What the answers of mail servers are counted as.
+/// The values of the `class` label under which replies are counted.
 pub fn reply_classes() -> impl Iterator<Item = &'static str> {
     [ACCEPTED, NO_ANSWER].into_iter().chain(ReplyClass::ALL.map(ReplyClass::name))
 }
 
-/// Why the relays can't be used as configured.
+/// The SMTP configuration is not usable.
 #[derive(Debug, thiserror::Error)]
 pub enum SmtpError {
-    /// A setting.
     #[error(transparent)]
     Setting(#[from] InvalidSetting),
-    /// Mail can't be written.
+    /// The sender addresses or the DKIM key.
     #[error(transparent)]
     Composer(#[from] ComposerError),
-    /// Connections can't be encrypted.
+    /// The certificate authorities.
     #[error(transparent)]
     Tls(#[from] TlsError),
 }
 
-/// Why an attempt is put off that waited for a connection for almost all of its time.
+/// The reason of an attempt that is deferred because it spent almost its whole time limit waiting for a connection.
 const NO_CONNECTION: &str = "no connection to the mail server became free in time";
 
-/// Sends through relays.
-pub struct Smtp(Arc<Carriers>);
+pub struct Smtp(Arc<Shared>);
 
-/// What the senders of this process share.
-struct Carriers {
+/// State shared by all attempts of this process.
+struct Shared {
     composer: Composer,
     relays: Relays,
-    /// One for each connection, held while it is used or closed. There are never more idle ones than permits left.
+    /// One permit per connection, held while the connection is in use or being closed. Never fewer free permits than idle
+    /// connections.
     permits: Arc<Semaphore>,
     domains: Domains,
     idle: Idle,
     breaker: Mutex<Breaker>,
-    /// Relays that were stopped here, and not written down yet.
+    /// Relays stopped by this process and not yet recorded in the ledger.
     stopped: Mutex<Vec<Stopped>>,
-    /// What it calls itself; none: its address on each connection.
+    /// The EHLO name. `None`: the local address of each connection.
     hello: Option<String>,
     limits: Limits,
     config: SmtpConfig,
-    /// Somebody closes connections that waited for too long.
-    tidied: AtomicBool,
+    /// Whether the task that closes expired idle connections is running.
+    closes_idle: AtomicBool,
 }
 
 impl Smtp {
-    /// Connects to nobody yet.
+    /// Opens no connection yet.
     ///
     /// # Errors
-    /// When a relay, a sender, a key or a certificate can't be used.
+    /// If a relay, a sender, a key or a certificate is not usable.
     pub fn new(config: &SmtpConfig) -> Result<Self, SmtpError> {
-        Self::with_patience(config, Patience::default())
+        Self::with_probe_delay(config, ProbeDelay::default())
     }
 
-    fn with_patience(config: &SmtpConfig, patience: Patience) -> Result<Self, SmtpError> {
-        Ok(Self(Arc::new(Carriers {
+    fn with_probe_delay(config: &SmtpConfig, probe_delay: ProbeDelay) -> Result<Self, SmtpError> {
+        Ok(Self(Arc::new(Shared {
             composer: Composer::new(config)?,
-            relays: Relays::new(config.relays()?, patience)?,
+            relays: Relays::new(config.relays()?, probe_delay)?,
             permits: Arc::new(Semaphore::new(config.connections)),
             domains: Domains::new(config.per_domain),
             idle: Idle::new(config.idle),
@@ -129,7 +128,7 @@ impl Smtp {
             hello: config.hello.clone().or_else(host_name),
             limits: Limits::new(config),
             config: config.clone(),
-            tidied: AtomicBool::new(false),
+            closes_idle: AtomicBool::new(false),
         })))
     }
 }
@@ -143,22 +142,22 @@ impl Mailer for Smtp {
             Some(Decision::Fail(reason)) => return Outcome::failed(reason),
             None => {}
         }
-        let letter = match self.0.compose(mail).await {
-            Ok(letter) => letter,
+        let composed = match self.0.compose(mail).await {
+            Ok(composed) => composed,
             Err(outcome) => return outcome,
         };
         let turn = async {
-            let domain = self.0.domains.enter(&letter.domain).await;
+            let domain = self.0.domains.enter(&composed.domain).await;
             (domain, Arc::clone(&self.0.permits).acquire_owned().await)
         };
         let deadline = self.0.limits.begin();
-        // Whoever waits for a connection must not wait for one to a relay that went away, nor for too long.
+        // Stop waiting for a connection when every relay closes, or when too little time is left to send the message.
         let (_domain, permit) = select! {
             (domain, Ok(permit)) = turn => (domain, permit),
             reason = self.0.relays.closed() => return Outcome::Later(reason),
             () = sleep_until(deadline.before_message()) => return Outcome::Later(NO_CONNECTION.into()),
         };
-        self.0.carry(mail, &letter, attempt, permit, &deadline).await
+        self.0.try_relays(mail, &composed, attempt, permit, &deadline).await
     }
 
     fn gate(&self) -> Gate {
@@ -183,41 +182,41 @@ impl Mailer for Smtp {
             let open = stops.iter().find(|stop| stop.relay == name && stop.fault.is_none());
             if let Some(stop) = open {
                 self.0.breaker().stopped(number);
-                self.0.relays.stop(number, &stopped_words(&stop.reason));
+                self.0.relays.stop(number, &stopped_text(&stop.reason));
             } else if !self.0.stopped().iter().any(|stopped| stopped.relay == name) && self.0.relays.release(number) {
-                info!(relay = name, "an operator has answered, trying the relay again");
+                info!(relay = name, "relay stop answered, trying the relay again");
                 self.0.breaker().released(number);
             }
         }
     }
 }
 
-/// What the pages say of a stopped relay.
-fn stopped_words(reason: &str) -> String {
+/// The text shown for a stopped relay.
+fn stopped_text(reason: &str) -> String {
     format!(
         "{reason}. Was it us or them? Answer with `mailrun relay it-was-us` or `it-was-them`, or on the page Stopped relays"
     )
 }
 
-impl Carriers {
-    /// Writes a mail. What takes long is done on a thread for such work, so that it delays no conversation and no heartbeat.
-    async fn compose(self: &Arc<Self>, mail: &Mail) -> Result<Letter, Outcome> {
+impl Shared {
+    /// Composes a mail. Slow work runs on a blocking thread, so that it delays neither SMTP conversations nor heartbeats.
+    async fn compose(self: &Arc<Self>, mail: &Mail) -> Result<ComposedMail, Outcome> {
         if !self.composer.takes_long(mail) {
             return self.composer.compose(mail);
         }
         let (this, mail) = (Arc::clone(self), mail.clone());
         match spawn_blocking(move || this.composer.compose(&mail)).await {
-            Ok(letter) => letter,
+            Ok(composed) => composed,
             Err(error) if error.is_panic() => resume_unwind(error.into_panic()),
             Err(_) => Err(Outcome::Later("the process is stopping".into())),
         }
     }
 
-    /// Tries one relay after the other.
-    async fn carry(
+    /// Tries the relays in turn until one settles the mail.
+    async fn try_relays(
         self: &Arc<Self>,
         mail: &Mail,
-        letter: &Letter,
+        composed: &ComposedMail,
         attempt: &Attempt,
         permit: OwnedSemaphorePermit,
         deadline: &Deadline,
@@ -225,7 +224,7 @@ impl Carriers {
         let mut tried = Vec::new();
         let mut why = None;
         loop {
-            // Before the look, so that no change is missed between the two.
+            // Subscribe before choosing, so that no change in between is missed.
             let mut changes = self.relays.changes();
             let ticket = match self.relays.choose(&tried) {
                 Choice::Relay(ticket) => ticket,
@@ -236,34 +235,34 @@ impl Carriers {
                 Choice::None(reason) => return Outcome::Later(why.unwrap_or(reason)),
             };
             let number = ticket.number;
-            let (result, session) = self.converse(number, ticket.endpoint, letter, attempt, deadline).await;
+            let (result, session) = self.deliver(number, ticket.endpoint, composed, attempt, deadline).await;
             let Err(failure) = result else {
                 counter!(metric::REPLIES, "class" => ACCEPTED).increment(1);
-                ticket.endpoint.blame().accepted(&letter.known_as);
+                ticket.endpoint.blame().accepted(&composed.recipient);
                 self.breaker().answered(number, Instant::now());
                 ticket.answered();
-                self.put_back(number, session, true, permit);
+                self.keep_or_close(number, session, true, permit);
                 return Outcome::Sent;
             };
             if let Some(class) = failure.class() {
                 counter!(metric::REPLIES, "class" => class).increment(1);
             }
-            let verdict = anonymous(failure.verdict(), letter);
+            let verdict = anonymous(failure.verdict(), composed);
             let concerns_relay = match &verdict {
-                Verdict::Refused(_) => ticket.endpoint.blame().refused(&letter.known_as),
-                Verdict::Deferred(_) => ticket.endpoint.blame().deferred(&letter.known_as, &letter.domain),
+                Verdict::Refused(_) => ticket.endpoint.blame().refused(&composed.recipient),
+                Verdict::Deferred(_) => ticket.endpoint.blame().deferred(&composed.recipient, &composed.domain),
                 _ => false,
             };
             match verdict {
                 Verdict::Refused(pause) | Verdict::Deferred(pause) if !concerns_relay => {
                     ticket.answered();
-                    self.put_back(number, session, false, permit);
+                    self.keep_or_close(number, session, false, permit);
                     return Outcome::Retry(pause.reason);
                 }
-                Verdict::Away(pause) | Verdict::Refused(pause) | Verdict::Deferred(pause) => {
+                Verdict::Unavailable(pause) | Verdict::Refused(pause) | Verdict::Deferred(pause) => {
                     drop(session);
                     why = Some(pause.reason.clone());
-                    ticket.away(pause);
+                    ticket.unavailable(pause);
                     tried.push(number);
                 }
                 Verdict::Mail(outcome) => {
@@ -271,22 +270,22 @@ impl Carriers {
                         self.breaker().answered(number, Instant::now());
                     }
                     ticket.answered();
-                    self.put_back(number, session, false, permit);
+                    self.keep_or_close(number, session, false, permit);
                     return outcome;
                 }
                 Verdict::Unexplained { reason, alike } => {
                     ticket.answered();
-                    self.put_back(number, session, false, permit);
+                    self.keep_or_close(number, session, false, permit);
                     let Some(run_id) = mail.run_id else {
                         return Outcome::failed(reason);
                     };
                     let message_id = mail.message_id.clone();
-                    let recipient = letter.known_as.clone();
+                    let recipient = composed.recipient.clone();
                     return self.refused(number, Refusal { message_id, run_id, recipient, reason, alike });
                 }
                 Verdict::Withdrawn(withdrawn) => {
-                    // A trial that is dropped is left to the next mail.
-                    self.put_back(number, session, true, permit);
+                    // Dropping a trial ticket hands the trial to the next mail.
+                    self.keep_or_close(number, session, true, permit);
                     return Outcome::Withdrawn(withdrawn);
                 }
                 Verdict::Broken(outcome) => {
@@ -299,7 +298,7 @@ impl Carriers {
         }
     }
 
-    /// A message was refused for good, and nobody knows why.
+    /// A message was refused permanently, for an unknown reason.
     fn refused(&self, number: usize, refusal: Refusal) -> Outcome {
         let (decision, trips) = {
             let mut breaker = self.breaker();
@@ -307,8 +306,8 @@ impl Carriers {
         };
         for trip in trips {
             let relay = self.relays.names().into_iter().nth(trip.relay).unwrap_or_default();
-            error!(%relay, reason = trip.reason, "the relay is stopped until an operator says whose fault the refusals are");
-            self.relays.stop(trip.relay, &stopped_words(&trip.reason));
+            error!(%relay, reason = trip.reason, "relay stopped, waiting for an operator to answer whose fault the refusals are");
+            self.relays.stop(trip.relay, &stopped_text(&trip.reason));
             let runs = trip.runs;
             self.stopped().push(Stopped { relay, reason: trip.reason, alike: trip.alike, runs });
         }
@@ -326,34 +325,41 @@ impl Carriers {
         self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands a letter to a relay, over a connection that is there or a new one. What is left of it, if it can be used again.
-    async fn converse(
+    /// Delivers over an idle or a new connection. Also returns the connection, if it can be reused.
+    async fn deliver(
         &self,
         number: usize,
         endpoint: &Endpoint,
-        letter: &Letter,
+        composed: &ComposedMail,
         attempt: &Attempt,
         deadline: &Deadline,
     ) -> (Result<(), Failure>, Option<Session>) {
         if let Some(mut session) = self.idle.take(number, Instant::now()) {
-            match session.deliver(letter, attempt, deadline).await {
-                // It died while nobody used it, and nothing was handed over yet.
+            match session.deliver(composed, attempt, deadline).await {
+                // The idle connection was dead, and no message was handed over: use a new one.
                 Err(failure) if failure.is_stale() => {}
-                result => return left(result, session),
+                result => return with_reusable(result, session),
             }
         }
-        // A connection to another relay may have to go first.
+        // The connection limit covers all relays: close an idle connection to another relay first.
         while let Some(session) = self.idle.beyond(self.permits.available_permits()) {
             session.quit().await;
         }
         match Session::open(&endpoint.relay, endpoint.tls.as_ref(), self.hello.as_deref(), deadline).await {
-            Ok(mut session) => left(session.deliver(letter, attempt, deadline).await, session),
+            Ok(mut session) => with_reusable(session.deliver(composed, attempt, deadline).await, session),
             Err(failure) => (Err(failure), None),
         }
     }
 
-    /// Puts a connection by, or closes it if it has done enough. Nobody waits for that, but for the permit.
-    fn put_back(self: &Arc<Self>, number: usize, session: Option<Session>, clean: bool, permit: OwnedSemaphorePermit) {
+    /// Keeps the connection for the next mail, or closes it after `messages_per_connection`. RSET and QUIT run in the background
+    /// and hold the permit until they are done.
+    fn keep_or_close(
+        self: &Arc<Self>,
+        number: usize,
+        session: Option<Session>,
+        clean: bool,
+        permit: OwnedSemaphorePermit,
+    ) {
         let Some(mut session) = session else { return };
         let used_up = session.mails >= self.config.messages_per_connection;
         if clean && !used_up {
@@ -370,20 +376,20 @@ impl Carriers {
                 drop(permit);
             });
         }
-        if !self.tidied.swap(true, Ordering::Relaxed) {
-            tokio::spawn(tidy(Arc::downgrade(self), self.config.idle));
+        if !self.closes_idle.swap(true, Ordering::Relaxed) {
+            tokio::spawn(close_expired(Arc::downgrade(self), self.config.idle));
         }
     }
 }
 
-/// Closes connections that nobody used for `idle`, for as long as there is anybody who could use them.
-async fn tidy(carriers: Weak<Carriers>, idle: Duration) {
+/// Closes connections that were idle for `idle`. Ends with the mailer.
+async fn close_expired(shared: Weak<Shared>, idle: Duration) {
     loop {
         sleep(idle).await;
-        let Some(carriers) = carriers.upgrade() else { return };
-        for session in carriers.idle.expired(Instant::now()) {
-            // It counts as used until it is closed. If all others are used, they may not wait for a farewell.
-            let permit = carriers.permits.try_acquire();
+        let Some(shared) = shared.upgrade() else { return };
+        for session in shared.idle.expired(Instant::now()) {
+            // QUIT needs a permit, because the connection stays open until the server replies. Without a free permit, just drop it.
+            let permit = shared.permits.try_acquire();
             if permit.is_ok() {
                 session.quit().await;
             }
@@ -391,15 +397,15 @@ async fn tidy(carriers: Weak<Carriers>, idle: Duration) {
     }
 }
 
-/// What came of it, and the connection if it can go on.
-fn left(result: Result<(), Failure>, session: Session) -> (Result<(), Failure>, Option<Session>) {
+/// The result, and the session if its connection can be reused.
+fn with_reusable(result: Result<(), Failure>, session: Session) -> (Result<(), Failure>, Option<Session>) {
     let goes_on = result.as_ref().err().is_none_or(Failure::leaves_a_connection) && session.is_clean();
     (result, goes_on.then_some(session))
 }
 
-/// The verdict in words that can be kept and shown.
-fn anonymous(verdict: Verdict, letter: &Letter) -> Verdict {
-    let clean = |text: String| reason(&text, &[&letter.to, &letter.known_as]);
+/// The verdict without the recipient's address, fit to be stored and shown.
+fn anonymous(verdict: Verdict, composed: &ComposedMail) -> Verdict {
+    let clean = |text: String| reason(&text, &[&composed.to, &composed.recipient]);
     let outcome = |outcome| match outcome {
         Outcome::Sent => Outcome::Sent,
         Outcome::Retry(text) => Outcome::Retry(clean(text)),
@@ -410,12 +416,12 @@ fn anonymous(verdict: Verdict, letter: &Letter) -> Verdict {
     };
     let paused = |pause: Pause| Pause { reason: clean(pause.reason), ..pause };
     match verdict {
-        Verdict::Away(pause) => Verdict::Away(paused(pause)),
+        Verdict::Unavailable(pause) => Verdict::Unavailable(paused(pause)),
         Verdict::Refused(pause) => Verdict::Refused(paused(pause)),
         Verdict::Deferred(pause) => Verdict::Deferred(paused(pause)),
         Verdict::Unexplained { reason, alike } => {
-            // Some servers name the mailbox without its domain.
-            let local = letter.known_as.split('@').next().unwrap_or_default().to_lowercase();
+            // Some servers quote the mailbox without its domain.
+            let local = composed.recipient.split('@').next().unwrap_or_default().to_lowercase();
             let names: Vec<&str> = local.split(|c: char| !c.is_alphanumeric()).collect();
             let alike: Vec<&str> = alike.split(' ').filter(|word| !names.contains(word)).collect();
             Verdict::Unexplained { reason: clean(reason), alike: alike.join(" ") }
@@ -426,7 +432,7 @@ fn anonymous(verdict: Verdict, letter: &Letter) -> Verdict {
     }
 }
 
-/// The name of this host, if it is a full one: servers refuse bare names.
+/// The host's name if it is fully qualified: servers reject bare names.
 fn host_name() -> Option<String> {
     let name = rustix::system::uname();
     let name = name.nodename().to_string_lossy();

@@ -1,4 +1,4 @@
-//! Which relay a mail goes to: by weight among those that take mail, and one mail to each whose time has come to be tried.
+//! Chooses the relay for a mail: by weight among those that accept mail, and one mail for each relay that is due for a probe.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -13,17 +13,17 @@ use tracing::{info, warn};
 
 use super::{
     blame::Blame,
-    circuit::{Circuit, Pass, Patience},
+    circuit::{Circuit, Pass, ProbeDelay},
     tls::{TlsError, connector},
     verdict::Pause,
 };
 use crate::gate::Gate;
 
-/// A relay, and how it is.
+/// A relay and its state.
 pub struct Endpoint {
-    /// What is known of it.
+    /// Its settings.
     pub relay: Relay,
-    /// Encrypts connections to it; none: they are not encrypted.
+    /// Encrypts connections. `None`: they are not encrypted.
     pub tls: Option<TlsConnector>,
     circuit: Mutex<Circuit>,
     blame: Mutex<Blame>,
@@ -34,7 +34,7 @@ impl Endpoint {
         self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whose fault refusals are.
+    /// Decides whether refusals concern the relay or only their recipients.
     pub fn blame(&self) -> MutexGuard<'_, Blame> {
         self.blame.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -43,40 +43,39 @@ impl Endpoint {
 /// All relays.
 pub struct Relays {
     endpoints: Vec<Endpoint>,
-    /// Tells whoever waits that a circuit is another one than before.
+    /// Notifies waiting senders when a circuit changes.
     changed: watch::Sender<()>,
 }
 
-/// What to do with a mail.
+/// Where to send a mail.
 pub enum Choice<'a> {
-    /// Send it with this one.
+    /// To this relay.
     Relay(Ticket<'a>),
-    /// One is being tried: wait for how that ends.
+    /// A relay is being probed: wait for the result.
     Wait,
-    /// There is none, in the words of the one that takes mail first again.
+    /// No relay accepts mail. Holds the reason of the relay that will be probed first.
     None(String),
 }
 
-/// The right to send a mail with a relay, and the duty to say how it ended.
+/// The right to send one mail through a relay. Its holder reports how that ended.
 pub struct Ticket<'a> {
     relays: &'a Relays,
-    /// The relay.
     pub endpoint: &'a Endpoint,
-    /// Its number.
+    /// The relay's index.
     pub number: usize,
     pass: Pass,
     settled: bool,
 }
 
 impl Relays {
-    /// None of them is away yet.
+    /// All relays start as available.
     ///
     /// # Errors
-    /// When connections to one of them can't be encrypted.
-    pub fn new(relays: Vec<Relay>, patience: Patience) -> Result<Self, TlsError> {
+    /// If TLS cannot be set up for one of them.
+    pub fn new(relays: Vec<Relay>, probe_delay: ProbeDelay) -> Result<Self, TlsError> {
         let endpoint = |relay: Relay| {
             let tls = (relay.tls != RelayTls::None).then(|| connector(relay.ca_file.as_ref())).transpose()?;
-            Ok(Endpoint { relay, tls, circuit: Mutex::new(Circuit::new(patience)), blame: Mutex::default() })
+            Ok(Endpoint { relay, tls, circuit: Mutex::new(Circuit::new(probe_delay)), blame: Mutex::default() })
         };
         Ok(Self {
             endpoints: relays.into_iter().map(endpoint).collect::<Result<_, TlsError>>()?,
@@ -84,14 +83,14 @@ impl Relays {
         })
     }
 
-    /// Whether any of them takes mail.
+    /// Whether any relay accepts mail.
     pub fn gate(&self) -> Gate {
         let now = Instant::now();
-        let lanes = self.endpoints.iter().map(|endpoint| endpoint.circuit().lane(now));
-        lanes.min_by_key(rank).unwrap_or(Gate::Open)
+        let gates = self.endpoints.iter().map(|endpoint| endpoint.circuit().gate(now));
+        gates.min_by_key(rank).unwrap_or(Gate::Open)
     }
 
-    /// Chooses one that was not `tried` with this mail.
+    /// Chooses a relay that is not in `tried`.
     pub fn choose(&self, tried: &[usize]) -> Choice<'_> {
         let now = Instant::now();
         let left = || self.endpoints.iter().enumerate().filter(|(number, _)| !tried.contains(number));
@@ -105,7 +104,7 @@ impl Relays {
                 return ticket(number, endpoint, pass);
             }
         }
-        let open: Vec<_> = left().filter(|(_, endpoint)| endpoint.circuit().lane(now) == Gate::Open).collect();
+        let open: Vec<_> = left().filter(|(_, endpoint)| endpoint.circuit().gate(now) == Gate::Open).collect();
         let total: u32 = open.iter().map(|(_, endpoint)| endpoint.relay.weight).sum();
         if total > 0 {
             let mut drawn = rand::rng().random_range(0..total);
@@ -121,11 +120,11 @@ impl Relays {
         }
         Choice::None(match self.gate() {
             Gate::Closed { reason, .. } => reason,
-            Gate::Open | Gate::Trying => "no mail server takes mail at present".into(),
+            Gate::Open | Gate::Trying => "no mail server accepts mail at present".into(),
         })
     }
 
-    /// Lets no mail through to a relay until [`Self::release`].
+    /// Sends no mail to a relay until [`Self::release`].
     pub fn stop(&self, number: usize, reason: &str) {
         if let Some(endpoint) = self.endpoints.get(number) {
             endpoint.circuit().stop(reason);
@@ -133,7 +132,7 @@ impl Relays {
         }
     }
 
-    /// Ends a stop. Whether the relay was stopped.
+    /// Ends a stop. Returns whether the relay was stopped.
     pub fn release(&self, number: usize) -> bool {
         let was_stopped = self.endpoints.get(number).is_some_and(|endpoint| endpoint.circuit().release(Instant::now()));
         if was_stopped {
@@ -142,32 +141,32 @@ impl Relays {
         was_stopped
     }
 
-    /// What they are called, by their numbers.
+    /// `host:port` of each relay, by index.
     pub fn names(&self) -> Vec<String> {
         self.endpoints.iter().map(|endpoint| endpoint.relay.to_string()).collect()
     }
 
-    /// Tells of changes from now on.
+    /// Notifications of changes from now on.
     pub fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
-    /// Ends, with the reason, when none of them takes mail.
+    /// Waits until no relay accepts mail, and returns the reason.
     pub async fn closed(&self) -> String {
         let mut changes = self.changes();
         loop {
             if let Gate::Closed { reason, .. } = self.gate() {
                 return reason;
             }
-            // Its other end is in `self`.
+            // The sender is in `self`, so this cannot fail.
             let _ = changes.changed().await;
         }
     }
 }
 
-/// The best first; of those that are closed, the one that opens first.
-fn rank(lane: &Gate) -> (u8, Option<Instant>) {
-    match lane {
+/// Open before trying before closed; among the closed, the one that opens first.
+fn rank(gate: &Gate) -> (u8, Option<Instant>) {
+    match gate {
         Gate::Open => (0, None),
         Gate::Trying => (1, None),
         Gate::Closed { until, .. } => (2, Some(*until)),
@@ -175,14 +174,14 @@ fn rank(lane: &Gate) -> (u8, Option<Instant>) {
 }
 
 impl Ticket<'_> {
-    /// The relay is away.
-    pub fn away(mut self, pause: Pause) {
+    /// The relay is unavailable.
+    pub fn unavailable(mut self, pause: Pause) {
         self.settled = true;
         let reason = pause.reason.clone();
-        let news = self.endpoint.circuit().away(self.pass, pause, Instant::now());
+        let news = self.endpoint.circuit().unavailable(self.pass, pause, Instant::now());
         if let Some(wait) = news {
             let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-            warn!(relay = %self.endpoint.relay, reason, wait_ms, "a mail server takes no mail; it is tried again later");
+            warn!(relay = %self.endpoint.relay, reason, wait_ms, "relay takes no mail, probing it later");
         }
         self.relays.changed.send_replace(());
     }
@@ -190,17 +189,17 @@ impl Ticket<'_> {
     /// The relay answered.
     pub fn answered(mut self) {
         self.settled = true;
-        let was_away = self.endpoint.circuit().answered(self.pass);
-        if was_away {
-            info!(relay = %self.endpoint.relay, "a mail server takes mail again");
+        let was_unavailable = self.endpoint.circuit().answered(self.pass);
+        if was_unavailable {
+            info!(relay = %self.endpoint.relay, "relay available again");
             self.relays.changed.send_replace(());
         }
     }
 
-    /// The conversation broke, which settles nothing, unless it was the one to settle it.
+    /// The conversation broke. That decides nothing, unless this mail was the probe.
     pub fn broken(self, reason: &str) {
         if self.pass == Pass::Trial {
-            self.away(Pause::new(reason.to_owned()));
+            self.unavailable(Pause::new(reason.to_owned()));
         }
     }
 }
@@ -221,9 +220,9 @@ mod tests {
     use super::*;
 
     fn relays(weights: &[u32]) -> Relays {
-        let patience = Patience { first: Duration::from_secs(60), longest: Duration::from_secs(60) };
+        let probe_delay = ProbeDelay { first: Duration::from_secs(60), longest: Duration::from_secs(60) };
         let relay = |weight| Relay::parse(&format!("smtp://localhost?tls=none&weight={weight}").into()).unwrap();
-        Relays::new(weights.iter().map(relay).collect(), patience).unwrap()
+        Relays::new(weights.iter().map(relay).collect(), probe_delay).unwrap()
     }
 
     fn chosen(relays: &Relays, tried: &[usize]) -> Option<usize> {
@@ -234,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn the_heavier_one_gets_more() {
+    fn mail_is_distributed_by_weight() {
         let relays = relays(&[1, 9]);
         let second = (0..1_000).filter(|_| chosen(&relays, &[]) == Some(1)).count();
         assert!((850..950).contains(&second), "{second}");
@@ -242,12 +241,12 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_away_is_left_out_and_the_lane_closes_with_the_last() {
+    fn an_unavailable_relay_is_skipped_and_the_gate_closes_with_the_last() {
         let relays = relays(&[1, 1]);
-        for (number, lane_is_open) in [(1, true), (0, false)] {
+        for (number, gate_is_open) in [(1, true), (0, false)] {
             let Choice::Relay(ticket) = relays.choose(&[1 - number]) else { panic!() };
-            ticket.away(Pause::new("gone".into()));
-            assert_eq!(relays.gate() == Gate::Open, lane_is_open);
+            ticket.unavailable(Pause::new("gone".into()));
+            assert_eq!(relays.gate() == Gate::Open, gate_is_open);
         }
         assert!(matches!(relays.choose(&[]), Choice::None(reason) if reason == "gone"));
     }

@@ -1,33 +1,33 @@
-//! What a mail server answers, and how much of it is shown.
+//! Replies of a mail server, and how they are shown.
 
 use std::fmt;
 
 use mailrun_core::reply::{Detail, normalized, statuses};
 
-/// Longer reasons are cut.
+/// Longer reasons are truncated.
 const MAX_REASON_CHARS: usize = 300;
-/// Stands where the server repeated the recipient's address.
+/// Replaces the recipient's address where the server repeats it.
 const RECIPIENT: &str = "<recipient>";
 
-/// An answer: a code, and lines of text.
+/// A reply: a code and lines of text.
 ///
-/// `smtp_proto::ResponseReceiver` is not used for it: it takes lines with different codes for one answer, takes any three digits
-/// for a code, gives up after 4 KiB, and keeps only the last line's enhanced status code.
+/// `smtp_proto::ResponseReceiver` is not used: it joins lines with different codes into one reply, accepts any three digits as
+/// a code, gives up after 4 KiB, and keeps only the enhanced status code of the last line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// From 200 to 599.
     pub code: u16,
-    /// What stands after the code, line by line.
+    /// The text after the code, by line.
     pub lines: Vec<String>,
 }
 
 impl Reply {
-    /// One line of an answer, and whether it is the last; none: it is no such line.
+    /// Parses one line: code, whether it is the last line, text. `None`: it is not a reply line.
     pub fn line(line: &str) -> Option<(u16, bool, &str)> {
         let code = line.get(..3).filter(|code| code.bytes().all(|byte| byte.is_ascii_digit()))?;
         let code: u16 = code.parse().ok().filter(|code| (200..600).contains(code))?;
         match line.as_bytes().get(3) {
-            // A code alone is an answer too (RFC 5321, 4.2).
+            // A code without text is valid (RFC 5321, 4.2).
             None => Some((code, true, "")),
             Some(b' ') => Some((code, true, &line[4..])),
             Some(b'-') => Some((code, false, &line[4..])),
@@ -40,13 +40,13 @@ impl Reply {
         (200..300).contains(&self.code)
     }
 
-    /// What it has in common with other refusals for the same reason.
+    /// The normalized reply, equal for refusals with the same reason.
     pub fn alike(&self) -> String {
         normalized(self.code, &self.lines.join("\n"))
     }
 }
 
-/// The enhanced status that belongs to the code at the beginning of `line`, and what follows it.
+/// The enhanced status at the beginning of `line`, if it matches the code, and the rest of the line.
 fn enhanced(code: u16, line: &str) -> Option<(Detail, &str)> {
     let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
     match statuses(word, Some(code / 100)).as_slice() {
@@ -55,7 +55,7 @@ fn enhanced(code: u16, line: &str) -> Option<(Detail, &str)> {
     }
 }
 
-/// On one line, the enhanced status code once.
+/// One line, with the enhanced status code only once.
 impl fmt::Display for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.code)?;
@@ -73,7 +73,7 @@ impl fmt::Display for Reply {
     }
 }
 
-/// A reason as it is kept: one line, not too long, without control characters, and without the recipient's address.
+/// A reason fit to be stored: one line, bounded, without control characters, and without the recipient's address.
 pub fn reason(text: &str, addresses: &[&str]) -> String {
     let mut shown = String::with_capacity(text.len());
     let mut rest = text;
@@ -83,7 +83,7 @@ pub fn reason(text: &str, addresses: &[&str]) -> String {
         });
         match address {
             Some(address) => {
-                // `<ann@example.org>` has its brackets already.
+                // `<ann@example.org>` already has brackets.
                 let bracketed = shown.ends_with('<') && rest[address.len()..].starts_with('>');
                 shown.push_str(if bracketed { "recipient" } else { RECIPIENT });
                 rest = &rest[address.len()..];
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_read_as_servers_write_it() {
+    fn lines_are_parsed_in_every_form_that_servers_use() {
         assert_eq!(Reply::line("250-SIZE 10"), Some((250, false, "SIZE 10")));
         assert_eq!(Reply::line("250 ok"), Some((250, true, "ok")));
         assert_eq!(Reply::line("354"), Some((354, true, "")));
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_is_short_and_names_nobody() {
+    fn a_reason_is_short_and_contains_no_address() {
         let reason = |text: &str| reason(text, &["ann@example.org", "ann@xn--x.org"]);
         assert_eq!(reason("550 <Ann@Example.org>: unknown"), "550 <recipient>: unknown");
         assert_eq!(reason("no ann@xn--x.org here\r\n\tat\0all"), "no <recipient> here at all");
@@ -138,7 +138,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn whatever_a_server_says_is_kept_as_one_short_line(
+        fn any_reply_is_stored_as_one_short_line(
             lines in proptest::collection::vec("[245][0-9]{2}[ -]?[0-9.]{0,9} ?\\PC{0,20}|[\\s\\S]{0,30}|[a-z<>@.]{0,20}ann@x\\.org>?", 0..5),
         ) {
             let read: Vec<_> = lines.iter().filter_map(|line| Reply::line(line)).collect();

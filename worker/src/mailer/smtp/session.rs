@@ -1,4 +1,4 @@
-//! A connection to a relay, from the first byte to the answer to a message.
+//! A session with a relay: connect, encrypt, log in, deliver messages.
 
 use std::{
     io,
@@ -12,39 +12,39 @@ use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 
 use super::{
-    super::message::Letter,
+    super::message::ComposedMail,
     connect::{addresses, connect},
     dialogue::{Dialogue, Stream},
     limits::{Deadline, Limits},
     login::log_in,
     reply::Reply,
-    verdict::{Failure, Stage, Trouble},
+    verdict::{Cause, Failure, Stage},
 };
 use crate::attempt::Attempt;
 
-/// How long a farewell may take. It is a courtesy.
-const FAREWELL: Duration = Duration::from_millis(500);
-/// How long a server may take to forget a mail.
-const RESET: Duration = Duration::from_secs(30);
+/// How long to wait for the reply to QUIT. Best effort.
+const QUIT_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long to wait for the reply to RSET.
+const RESET_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What the server said that it can do, after EHLO: bits of [`smtp_proto`].
+/// The server's capabilities from its EHLO reply, as bits of [`smtp_proto`].
 #[derive(Clone, Copy, Debug, Default)]
-struct Abilities {
+struct Capabilities {
     extensions: u32,
     logins: u64,
 }
 
-impl Abilities {
+impl Capabilities {
     fn read(reply: &Reply) -> Self {
-        let mut abilities = Self::default();
-        // The first line is the server's name. Each line is parsed alone, so that an odd one costs no other.
+        let mut capabilities = Self::default();
+        // The first line is the server's name. Each line is parsed alone, so that an unusual line does not hide the others.
         for line in reply.lines.iter().skip(1) {
             if let Ok(read) = EhloResponse::parse(&mut format!("250-\n250 {line}\n").as_bytes().iter()) {
-                abilities.extensions |= read.capabilities;
-                abilities.logins |= read.auth_mechanisms;
+                capabilities.extensions |= read.capabilities;
+                capabilities.logins |= read.auth_mechanisms;
             }
         }
-        abilities
+        capabilities
     }
 
     fn has(self, extension: u32) -> bool {
@@ -55,16 +55,16 @@ impl Abilities {
 /// A connection that is ready for mail.
 pub struct Session {
     dialogue: Dialogue,
-    abilities: Abilities,
-    /// Mails it was used for.
+    capabilities: Capabilities,
+    /// How many mails were offered on this connection.
     pub mails: u32,
 }
 
 impl Session {
-    /// Connects, encrypts, says hello and logs in.
+    /// Connects, encrypts, sends EHLO and logs in.
     ///
     /// # Errors
-    /// At the first of these that does not succeed.
+    /// If one of these steps fails.
     pub async fn open(
         relay: &Relay,
         tls: Option<&TlsConnector>,
@@ -79,7 +79,7 @@ impl Session {
             let connected = connect(&mut addresses, deadline.limit(Stage::Connect)).await;
             let stream = match (connected, last.take()) {
                 (Ok(stream), _) => stream,
-                // What a server said says more than that no other address answers.
+                // A reply is a better reason than the failure to connect to another address.
                 (Err(_), Some(failure)) => return Err(failure),
                 (Err(error), None) => return Err(lost(Stage::Connect, &error)),
             };
@@ -92,75 +92,79 @@ impl Session {
         };
         let own = hello.map_or_else(|| literal(local), str::to_owned);
         let may_be_old = relay.tls == RelayTls::None && relay.login.is_none();
-        let mut abilities = say_hello(&mut dialogue, &own, deadline, may_be_old).await?;
+        let mut capabilities = say_hello(&mut dialogue, &own, deadline, may_be_old).await?;
         if let (RelayTls::StartTls, Some(tls)) = (relay.tls, tls) {
-            let failed = |trouble| Failure { stage: Stage::StartTls, trouble };
-            if !abilities.has(EXT_START_TLS) {
-                return Err(failed(Trouble::Unable("the mail server offers no encryption (STARTTLS)".into())));
+            let failed = |cause| Failure { stage: Stage::StartTls, cause };
+            if !capabilities.has(EXT_START_TLS) {
+                return Err(failed(Cause::Unsupported("the mail server does not offer encryption (STARTTLS)".into())));
             }
             let reply = dialogue.command(Stage::StartTls, "STARTTLS", deadline.limit(Stage::StartTls)).await?;
             positive(Stage::StartTls, reply)?;
             dialogue = encrypted(dialogue.into_stream().map_err(failed)?, relay, tls, limits).await?;
-            // What it said before could have been said by anybody.
-            abilities = say_hello(&mut dialogue, &own, deadline, false).await?;
+            // Capabilities announced before TLS could have been injected.
+            capabilities = say_hello(&mut dialogue, &own, deadline, false).await?;
         }
         if let Some(login) = &relay.login {
-            log_in(&mut dialogue, login, abilities.logins, deadline.limit(Stage::Login)).await?;
+            log_in(&mut dialogue, login, capabilities.logins, deadline.limit(Stage::Login)).await?;
         }
-        Ok(Self { dialogue, abilities, mails: 0 })
+        Ok(Self { dialogue, capabilities, mails: 0 })
     }
 
-    /// Hands a letter over.
+    /// Hands a mail to the server.
     ///
     /// # Errors
-    /// When the server did not say that it took it.
-    pub async fn deliver(&mut self, letter: &Letter, attempt: &Attempt, deadline: &Deadline) -> Result<(), Failure> {
+    /// If the server did not confirm that it accepted the mail.
+    pub async fn deliver(
+        &mut self,
+        composed: &ComposedMail,
+        attempt: &Attempt,
+        deadline: &Deadline,
+    ) -> Result<(), Failure> {
         attempt.may_proceed().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
         self.mails += 1;
-        let mut mail = format!("MAIL FROM:<{}>", letter.from);
-        if self.abilities.has(EXT_SIZE) {
-            mail.push_str(&format!(" SIZE={}", letter.bytes.len()));
+        let mut mail = format!("MAIL FROM:<{}>", composed.from);
+        if self.capabilities.has(EXT_SIZE) {
+            mail.push_str(&format!(" SIZE={}", composed.bytes.len()));
         }
-        if letter.needs_utf8 {
-            if !self.abilities.has(EXT_SMTP_UTF8) {
-                let why = "the mail server can't write to an address with such letters before the @ sign (no SMTPUTF8)";
-                return Err(Failure { stage: Stage::Mail, trouble: Trouble::Unable(why.into()) });
+        if composed.needs_utf8 {
+            if !self.capabilities.has(EXT_SMTP_UTF8) {
+                let why = "the mail server does not support non-ASCII characters before the @ sign (no SMTPUTF8)";
+                return Err(Failure { stage: Stage::Mail, cause: Cause::Unsupported(why.into()) });
             }
-            mail.push_str(if self.abilities.has(EXT_8BIT_MIME) { " BODY=8BITMIME SMTPUTF8" } else { " SMTPUTF8" });
+            mail.push_str(if self.capabilities.has(EXT_8BIT_MIME) { " BODY=8BITMIME SMTPUTF8" } else { " SMTPUTF8" });
         }
         let limit = |stage| deadline.limit(stage);
         positive(Stage::Mail, self.dialogue.command(Stage::Mail, &mail, limit(Stage::Mail)).await?)?;
-        let rcpt = format!("RCPT TO:<{}>", letter.to);
+        let rcpt = format!("RCPT TO:<{}>", composed.to);
         positive(Stage::Rcpt, self.dialogue.command(Stage::Rcpt, &rcpt, limit(Stage::Rcpt)).await?)?;
         match self.dialogue.command(Stage::Data, "DATA", limit(Stage::Data)).await? {
             reply if reply.code == 354 => {}
             reply if reply.code >= 400 => return Err(refused(Stage::Data, reply)),
-            reply => return Err(senseless(Stage::Data, &reply)),
+            reply => return Err(bad_reply(Stage::Data, &reply)),
         }
-        // The last moment: a server that gets no more than this has nothing to accept.
+        // The last safe moment: without the content, the server has nothing to accept.
         attempt.may_commit().map_err(|withdrawn| Failure::withdrawn(Stage::Content, withdrawn))?;
-        positive(Stage::Content, self.dialogue.message(&letter.bytes, || limit(Stage::Content)).await?)
+        positive(Stage::Content, self.dialogue.message(&composed.bytes, || limit(Stage::Content)).await?)
     }
 
-    /// Whether the connection may be used again: nothing is left unread on it.
+    /// Whether the connection may be reused: no unread bytes are left.
     pub fn is_clean(&self) -> bool {
         self.dialogue.is_clean()
     }
 
-    /// Forgets a mail that was refused. False: the connection is of no use any more.
+    /// Resets the server's state after a refused mail. Returns whether the connection can be reused.
     pub async fn reset(&mut self) -> bool {
-        let reply = self.dialogue.command(Stage::Mail, "RSET", RESET).await;
+        let reply = self.dialogue.command(Stage::Mail, "RSET", RESET_TIMEOUT).await;
         reply.is_ok_and(|reply| reply.is_positive()) && self.is_clean()
     }
 
-    /// Says goodbye.
+    /// Sends QUIT and closes the connection, whatever the reply.
     pub async fn quit(mut self) {
-        // Whatever the server says to it, the connection is closed.
-        let _ = self.dialogue.command(Stage::Mail, "QUIT", FAREWELL).await;
+        let _ = self.dialogue.command(Stage::Mail, "QUIT", QUIT_TIMEOUT).await;
     }
 }
 
-/// Encrypts, if that comes first, and reads the greeting.
+/// Encrypts first, with implicit TLS, and reads the greeting.
 async fn greeted(
     stream: TcpStream,
     relay: &Relay,
@@ -168,7 +172,7 @@ async fn greeted(
     deadline: &Deadline,
     limit: Duration,
 ) -> Result<Dialogue, Failure> {
-    // An answer to one command is what the next one waits for: nothing is gained by gathering.
+    // Each command waits for the reply to the previous one, so Nagle's algorithm would only add delay.
     let _ = stream.set_nodelay(true);
     let mut dialogue = match (relay.tls, tls) {
         (RelayTls::Implicit, Some(tls)) => encrypted(stream, relay, tls, deadline.limits).await?,
@@ -179,28 +183,28 @@ async fn greeted(
     Ok(dialogue)
 }
 
-/// Says EHLO or, to a server that does not know it and need not encrypt or log in, HELO.
+/// Sends EHLO, or HELO to a server that does not know EHLO and need not encrypt or log in.
 async fn say_hello(
     dialogue: &mut Dialogue,
     hello: &str,
     deadline: &Deadline,
     may_be_old: bool,
-) -> Result<Abilities, Failure> {
+) -> Result<Capabilities, Failure> {
     let reply = dialogue.command(Stage::Hello, &format!("EHLO {hello}"), deadline.limit(Stage::Hello)).await?;
     if may_be_old && reply.code >= 400 && reply.code != 421 {
         let old = dialogue.command(Stage::Hello, &format!("HELO {hello}"), deadline.limit(Stage::Hello)).await;
         return match old {
-            Ok(old) => positive(Stage::Hello, old).map(|()| Abilities::default()),
-            // It has closed the connection after its refusal, which says more.
+            Ok(old) => positive(Stage::Hello, old).map(|()| Capabilities::default()),
+            // The server closed the connection after refusing EHLO; the refusal is the better reason.
             Err(_) => Err(refused(Stage::Hello, reply)),
         };
     }
-    let abilities = Abilities::read(&reply);
+    let capabilities = Capabilities::read(&reply);
     positive(Stage::Hello, reply)?;
-    Ok(abilities)
+    Ok(capabilities)
 }
 
-/// Our address as a name (RFC 5321, 4.1.3), for hosts whose own name is not fully qualified.
+/// Our address as an address literal (RFC 5321, 4.1.3), for hosts without a fully qualified name.
 fn literal(local: Option<SocketAddr>) -> String {
     match local.map(|local| local.ip().to_canonical()) {
         Some(IpAddr::V4(address)) => format!("[{address}]"),
@@ -210,7 +214,7 @@ fn literal(local: Option<SocketAddr>) -> String {
 }
 
 fn lost(stage: Stage, error: &io::Error) -> Failure {
-    Failure { stage, trouble: Trouble::Lost(error.to_string()) }
+    Failure { stage, cause: Cause::Lost(error.to_string()) }
 }
 
 async fn encrypted(
@@ -221,34 +225,34 @@ async fn encrypted(
 ) -> Result<Dialogue, Failure> {
     let name = ServerName::try_from(relay.host.clone()).map_err(|_| Failure {
         stage: Stage::Tls,
-        trouble: Trouble::Unable(format!("{} is no name that a certificate could have", relay.host)),
+        cause: Cause::Unsupported(format!("{} is not a valid name for a certificate", relay.host)),
     })?;
     within(Stage::Tls, limits.connect, tls.connect(name, stream)).await.map(Dialogue::new)
 }
 
 async fn within<T>(stage: Stage, limit: Duration, step: impl Future<Output = io::Result<T>>) -> Result<T, Failure> {
-    let trouble = match timeout(limit, step).await {
+    let cause = match timeout(limit, step).await {
         Ok(Ok(done)) => return Ok(done),
-        Ok(Err(error)) => Trouble::Lost(error.to_string()),
-        Err(_) => Trouble::Slow(limit),
+        Ok(Err(error)) => Cause::Lost(error.to_string()),
+        Err(_) => Cause::TimedOut(limit),
     };
-    Err(Failure { stage, trouble })
+    Err(Failure { stage, cause })
 }
 
 fn positive(stage: Stage, reply: Reply) -> Result<(), Failure> {
     match reply.code {
         200..300 => Ok(()),
-        300..400 => Err(senseless(stage, &reply)),
+        300..400 => Err(bad_reply(stage, &reply)),
         _ => Err(refused(stage, reply)),
     }
 }
 
 fn refused(stage: Stage, reply: Reply) -> Failure {
-    Failure { stage, trouble: Trouble::Refused(reply) }
+    Failure { stage, cause: Cause::Refused(reply) }
 }
 
-fn senseless(stage: Stage, reply: &Reply) -> Failure {
-    Failure { stage, trouble: Trouble::Senseless(reply.to_string()) }
+fn bad_reply(stage: Stage, reply: &Reply) -> Failure {
+    Failure { stage, cause: Cause::BadReply(reply.to_string()) }
 }
 
 #[cfg(test)]
@@ -258,7 +262,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_without_a_full_name_is_called_by_its_address() {
+    fn a_host_without_a_full_name_uses_an_address_literal() {
         let literal = |address: &str| literal(Some(address.parse().unwrap()));
         assert_eq!(literal("192.0.2.1:1"), "[192.0.2.1]");
         assert_eq!(literal("[2001:db8::1]:1"), "[IPv6:2001:db8::1]");
@@ -266,9 +270,12 @@ mod tests {
     }
 
     #[test]
-    fn what_a_server_can_do_is_read_as_servers_write_it() {
+    fn capabilities_are_read_in_every_form_that_servers_use() {
         let read = |line: &str| {
-            Abilities::read(&Reply { code: 250, lines: vec!["8BITMIME SIZE".into(), line.into(), "STARTTLS".into()] })
+            Capabilities::read(&Reply {
+                code: 250,
+                lines: vec!["8BITMIME SIZE".into(), line.into(), "STARTTLS".into()],
+            })
         };
         let logins = |line: &str| {
             assert!(read(line).has(EXT_START_TLS), "{line:?} costs another line");
@@ -289,10 +296,10 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn any_line_can_be_said_after_ehlo(line in "(AUTH|SIZE|FUTURERELEASE|MT-PRIORITY|NO-SOLICITING|[A-Z0-9=-]{0,9})[ =\\PC\r\t]{0,40}") {
+        fn any_ehlo_line_leaves_the_others_readable(line in "(AUTH|SIZE|FUTURERELEASE|MT-PRIORITY|NO-SOLICITING|[A-Z0-9=-]{0,9})[ =\\PC\r\t]{0,40}") {
             let reply = Reply { code: 250, lines: vec!["hi".into(), line, "STARTTLS".into()] };
-            let abilities = Abilities::read(&reply);
-            proptest::prop_assert!(abilities.has(EXT_START_TLS));
+            let capabilities = Capabilities::read(&reply);
+            proptest::prop_assert!(capabilities.has(EXT_START_TLS));
         }
     }
 }

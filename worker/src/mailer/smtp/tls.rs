@@ -1,4 +1,4 @@
-//! Whom to trust: the authorities of the system, or those of a file.
+//! Trusted certificate authorities: those of the system, or those of a file.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -11,29 +11,29 @@ use tokio_rustls::{
     },
 };
 
-/// Why connections can't be encrypted.
+/// TLS cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// The file with the authorities.
-    #[error("the authorities in {path} can't be read: {reason}")]
+    /// The file of certificate authorities is not usable.
+    #[error("can't read the certificate authorities in {path}: {reason}")]
     Authorities {
-        /// Where it should be.
+        /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// What is wrong with it.
         reason: String,
     },
-    /// The system trusts nobody.
+    /// The system has none.
     #[error("this system has no certificate authorities: install ca-certificates, or name a ca_file")]
     NoAuthorities,
-    /// The library.
+    /// rustls rejected the configuration.
     #[error(transparent)]
     Tls(#[from] rustls::Error),
 }
 
-/// Encrypts connections to servers with a certificate from one of the authorities.
+/// Encrypts connections to servers whose certificate one of the authorities has signed.
 ///
 /// # Errors
-/// When there are none.
+/// If there are no authorities, or TLS cannot be set up.
 pub fn connector(ca_file: Option<&PathBuf>) -> Result<TlsConnector, TlsError> {
     let mut roots = RootCertStore::empty();
     match ca_file {
@@ -44,11 +44,11 @@ pub fn connector(ca_file: Option<&PathBuf>) -> Result<TlsConnector, TlsError> {
                 roots.add(certificate).map_err(|error| wrong(error.to_string()))?;
             }
             if roots.is_empty() {
-                return Err(wrong("there is no certificate in it".into()));
+                return Err(wrong("it contains no certificate".into()));
             }
         }
         None => {
-            // Systems have some that are malformed; the others are enough.
+            // System stores contain malformed certificates; the others suffice.
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
             if roots.is_empty() {
                 return Err(TlsError::NoAuthorities);

@@ -1,4 +1,4 @@
-//! What follows from what went wrong: whether it is about the relay, the mail, or the recipient. Pure functions.
+//! What a failure means: whether it concerns the relay, the mail, or the recipient. Pure functions.
 
 use std::{fmt, time::Duration};
 
@@ -9,49 +9,47 @@ pub use mailrun_core::reply::Stage;
 use super::{super::Outcome, reply::Reply};
 use mailrun_core::outcome::Withdrawn;
 
-/// The classes of answers that are no refusals.
+/// Reply classes that are not refusals.
 pub const ACCEPTED: &str = "accepted";
 pub const NO_ANSWER: &str = "no_answer";
 
-/// What went wrong.
+/// Why a conversation failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Trouble {
-    /// The server said no.
+pub enum Cause {
+    /// The server replied with a 4xx or 5xx code.
     Refused(Reply),
-    /// The server said something that is no answer at this point.
-    Senseless(String),
-    /// The connection broke, or never came to be.
+    /// The reply is malformed, or not valid at this point.
+    BadReply(String),
+    /// The connection broke or could not be opened.
     Lost(String),
-    /// No answer in this time.
-    Slow(Duration),
-    /// The server can't do what is needed.
-    Unable(String),
-    /// We broke it off: the attempt must not go on.
+    /// No reply within this time.
+    TimedOut(Duration),
+    /// The server lacks a capability that the mail needs, or our side is misconfigured.
+    Unsupported(String),
+    /// We stopped, because the attempt may not continue.
     Withdrawn(Withdrawn),
 }
 
-/// Trouble, and when.
+/// A failure and the stage it happened at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// How far it had come.
     pub stage: Stage,
-    /// What went wrong.
-    pub trouble: Trouble,
+    pub cause: Cause,
 }
 
-/// Why a relay is left alone, and for how long.
+/// How long a relay is not used, and why.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pause {
-    /// Why, in the server's words.
+    /// The server's reply.
     pub reason: String,
-    /// As long as the server asks for.
+    /// The wait that the server asked for.
     pub wait: Option<Duration>,
-    /// Otherwise it is tried again sooner and then later, and at last after this time; none: after the usual time.
+    /// Without `wait`, the bound of the growing wait between probes. `None`: the default bound.
     pub longest: Option<Duration>,
 }
 
 impl Pause {
-    /// For the usual time.
+    /// A pause with the default waits.
     pub fn new(reason: String) -> Self {
         Self { reason, ..Self::default() }
     }
@@ -60,7 +58,7 @@ impl Pause {
         use ReplyClass::{Authentication, BlockList, Helo, Limit, Relaying, Sender};
         let longest = match (reply.class, reply.period) {
             (Limit, Some(period)) => Some(limit_probe(period)),
-            // A person has to act, or a reputation to recover: there is no hurry.
+            // These need an operator or time for the sender's reputation to recover, so probing more often would not help.
             (Limit | Sender | BlockList | Relaying | Authentication | Helo, _) => Some(Duration::from_secs(300)),
             _ => None,
         };
@@ -68,7 +66,7 @@ impl Pause {
     }
 }
 
-/// How seldom a relay is tried at last whose limit holds for this period: its end is not known.
+/// The bound of the wait between probes of a relay whose limit covers `period`. When the period ends is not known.
 fn limit_probe(period: Duration) -> Duration {
     if period >= Duration::from_secs(24 * 3_600) {
         Duration::from_secs(3_600)
@@ -79,100 +77,98 @@ fn limit_probe(period: Duration) -> Duration {
     }
 }
 
-/// What follows from a failure.
+/// What a failure means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The relay takes no mail at present. The mail was certainly not sent.
-    Away(Pause),
-    /// The mail was refused with words that speak of us. It concerns the relay, unless only this recipient meets it again and again.
+    /// The relay accepts no mail at present. The mail was certainly not sent.
+    Unavailable(Pause),
+    /// The mail was refused with a reply that is about us. It concerns the relay, unless only this recipient keeps getting it.
     Refused(Pause),
-    /// The recipient was deferred with words that may speak of us. It concerns the relay only if recipients at several domains
-    /// are.
+    /// The recipient was deferred with a reply that may be about us. It concerns the relay only if recipients at several domains
+    /// are deferred.
     Deferred(Pause),
-    /// The relay is well; this is what became of the mail.
+    /// The relay works; the failure is about this mail.
     Mail(Outcome),
-    /// The mail was refused for good, and it is not known whose fault that is. `alike`: the same for all refusals for this reason.
+    /// The mail was refused permanently, for an unknown reason.
     Unexplained {
-        /// The server's words.
+        /// The server's reply.
         reason: String,
-        /// What they have in common with others.
+        /// The normalized reply, equal for refusals with the same reason.
         alike: String,
     },
-    /// The conversation broke. It says nothing for sure about the relay; this is what became of the mail.
+    /// The conversation broke. That proves nothing about the relay; this is the mail's outcome.
     Broken(Outcome),
-    /// The attempt must not go on. It says nothing about the relay, and the mail was certainly not sent.
+    /// The attempt may not continue. This says nothing about the relay. The mail was certainly not sent.
     Withdrawn(Withdrawn),
 }
 
 impl Failure {
-    /// An attempt that is broken off before `stage`.
+    /// An attempt that stops before `stage`.
     pub fn withdrawn(stage: Stage, withdrawn: Withdrawn) -> Self {
-        Self { stage, trouble: Trouble::Withdrawn(withdrawn) }
+        Self { stage, cause: Cause::Withdrawn(withdrawn) }
     }
 
-    /// Whether a connection that was used before has only turned out to be dead: nothing is lost by trying a fresh one.
+    /// Whether an idle connection turned out to be dead before anything was handed over: the mail can be sent on a new one.
     pub fn is_stale(&self) -> bool {
-        let dead = match &self.trouble {
-            Trouble::Lost(_) | Trouble::Slow(_) => true,
-            // "421 idle for too long" was said while nobody listened.
-            Trouble::Refused(reply) => reply.code == 421,
-            Trouble::Senseless(_) | Trouble::Unable(_) | Trouble::Withdrawn(_) => false,
+        let dead = match &self.cause {
+            Cause::Lost(_) | Cause::TimedOut(_) => true,
+            // For example "421 idle for too long", sent while the connection was idle.
+            Cause::Refused(reply) => reply.code == 421,
+            Cause::BadReply(_) | Cause::Unsupported(_) | Cause::Withdrawn(_) => false,
         };
         dead && matches!(self.stage, Stage::Mail | Stage::Rcpt)
     }
 
-    /// Whether the connection can go on after it.
+    /// Whether the connection can be reused after this failure.
     pub fn leaves_a_connection(&self) -> bool {
-        match &self.trouble {
-            Trouble::Refused(reply) => reply.code != 421 && !self.stage.is_before_mail(),
-            Trouble::Unable(_) => !self.stage.is_before_mail(),
-            // After DATA, anything that is said would be taken for the message.
-            Trouble::Withdrawn(_) => self.stage == Stage::Mail,
+        match &self.cause {
+            Cause::Refused(reply) => reply.code != 421 && !self.stage.is_before_mail(),
+            Cause::Unsupported(_) => !self.stage.is_before_mail(),
+            // After DATA, the server would take anything we send as part of the message.
+            Cause::Withdrawn(_) => self.stage == Stage::Mail,
             _ => false,
         }
     }
 
-    /// What it is counted as; none: the server was not asked.
+    /// The reply class to count. `None`: the server was not asked.
     pub fn class(&self) -> Option<&'static str> {
-        match &self.trouble {
-            Trouble::Refused(reply) => Some(classify(self.stage, reply.code, &reply.lines.join("\n")).class.name()),
-            Trouble::Senseless(_) | Trouble::Lost(_) | Trouble::Slow(_) | Trouble::Unable(_) => Some(NO_ANSWER),
-            Trouble::Withdrawn(_) => None,
+        match &self.cause {
+            Cause::Refused(reply) => Some(classify(self.stage, reply.code, &reply.lines.join("\n")).class.name()),
+            Cause::BadReply(_) | Cause::Lost(_) | Cause::TimedOut(_) | Cause::Unsupported(_) => Some(NO_ANSWER),
+            Cause::Withdrawn(_) => None,
         }
     }
 
-    /// What follows.
     pub fn verdict(&self) -> Verdict {
         let reason = self.to_string();
-        match &self.trouble {
-            Trouble::Withdrawn(withdrawn) => Verdict::Withdrawn(*withdrawn),
-            Trouble::Refused(reply) => refusal(self.stage, reply, reason),
-            _ if self.stage.is_before_mail() => Verdict::Away(Pause::new(reason)),
-            Trouble::Unable(_) => Verdict::Mail(Outcome::Failed { reason, flagged: false }),
-            Trouble::Senseless(_) | Trouble::Lost(_) | Trouble::Slow(_) if self.stage == Stage::Content => {
+        match &self.cause {
+            Cause::Withdrawn(withdrawn) => Verdict::Withdrawn(*withdrawn),
+            Cause::Refused(reply) => refusal(self.stage, reply, reason),
+            _ if self.stage.is_before_mail() => Verdict::Unavailable(Pause::new(reason)),
+            Cause::Unsupported(_) => Verdict::Mail(Outcome::Failed { reason, flagged: false }),
+            Cause::BadReply(_) | Cause::Lost(_) | Cause::TimedOut(_) if self.stage == Stage::Content => {
                 Verdict::Broken(Outcome::Unknown(reason))
             }
-            Trouble::Senseless(_) | Trouble::Lost(_) | Trouble::Slow(_) => Verdict::Broken(Outcome::Retry(reason)),
+            Cause::BadReply(_) | Cause::Lost(_) | Cause::TimedOut(_) => Verdict::Broken(Outcome::Retry(reason)),
         }
     }
 }
 
-/// What follows from a refusal.
 fn refusal(stage: Stage, reply: &Reply, reason: String) -> Verdict {
     let classified = classify(stage, reply.code, &reply.lines.join("\n"));
     let failed = |reason, bad_address| Verdict::Mail(Outcome::Failed { reason, flagged: bad_address });
     if stage.is_before_mail() {
-        return Verdict::Away(Pause::after(reason, classified));
+        return Verdict::Unavailable(Pause::after(reason, classified));
     }
     match classified.concern() {
-        // No recipient is named yet.
-        Concern::Relay if stage == Stage::Mail => Verdict::Away(Pause::after(reason, classified)),
+        // No recipient was named yet, so the refusal cannot be about one.
+        Concern::Relay if stage == Stage::Mail => Verdict::Unavailable(Pause::after(reason, classified)),
         Concern::Relay if stage == Stage::Rcpt && !classified.permanent => {
             Verdict::Deferred(Pause::after(reason, classified))
         }
         Concern::Relay => Verdict::Refused(Pause::after(reason, classified)),
         _ if !classified.permanent => Verdict::Mail(Outcome::Retry(reason)),
-        // These pass, whatever the code says.
+        // Greylisting and recipient limits are temporary, whatever the code says.
         Concern::Recipient if matches!(classified.class, ReplyClass::Greylisted | ReplyClass::RecipientLimit) => {
             Verdict::Mail(Outcome::Retry(reason))
         }
@@ -184,15 +180,15 @@ fn refusal(stage: Stage, reply: &Reply, reason: String) -> Verdict {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let stage = self.stage;
-        match &self.trouble {
-            Trouble::Refused(reply) if stage.is_before_mail() => write!(f, "{stage} was refused: {reply}"),
-            Trouble::Refused(reply) => write!(f, "{reply}"),
-            Trouble::Senseless(said) => write!(f, "{stage} was answered with what is no answer: {said}"),
-            Trouble::Lost(why) if stage == Stage::Connect => write!(f, "the mail server can't be reached: {why}"),
-            Trouble::Lost(why) => write!(f, "the connection was lost at {stage}: {why}"),
-            Trouble::Slow(limit) => write!(f, "no answer to {stage} within {limit:?}"),
-            Trouble::Unable(why) => f.write_str(why),
-            Trouble::Withdrawn(_) => write!(f, "broken off before {stage}"),
+        match &self.cause {
+            Cause::Refused(reply) if stage.is_before_mail() => write!(f, "{stage} was refused: {reply}"),
+            Cause::Refused(reply) => write!(f, "{reply}"),
+            Cause::BadReply(said) => write!(f, "invalid reply to {stage}: {said}"),
+            Cause::Lost(why) if stage == Stage::Connect => write!(f, "the mail server can't be reached: {why}"),
+            Cause::Lost(why) => write!(f, "the connection was lost at {stage}: {why}"),
+            Cause::TimedOut(limit) => write!(f, "no answer to {stage} within {limit:?}"),
+            Cause::Unsupported(why) => f.write_str(why),
+            Cause::Withdrawn(_) => write!(f, "stopped before {stage}"),
         }
     }
 }
@@ -202,11 +198,11 @@ mod tests {
     use super::*;
 
     fn refused(stage: Stage, code: u16, text: &str) -> Failure {
-        Failure { stage, trouble: Trouble::Refused(Reply { code, lines: vec![text.into()] }) }
+        Failure { stage, cause: Cause::Refused(Reply { code, lines: vec![text.into()] }) }
     }
 
     #[test]
-    fn what_is_the_relays_trouble_is_no_mails_fault() {
+    fn relay_refusals_fail_no_mail() {
         use Stage::*;
         for (stage, code, text) in [
             (Greeting, 554, "5.7.1 no service for you"),
@@ -225,7 +221,7 @@ mod tests {
         ] {
             let verdict = refused(stage, code, text).verdict();
             assert!(
-                matches!(&verdict, Verdict::Away(pause) if pause.reason.ends_with(text)),
+                matches!(&verdict, Verdict::Unavailable(pause) if pause.reason.ends_with(text)),
                 "{code} {text}: {verdict:?}"
             );
         }
@@ -251,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_recipient_that_is_deferred_is_not_yet_the_relays_trouble() {
+    fn one_deferred_recipient_does_not_yet_concern_the_relay() {
         for (code, text) in [
             (421, "4.7.28 rate limit"),
             (450, "4.7.28 our system has detected an unusual rate"),
@@ -268,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_pass_is_tried_again() {
+    fn temporary_refusals_are_retried() {
         use Stage::*;
         for (stage, code, text) in [
             (Rcpt, 450, "4.7.1 Greylisted, please try again in 300 seconds"),
@@ -288,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_bad_only_if_the_server_says_so() {
+    fn an_address_is_flagged_only_if_the_server_says_so() {
         use Stage::*;
         for (stage, code, text, bad) in [
             (Rcpt, 550, "5.1.1 no such user", true),
@@ -320,9 +316,9 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_is_as_long_as_the_server_asks_for() {
+    fn a_pause_lasts_as_long_as_the_server_asks() {
         let pause = |text| match refused(Stage::Mail, 452, text).verdict() {
-            Verdict::Away(pause) => {
+            Verdict::Unavailable(pause) => {
                 (pause.wait.map(|wait| wait.as_secs()), pause.longest.map(|longest| longest.as_secs()))
             }
             other => panic!("{other:?}"),
@@ -334,12 +330,12 @@ mod tests {
     }
 
     #[test]
-    fn only_a_message_that_was_begun_may_have_gone_out() {
-        let troubles = [Trouble::Lost("x".into()), Trouble::Slow(Duration::ZERO), Trouble::Senseless("x".into())];
-        for trouble in troubles {
-            let verdict = |stage| Failure { stage, trouble: trouble.clone() }.verdict();
+    fn an_outcome_is_unknown_only_once_the_content_was_begun() {
+        let causes = [Cause::Lost("x".into()), Cause::TimedOut(Duration::ZERO), Cause::BadReply("x".into())];
+        for cause in causes {
+            let verdict = |stage| Failure { stage, cause: cause.clone() }.verdict();
             for stage in [Stage::Connect, Stage::Tls, Stage::Greeting, Stage::Hello, Stage::StartTls, Stage::Login] {
-                assert!(matches!(verdict(stage), Verdict::Away(_)));
+                assert!(matches!(verdict(stage), Verdict::Unavailable(_)));
             }
             for stage in [Stage::Mail, Stage::Rcpt, Stage::Data] {
                 assert!(matches!(verdict(stage), Verdict::Broken(Outcome::Retry(_))));
@@ -349,8 +345,8 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_connection_is_told_from_a_refusal() {
-        let lost = |stage| Failure { stage, trouble: Trouble::Lost("x".into()) };
+    fn a_dead_connection_is_distinguished_from_a_refusal() {
+        let lost = |stage| Failure { stage, cause: Cause::Lost("x".into()) };
         assert!(lost(Stage::Mail).is_stale() && lost(Stage::Rcpt).is_stale());
         assert!(!lost(Stage::Data).is_stale() && !lost(Stage::Content).is_stale());
         assert!(refused(Stage::Mail, 421, "idle").is_stale() && !refused(Stage::Mail, 451, "x").is_stale());

@@ -1,4 +1,4 @@
-//! What becomes of a mail, whatever the server says, and whenever.
+//! The outcome of a mail for every reply, at every stage.
 
 use super::*;
 
@@ -13,7 +13,7 @@ fn failed(reason: &str, bad_address: bool) -> Outcome {
 }
 
 #[tokio::test]
-async fn a_mail_is_handed_over() {
+async fn a_mail_is_delivered() {
     let server = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&config(&[plain(&server)]));
     assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
@@ -22,7 +22,7 @@ async fn a_mail_is_handed_over() {
 }
 
 #[tokio::test]
-async fn a_refusal_before_the_mail_is_the_relays_trouble() {
+async fn a_refusal_before_the_mail_makes_the_relay_unavailable() {
     for script in [
         until(0, Step::Say("554 5.7.1 no")),
         until(0, Step::Say("421 busy")),
@@ -41,7 +41,7 @@ async fn a_refusal_before_the_mail_is_the_relays_trouble() {
 }
 
 #[tokio::test]
-async fn a_refusal_of_the_mail_is_about_the_mail() {
+async fn a_refusal_of_the_mail_fails_or_retries_the_mail() {
     for (stage, command) in [(3, "RCPT"), (4, "DATA")] {
         let script = until(stage, Step::Expect(command, "451 4.3.0 text"));
         assert_eq!(outcome(script).await, Outcome::Retry("451 4.3.0 text".into()));
@@ -56,7 +56,7 @@ async fn a_refusal_of_the_mail_is_about_the_mail() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_before_the_message_costs_a_try() {
+async fn a_connection_lost_before_the_message_costs_a_try() {
     for stage in [2, 3, 4] {
         let outcome = outcome(until(stage, Step::Drop)).await;
         assert!(matches!(&outcome, Outcome::Retry(reason) if reason.contains("lost")), "{outcome:?}");
@@ -64,13 +64,13 @@ async fn a_connection_that_breaks_before_the_message_costs_a_try() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_after_the_message_leaves_it_unknown() {
+async fn a_connection_lost_after_the_message_leaves_it_unknown() {
     let outcome = outcome(until(5, Step::Drop)).await;
     assert!(matches!(&outcome, Outcome::Unknown(reason) if reason.contains("the message")), "{outcome:?}");
 }
 
 #[tokio::test]
-async fn an_odd_answer_to_the_message_is_an_answer() {
+async fn an_unusual_reply_to_the_message_counts() {
     assert_eq!(outcome(until(5, Step::Content("250"))).await, Outcome::Sent);
     assert_eq!(outcome(until(5, Step::Content("250-a\r\n250 b"))).await, Outcome::Sent);
     assert!(matches!(outcome(until(5, Step::Content("354 go on"))).await, Outcome::Unknown(_)));
@@ -79,7 +79,7 @@ async fn an_odd_answer_to_the_message_is_an_answer() {
 }
 
 #[tokio::test]
-async fn a_silence_has_its_limit_at_every_step() {
+async fn a_silent_server_times_out_at_every_step() {
     for stage in 0..=5 {
         let server = Server::start(vec![until(stage, Step::Hang)]).await;
         let outcome = mailer(&short(&[plain(&server)])).send(&ann(), &Attempt::unchecked()).await;
@@ -96,7 +96,7 @@ async fn a_silence_has_its_limit_at_every_step() {
 }
 
 #[tokio::test]
-async fn a_relay_that_is_not_there_is_away() {
+async fn an_unreachable_relay_is_unavailable() {
     let server = Server::start(vec![vec![]]).await;
     let vacant = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
     let outcome =
@@ -107,7 +107,7 @@ async fn a_relay_that_is_not_there_is_away() {
 }
 
 #[tokio::test]
-async fn a_server_for_ascii_only_does_not_get_another_script() {
+async fn a_server_without_smtputf8_gets_no_utf8_address() {
     let petr = || mail("пётр@example.org");
     let server = Server::start(vec![takes_mail()]).await;
     let first = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&server)]) });
@@ -116,7 +116,7 @@ async fn a_server_for_ascii_only_does_not_get_another_script() {
         matches!(&outcome, Outcome::Failed { reason, flagged: false } if reason.contains("SMTPUTF8")),
         "{outcome:?}"
     );
-    // The connection is as good as before.
+    // The connection can still be used.
     assert_eq!(first.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     assert_eq!(server.connections(), 1);
 
@@ -130,7 +130,7 @@ async fn a_server_for_ascii_only_does_not_get_another_script() {
 }
 
 #[tokio::test]
-async fn no_address_ends_a_command() {
+async fn no_address_can_end_a_command() {
     let server = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&config(&[plain(&server)]));
     for email in

@@ -1,4 +1,4 @@
-//! Whom we trust, and what we say to log in.
+//! Certificate trust and logins.
 
 use std::{fs, sync::Arc};
 
@@ -11,7 +11,7 @@ use tokio_rustls::{
 
 use super::*;
 
-/// A private authority in a file, and a server with its certificate for `name`.
+/// A private certificate authority in a file, and a server with its certificate for `name`.
 fn authority(name: &str) -> (tempfile::NamedTempFile, TlsAcceptor) {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -40,7 +40,7 @@ fn implicit(acceptor: TlsAcceptor) -> Vec<Step> {
     [Step::Encrypt(acceptor)].into_iter().chain(takes_mail()).collect()
 }
 
-/// Sends a mail to a server that shows the certificate of one authority, trusting another one or the same.
+/// Sends a mail to a server with a certificate of one authority, trusting the same authority or another one.
 async fn send(scheme: &str, name: &str, trusted: bool) -> Outcome {
     let (file, acceptor) = authority(name);
     let (stranger, _) = authority(name);
@@ -53,7 +53,7 @@ async fn send(scheme: &str, name: &str, trusted: bool) -> Outcome {
 }
 
 #[tokio::test]
-async fn a_private_authority_is_trusted_if_it_is_named() {
+async fn a_private_authority_is_trusted_if_configured() {
     for scheme in ["smtp", "smtps"] {
         assert_eq!(send(scheme, "127.0.0.1", true).await, Outcome::Sent);
         let unknown = send(scheme, "127.0.0.1", false).await;
@@ -64,24 +64,24 @@ async fn a_private_authority_is_trusted_if_it_is_named() {
 }
 
 #[tokio::test]
-async fn without_encryption_there_is_no_mail_and_no_password() {
+async fn no_mail_and_no_password_is_sent_without_encryption() {
     let server = Server::start(vec![takes_mail()]).await;
     let outcome = mailer(&config(&[format!("smtp://ann:secret@127.0.0.1:{}", server.port)]))
         .send(&ann(), &Attempt::unchecked())
         .await;
     assert!(later(&outcome).contains("no encryption"), "{outcome:?}");
-    // Nor by somebody in between who speaks ahead.
+    // Nor can a man in the middle inject capabilities before TLS.
     let (file, acceptor) = authority("127.0.0.1");
     let mut script = hello("250-hi\r\n250 STARTTLS");
     script.extend([Step::Expect("STARTTLS", "220 go\r\n250 AUTH PLAIN"), Step::Encrypt(acceptor)]);
     let ahead = Server::start(vec![script]).await;
     let url = format!("smtp://ann:secret@127.0.0.1:{}?ca_file={}", ahead.port, file.path().display());
     let outcome = mailer(&config(&[url])).send(&ann(), &Attempt::unchecked()).await;
-    assert!(later(&outcome).contains("more than one answer"), "{outcome:?}");
+    assert!(later(&outcome).contains("more than one reply"), "{outcome:?}");
     assert_eq!(server.count("AUTH") + server.count("MAIL") + ahead.count("AUTH"), 0);
 }
 
-/// Logs in to a server that offers `offer`, and answers as `script` says.
+/// Logs in to a server that offers `offer` and then follows `script`.
 async fn log_in(offer: &'static str, setting: &str, script: Vec<Step>) -> (Server, Outcome) {
     let mut all = hello(offer);
     all.extend(script);
@@ -93,7 +93,7 @@ async fn log_in(offer: &'static str, setting: &str, script: Vec<Step>) -> (Serve
 }
 
 #[tokio::test]
-async fn each_way_to_log_in_says_what_it_should() {
+async fn each_login_mechanism_sends_its_credentials() {
     let encode = |text: &str| STANDARD.encode(text);
     let (server, outcome) =
         log_in("250-hi\r\n250 AUTH LOGIN PLAIN", "", vec![Step::Expect("AUTH", "235 welcome")]).await;
@@ -120,7 +120,7 @@ async fn each_way_to_log_in_says_what_it_should() {
 }
 
 #[tokio::test]
-async fn a_login_that_is_refused_is_the_relays_trouble() {
+async fn a_refused_login_makes_the_relay_unavailable() {
     let refused = vec![Step::Expect("AUTH", "535 5.7.8 bad password")];
     let (_, outcome) = log_in("250-hi\r\n250 AUTH PLAIN", "", refused).await;
     assert_eq!(later(&outcome), "the login was refused: 535 5.7.8 bad password");
@@ -132,7 +132,7 @@ async fn a_login_that_is_refused_is_the_relays_trouble() {
 }
 
 #[tokio::test]
-async fn a_password_is_read_anew_at_each_login() {
+async fn the_password_file_is_read_at_each_login() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let mut script = hello("250-hi\r\n250 AUTH PLAIN");
     script.push(Step::Expect("AUTH", "235 welcome"));
@@ -151,7 +151,7 @@ async fn a_password_is_read_anew_at_each_login() {
 }
 
 #[tokio::test]
-async fn a_silence_has_its_limit_before_the_mail_too() {
+async fn a_silent_server_times_out_at_every_step_before_the_mail() {
     let starting = || [hello("250-hi\r\n250 STARTTLS"), vec![Step::Expect("STARTTLS", "220 go"), Step::Hang]].concat();
     let deaf = || [hello("250-hi\r\n250 STARTTLS"), vec![Step::Hang]].concat();
     let login = || [hello("250-hi\r\n250 AUTH PLAIN"), vec![Step::Hang]].concat();
@@ -171,7 +171,7 @@ async fn a_silence_has_its_limit_before_the_mail_too() {
 }
 
 #[test]
-fn an_authority_that_is_not_there_is_told_at_the_start() {
+fn a_missing_authority_is_reported_at_start() {
     let url = "smtp://127.0.0.1?ca_file=/nowhere/ca.pem".to_owned();
     let error = Smtp::new(&config(&[url])).err().unwrap().to_string();
     assert!(error.contains("/nowhere/ca.pem"), "{error}");

@@ -1,4 +1,4 @@
-//! Against real sockets, with servers that say what the test wants.
+//! Tests on real sockets, against servers that follow a script.
 
 mod composing;
 mod conversation;
@@ -12,13 +12,13 @@ use std::{sync::Arc, time::Duration};
 use mailrun_app::config::SmtpConfig;
 use mailrun_core::template::Template;
 
-use super::{super::*, circuit::Patience};
+use super::{super::*, circuit::ProbeDelay};
 use server::{Server, Step};
 
-/// A limit that a test waits out.
+/// A time limit short enough for a test to wait for.
 const SHORT: Duration = Duration::from_millis(150);
 
-/// What a server says that takes one mail after the other.
+/// A server that accepts one mail after the other.
 fn takes_mail() -> Vec<Step> {
     let mut script = hello("250 hi");
     script.extend([
@@ -36,7 +36,7 @@ fn hello(answer: &'static str) -> Vec<Step> {
     vec![Step::Say("220 hi"), Step::Expect("EHLO tests", answer)]
 }
 
-/// A conversation up to the step where it is to go wrong, and that step.
+/// A conversation up to the step that is to fail, and that step.
 fn until(stage: usize, last: Step) -> Vec<Step> {
     let all = [
         Step::Say("220 hi"),
@@ -64,15 +64,16 @@ fn plain(server: &Server) -> String {
     format!("smtp://127.0.0.1:{}?tls=none", server.port)
 }
 
-/// A mailer that leaves a relay alone for so long that it is not tried again within the test.
+/// A mailer that does not probe an unavailable relay again within the test.
 fn mailer(config: &SmtpConfig) -> Smtp {
     let long = Duration::from_secs(600);
-    Smtp::with_patience(config, Patience { first: long, longest: long }).unwrap()
+    Smtp::with_probe_delay(config, ProbeDelay { first: long, longest: long }).unwrap()
 }
 
-/// One that tries it again at once.
+/// A mailer that probes an unavailable relay at once.
 fn eager(config: &SmtpConfig) -> Smtp {
-    Smtp::with_patience(config, Patience { first: Duration::from_nanos(1), longest: Duration::from_nanos(2) }).unwrap()
+    Smtp::with_probe_delay(config, ProbeDelay { first: Duration::from_nanos(1), longest: Duration::from_nanos(2) })
+        .unwrap()
 }
 
 fn mail(email: &str) -> Mail {

@@ -1,17 +1,17 @@
-//! Connections: how many, how long, and to whom.
+//! The connection pool: limits, reuse, expiry.
 
 use futures::future::join_all;
 
 use super::*;
 
-/// One mail, and then the connection is gone when the next one begins.
+/// Accepts one mail, and closes the connection when the next one begins.
 fn takes_one() -> Vec<Step> {
     let mut script = until(5, Step::Content("250 taken"));
     script.push(Step::Drop);
     script
 }
 
-/// A conversation that goes on only when `count` connections came.
+/// A conversation that continues only after `count` connections were opened.
 fn gathered(count: usize) -> Vec<Step> {
     let mut script = takes_mail();
     script.insert(2, Step::Gather(count));
@@ -19,7 +19,7 @@ fn gathered(count: usize) -> Vec<Step> {
 }
 
 #[tokio::test]
-async fn a_connection_is_used_again() {
+async fn a_connection_is_reused() {
     let server = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&config(&[plain(&server)]));
     for _ in 0..5 {
@@ -29,12 +29,12 @@ async fn a_connection_is_used_again() {
 }
 
 #[tokio::test]
-async fn a_refused_mail_leaves_a_connection_that_is_used_again() {
+async fn a_connection_is_reused_after_a_refused_mail() {
     let mut script = until(3, Step::Expect("RCPT", "550 5.1.1 no"));
     script.push(Step::Expect("RSET", "250 ok"));
     script.extend(takes_mail().into_iter().skip(2));
     let server = Server::start(vec![script]).await;
-    // With one connection, the next mail waits until this one is put by.
+    // With a single connection, the next mail waits until this one is released.
     let mailer = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&server)]) });
     assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Failed { flagged: true, .. }));
     assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
@@ -42,7 +42,7 @@ async fn a_refused_mail_leaves_a_connection_that_is_used_again() {
 }
 
 #[tokio::test]
-async fn a_connection_that_died_unused_is_replaced_silently() {
+async fn a_connection_that_died_while_idle_is_replaced() {
     let idle = || until(5, Step::Content("250 taken")).into_iter().chain([Step::Expect("MAIL", "421 idle")]).collect();
     for first in [takes_one(), idle()] {
         let server = Server::start(vec![first, takes_mail()]).await;
@@ -55,7 +55,7 @@ async fn a_connection_that_died_unused_is_replaced_silently() {
 }
 
 #[tokio::test]
-async fn a_connection_that_dies_again_is_not_replaced_again() {
+async fn a_dead_connection_is_replaced_only_once() {
     let server = Server::start(vec![takes_one(), until(2, Step::Drop)]).await;
     let mailer = mailer(&config(&[plain(&server)]));
     assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
@@ -74,7 +74,7 @@ async fn there_are_never_more_connections_than_allowed() {
 }
 
 #[tokio::test]
-async fn a_connection_is_given_up_after_so_many_mails() {
+async fn a_connection_is_closed_after_its_maximum_of_mails() {
     let server = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&SmtpConfig { connections: 1, messages_per_connection: 2, ..config(&[plain(&server)]) });
     for _ in 0..5 {
@@ -84,11 +84,11 @@ async fn a_connection_is_given_up_after_so_many_mails() {
 }
 
 #[tokio::test]
-async fn a_connection_that_nobody_uses_is_closed() {
+async fn an_idle_connection_is_closed() {
     let server = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&SmtpConfig { idle: Duration::from_millis(20), ..config(&[plain(&server)]) });
     assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
-    // On a slow machine too, it comes at last.
+    // A slow machine may need longer.
     while server.count("QUIT") == 0 {
         tokio::task::yield_now().await;
     }
@@ -105,14 +105,14 @@ async fn an_idle_connection_makes_room_for_one_to_another_relay() {
         assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
     }
     for server in [first, second] {
-        // All of its connections but the last one, at most, had to go.
+        // At most its last connection may still be open.
         assert!(server.connections() > 1 && server.count("QUIT") + 1 >= server.connections());
         assert!(server.most_open() <= 2);
     }
 }
 
 #[tokio::test]
-async fn a_domain_gets_only_so_many_connections() {
+async fn connections_per_domain_are_bounded() {
     let server = Server::start(vec![gathered(2)]).await;
     let mailer = mailer(&SmtpConfig { per_domain: 1, connections: 10, ..config(&[plain(&server)]) });
     let mails = ["a@one.example", "b@ONE.example", "c@two.example", "d@two.example", "e@one.example"];
@@ -126,7 +126,7 @@ async fn a_domain_gets_only_so_many_connections() {
 }
 
 #[tokio::test]
-async fn the_next_relay_takes_over_from_one_that_is_away() {
+async fn the_next_relay_takes_over_from_an_unavailable_one() {
     let away = Server::start(vec![until(0, Step::Say("421 busy"))]).await;
     let there = Server::start(vec![takes_mail()]).await;
     let mailer = mailer(&config(&[plain(&away) + "&weight=1000", plain(&there)]));
@@ -139,7 +139,7 @@ async fn the_next_relay_takes_over_from_one_that_is_away() {
 }
 
 #[tokio::test]
-async fn the_circuit_opens_lets_one_try_and_closes() {
+async fn the_circuit_opens_lets_one_mail_try_and_closes() {
     let busy = || until(0, Step::Say("421 busy"));
     let server = Server::start(vec![busy(), busy(), takes_mail()]).await;
     let mailer = eager(&config(&[plain(&server)]));
@@ -147,14 +147,14 @@ async fn the_circuit_opens_lets_one_try_and_closes() {
     assert_eq!(mailer.gate(), Gate::Trying);
     assert!(matches!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Later(_)));
     assert_eq!(mailer.gate(), Gate::Trying);
-    // Of many that come at once, one tries, and the others wait for what comes of it.
+    // Of many concurrent mails, one is the trial, and the others wait for its result.
     let outcomes = join_all((0..10).map(|_| async { mailer.send(&ann(), &Attempt::unchecked()).await })).await;
     assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Sent), "{outcomes:?}");
     assert_eq!(mailer.gate(), Gate::Open);
 }
 
 #[tokio::test]
-async fn while_it_is_open_nobody_connects() {
+async fn no_connection_is_opened_while_the_circuit_is_open() {
     let server = Server::start(vec![until(0, Step::Say("421 busy"))]).await;
     let mailer = mailer(&config(&[plain(&server)]));
     for _ in 0..5 {
@@ -164,8 +164,8 @@ async fn while_it_is_open_nobody_connects() {
 }
 
 #[tokio::test]
-async fn whoever_waits_for_a_connection_hears_that_the_relay_went_away() {
-    // The first is not answered before its limit, and holds the only connection.
+async fn a_mail_waiting_for_a_connection_is_deferred_when_the_relay_becomes_unavailable() {
+    // The first mail gets no reply before its time limit, and holds the only connection.
     let server = Server::start(vec![until(1, Step::Hang)]).await;
     let mailer = mailer(&SmtpConfig { connections: 1, ..short(&[plain(&server)]) });
     let outcomes = join_all((0..10).map(|_| async { mailer.send(&ann(), &Attempt::unchecked()).await })).await;

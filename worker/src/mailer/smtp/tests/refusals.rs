@@ -1,8 +1,8 @@
-//! Refusals of us pause the relay; refusals of a recipient stay with the recipient.
+//! Refusals about us pause the relay; refusals about a recipient affect only that recipient.
 
 use super::*;
 
-/// Goes through mails: each entry is the answer to RCPT of one mail, on one connection.
+/// Each entry is the reply to RCPT of one mail, all on one connection.
 fn answers(replies: &[&'static str]) -> Vec<Step> {
     let mut script = hello("250 hi");
     for reply in replies {
@@ -21,7 +21,7 @@ async fn send(mailer: &Smtp, email: &str) -> Outcome {
 }
 
 #[tokio::test]
-async fn a_refusal_of_us_pauses_the_relay_and_fails_nobody() {
+async fn a_refusal_about_us_pauses_the_relay_and_fails_no_mail() {
     for refusal in [
         "550 relay not permitted",
         "550 Please turn on SMTP Authentication in your mail client",
@@ -50,7 +50,7 @@ async fn a_paused_relay_is_probed_with_one_message() {
 }
 
 #[tokio::test]
-async fn a_recipient_that_is_deferred_alone_costs_only_its_own_tries() {
+async fn a_single_deferred_recipient_costs_only_its_own_tries() {
     for deferral in ["454 4.7.1 relay access denied", "452 4.5.3 too many", "450 too many messages for this recipient"]
     {
         let script = [deferral, "250 ok", deferral, "250 ok", deferral, deferral, deferral, "250 ok"];
@@ -67,7 +67,7 @@ async fn a_recipient_that_is_deferred_alone_costs_only_its_own_tries() {
 }
 
 #[tokio::test]
-async fn a_recipient_that_meets_a_refusal_of_us_alone_does_not_pause_the_relay_again() {
+async fn a_single_recipient_refused_again_does_not_pause_the_relay_again() {
     let refusal = "550 5.7.1 relaying denied";
     let script = vec![answers(&[refusal]), answers(&["250 ok", refusal, "250 ok", refusal])];
     let server = Server::start(script).await;
@@ -93,7 +93,7 @@ async fn deferrals_at_several_domains_pause_the_relay() {
 }
 
 #[tokio::test]
-async fn greylisting_belongs_to_its_recipients_however_many() {
+async fn greylisting_never_pauses_the_relay() {
     let server = Server::start(vec![answers(&["451 4.7.1 Greylisted, try again in 5 minutes"; 12])]).await;
     let mailer = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&server)]) });
     for number in 0..12 {
@@ -103,7 +103,7 @@ async fn greylisting_belongs_to_its_recipients_however_many() {
 }
 
 #[tokio::test]
-async fn a_server_that_knows_only_helo_gets_it() {
+async fn a_server_without_ehlo_gets_helo() {
     let old = |first| {
         let mut script = vec![Step::Say("220 hi"), Step::Expect("EHLO", first), Step::Expect("HELO tests", "250 hi")];
         script.extend(takes_mail().into_iter().skip(2));
@@ -113,7 +113,7 @@ async fn a_server_that_knows_only_helo_gets_it() {
         let server = Server::start(vec![old(first)]).await;
         assert_eq!(send(&mailer(&config(&[plain(&server)])), "ann@example.org").await, Outcome::Sent);
     }
-    // Not after 421, and not where a login is wanted.
+    // Not after 421, and not if a login is required.
     let server = Server::start(vec![old("421 closing")]).await;
     assert!(later(&send(&mailer(&config(&[plain(&server)])), "ann@example.org").await).contains("421"));
     let server = Server::start(vec![old("500 what?")]).await;
@@ -123,7 +123,7 @@ async fn a_server_that_knows_only_helo_gets_it() {
 }
 
 #[tokio::test]
-async fn a_bare_host_name_is_not_said() {
+async fn a_bare_host_name_is_not_used_in_ehlo() {
     let server = Server::start(vec![takes_mail()]).await;
     let _ = send(&mailer(&SmtpConfig { hello: None, ..config(&[plain(&server)]) }), "ann@example.org").await;
     let heard = server.heard();
@@ -133,7 +133,7 @@ async fn a_bare_host_name_is_not_said() {
 
 #[tokio::test]
 async fn unread_bytes_close_the_connection() {
-    // After an accepted message: the mail was sent, and the next one goes over another connection.
+    // After an accepted message: the mail was sent, and the next one uses another connection.
     let chatty = until(5, Step::Content("250 taken\r\n250 what else"));
     let server = Server::start(vec![chatty, takes_mail()]).await;
     let mailer = mailer(&SmtpConfig { connections: 1, ..config(&[plain(&server)]) });
@@ -144,5 +144,5 @@ async fn unread_bytes_close_the_connection() {
     let script = until(4, Step::Expect("DATA", "354 go\r\n250 taken"));
     let server = Server::start(vec![script]).await;
     let outcome = send(&super::mailer(&config(&[plain(&server)])), "ann@example.org").await;
-    assert!(matches!(&outcome, Outcome::Retry(reason) if reason.contains("more than one answer")), "{outcome:?}");
+    assert!(matches!(&outcome, Outcome::Retry(reason) if reason.contains("more than one reply")), "{outcome:?}");
 }

@@ -1,7 +1,7 @@
-//! A mail server that says what the test wrote down, connection by connection, and remembers what it heard.
+//! A mail server that follows a script for each connection and records what it received.
 //!
-//! The mail sink is no substitute: it follows the protocol, and these tests are about servers that do not, whose replies are cut off,
-//! doubled, injected before STARTTLS, or never sent.
+//! The mail sink is no substitute. It follows the protocol; these tests need servers whose replies are cut off, doubled, injected
+//! before STARTTLS, or never sent.
 
 use std::sync::{
     Arc, Mutex,
@@ -17,28 +17,28 @@ use tokio_rustls::TlsAcceptor;
 
 use super::super::dialogue::Stream;
 
-/// What the server does next.
+/// One step of a script.
 #[derive(Clone)]
 pub enum Step {
-    /// Says a line.
+    /// Sends a line.
     Say(&'static str),
-    /// Waits for a line that begins so, then says another.
+    /// Waits for a line with this beginning, then sends another.
     Expect(&'static str, &'static str),
-    /// Reads a message to its end, then says a line.
+    /// Reads a message to its end, then sends a line.
     Content(&'static str),
-    /// Reads a line or a message to its end, whatever it is, and hangs up.
+    /// Reads any line or message to its end, then closes the connection.
     Drop,
-    /// Says nothing more, and keeps the connection.
+    /// Sends nothing more and keeps the connection open.
     Hang,
-    /// Waits for this many connections to have come so far, so that none is done before the others are there.
+    /// Waits until this many connections were opened, so that none ends before the others exist.
     Gather(usize),
-    /// Encrypts from here on.
+    /// Starts TLS.
     Encrypt(TlsAcceptor),
-    /// Goes through the steps since the last of these over and over: one mail after the other.
+    /// Repeats the steps since the last `Loop`: one mail after the other.
     Loop,
 }
 
-/// The server, and what it heard.
+/// The server and its record.
 #[derive(Clone)]
 pub struct Server {
     pub port: u16,
@@ -49,7 +49,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Follows a script for each connection; the last one for all that come after.
+    /// Follows one script per connection; the last script also serves all later connections.
     pub async fn start(scripts: Vec<Vec<Step>>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = Self {
@@ -77,22 +77,22 @@ impl Server {
         server
     }
 
-    /// All lines that came, of all connections, without the messages.
+    /// All lines received on all connections, without the messages.
     pub fn heard(&self) -> Vec<String> {
         self.heard.lock().unwrap().clone()
     }
 
-    /// How many lines came that begin so.
+    /// How many received lines have this beginning.
     pub fn count(&self, beginning: &str) -> usize {
         self.heard().iter().filter(|line| line.starts_with(beginning)).count()
     }
 
-    /// Connections that came.
+    /// How many connections were opened.
     pub fn connections(&self) -> usize {
         *self.connections.borrow()
     }
 
-    /// Connections that were open at the same time.
+    /// The largest number of connections open at the same time.
     pub fn most_open(&self) -> usize {
         self.most_open.load(Ordering::SeqCst)
     }
