@@ -7,8 +7,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const CRATES: [&str; 8] =
-    ["shared/core", "shared/app", "shared/ledger", "shared/broker", "web", "worker", "cli", "dev/program"];
+const CRATES: [&str; 10] = [
+    "shared/core",
+    "shared/app",
+    "shared/ledger",
+    "shared/broker",
+    "web",
+    "worker",
+    "cli",
+    "dev/lab",
+    "dev/program",
+    "dev/sink",
+];
 
 /// A module's path below the crate's root.
 type Module = Vec<String>;
