@@ -392,7 +392,7 @@ async fn purged_queues_only_delay_a_run_and_cancelling_settles_it() {
 
 #[tokio::test]
 async fn republishes_exactly_what_was_purged() {
-    /// Less than the smallest window, so that one step releases them all.
+    /// Less than the window of a run without a sender, so that all are released before they are sent.
     const PEOPLE: usize = 90;
     let mut world = World::new(&[
         // Few unacknowledged and many on the queue, as with a slow relay.
@@ -404,13 +404,22 @@ async fn republishes_exactly_what_was_purged() {
         ("MAILRUN_SWEEP__STALLED_AFTER_MS", "600000"),
     ])
     .await;
-    world.workers();
+    world.worker("fan-out");
+    world.worker("progress");
+    let sender = world.worker("send");
     let sound = world.invite(&people(PEOPLE)).await;
     assert_eq!(count(&world.until_over(&sound).await, "sent"), 87);
     assert_eq!(world.repairs(&sound).await, Repairs::default());
 
+    assert!(world.terminate(sender), "{}", world.log());
     let next = people(PEOPLE).replace("guest", "later");
     let run = world.invite(&next).await;
+    let released = "SELECT count(*) FROM run_passes WHERE cursor = 90";
+    until("all are released", async || {
+        sqlx::query_scalar::<_, i64>(released).fetch_one(&world.pool).await.unwrap() == 2
+    })
+    .await;
+    world.worker("send");
     world.until_progress(&run, "in progress", |progress| count(progress, "sent") > 20).await;
     let channel = world.channel().await;
     let purged = channel.queue_purge("mailrun.items".into(), Default::default()).await.unwrap();

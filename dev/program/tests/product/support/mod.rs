@@ -82,7 +82,9 @@ impl World {
         environment.extend(settings.iter().map(|(key, value)| set(key, (*value).to_owned())));
         let pool = PgPool::connect_lazy(&stack.database_url(&name)).unwrap();
         prepare(&pool).await;
-        let client = Client::builder().no_proxy().redirect(redirect::Policy::none()).build().unwrap();
+        // A connection that is kept may be closed by the web server just before it is used again.
+        let client = Client::builder().no_proxy().pool_max_idle_per_host(0).redirect(redirect::Policy::none());
+        let client = client.build().unwrap();
         let web = format!("http://127.0.0.1:{port}");
         let mut world = Self { stack, pool, web, client, name, folder, environment, children: Vec::new() };
         assert!(world.run_to_end(&["setup"]), "setup failed: {}", world.log());
