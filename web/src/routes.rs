@@ -130,6 +130,7 @@ mod tests {
     use std::{
         io,
         sync::{Mutex, PoisonError},
+        time::Duration,
     };
 
     use axum::{
@@ -159,6 +160,8 @@ mod tests {
         config.web.hook_key = Some("0123456789abcdef".into());
         config.web.max_body_bytes = 100;
         config.database.url = "postgres://mailrun@127.0.0.1:1/mailrun".into();
+        // The pool connects repeatedly until then.
+        config.database.acquire_timeout = Duration::from_millis(1);
         let pool = mailrun_ledger::open(&config.database, "test").unwrap();
         router(Arc::new(App::new(config, pool.clone(), pool, Health::default(), Arc::new(Notify::new()), None)))
     }

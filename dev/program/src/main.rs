@@ -24,7 +24,7 @@ use mailrun_stack::{Nodes, Release, keep};
 
 /// Mailrun on this machine: durable bulk invitations on RabbitMQ and PostgreSQL
 #[derive(Parser)]
-#[command(name = "mailrun", version)]
+#[command(name = "mailrun-dev", version)]
 struct Arguments {
     /// The settings file [default: mailrun.toml in the working directory, if it exists]
     #[arg(long, global = true, env = "MAILRUN_CONFIG")]
@@ -124,5 +124,11 @@ mod tests {
     #[test]
     fn the_arguments_are_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_usage_error_names_this_program() {
+        let error = Arguments::try_parse_from(["mailrun-dev", "up", "--nonsense"]).err().unwrap();
+        assert!(error.to_string().contains("Usage: mailrun-dev up"), "{error}");
     }
 }

@@ -1,6 +1,6 @@
 //! One SMTP session: RFC 5321, parsed by `smtp-proto`. Accepted messages go into the mailbox.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use smtp_proto::{
@@ -15,11 +15,9 @@ use tokio::{
 
 use super::{
     Action, Login, OpenConnection, Session, Shared, Stage, Tls,
-    wire::{End, Wire},
+    wire::{End, IDLE, Wire},
 };
 
-/// How long a client may be idle (RFC 5321, 4.5.3.2.7).
-pub(super) const IDLE: Duration = Duration::from_secs(300);
 /// More than the minimum of RFC 5321 (4.5.3.1.8).
 const MAX_RECIPIENTS: usize = 1000;
 const CLOSING: u16 = 421;

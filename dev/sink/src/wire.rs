@@ -1,6 +1,6 @@
 //! Buffered I/O of one connection.
 
-use std::{io, ops::Range, slice::Iter};
+use std::{io, ops::Range, slice::Iter, time::Duration};
 
 use smtp_proto::{Error, Request, request::receiver::RequestReceiver};
 use tokio::{
@@ -8,8 +8,8 @@ use tokio::{
     time::timeout,
 };
 
-use super::smtp::IDLE;
-
+/// How long a client may be idle (RFC 5321, 4.5.3.2.7).
+pub(super) const IDLE: Duration = Duration::from_secs(300);
 const BUFFER: usize = 16 << 10;
 
 /// Why a session has ended.

@@ -195,7 +195,8 @@ impl Stack {
 
     /// Deletes a virtual host with its contents, if it exists.
     pub async fn drop_vhost(&self, name: &str) -> Result<(), StackError> {
-        self.management.delete_vhost(name).await
+        // With a client of its own: the other one's idle connections belong to the runtime that opened them, which may be blocked.
+        Management::new(self.ports.management, &self.login.password).delete_vhost(name).await
     }
 
     /// Stops RabbitMQ until [`Stack::start_rabbitmq`], for all users of the stack.

@@ -16,9 +16,9 @@ use tokio::time::sleep;
 
 use super::{
     Settings,
+    median::median,
     pipeline::{Mailrun, POLL, Setup},
     place::Place,
-    report::median,
     statements::Statements,
 };
 use crate::people::people_at;

@@ -9,6 +9,7 @@ mod ceiling;
 mod cpu;
 mod depths;
 mod in_a_row;
+mod median;
 mod naive;
 mod pipeline;
 mod place;
@@ -29,9 +30,10 @@ use mailrun_app::{config::Config, shutdown};
 use self::{
     cpu::Cpu,
     in_a_row::Extras,
+    median::median,
     pipeline::{Piped, Setup},
     place::Place,
-    report::{Latency, Results, Round, median},
+    report::{Latency, Results, Round},
     small_run::Behind,
 };
 use crate::people::people;

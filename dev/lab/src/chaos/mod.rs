@@ -10,6 +10,7 @@ mod plan;
 pub mod proxy;
 mod report;
 mod revision;
+mod signal;
 mod site;
 mod smtp_faults;
 mod upgrade;
@@ -82,6 +83,9 @@ pub struct Options {
     /// Set send.on_unknown to resend: people then receive two mails, which the check must detect
     #[arg(long)]
     resend: bool,
+    /// How many runs take place at the same time; those with faults of the servers, which they share, are always alone
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=20))]
+    at_once: u8,
     /// Print one JSON object with the results on standard output, and nothing else
     #[arg(long)]
     json: bool,
@@ -119,8 +123,13 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
     let Options { recipients, resend, .. } = *options;
     let order = revision.as_ref().map(|revision| revision.order);
     let setting = Setting { config: &config, file, logs: home.join("logs"), recipients, resend, revision };
-    let plans = options.fault.iter().flat_map(|choice| choice.plans(order));
-    let (on_three, on_one): (Vec<Plan>, Vec<Plan>) = plans.partition(|plan| plan.needs_cluster());
+    let mut plans: Vec<Plan> = Vec::new();
+    for plan in options.fault.iter().flat_map(|choice| choice.plans(order)) {
+        if !plans.contains(&plan) {
+            plans.push(plan);
+        }
+    }
+    let (on_three, on_one): (Vec<Plan>, Vec<Plan>) = plans.into_iter().partition(|plan| plan.needs_cluster());
     let mut report = Report::new(seed);
     for (nodes, plans) in [(Nodes::One, on_one), (Nodes::Three, on_three)] {
         if plans.is_empty() {
@@ -135,7 +144,12 @@ pub async fn run(config: Config, file: Option<&Path>, options: &Options) -> Resu
                 return Err(error.into());
             }
         };
-        let checked = stop.run_until_cancelled(Box::pin(all(&stack, &setting, plans, seed, &mut report))).await;
+        let checked = stop.run_until_cancelled(Box::pin(async {
+            for plans in together(plans, options.at_once.into()) {
+                all(&stack, &setting, plans, seed, &mut report).await;
+            }
+        }));
+        let checked = checked.await;
         stack.stop().await?;
         checked.context("the fault bench was interrupted")?;
     }
@@ -170,11 +184,20 @@ fn clear(home: &Path, keep: Option<&PathBuf>) {
     }
 }
 
+/// The plans in groups that run at the same time, of at most this many.
+fn together(plans: Vec<Plan>, at_once: usize) -> Vec<Vec<Plan>> {
+    let (alone, others): (Vec<Plan>, Vec<Plan>) = plans.into_iter().partition(|plan| plan.is_alone());
+    others.chunks(at_once).map(<[Plan]>::to_vec).chain(alone.into_iter().map(|plan| vec![plan])).collect()
+}
+
+/// Runs these plans at the same time.
 async fn all(stack: &Stack, setting: &Setting<'_>, plans: Vec<Plan>, seed: u64, report: &mut Report) {
-    for plan in plans {
-        let name = plan.name();
-        eprintln!("{name}: inviting {} people", setting.recipients);
-        let counts = match one(stack, setting, plan, seed).await {
+    let runs = plans.into_iter().map(|plan| async move {
+        eprintln!("{}: inviting {} people", plan.name(), setting.recipients);
+        (plan.name(), Box::pin(one(stack, setting, plan, seed)).await)
+    });
+    for (name, counts) in join_all(runs).await {
+        let counts = match counts {
             Ok(counts) => counts,
             Err(error) => {
                 // The other runs are still checked.
@@ -230,7 +253,7 @@ impl Injected {
 
 /// One run with one plan.
 async fn one(stack: &Stack, setting: &Setting<'_>, plan: Plan, seed: u64) -> Result<Counts> {
-    let site = Box::pin(Site::create(stack, setting, plan)).await?;
+    let site = Box::pin(Site::create(stack, setting, plan.purpose())).await?;
     let injected = Injected::default();
     let (stage, stages) = channel(Stage::default());
     let posted_at = Instant::now();

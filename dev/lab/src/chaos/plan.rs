@@ -9,9 +9,9 @@ use anyhow::Result;
 use tokio::sync::watch::Receiver;
 
 use super::{
-    fault::{Fault, Weight},
+    fault::{Fault, Needs, PAUSE_RUN, Reach, Weight},
     revision::Order,
-    site::Site,
+    site::{Purpose, Site},
     upgrade::{Change, changes},
     watch::Stage,
 };
@@ -26,7 +26,7 @@ const SUBMISSION_MS: u64 = 300;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Plan {
     /// One fault, several times.
-    One(Fault),
+    One(&'static Fault),
     /// All faults that can be combined, in any order, some simultaneously.
     Mixed,
     /// An upgrade from an older revision.
@@ -48,7 +48,7 @@ impl ValueEnum for Choice {
     fn value_variants<'a>() -> &'a [Self] {
         static CHOICES: LazyLock<Vec<Choice>> = LazyLock::new(|| {
             let mixed = [Choice::All, Choice::Plan(Plan::Mixed), Choice::Upgrade].into_iter();
-            mixed.chain(Fault::value_variants().iter().map(|fault| Choice::Plan(Plan::One(*fault)))).collect()
+            mixed.chain(Fault::all().map(|fault| Choice::Plan(Plan::One(fault)))).collect()
         });
         &CHOICES
     }
@@ -57,7 +57,7 @@ impl ValueEnum for Choice {
         match self {
             Self::All => Some(PossibleValue::new("all").help("Each fault in its own run, then `mixed`")),
             Self::Plan(Plan::Mixed) => Some(PossibleValue::new("mixed").help("All faults of a single node in one run")),
-            Self::Plan(Plan::One(fault)) => fault.to_possible_value(),
+            Self::Plan(Plan::One(fault)) => Some(PossibleValue::new(fault.name).help(fault.help)),
             // The revision determines the order.
             Self::Plan(Plan::Upgrade(_)) => None,
             Self::Upgrade => Some(PossibleValue::new(UPGRADE).help(
@@ -73,7 +73,7 @@ impl Choice {
         let upgrade = order.map(Plan::Upgrade);
         match self {
             Self::All => {
-                let faults = Fault::value_variants().iter().copied().map(Plan::One);
+                let faults = Fault::all().map(Plan::One);
                 faults.chain([Plan::Mixed]).chain(upgrade).collect()
             }
             Self::Plan(plan) => vec![plan],
@@ -103,7 +103,7 @@ pub(super) struct Strike {
 /// What happens at a moment.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum What {
-    Fault(Fault),
+    Fault(&'static Fault),
     /// A step of an upgrade.
     Change(Change),
 }
@@ -112,14 +112,14 @@ impl What {
     /// Its name in the output.
     pub(super) fn name(&self) -> String {
         match self {
-            Self::Fault(fault) => fault.name(),
+            Self::Fault(fault) => fault.name.to_owned(),
             Self::Change(change) => change.name(),
         }
     }
 
     /// Whether it lasts during the whole run.
     pub(super) fn is_whole(&self) -> bool {
-        matches!(self, Self::Fault(fault) if fault.weight() == Weight::Whole)
+        matches!(self, Self::Fault(fault) if fault.weight == Weight::Whole)
     }
 
     /// Whether its failure breaks a guarantee.
@@ -140,29 +140,35 @@ impl Plan {
     /// Its name in the report.
     pub(super) fn name(self) -> String {
         match self {
-            Self::One(fault) => fault.name(),
+            Self::One(fault) => fault.name.to_owned(),
             Self::Mixed => "mixed".to_owned(),
             Self::Upgrade(_) => UPGRADE.to_owned(),
         }
     }
 
-    /// Whether each message of its run is published twice, which is a setting of the services.
-    pub(super) fn publishes_twice(self) -> bool {
-        matches!(self, Self::One(Fault::DuplicateMessages) | Self::Mixed)
-    }
-
-    /// Whether the installation has a rate limit, which is a setting of the services.
-    pub(super) fn is_limited(self) -> bool {
-        matches!(self, Self::One(Fault::LimitedDeferrals) | Self::Mixed)
+    /// What its installation is for.
+    pub(super) fn purpose(self) -> Purpose {
+        let needs = |what| match self {
+            Self::One(fault) => fault.needs == what,
+            Self::Mixed => true,
+            Self::Upgrade(_) => false,
+        };
+        Purpose {
+            name: self.name(),
+            in_turn: self.is_in_turn(),
+            duplicates: needs(Needs::Duplicates),
+            limited: needs(Needs::RateLimit),
+            upgrades: self.upgrades(),
+        }
     }
 
     /// The maximum stall of its run outside of faults.
     pub(super) fn bound(self) -> Duration {
         match self {
             Self::One(fault) => fault.bound(),
-            Self::Mixed => Fault::value_variants().iter().map(|fault| fault.bound()).max().unwrap_or_default(),
+            Self::Mixed => Fault::all().map(Fault::bound).max().unwrap_or_default(),
             // Its steps end processes cleanly.
-            Self::Upgrade(_) => Fault::TermSend.bound(),
+            Self::Upgrade(_) => Fault::usual_bound(),
         }
     }
 
@@ -182,9 +188,18 @@ impl Plan {
         self.upgrades()
     }
 
+    /// Whether its faults affect the servers, so that no other run may share them meanwhile.
+    pub(super) fn is_alone(self) -> bool {
+        match self {
+            Self::One(fault) => fault.reach != Reach::Installation,
+            Self::Mixed => true,
+            Self::Upgrade(_) => false,
+        }
+    }
+
     /// Whether its run requires a RabbitMQ cluster.
     pub(super) fn needs_cluster(self) -> bool {
-        matches!(self, Self::One(fault) if fault.needs_cluster())
+        matches!(self, Self::One(fault) if fault.reach == Reach::Cluster)
     }
 
     /// The faults of its run. The same seed yields the same ones.
@@ -192,7 +207,7 @@ impl Plan {
         let mut rng = StdRng::seed_from_u64(seed);
         match self {
             Self::One(fault) => {
-                let times = match fault.weight() {
+                let times = match fault.weight {
                     Weight::Whole => return vec![strike(&mut rng, fault, Moment::AfterPost(Duration::ZERO))],
                     Weight::Heavy => 2,
                     Weight::Light => rng.random_range(3..=5),
@@ -205,7 +220,7 @@ impl Plan {
                         strike(&mut rng, fault, moment)
                     })
                     .collect();
-                if fault.strikes_the_form() {
+                if fault.strikes_the_form {
                     // The submission itself must survive it.
                     let moment = after_post(&mut rng);
                     strikes.push(strike(&mut rng, fault, moment));
@@ -216,7 +231,7 @@ impl Plan {
                 let mut steps: Vec<What> = changes(order, &mut rng).into_iter().map(What::Change).collect();
                 if order == Order::Any {
                     // Commands of the web server, while processes of both programs run.
-                    steps.insert(rng.random_range(1..steps.len()), What::Fault(Fault::PauseRun));
+                    steps.insert(rng.random_range(1..steps.len()), What::Fault(&PAUSE_RUN));
                 }
                 let times = steps.len() as f64;
                 let steps = steps.into_iter().enumerate().map(|(number, what)| {
@@ -226,14 +241,14 @@ impl Plan {
                 steps.collect()
             }
             Self::Mixed => {
-                let faults = Fault::value_variants().iter().filter(|fault| fault.mixes());
+                let faults = Fault::all().filter(|fault| fault.mixes());
                 let strikes = faults.map(|fault| {
-                    let moment = match fault.weight() {
+                    let moment = match fault.weight {
                         Weight::Whole => Moment::AfterPost(Duration::ZERO),
-                        _ if fault.strikes_the_form() => after_post(&mut rng),
+                        _ if fault.strikes_the_form => after_post(&mut rng),
                         _ => Moment::Settled(rng.random_range(0.02..LATEST)),
                     };
-                    strike(&mut rng, *fault, moment)
+                    strike(&mut rng, fault, moment)
                 });
                 strikes.collect()
             }
@@ -245,7 +260,7 @@ fn after_post(rng: &mut StdRng) -> Moment {
     Moment::AfterPost(Duration::from_millis(rng.random_range(0..SUBMISSION_MS)))
 }
 
-fn strike(rng: &mut StdRng, fault: Fault, moment: Moment) -> Strike {
+fn strike(rng: &mut StdRng, fault: &'static Fault, moment: Moment) -> Strike {
     Strike { what: What::Fault(fault), moment, seed: rng.random() }
 }
 
@@ -286,7 +301,7 @@ mod tests {
                 .collect();
             assert!(shares.is_sorted(), "{shares:?}");
             assert_eq!(strikes[0].what, What::Change(Change::SetUp));
-            assert!(strikes.iter().any(|strike| strike.what == What::Fault(Fault::PauseRun)));
+            assert!(strikes.iter().any(|strike| strike.what == What::Fault(&PAUSE_RUN)));
         }
     }
 }

@@ -42,6 +42,8 @@ struct Network {
     open_holes: u32,
     /// Whether bytes are held.
     is_held: bool,
+    /// Whether the server seems to be down.
+    is_down: bool,
 }
 
 /// A proxy in front of one server.
@@ -84,6 +86,14 @@ impl Proxy {
     /// Cuts all connections: both ends are notified, as by a machine that has just restarted.
     pub fn cut(&self) {
         self.network.send_modify(|network| network.cuts += 1);
+    }
+
+    /// Whether the server seems to be down: all connections are cut, and new ones closed at once.
+    pub fn set_down(&self, down: bool) {
+        self.network.send_modify(|network| {
+            network.cuts += u32::from(down);
+            network.is_down = down;
+        });
     }
 
     /// Delays bytes that arrive during `time` by `delay`; later bytes wait behind them.
@@ -151,6 +161,9 @@ async fn serve(
     mut network: watch::Receiver<Network>,
 ) {
     let born = *network.borrow_and_update();
+    if born.is_down {
+        return;
+    }
     if born.open_holes > 0 {
         return swallow(&mut client).await;
     }

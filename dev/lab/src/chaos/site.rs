@@ -24,7 +24,7 @@ use tokio::{
 };
 use url::Url;
 
-use super::{Setting, fault::send_signal, plan::Plan, proxy::Proxy, revision::Revision, smtp_faults::SmtpFaults};
+use super::{Setting, proxy::Proxy, revision::Revision, signal::send_signal, smtp_faults::SmtpFaults};
 use crate::{
     doubler::Doubler,
     local::{SENDERS, Services, own_program, to_sink},
@@ -84,6 +84,25 @@ pub(super) struct Site<'a> {
     services: Services,
 }
 
+/// What an installation is for.
+pub(super) struct Purpose {
+    /// Part of its name, unique among those that exist at the same time.
+    pub(super) name: String,
+    /// Whether its faults wait for each other, so that its run must last longer.
+    pub(super) in_turn: bool,
+    /// Whether each message is published twice.
+    pub(super) duplicates: bool,
+    /// Whether it has a rate limit.
+    pub(super) limited: bool,
+    /// Whether it starts with an older program.
+    pub(super) upgrades: bool,
+}
+
+/// The names of all senders.
+pub(super) fn senders() -> impl Iterator<Item = String> {
+    (1..=SENDERS).map(|number| format!("send-{number}"))
+}
+
 /// A limit with which a list takes about twenty seconds.
 fn limit(recipients: u32) -> u32 {
     (recipients / 20).max(20)
@@ -91,19 +110,19 @@ fn limit(recipients: u32) -> u32 {
 
 impl<'a> Site<'a> {
     /// Creates an installation on `stack`.
-    pub(super) async fn create(stack: &'a Stack, setting: &'a Setting<'_>, plan: Plan) -> Result<Self> {
-        let name = format!("chaos-{}", plan.name());
-        let log = setting.logs.join(format!("services-{}.log", plan.name()));
+    pub(super) async fn create(stack: &'a Stack, setting: &'a Setting<'_>, purpose: Purpose) -> Result<Self> {
+        let name = format!("chaos-{}", purpose.name);
+        let log = setting.logs.join(format!("services-{}.log", purpose.name));
         stack.create_database(&name).await?;
         stack.create_vhost(&name).await?;
         let (shortest_ms, latencies_ms) =
-            if plan.is_in_turn() { (IN_TURN_SHORTEST_MS, IN_TURN_LATENCY_MS) } else { (SHORTEST_MS, LATENCY_MS) };
+            if purpose.in_turn { (IN_TURN_SHORTEST_MS, IN_TURN_LATENCY_MS) } else { (SHORTEST_MS, LATENCY_MS) };
         let latency_ms = shortest_ms * CONNECTIONS * SENDERS as u32 / setting.recipients.max(1);
         let latency = Duration::from_millis(latency_ms.clamp(*latencies_ms.start(), *latencies_ms.end()).into());
         let sink = Sink::start(mailrun_sink::Options { latency, keep: 0, ..mailrun_sink::Options::default() }).await?;
         let smtp_faults = Arc::new(SmtpFaults::default());
         let _ = smtp_faults.meter.set(RateMeter::start());
-        let limit = plan.is_limited().then(|| limit(setting.recipients));
+        let limit = purpose.limited.then(|| limit(setting.recipients));
         smtp_faults.defers.store(limit.is_some(), Ordering::Relaxed);
         sink.set_rule(smtp_faults.rule());
 
@@ -123,10 +142,10 @@ impl<'a> Site<'a> {
         let mut config = setting.config.clone();
         // Not the next free port from 8080: a killed web server must find its port free again.
         config.web.listen = free_address().context("no free port for the web server")?;
-        let revision = setting.revision.as_ref().filter(|_| plan.upgrades());
+        let revision = setting.revision.as_ref().filter(|_| purpose.upgrades);
         let program = revision.map_or_else(own_program, |revision| Ok(revision.program.clone()))?;
         let services = Services::start(program, &config, environment.clone(), SENDERS, None, log, |_| {}).await?;
-        let doubler = match plan.publishes_twice() {
+        let doubler = match purpose.duplicates {
             true => Some(Doubler::start(&stack.amqp_url(&name), &queues()).await?),
             false => None,
         };

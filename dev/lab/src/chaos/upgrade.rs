@@ -5,7 +5,10 @@ use std::{collections::HashSet, time::Duration};
 use anyhow::{Context as _, Result};
 use rand::{rngs::StdRng, seq::SliceRandom as _};
 
-use super::{fault::senders, revision::Order, site::Site};
+use super::{
+    revision::Order,
+    site::{Site, senders},
+};
 use crate::local::own_program;
 
 /// Time limit of the migration.

@@ -241,6 +241,7 @@ async fn an_attempt_claimed_when_its_run_is_paused_is_withdrawn() {
     let tries: i32 =
         sqlx::query_scalar("SELECT max(tries)::integer FROM run_items").fetch_one(&world.pool).await.unwrap();
     assert_eq!(tries, 1, "no try is charged");
+    sink.set_rule(rule(|_| Action::GoOn));
     world.client.post(format!("{run}/resume")).send().await.unwrap();
     assert_eq!(world.until_over(&run).await["sent"], 5);
 }

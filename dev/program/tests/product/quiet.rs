@@ -25,7 +25,9 @@ async fn a_healthy_installation_logs_no_errors_and_panics_nowhere() {
     .await;
     // One that has just started, and is still connecting.
     let young = world.worker("fan-out,send,progress");
-    until("it has begun", async || world.log().matches("worker started").count() == 5).await;
+    let started = "SELECT count(*) FROM workers";
+    until("it has begun", async || sqlx::query_scalar::<_, i64>(started).fetch_one(&world.pool).await.unwrap() == 5)
+        .await;
     assert!(world.terminate(young), "{}", world.log());
     assert!(world.terminate(extra), "{}", world.log());
     world.until_over(&run).await;

@@ -204,8 +204,10 @@ async fn the_server_observes_the_configured_rate() {
             break;
         }
     }
-    let rate = seconds.iter().sum::<usize>() as f64 / seconds.len() as f64;
-    assert!((142.0..=165.0).contains(&rate), "{rate} a second, and not 150: {seconds:?}");
+    // On a busy machine, single seconds are lost.
+    seconds.sort_unstable();
+    let median = seconds[seconds.len() / 2];
+    assert!((142..=165).contains(&median), "{median} a second, and not 150: {seconds:?}");
 }
 
 #[tokio::test]

@@ -5,17 +5,80 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use futures::future::join_all;
 use lapin::options::QueuePurgeOptions;
+use mailrun_core::queue::{DEAD, ITEMS, RESULTS, RUNS, RUNS_PAUSED, RUNS_WAIT};
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::{super::site::Site, send_signal};
+use super::{
+    super::{
+        signal::send_signal,
+        site::{Site, retry_queues, senders},
+    },
+    Fault, Reach, some_seconds,
+};
 
+/// How long the consumers of a full queue are stopped, which is shorter than the heartbeat timeout.
+const FULL: Duration = Duration::from_secs(2);
 /// A stopped service is started again within this time.
 const NEXT_START: Duration = Duration::from_secs(20);
 
+/// The faults of this file.
+pub(super) const FAULTS: &[Fault] = &[
+    // The worker dies first, so that the broker requeues its unacknowledged messages.
+    Fault::new(
+        "purge-items",
+        "Kill all senders and purge mailrun.items, repeatedly for some seconds",
+        |site, rng, _| {
+            Box::pin(async move {
+                for sender in senders() {
+                    site.signal(&sender, Signal::KILL)?;
+                }
+                purge(site, vec![ITEMS.to_owned()], some_seconds(rng)).await
+            })
+        },
+    ),
+    Fault::new("purge-retry", "Purge the retry queues, repeatedly for some seconds", |site, rng, _| {
+        Box::pin(purge(site, retry_queues(), some_seconds(rng)))
+    }),
+    Fault::new(
+        "purge-results",
+        "Kill the progress worker and purge mailrun.results, repeatedly for some seconds",
+        |site, rng, _| {
+            Box::pin(async move {
+                site.signal("progress", Signal::KILL)?;
+                purge(site, vec![RESULTS.to_owned()], some_seconds(rng)).await
+            })
+        },
+    ),
+    Fault::new("purge-runs", "Purge mailrun.runs and its wait queues, repeatedly for some seconds", |site, rng, _| {
+        Box::pin(purge(site, [RUNS, RUNS_WAIT, RUNS_PAUSED].map(str::to_owned).to_vec(), some_seconds(rng)))
+    }),
+    Fault::new("purge-dead", "Purge mailrun.dead, repeatedly for some seconds", |site, rng, _| {
+        Box::pin(purge(site, vec![DEAD.to_owned()], some_seconds(rng)))
+    }),
+    Fault::new("broker-alarm", "RabbitMQ's memory alarm blocks publishers for some seconds", |site, rng, _| {
+        Box::pin(memory_alarm(site, some_seconds(rng)))
+    })
+    .affects(Reach::Servers),
+    Fault::new("disk-alarm", "RabbitMQ's disk alarm blocks publishers for some seconds", |site, rng, _| {
+        Box::pin(disk_alarm(site, some_seconds(rng)))
+    })
+    .affects(Reach::Servers),
+    Fault::new(
+        "full-items",
+        "mailrun.items holds one message only, while all senders restart and are stopped for two seconds",
+        |site, _, _| Box::pin(async move { full(site, ITEMS, &senders().collect::<Vec<_>>(), FULL).await }),
+    ),
+    Fault::new(
+        "full-results",
+        "mailrun.results holds one message only, while the progress worker restarts and is stopped for two seconds",
+        |site, _, _| Box::pin(async move { full(site, RESULTS, &["progress".to_owned()], FULL).await }),
+    ),
+];
+
 /// Purges queues repeatedly for `time`, because most messages stay on them only for a moment.
-pub(super) async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) -> Result<()> {
+async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     let end = Instant::now() + time;
     let mut purged = 0;
@@ -29,7 +92,7 @@ pub(super) async fn purge(site: &Site<'_>, queues: Vec<String>, time: Duration) 
 }
 
 /// Makes RabbitMQ believe for `time` that its memory is exhausted, which blocks publishers.
-pub(super) async fn memory_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn memory_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
     site.stack.control_rabbitmq(&["set_vm_memory_high_watermark", "0"]).await?;
     sleep(time).await;
     undo(site, &["set_vm_memory_high_watermark", "absolute", "1GiB"]).await
@@ -39,7 +102,7 @@ pub(super) async fn memory_alarm(site: &Site<'_>, time: Duration) -> Result<()> 
 const UNDONE: Duration = Duration::from_secs(60);
 
 /// Makes RabbitMQ believe the same about its disk.
-pub(super) async fn disk_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn disk_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
     site.stack.control_rabbitmq(&["set_disk_free_limit", "1000000GB"]).await?;
     sleep(time).await;
     undo(site, &["set_disk_free_limit", "200MB"]).await
@@ -47,7 +110,7 @@ pub(super) async fn disk_alarm(site: &Site<'_>, time: Duration) -> Result<()> {
 
 /// Limits a queue to one message, so that further publishes are refused. Unacknowledged messages do not count, so its consumers are
 /// restarted, and stopped for some time before they consume anything.
-pub(super) async fn full(site: &Site<'_>, queue: &str, readers: &[String], time: Duration) -> Result<()> {
+async fn full(site: &Site<'_>, queue: &str, readers: &[String], time: Duration) -> Result<()> {
     let (vhost, pattern) = (site.name(), format!("^{}$", queue.replace('.', "\\.")));
     let policy = format!("{queue} {}", Uuid::new_v4());
     let definition = r#"{"max-length":1,"overflow":"reject-publish"}"#;

@@ -8,7 +8,11 @@ use rand::{RngExt as _, rngs::StdRng, seq::IndexedRandom as _};
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 
-use super::{super::site::Site, send_signal, servers::RESTART};
+use super::{
+    super::{signal::send_signal, site::Site},
+    Fault, Reach, Recovery,
+    servers::RESTART,
+};
 use mailrun_stack::Queue;
 
 /// How often the cluster is polled.
@@ -18,8 +22,42 @@ const REPORTED: Duration = Duration::from_secs(30);
 /// Long enough for the other nodes to elect another leader, and shorter than the connections' heartbeat timeout.
 const STOPPED_MS: std::ops::Range<u64> = 6_000..12_000;
 
+/// The faults of this file.
+pub(super) const FAULTS: &[Fault] = &[
+    Fault::new(
+        "kill-node",
+        "kill -9 one of three RabbitMQ nodes, and another one after its recovery",
+        |site, rng, _| Box::pin(kill_node(site, rng)),
+    )
+    .heavy()
+    .affects(Reach::Cluster)
+    .recovers(Recovery::Server),
+    Fault::new("kill-leader", "kill -9 the node that leads mailrun.items, then the new leader", |site, _, _| {
+        Box::pin(kill_leader(site))
+    })
+    .heavy()
+    .affects(Reach::Cluster)
+    .recovers(Recovery::Server),
+    Fault::new(
+        "kill-majority",
+        "kill -9 two of three nodes at once: the queues are unavailable until one of them is back",
+        |site, rng, _| Box::pin(kill_majority(site, rng)),
+    )
+    .heavy()
+    .affects(Reach::Cluster)
+    .recovers(Recovery::Server),
+    Fault::new(
+        "stop-leader",
+        "SIGSTOP the node that leads mailrun.items for some seconds, with its connections open, then continue it",
+        |site, rng, _| Box::pin(stop_leader(site, rng)),
+    )
+    .heavy()
+    .affects(Reach::Cluster)
+    .recovers(Recovery::Server),
+];
+
 /// Kills a node, but not the one that died before.
-pub(super) async fn kill_node(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+async fn kill_node(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let mut members = site.stack.members().await?;
     members.sort_by_key(|member| Reverse(member.uptime));
     members.pop();
@@ -28,19 +66,19 @@ pub(super) async fn kill_node(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
 }
 
 /// Kills the node that leads the busiest queue.
-pub(super) async fn kill_leader(site: &Site<'_>) -> Result<()> {
+async fn kill_leader(site: &Site<'_>) -> Result<()> {
     kill(site, &[&leader(site).await?]).await
 }
 
 /// Kills two nodes.
-pub(super) async fn kill_majority(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+async fn kill_majority(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let nodes = site.stack.nodes();
     let two: Vec<&str> = nodes.sample(rng, 2).map(String::as_str).collect();
     kill(site, &two).await
 }
 
 /// Stops the node that leads the busiest queue (SIGSTOP): its connections stay open, and nothing answers.
-pub(super) async fn stop_leader(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+async fn stop_leader(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let leader = leader(site).await?;
     let (keeper, pids) = processes(site, &[&leader])?;
     let time = Duration::from_millis(rng.random_range(STOPPED_MS));

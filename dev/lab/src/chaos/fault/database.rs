@@ -11,7 +11,10 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::super::{site::Site, watch::Stage};
+use super::{
+    super::{site::Site, watch::Stage},
+    Fault, Reach, some_seconds,
+};
 
 /// Between two terminations of all sessions.
 const BETWEEN_TERMINATIONS: Duration = Duration::from_millis(250);
@@ -24,8 +27,35 @@ const READERS: usize = 4;
 /// The maximum duration of a snapshot, for long runs.
 const LONGEST_SNAPSHOT: Duration = Duration::from_secs(600);
 
+/// The faults of this file.
+pub(super) const FAULTS: &[Fault] = &[
+    Fault::new(
+        "terminate-backends",
+        "Terminate all PostgreSQL sessions, repeatedly for some seconds",
+        |site, rng, _| Box::pin(terminate_backends(site, some_seconds(rng))),
+    ),
+    Fault::new("crowd-database", "Exhaust the connections of PostgreSQL for some seconds", |site, rng, _| {
+        Box::pin(crowd(site, some_seconds(rng)))
+    })
+    .affects(Reach::Servers),
+    Fault::new(
+        "open-transaction",
+        "A transaction holds an old snapshot and a lock on the counters for some seconds",
+        |site, rng, _| Box::pin(open_transaction(site, some_seconds(rng))),
+    ),
+    Fault::new(
+        "long-readers",
+        "Readers hold old snapshots, each for up to a third of the run, during the whole run",
+        |site, rng, stages| Box::pin(long_readers(site, stages, rng)),
+    )
+    .whole(),
+    Fault::new("delete-worker-row", "Delete a sender's row in the table of workers", |site, _, _| {
+        Box::pin(delete_worker_row(site))
+    }),
+];
+
 /// Terminates all sessions except the bench's own, repeatedly for some time.
-pub(super) async fn terminate_backends(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn terminate_backends(site: &Site<'_>, time: Duration) -> Result<()> {
     let end = Instant::now() + time;
     while Instant::now() < end {
         terminate(site).await?;
@@ -45,7 +75,7 @@ async fn terminate(site: &Site<'_>) -> Result<()> {
 }
 
 /// Takes all free connections, then those that our processes lost, and holds them for some time.
-pub(super) async fn crowd(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn crowd(site: &Site<'_>, time: Duration) -> Result<()> {
     let options = site.database();
     let mut crowd = Vec::new();
     fill(&options, &mut crowd).await;
@@ -74,7 +104,7 @@ async fn fill(options: &PgConnectOptions, crowd: &mut Vec<PgConnection>) {
 
 /// Reads the whole run repeatedly, each time in a transaction that stays open until up to a third more of the run is settled. Never
 /// returns.
-pub(super) async fn long_readers(site: &Site<'_>, stages: &Receiver<Stage>, rng: &mut StdRng) -> Result<()> {
+async fn long_readers(site: &Site<'_>, stages: &Receiver<Stage>, rng: &mut StdRng) -> Result<()> {
     let readers = (0..READERS).map(|_| reader(site, stages.clone(), StdRng::seed_from_u64(rng.random())));
     join_all(readers).await;
     Ok(())
@@ -103,7 +133,7 @@ async fn read(site: &Site<'_>, stages: &mut Receiver<Stage>, share: f64) -> Resu
 }
 
 /// Holds an old snapshot for twice this time, and during the second half a lock on the counters.
-pub(super) async fn open_transaction(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn open_transaction(site: &Site<'_>, time: Duration) -> Result<()> {
     let mut tx = site.pool.begin().await?;
     sqlx::query("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ").execute(&mut *tx).await?;
     sqlx::query("SELECT count(*) FROM run_items").execute(&mut *tx).await?;
@@ -117,7 +147,7 @@ pub(super) async fn open_transaction(site: &Site<'_>, time: Duration) -> Result<
 }
 
 /// Deletes the row of a live sender.
-pub(super) async fn delete_worker_row(site: &Site<'_>) -> Result<()> {
+async fn delete_worker_row(site: &Site<'_>) -> Result<()> {
     let deleted = sqlx::query(
         "DELETE FROM workers WHERE id = (SELECT max(id) FROM workers
                                          WHERE permits > 0 AND id IN (SELECT id FROM live_workers))",

@@ -10,15 +10,30 @@ use reqwest::Client;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::super::site::{HOOK_KEY, Site};
+use super::{
+    super::site::{HOOK_KEY, Site},
+    Fault, some_seconds,
+};
 
 /// Between two reports.
 const BETWEEN_MS: std::ops::Range<u64> = 0..100;
 /// Recipients in a large report.
 const MANY: usize = 5_000;
 
+/// The faults of this file.
+pub(super) const FAULTS: &[Fault] = &[Fault::new(
+    "forged-bounces",
+    "Post forged or inconclusive reports to the bounce hook for some seconds",
+    |site, rng, _| {
+        Box::pin(async move {
+            let time = some_seconds(rng);
+            forge(site, time, rng).await
+        })
+    },
+)];
+
 /// For some time, reports that people of the run do not exist or complained. None of the reports is evidence.
-pub(super) async fn forge(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
+async fn forge(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
     let people: Vec<(i64, Uuid, String)> = sqlx::query_as(
         "SELECT i.id, i.run_id, u.email FROM run_items i JOIN users u ON u.id = i.user_id ORDER BY i.id",
     )

@@ -11,7 +11,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::{super::site::Site, run_commands};
+use super::{super::site::Site, Fault, run_commands, some_seconds};
 use mailrun::postgres_program;
 
 /// Time limit of each command.
@@ -21,8 +21,24 @@ const RENAMED: Duration = Duration::from_secs(20);
 /// Time limit for refusing a worker of another installation.
 const REFUSED: Duration = Duration::from_secs(20);
 
+/// The faults of this file.
+pub(super) const FAULTS: &[Fault] = &[
+    Fault::new(
+        "restore",
+        "Replace the ledger by a backup of some seconds ago, and declare the restore",
+        |site, rng, _| Box::pin(restore(site, some_seconds(rng))),
+    )
+    .heavy()
+    .ends_the_run(),
+    Fault::new(
+        "second-installation",
+        "Set up another installation on the same virtual host, and start a worker there",
+        |site, _, _| Box::pin(second_installation(site)),
+    ),
+];
+
 /// Backs up the ledger, continues the run for `time`, replaces the ledger by the backup, declares the restore, and resumes the run.
-pub(super) async fn restore(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn restore(site: &Site<'_>, time: Duration) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let backup = folder.path().join("backup");
     let file = backup.to_str().context("the path of the backup is not text")?;
@@ -56,7 +72,7 @@ pub(super) async fn restore(site: &Site<'_>, time: Duration) -> Result<()> {
 }
 
 /// Sets up another installation's ledger on the same virtual host, and starts a worker there.
-pub(super) async fn second_installation(site: &Site<'_>) -> Result<()> {
+async fn second_installation(site: &Site<'_>) -> Result<()> {
     let other = format!("{}-other", site.name());
     site.stack.create_database(&other).await?;
     let set_up = site.run(&other, &["setup"], COMMAND).await;

@@ -2,26 +2,69 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::Result;
 use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 use tokio::time::sleep;
 
-use super::super::site::{DEAD_AFTER, STALLED_AFTER, Site};
-use mailrun_stack::proc;
+use super::{
+    super::{
+        signal::send_signal,
+        site::{DEAD_AFTER, STALLED_AFTER, Site, senders},
+    },
+    Fault, some_seconds,
+};
+
+/// The faults of this file.
+pub(super) const FAULTS: &[Fault] = &[
+    Fault::new("kill-send", "kill -9 a sender", |site, rng, _| {
+        Box::pin(async move { site.signal(&a_sender(rng), Signal::KILL) })
+    }),
+    Fault::new("kill-fan-out", "kill -9 the fan-out worker", |site, _, _| {
+        Box::pin(async move { site.signal("fan-out", Signal::KILL) })
+    }),
+    Fault::new("kill-progress", "kill -9 the progress worker", |site, _, _| {
+        Box::pin(async move { site.signal("progress", Signal::KILL) })
+    }),
+    Fault::new("kill-web", "kill -9 the web server, once during the submission", |site, _, _| {
+        Box::pin(async move { site.signal("web", Signal::KILL) })
+    })
+    .also_at_the_form(),
+    Fault::new("term-send", "SIGTERM a sender", |site, rng, _| {
+        Box::pin(async move { site.signal(&a_sender(rng), Signal::TERM) })
+    }),
+    Fault::new("term-fan-out", "SIGTERM the fan-out worker", |site, _, _| {
+        Box::pin(async move { site.signal("fan-out", Signal::TERM) })
+    }),
+    Fault::new("term-progress", "SIGTERM the progress worker", |site, _, _| {
+        Box::pin(async move { site.signal("progress", Signal::TERM) })
+    }),
+    Fault::new("term-web", "SIGTERM the web server, once during the submission", |site, _, _| {
+        Box::pin(async move { site.signal("web", Signal::TERM) })
+    })
+    .also_at_the_form(),
+    Fault::new("term-twice", "SIGTERM one process after another, and each again a moment later", |site, rng, _| {
+        Box::pin(term_twice(site, rng))
+    }),
+    Fault::new(
+        "stop-send",
+        "SIGSTOP a sender for longer than its heartbeat timeout, then continue it",
+        |site, rng, _| Box::pin(async move { stop_for(site, &a_sender(rng), some_seconds(rng)).await }),
+    ),
+    Fault::new(
+        "term-send-uncounted",
+        "SIGSTOP the progress worker while all senders restart cleanly",
+        |site, rng, _| Box::pin(term_uncounted(site, some_seconds(rng))),
+    ),
+];
 
 /// The name of a random sender.
-pub(super) fn a_sender(rng: &mut StdRng) -> String {
+fn a_sender(rng: &mut StdRng) -> String {
     format!("send-{}", rng.random_range(1..=crate::local::SENDERS))
 }
 
-/// The names of all senders.
-pub(in super::super) fn senders() -> impl Iterator<Item = String> {
-    (1..=crate::local::SENDERS).map(|number| format!("send-{number}"))
-}
-
 /// Sends SIGTERM to each service, in any order, and again before it may have ended.
-pub(super) async fn term_twice(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+async fn term_twice(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let mut services = site.services();
     services.shuffle(rng);
     for service in services {
@@ -35,7 +78,7 @@ pub(super) async fn term_twice(site: &Site<'_>, rng: &mut StdRng) -> Result<()> 
 }
 
 /// Stops a service (SIGSTOP) for `more` than its heartbeat timeout, and continues it.
-pub(super) async fn stop_for(site: &Site<'_>, service: &str, more: Duration) -> Result<()> {
+async fn stop_for(site: &Site<'_>, service: &str, more: Duration) -> Result<()> {
     let pid = site.pid(service)?;
     send_signal(pid, std::process::id(), Signal::STOP)?;
     sleep(DEAD_AFTER + more).await;
@@ -44,7 +87,7 @@ pub(super) async fn stop_for(site: &Site<'_>, service: &str, more: Duration) -> 
 }
 
 /// Stops the progress worker (SIGSTOP), ends all senders cleanly meanwhile, and continues it after `more`.
-pub(super) async fn term_uncounted(site: &Site<'_>, more: Duration) -> Result<()> {
+async fn term_uncounted(site: &Site<'_>, more: Duration) -> Result<()> {
     let counting = site.pid("progress")?;
     send_signal(counting, std::process::id(), Signal::STOP)?;
     for sender in senders() {
@@ -54,37 +97,4 @@ pub(super) async fn term_uncounted(site: &Site<'_>, more: Duration) -> Result<()
     // Long enough that the senders' claims would be declared lost.
     sleep(DEAD_AFTER + STALLED_AFTER + more).await;
     send_signal(counting, std::process::id(), Signal::CONT).or_else(|_| Ok(()))
-}
-
-/// Sends a signal to a child process of `parent` only: the id may have been reused.
-pub(in super::super) fn send_signal(pid: u32, parent: u32, signal: Signal) -> Result<()> {
-    let process = proc::process(pid).with_context(|| format!("process {pid} has ended"))?;
-    if process.parent != parent {
-        bail!("process {pid} has ended");
-    }
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no process has this id")?;
-    Ok(rustix::process::kill_process(pid, signal)?)
-}
-
-/// The child processes of `parent` that run this program.
-pub(super) fn children(parent: u32, program: &str) -> Vec<u32> {
-    let all = proc::all().unwrap_or_default();
-    all.iter().filter(|other| other.parent == parent && other.program == program).map(|other| other.pid).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::process::Command;
-
-    use super::*;
-
-    #[test]
-    fn signals_only_children_of_the_given_parent() {
-        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
-        assert!(send_signal(child.id(), 1, Signal::KILL).is_err());
-        assert!(child.try_wait().unwrap().is_none());
-        send_signal(child.id(), std::process::id(), Signal::KILL).unwrap();
-        assert!(!child.wait().unwrap().success());
-        assert!(send_signal(child.id(), std::process::id(), Signal::KILL).is_err());
-    }
 }

@@ -1,6 +1,6 @@
 //! Faults of queues: reordered messages, deleted queues and bindings, channels closed by the broker, foreign messages.
 
-use std::time::Duration;
+use std::{future::pending, time::Duration};
 
 use anyhow::Result;
 use futures::{StreamExt as _, future::try_join_all, stream::select_all};
@@ -23,7 +23,12 @@ use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
-use super::super::site::{Site, queues, retry_queues};
+use super::{
+    super::site::{Site, queues, retry_queues},
+    Fault, Needs, Reach,
+    mail::HANGING,
+    some_seconds,
+};
 
 /// How many messages of each queue are taken at a time, …
 const TAKEN: u16 = 200;
@@ -43,9 +48,46 @@ const DEFAULT_TIMEOUT: &str = "application:set_env(rabbit, consumer_timeout, 180
 const NEW_CHANNELS: &str =
     "[rabbit_networking:close_connection(Pid, \"mailrun chaos\") || Pid <- rabbit_networking:connections()]";
 
+/// The faults of this file.
+pub(super) const FAULTS: &[Fault] = &[
+    Fault::new("delete-queue", "Delete all queues, one after another", |site, rng, _| {
+        Box::pin(delete_queues(site, rng))
+    }),
+    Fault::new(
+        "missing-queues",
+        "Unbind the wait queues, retry queues and dead-letter queue repeatedly for some seconds",
+        |site, rng, _| Box::pin(missing_queues(site, some_seconds(rng))),
+    ),
+    Fault::new(
+        "consumer-timeout",
+        "RabbitMQ closes each channel with a delivery unacknowledged for a second (406), for some seconds",
+        |site, rng, _| Box::pin(time_out(site, some_seconds(rng), HANGING)),
+    )
+    .affects(Reach::Servers),
+    Fault::new("reorder-messages", "Reorder the messages of all queues for some seconds", |site, rng, _| {
+        Box::pin(async move {
+            let time = some_seconds(rng);
+            reorder(site, time, rng).await
+        })
+    }),
+    Fault::new(
+        "foreign-messages",
+        "Publish messages and results of another installation, with the same item numbers",
+        |site, rng, _| {
+            Box::pin(async move {
+                let time = some_seconds(rng);
+                foreign(site, time, rng).await
+            })
+        },
+    ),
+    Fault::new("duplicate-messages", "Publish each message twice", |_, _, _| Box::pin(pending()))
+        .whole()
+        .needs(Needs::Duplicates),
+];
+
 /// Takes messages off all queues, competing with their consumers, and publishes them again in another order, unchanged including their
 /// headers.
-pub(super) async fn reorder(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
+async fn reorder(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await?;
     channel.basic_qos(TAKEN, BasicQosOptions::default()).await?;
@@ -90,7 +132,7 @@ async fn republish(channel: &Channel, queue: &str, delivery: &Delivery) -> Resul
 }
 
 /// Deletes all queues, one after another.
-pub(super) async fn delete_queues(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+async fn delete_queues(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     let mut queues = queues();
     queues.push(DEAD.to_owned());
@@ -103,7 +145,7 @@ pub(super) async fn delete_queues(site: &Site<'_>, rng: &mut StdRng) -> Result<(
 }
 
 /// Repeatedly removes the bindings of all optional queues: a process that misses one declares it again.
-pub(super) async fn missing_queues(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn missing_queues(site: &Site<'_>, time: Duration) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     let queues = [RUNS_WAIT, RUNS_PAUSED, DEAD].map(str::to_owned).into_iter().chain(retry_queues());
     let queues: Vec<String> = queues.collect();
@@ -124,7 +166,7 @@ pub(super) async fn missing_queues(site: &Site<'_>, time: Duration) -> Result<()
 }
 
 /// For some time, the broker closes each channel with an unacknowledged delivery (406), while some mails take longer.
-pub(super) async fn time_out(site: &Site<'_>, time: Duration, hanging: u32) -> Result<()> {
+async fn time_out(site: &Site<'_>, time: Duration, hanging: u32) -> Result<()> {
     site.stack.control_rabbitmq(&["eval", &format!("{SHORT_TIMEOUT}, {NEW_CHANNELS}.")]).await?;
     site.smtp_faults.hang(hanging);
     sleep(time).await;
@@ -132,7 +174,7 @@ pub(super) async fn time_out(site: &Site<'_>, time: Duration, hanging: u32) -> R
 }
 
 /// Publishes messages and results of another installation: of its own runs, with items that have the same numbers as ours.
-pub(super) async fn foreign(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
+async fn foreign(site: &Site<'_>, time: Duration, rng: &mut StdRng) -> Result<()> {
     let (connection, channel) = site.channel().await?;
     let items: Vec<i64> = sqlx::query_scalar("SELECT id FROM run_items").fetch_all(&site.pool).await?;
     let run_id = Uuid::from_u128(rng.random());

@@ -10,7 +10,7 @@ use sqlx::PgPool;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::super::site::Site;
+use super::{super::site::Site, Fault, some_seconds};
 
 /// How long a button is pressed repeatedly while the web server is unavailable.
 const RETRY_FOR: Duration = Duration::from_secs(30);
@@ -18,8 +18,19 @@ const RETRY_FOR: Duration = Duration::from_secs(30);
 const ERASED: i64 = 5;
 const BETWEEN: Duration = Duration::from_millis(200);
 
+/// The faults of this file.
+pub(super) const FAULTS: &[Fault] = &[PAUSE_RUN, ERASE_PEOPLE];
+
+pub(in super::super) const PAUSE_RUN: Fault =
+    Fault::new("pause-run", "Pause the run for some seconds while retries wait on their queues", |site, rng, _| {
+        Box::pin(pause(site, some_seconds(rng)))
+    });
+
+const ERASE_PEOPLE: Fault =
+    Fault::new("erase-people", "Erase some people during the run", |site, _, _| Box::pin(erase(site)));
+
 /// Pauses the run, waits until the pause must be in effect and for `time` more, and resumes it.
-pub(super) async fn pause(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn pause(site: &Site<'_>, time: Duration) -> Result<()> {
     let run_id: Uuid = sqlx::query_scalar("SELECT id FROM runs").fetch_one(&site.pool).await?;
     if wanted(&site.pool, run_id).await? != Wanted::Running {
         bail!("the run is already paused");
@@ -37,7 +48,7 @@ pub(super) async fn pause(site: &Site<'_>, time: Duration) -> Result<()> {
 }
 
 /// Erases people, in any state of their invitation.
-pub(super) async fn erase(site: &Site<'_>) -> Result<()> {
+async fn erase(site: &Site<'_>) -> Result<()> {
     let people: Vec<(i64, String)> =
         sqlx::query_as("SELECT id, email FROM users WHERE erased_at IS NULL ORDER BY random() LIMIT $1")
             .bind(ERASED)

@@ -7,7 +7,13 @@ use rand::{RngExt as _, rngs::StdRng};
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 
-use super::{super::site::Site, processes::children, send_signal};
+use super::{
+    super::{
+        signal::{children, send_signal},
+        site::Site,
+    },
+    Fault, Reach, Recovery, some_seconds,
+};
 use mailrun_stack::Pids;
 
 /// A killed server is running again within this time.
@@ -15,16 +21,46 @@ pub(super) const RESTART: Duration = Duration::from_secs(120);
 
 /// One of the private servers.
 #[derive(Clone, Copy)]
-pub(super) struct Server {
+struct Server {
     name: &'static str,
     pid: fn(Pids) -> Option<u32>,
 }
 
-pub(super) const RABBITMQ: Server = Server { name: "RabbitMQ", pid: |pids| pids.rabbitmq };
-pub(super) const POSTGRESQL: Server = Server { name: "PostgreSQL", pid: |pids| pids.postgres };
+const RABBITMQ: Server = Server { name: "RabbitMQ", pid: |pids| pids.rabbitmq };
+const POSTGRESQL: Server = Server { name: "PostgreSQL", pid: |pids| pids.postgres };
+
+/// The faults of this file.
+pub(super) const FAULTS: &[Fault] = &[
+    Fault::new("kill-broker", "kill -9 RabbitMQ", |site, _, _| Box::pin(kill(site, RABBITMQ)))
+        .heavy()
+        .affects(Reach::Servers)
+        .recovers(Recovery::Server),
+    Fault::new("kill-database", "kill -9 PostgreSQL", |site, _, _| Box::pin(kill(site, POSTGRESQL)))
+        .heavy()
+        .affects(Reach::Servers)
+        .recovers(Recovery::Server),
+    Fault::new("kill-recovery", "kill -9 PostgreSQL, and again during its recovery", |site, rng, _| {
+        Box::pin(kill_in_recovery(site, rng))
+    })
+    .heavy()
+    .affects(Reach::Servers)
+    .recovers(Recovery::Server),
+    Fault::new("restart-broker", "Stop RabbitMQ cleanly, and start it again after some seconds", |site, rng, _| {
+        Box::pin(restart_rabbitmq(site, some_seconds(rng)))
+    })
+    .heavy()
+    .affects(Reach::Servers)
+    .recovers(Recovery::Server),
+    Fault::new("restart-database", "Stop PostgreSQL cleanly, and start it again after some seconds", |site, rng, _| {
+        Box::pin(restart_postgres(site, some_seconds(rng)))
+    })
+    .heavy()
+    .affects(Reach::Servers)
+    .recovers(Recovery::Server),
+];
 
 /// Kills a server, and waits until its keeper has restarted it.
-pub(super) async fn kill(site: &Site<'_>, server: Server) -> Result<()> {
+async fn kill(site: &Site<'_>, server: Server) -> Result<()> {
     let Server { name, pid: pid_of } = server;
     let pids = site.stack.pids().context("the stack has no state")?;
     let pid = pid_of(pids).with_context(|| format!("{name} is not running"))?;
@@ -46,7 +82,7 @@ async fn restarted(site: &Site<'_>, server: Server, pid: u32) -> Result<()> {
 }
 
 /// Kills PostgreSQL, and also its next process, as soon as it exists or a moment later.
-pub(super) async fn kill_in_recovery(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
+async fn kill_in_recovery(site: &Site<'_>, rng: &mut StdRng) -> Result<()> {
     let pids = site.stack.pids().context("the stack has no state")?;
     let first = pids.postgres.context("PostgreSQL is not running")?;
     send_signal(first, pids.keeper, Signal::KILL)?;
@@ -66,14 +102,14 @@ pub(super) async fn kill_in_recovery(site: &Site<'_>, rng: &mut StdRng) -> Resul
 }
 
 /// Stops RabbitMQ as an operator would, and starts it after this time.
-pub(super) async fn restart_rabbitmq(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn restart_rabbitmq(site: &Site<'_>, time: Duration) -> Result<()> {
     site.stack.stop_rabbitmq().await?;
     sleep(time).await;
     Ok(site.stack.start_rabbitmq().await?)
 }
 
 /// Stops PostgreSQL as an operator would, and starts it after this time.
-pub(super) async fn restart_postgres(site: &Site<'_>, time: Duration) -> Result<()> {
+async fn restart_postgres(site: &Site<'_>, time: Duration) -> Result<()> {
     site.stack.stop_postgres().await?;
     sleep(time).await;
     Ok(site.stack.start_postgres().await?)

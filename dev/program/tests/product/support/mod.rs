@@ -16,13 +16,13 @@ use mailrun_stack::{self, Stack, ensure_servers};
 use reqwest::{Client, header::LOCATION, redirect};
 use serde_json::Value;
 use sqlx::{Connection as _, PgConnection, PgPool};
-use tokio::sync::OnceCell;
+use tokio::{runtime::Runtime, sync::OnceCell};
 use uuid::Uuid;
 
 /// The servers stay up for the next test program.
 const LINGER: Duration = Duration::from_secs(20);
-/// How many databases and virtual hosts of earlier tests may remain: dropping them takes time.
-const LEFTOVERS: usize = 50;
+/// How many databases and virtual hosts of tests that failed or were killed may remain: dropping them takes time.
+const LEFTOVERS: usize = 20;
 /// Longer than any slow machine needs.
 const TIMEOUT: Duration = Duration::from_secs(120);
 pub const MAILRUN: &str = env!("CARGO_BIN_EXE_mailrun-dev");
@@ -84,7 +84,9 @@ impl World {
         environment.extend(settings.iter().map(|(key, value)| set(key, (*value).to_owned())));
         let pool = PgPool::connect_lazy(&stack.database_url(&name)).unwrap();
         prepare(&pool).await;
-        let client = Client::builder().no_proxy().redirect(redirect::Policy::none()).build().unwrap();
+        // A connection that is kept may be closed by the web server just before it is used again.
+        let client = Client::builder().no_proxy().pool_max_idle_per_host(0).redirect(redirect::Policy::none());
+        let client = client.build().unwrap();
         let web = format!("http://127.0.0.1:{port}");
         let program = PathBuf::from(MAILRUN);
         let mut world = Self { stack, pool, web, client, name, folder, program, environment, children: Vec::new() };
@@ -315,8 +317,7 @@ impl World {
     }
 }
 
-/// Drops what earlier test programs left on the stack, once per test program. One run of all tests leaves little; without this, several
-/// runs in the same checkout would fill RabbitMQ's memory, and it would accept no more messages.
+/// Drops what failed tests of earlier programs left on the stack, once per test program.
 async fn tidy(stack: &Stack) {
     static TIDIED: OnceCell<()> = OnceCell::const_new();
     let tidy = async || {
@@ -347,8 +348,16 @@ impl Drop for World {
             let _ = child.wait();
         }
         if std::thread::panicking() {
+            // Its database and virtual host stay for whoever looks for the reason.
             eprintln!("{}", self.log());
+            return;
         }
+        // Idle queues cost RabbitMQ time and memory. Not on the test's own runtime, which is blocked here.
+        let drop = async || {
+            // Where RabbitMQ is stopped, the whole stack is the test's own.
+            let _ = tokio::join!(self.stack.drop_vhost(&self.name), self.stack.drop_database(&self.name));
+        };
+        std::thread::scope(|scope| scope.spawn(|| Runtime::new().unwrap().block_on(drop())).join()).unwrap();
     }
 }
 
