@@ -2,7 +2,7 @@
 //! dispatched dynamically for an item.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     fmt,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
@@ -359,8 +359,8 @@ impl<J: Job> Kind for Typed<J> {
     async fn load(self: Arc<Self>, conn: &mut PgConnection, granted: Vec<Granted>) -> sqlx::Result<Batch> {
         let mut shared: HashMap<Uuid, Shared<J>> = HashMap::new();
         for Granted { key, .. } in &granted {
-            if !shared.contains_key(&key.run_id) {
-                shared.insert(key.run_id, self.shared(conn, key.run_id).await?);
+            if let Entry::Vacant(vacant) = shared.entry(key.run_id) {
+                vacant.insert(self.shared(conn, key.run_id).await?);
             }
         }
         let mut loaded = self.job.items(conn, &granted).await?;

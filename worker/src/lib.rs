@@ -225,7 +225,9 @@ async fn work(
     let consume = |queues: &[Cow<'static, str>], prefetch| {
         Consumer::start(&broker, queues, prefetch, &watchdog, &stop, &consumers)
     };
-    let parts = start(&config, &roles, context, mailer, &heartbeat, consume, &stop);
+    let parts = start(&config, &roles, &context, &mailer, &heartbeat, consume, &stop);
+    // Its publisher would be waited for at the end.
+    drop(context);
     consumers.close();
     health.started();
     let deadline = config.send.shutdown_deadline;
@@ -328,8 +330,8 @@ fn disagreement(other: &Disagreeing) -> String {
 fn start(
     config: &Config,
     roles: &BTreeSet<Role>,
-    context: Context,
-    mailer: Arc<dyn Mailer>,
+    context: &Context,
+    mailer: &Arc<dyn Mailer>,
     heartbeat: &Arc<Heartbeat>,
     consume: impl Fn(&[Cow<'static, str>], u16) -> Consumer,
     stop: &CancellationToken,
@@ -354,7 +356,7 @@ fn start(
                 let kinds = Arc::clone(&context.kinds);
                 heartbeat.show_sender(Box::new(move || kinds.gate()), Arc::clone(&permits));
                 let pool = context.pool.clone();
-                parts.spawn(jobs::watch(pool.clone(), Arc::clone(&mailer), context.answer_timeout, stop.clone()));
+                parts.spawn(jobs::watch(pool.clone(), Arc::clone(mailer), context.answer_timeout, stop.clone()));
                 let pace = Pace::new(&config.fan_out, pool, context.answer_timeout);
                 let (queues, prefetch) = (context.broker.item_queues().to_vec(), config.send.prefetch);
                 let senders = Senders::new(context.clone(), Arc::clone(heartbeat), permits, pace, prefetch);

@@ -115,14 +115,14 @@ fn reads_a_runs_summary_and_text() {
         assert_eq!(summary.invalid_entries[0].reason, "no @");
         assert_eq!(rate_limit(ledger, run_id).await.unwrap(), Some(7));
         assert_eq!(
-            text(&mut *ledger.acquire().await.unwrap(), run_id).await.unwrap(),
+            text(&mut ledger.acquire().await.unwrap(), run_id).await.unwrap(),
             ("Hello".to_owned(), "Come!".to_owned())
         );
         let unknown = Uuid::new_v4();
         assert!(mailrun_ledger::runs::summary(ledger, unknown).await.unwrap().is_none());
         assert_eq!(rate_limit(ledger, unknown).await.unwrap(), None);
         assert!(matches!(
-            text(&mut *ledger.acquire().await.unwrap(), unknown).await.unwrap_err(),
+            text(&mut ledger.acquire().await.unwrap(), unknown).await.unwrap_err(),
             sqlx::Error::RowNotFound
         ));
     });
