@@ -28,7 +28,9 @@ pub struct Mail {
     pub message_id: String,
     /// The run to pause if the mail's relay is stopped. `None`: the mail belongs to no run of invitations.
     pub run_id: Option<Uuid>,
+    /// The recipient.
     pub email: String,
+    /// The recipient's name.
     pub name: Option<String>,
     /// The run's texts. A mailer that really sends renders them for this recipient.
     pub template: Arc<Template>,
@@ -88,8 +90,10 @@ pub trait Mailer: Send + Sync {
 /// The mailer's configuration is not usable.
 #[derive(Debug, thiserror::Error)]
 pub enum MailerError {
+    /// The simulated mailer.
     #[error(transparent)]
     Simulated(#[from] SimulatedError),
+    /// The SMTP mailer.
     #[error(transparent)]
     Smtp(#[from] SmtpError),
 }

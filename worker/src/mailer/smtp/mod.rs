@@ -72,6 +72,7 @@ pub fn reply_classes() -> impl Iterator<Item = &'static str> {
 /// The SMTP configuration is not usable.
 #[derive(Debug, thiserror::Error)]
 pub enum SmtpError {
+    /// An invalid setting.
     #[error(transparent)]
     Setting(#[from] InvalidSetting),
     /// The sender addresses or the DKIM key.
@@ -85,6 +86,7 @@ pub enum SmtpError {
 /// The reason of an attempt that is deferred because it spent almost its whole time limit waiting for a connection.
 const NO_CONNECTION: &str = "no connection to the mail server became free in time";
 
+/// The SMTP mailer.
 pub struct Smtp(Arc<Shared>);
 
 /// State shared by all attempts of this process.
