@@ -20,7 +20,7 @@ pub use crate::{attempt::Attempt, gate::Gate};
 /// One kind of run.
 ///
 /// A job is called by several worker processes at the same time, with many items in parallel. At most one attempt at an item is in
-/// progress, as long as [`Attempt::may_proceed`] is asked before the attempt has an effect.
+/// progress, as long as [`Attempt::may_proceed`] is called before the attempt has an effect.
 pub trait Job: Send + Sync + 'static {
     /// The kind, stored with each run. Never change it.
     const KIND: &'static str;

@@ -17,7 +17,8 @@ use uuid::Uuid;
 const QUIET: Duration = Duration::from_millis(1_500);
 /// A suspect is deferred for at most this long.
 const LONGEST: Duration = Duration::from_secs(600);
-/// Suspects are deferred only while the streak or the share is at least this fraction (1/n) of what trips the breaker.
+/// Suspects are deferred while the streak has this fraction (1/n) of the recipients that trip the breaker, or 2 if that is
+/// fewer, or while the share of refusals is at least half (2/n) of what trips it.
 const SUSPICIOUS_PART: usize = 4;
 /// At most this many suspects are remembered. A forgotten message is offered again.
 const KEPT: usize = 10_000;

@@ -72,7 +72,7 @@ pub fn reply_classes() -> impl Iterator<Item = &'static str> {
 /// The SMTP configuration is not usable.
 #[derive(Debug, thiserror::Error)]
 pub enum SmtpError {
-    /// A setting is not usable.
+    /// An invalid setting.
     #[error(transparent)]
     Setting(#[from] InvalidSetting),
     /// The sender addresses or the DKIM key.
@@ -86,7 +86,7 @@ pub enum SmtpError {
 /// The reason of an attempt that is deferred because it spent almost its whole time limit waiting for a connection.
 const NO_CONNECTION: &str = "no connection to the mail server became free in time";
 
-/// Sends mail to relays by SMTP, over connections that it keeps open.
+/// The SMTP mailer.
 pub struct Smtp(Arc<Shared>);
 
 /// State shared by all attempts of this process.

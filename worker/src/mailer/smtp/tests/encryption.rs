@@ -69,7 +69,7 @@ async fn no_mail_and_no_password_is_sent_without_encryption() {
     let outcome = mailer(&config(&[format!("smtp://ann:secret@127.0.0.1:{}", server.port)]))
         .send(&ann(), &Attempt::unchecked())
         .await;
-    assert!(later(&outcome).contains("no encryption"), "{outcome:?}");
+    assert!(later(&outcome).contains("does not offer encryption"), "{outcome:?}");
     // Nor can a man in the middle inject capabilities before TLS.
     let (file, acceptor) = authority("127.0.0.1");
     let mut script = hello("250-hi\r\n250 STARTTLS");
