@@ -1,5 +1,6 @@
 //! The program as it is installed, without any server. That this is an integration test makes `cargo test --workspace` build the
 //! program, which the tests of `dev/program` start on servers.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::process::{Command, Output};
 
