@@ -8,13 +8,13 @@ use uuid::Uuid;
 use crate::item::{ItemState, Key};
 use crate::queue;
 
-/// A message that lives on one of the queues.
+/// A message on one of the queues.
 pub trait Message: Serialize + DeserializeOwned {
     /// The AMQP `type`, with the version of the body's form: the oldest one, which every worker understands.
     const TYPE: &'static str;
     /// All versions that are understood, oldest first.
     const TYPES: &'static [&'static str] = &[Self::TYPE];
-    /// The queue it belongs to, which is its routing key as well.
+    /// Its queue, which is also its routing key.
     const QUEUE: &'static str;
 
     /// The AMQP `type` of this message: the oldest version whose workers understand all of it.
@@ -22,21 +22,21 @@ pub trait Message: Serialize + DeserializeOwned {
         Self::TYPE
     }
 
-    /// Where there are several such queues, messages with the same number go to the same one.
+    /// If there are several such queues, messages with the same number go to the same one.
     fn spread_by(&self) -> Option<u64> {
         None
     }
 
-    /// What the form of the body alone can't rule out.
+    /// Checks what the body's form does not.
     ///
     /// # Errors
-    /// Says which field is wrong, and how.
+    /// Which field is invalid, and why.
     fn check(&self) -> Result<(), &'static str> {
         Ok(())
     }
 }
 
-/// Why a message can't be understood. It goes to the dead letters with this reason.
+/// Why a message cannot be parsed: the reason of its dead letter.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
     /// A later version's message: it waits for a worker that understands it.
@@ -97,7 +97,7 @@ pub fn encode<M: Message>(message: &M) -> Vec<u8> {
     serde_json::to_vec(message).expect("a message serialises")
 }
 
-/// Drives the pump: what to do next for a run. `{"run_id": "…"}` alone, published by hand, gets a run going again.
+/// A command to the fan-out. `{"run_id": "…"}` alone, published by hand, restarts a stalled run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunMessage {
     /// The run.
@@ -115,12 +115,12 @@ pub enum Command {
     Release(Step),
     /// Begin a pass over the failed or unknown items.
     Replay(Replay),
-    /// Settle everything nobody has begun to send.
+    /// Settle every item that no worker has claimed.
     Cancel {
         /// The same command twice begins one pass.
         command_id: Uuid,
     },
-    /// The run was paused, and goes on: put back what senders have dropped meanwhile. Twice does no harm.
+    /// The run is resumed: republish what senders dropped while it was paused. Repeating it is harmless.
     Resume,
 }
 
@@ -130,7 +130,7 @@ impl Default for Command {
     }
 }
 
-/// The place in a run that a message speaks of. One that names another place than the present one is stale, and dropped.
+/// A position in a run. A message for another position than the present one is stale and dropped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
     /// The pass; null: the present one.
@@ -141,7 +141,7 @@ pub struct Step {
     pub step: Option<i32>,
 }
 
-/// Which of a run's items to send again.
+/// Which of a run's items to replay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Replay {
     /// The same command twice begins one pass.
@@ -179,19 +179,19 @@ impl Message for RunMessage {
     }
 }
 
-/// Asks for one attempt at one invitation.
+/// Asks for one attempt at one item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ItemMessage {
     /// The run it belongs to.
     pub run_id: Uuid,
     /// The item.
     pub item_id: i64,
-    /// The attempt asked for, from 1: its fence. Only one worker ever carries it out.
+    /// The attempt asked for, from 1. At most one worker makes it.
     pub attempt: i32,
     /// Which try of the present budget this is, from 1.
     #[serde(default = "first")]
     pub tries: i16,
-    /// How often a person has asked for the item again.
+    /// How often a person has replayed the item.
     #[serde(default)]
     pub replays: i16,
     /// The item is about no person of the ledger. Versions before jobs cannot process it, so the message has a type that they set
@@ -217,20 +217,20 @@ impl ItemMessage {
         Self { attempt: self.attempt + 1, tries: self.tries.saturating_add(1), ..self }
     }
 
-    /// The attempt that an item waits for, of which `self` is the present one and `state` what is known of it. Whether a try
-    /// was charged stands in the result: the tries of one that waits are those of the attempt that it waits for.
+    /// The attempt that the item waits for, if `self` is its present attempt and `state` its state. The result says whether a try was
+    /// charged: a waiting item has the tries of the attempt that it waits for.
     #[must_use]
     pub fn awaited(self, state: ItemState) -> Self {
         if state == ItemState::Retrying { self.again() } else { self }
     }
 
-    /// The next attempt, without a try charged: a shutdown or a dead worker is not the address's fault.
+    /// The next attempt, without charging a try: a shutdown or a dead worker is not the item's fault.
     #[must_use]
     pub fn again(self) -> Self {
         Self { attempt: self.attempt + 1, ..self }
     }
 
-    /// The next attempt with a fresh budget, as a person asks for it: the form in which an item waits in the dead letters.
+    /// The next attempt with a fresh budget, as in a replay. A dead letter has this form.
     #[must_use]
     pub fn replayed(self) -> Self {
         Self { attempt: self.attempt + 1, tries: 1, replays: self.replays.saturating_add(1), ..self }
@@ -281,7 +281,7 @@ impl Message for ItemMessage {
     }
 }
 
-/// What became of some attempts.
+/// The results of some attempts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResultsMessage {
     /// The run that all of them belong to: a result whose item belongs to another run is another ledger's. Only messages of
@@ -306,21 +306,21 @@ impl Message for ResultsMessage {
     }
 }
 
-/// PostgreSQL keeps no text with it, so it would be refused on every try.
+/// PostgreSQL stores no NUL in a text, so it would refuse the error each time.
 fn no_nul(text: Option<&str>) -> Result<(), &'static str> {
     if text.is_some_and(|text| text.contains('\0')) { Err("error has a NUL character in it") } else { Ok(()) }
 }
 
-/// What became of one attempt.
+/// The result of one attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ItemResult {
     /// The item.
     pub item_id: i64,
     /// The attempt, from 1.
     pub attempt: i32,
-    /// Which try of its budget it was.
+    /// Which try of its budget it was, from 1.
     pub tries: i16,
-    /// How often a person had asked for the item again.
+    /// How often a person had replayed the item.
     pub replays: i16,
     /// The state it leaves the item in.
     pub state: ItemState,
@@ -357,7 +357,7 @@ impl ItemResult {
     }
 }
 
-/// Says how far the ledger has come: see [`crate::epoch`].
+/// The ledger's latest epoch: see [`crate::epoch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EpochMessage {
     /// The ledger's epoch when this was published.
@@ -376,7 +376,7 @@ impl Message for EpochMessage {
 pub enum DeadReason {
     /// Out of tries, or refused for good.
     Failed,
-    /// Its worker died between the mail server and the report.
+    /// It is unknown whether the attempt had an effect.
     Unknown,
     /// Not understood.
     Poison,

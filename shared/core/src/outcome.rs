@@ -1,4 +1,4 @@
-//! What follows from what is known of an attempt: the protocol's decisions, as pure functions.
+//! The protocol's decisions as pure functions: what follows an attempt, a refused claim, or an overdue item.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::{
     run::Wanted,
 };
 
-/// The reason shown for an attempt of which nobody can know whether it went out.
+/// The reason shown for an attempt whose worker died.
 pub const UNKNOWN: &str = "the worker died while it was sending; the invitation may have gone out or not";
 /// The reason shown when a worker gave up its claim because it had been cut off.
 const CUT_OFF: &str = "the worker was cut off before it began to send";
@@ -93,24 +93,24 @@ pub enum OnUnknown {
     Resend,
 }
 
-/// What an attempt leaves behind: the next attempt, if there is one, and the result. Published in this order, so that a
-/// crash between the two loses nothing.
+/// What follows an attempt: the next one, if any, and the result. They are published in this order, so a crash between the two
+/// loses nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Next {
-    /// The next attempt, if there is one.
+    /// The next attempt, if any.
     pub follow_up: Option<FollowUp>,
-    /// What the ledger is told.
+    /// The result for the ledger.
     pub result: ItemResult,
 }
 
 /// Where the next attempt goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FollowUp {
-    /// Back to the items, at once.
+    /// Back to the item queue, at once.
     Now(ItemMessage),
     /// To the retry queue with this delay.
     Wait(ItemMessage, Duration),
-    /// To the dead letters, for this reason, in these words.
+    /// To the dead letters, with this reason and error.
     Dead(ItemMessage, DeadReason, String),
 }
 
@@ -238,27 +238,27 @@ fn dead(item: ItemMessage, state: ItemState, reason: DeadReason, error: String, 
 /// What to do with a message whose claim was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
-    /// It names an item that doesn't exist in this run: it is another ledger's.
+    /// It names an item that does not exist in this run: the message belongs to another ledger.
     NoSuchItem,
-    /// The item is in a state of a later version: the message waits for a worker that understands it.
+    /// The item is in a state of a later version: the message waits for a worker of that version.
     Later,
     /// The attempt is settled or outdated.
     Outdated,
     /// This worker has the claim.
     Mine,
-    /// Another worker has it, and lives: what it does will be known later.
+    /// Another live worker has the claim and will report its result.
     InOtherHands,
-    /// The run is paused: the message is dropped, and put back when the run goes on. `reopen`: the ledger shows the item as
-    /// settled, and would not put it back; so it has to be shown as pending.
+    /// The run is paused: the message is dropped, and republished when the run resumes. `reopen`: the ledger shows the item as
+    /// settled and would not republish it, so it must be shown as pending first.
     Paused {
         /// Whether the item is settled.
         reopen: bool,
     },
-    /// The attempt will never be made.
+    /// No worker will make the attempt.
     Withheld(Withheld),
-    /// Its worker died after the mail server had accepted the mail.
+    /// Its worker died after the remote side had accepted the item: there is a receipt.
     Accepted,
-    /// Its worker died with it.
+    /// Its worker died, and it is unknown whether the attempt had an effect.
     Orphaned,
 }
 
@@ -277,7 +277,7 @@ pub fn refused(found: Option<&Found>, me: i64) -> Refused {
         Some(Owner::Worker { fate: Fate::Accepted, .. }) => Refused::Accepted,
         Some(Owner::Worker { fate: Fate::Dead, .. }) => Refused::Orphaned,
         None if found.wanted == Some(Wanted::Paused) => Refused::Paused { reopen: !standing.state.is_open() },
-        // The holder's transaction ended in between: the next claim will tell.
+        // The holder's transaction ended between claim and query: the next claim decides.
         None => Refused::InOtherHands,
     }
 }
@@ -285,19 +285,19 @@ pub fn refused(found: Option<&Found>, me: i64) -> Refused {
 /// What the sweeper does for an item that is released, open and overdue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Repair {
-    /// Its message is missing: publish it again.
+    /// Its message is missing: republish it.
     PutBack,
-    /// Its worker lives, and will report.
+    /// Its worker is alive and will report.
     Leave,
-    /// It will never be sent: say so again.
+    /// No worker will make the attempt: report that again.
     Withhold(Withheld),
-    /// It was sent, and its worker died: say so for it.
+    /// It was sent and its worker died: report that for the worker.
     Confirm,
-    /// Its worker died with it.
+    /// Its worker died without a receipt: give the claim up.
     Bury,
 }
 
-/// What is wrong with an overdue item, by the claim of the attempt it waits for.
+/// The repair of an overdue item, from the claim of the attempt that it waits for.
 #[must_use]
 pub fn repair(owner: Option<Owner>) -> Repair {
     match owner {

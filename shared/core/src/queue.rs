@@ -4,19 +4,19 @@ use std::{borrow::Cow, iter, time::Duration};
 
 /// The direct exchange that every message is published to; its routing keys are the queues' names.
 pub const EXCHANGE: &str = "mailrun";
-/// Where the broker puts what was delivered too often.
+/// Where the broker dead-letters messages that exceed the delivery limit.
 pub const DEAD_EXCHANGE: &str = "mailrun.dead";
-/// Run messages: the pump's work.
+/// Run messages, for the fan-out.
 pub const RUNS: &str = "mailrun.runs";
 /// Runs that wait for room in their window.
 pub const RUNS_WAIT: &str = "mailrun.runs.wait";
-/// Runs that somebody has paused.
+/// Runs that are paused.
 pub const RUNS_PAUSED: &str = "mailrun.runs.paused";
-/// Item messages, one for each email: the first queue of them, and the one that waiting and moved messages come to.
+/// Item messages: the first queue of them, to which waiting and moved messages return.
 pub const ITEMS: &str = "mailrun.items";
 /// Item messages of a newer version, which wait for a worker that understands them.
 pub const ITEMS_WAIT: &str = "mailrun.items.wait";
-/// Results on their way to the counters.
+/// Results, for the progress workers.
 pub const RESULTS: &str = "mailrun.results";
 /// Results of a newer version.
 pub const RESULTS_WAIT: &str = "mailrun.results.wait";
@@ -27,7 +27,7 @@ pub const EPOCH: &str = "mailrun.epoch";
 /// The dead letters.
 pub const DEAD: &str = "mailrun.dead";
 
-/// Where a message waits that is taken off `queue` by a worker too old to understand it.
+/// The wait queue for messages of `queue` that the worker is too old to understand.
 #[must_use]
 pub fn waiting_room_of(queue: &str) -> &'static str {
     match queue {
@@ -45,8 +45,8 @@ pub fn retry_queue(delay: Duration) -> String {
     if ms.is_multiple_of(1000) { format!("mailrun.retry.{}s", ms / 1000) } else { format!("mailrun.retry.{ms}ms") }
 }
 
-/// The queues that item messages are spread over: a queue is one core's work in the broker. Any message may be on any of
-/// them, so what comes back from a rung or is moved by hand needs no more than the first.
+/// The queues that item messages are spread over, because the broker uses one core for a queue. Any message may be on any of them,
+/// so messages that return from a retry queue, or are moved by hand, go to the first.
 #[must_use]
 pub fn item_queues(count: u16) -> Vec<Cow<'static, str>> {
     let others = (2..=count).map(|number| Cow::Owned(format!("{ITEMS}.{number}")));
