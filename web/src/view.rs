@@ -1,6 +1,6 @@
 //! Formats counts, times and progress. Pure functions.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, iter};
 
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
 use mailrun_core::{
@@ -63,8 +63,9 @@ pub(crate) fn word(state: ItemState) -> &'static str {
 /// `990 successful, 10 failed of 1,000`
 pub(crate) fn progress_text(counters: &Counters) -> String {
     let mut text = format!("{} {}", grouped(counters.of(ItemState::Sent)), word(ItemState::Sent));
-    for state in [ItemState::Failed, ItemState::Retrying, ItemState::Unknown, ItemState::Cancelled, ItemState::Skipped]
-    {
+    let others =
+        SHOWN.into_iter().filter(|state| ![ItemState::Sent, ItemState::Failed, ItemState::Pending].contains(state));
+    for state in iter::once(ItemState::Failed).chain(others) {
         let number = counters.of(state);
         if number > 0 {
             text.push_str(&format!(", {} {}", grouped(number), word(state)));
