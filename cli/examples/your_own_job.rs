@@ -1,12 +1,12 @@
 //! All of Mailrun, with a job of its own: an HTTP call for each row.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use mailrun::{
     Jobs,
     job::{Attempt, Granted, Items, Job, JobError, Outcome, from_data},
 };
-use reqwest::{Client, StatusCode};
+use reqwest::{Client, StatusCode, redirect::Policy};
 use serde::Deserialize;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -35,7 +35,7 @@ impl Job for Calls {
 
     async fn process(&self, attempt: &Attempt, (): &(), call: &Call) -> Outcome {
         let request = self.0.post(&call.url).body(call.body.clone());
-        // From here on the call may have an effect.
+        // The last check before the call may have an effect.
         if let Err(withdrawn) = attempt.may_proceed().await {
             return Outcome::Withdrawn(withdrawn);
         }
@@ -53,5 +53,9 @@ impl Job for Calls {
 }
 
 fn main() -> ExitCode {
-    mailrun::main(Jobs::new().with(Calls(Client::new())))
+    let client = Client::builder().timeout(Duration::from_secs(30)).redirect(Policy::none()).build();
+    match client {
+        Ok(client) => mailrun::main(Jobs::new().with(Calls(client))),
+        Err(_) => ExitCode::FAILURE,
+    }
 }

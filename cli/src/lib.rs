@@ -18,4 +18,5 @@ mod test_send;
 mod unknown;
 
 pub use self::{command::Command, postgres::postgres_program, program::main};
+pub use mailrun_ledger::submit;
 pub use mailrun_worker::{Jobs, job};

@@ -32,7 +32,7 @@ fn with_variables(value: &str) -> String {
     let mut text = parts.next().unwrap_or_default().to_owned();
     for part in parts {
         let (_, rest) = part.split_once('}').unwrap();
-        text.push_str("secret");
+        text.push_str("a-long-secret");
         text.push_str(rest);
     }
     text
@@ -66,17 +66,14 @@ fn the_program_accepts_every_command_of_the_compose_file() {
 fn the_program_accepts_every_setting_of_the_compose_file() {
     let settings = settings();
     assert!(settings.len() >= 15, "{settings:?}");
-    for (key, value) in settings {
-        // The address cannot be used, so the command fails after it has read the settings.
-        let nowhere = [("DATABASE_URL", "postgres://u:p@127.0.0.1:1/none"), ("AMQP_URL", "amqp://u:p@127.0.0.1:1")];
-        let mut all: Vec<(String, String)> = nowhere.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec();
-        if !key.ends_with("_URL") {
-            all.push((key.clone(), value));
-        }
-        let output = run(&["suppressions".to_owned()], &all);
-        let error = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!error.contains("setting") && !error.contains("unknown field"), "{key}: {error}");
-    }
+    // The addresses cannot be used, so the command fails after it has read the settings.
+    let nowhere = [("DATABASE_URL", "postgres://u:p@127.0.0.1:1/none"), ("AMQP_URL", "amqp://u:p@127.0.0.1:1")];
+    let nowhere = nowhere.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let others = settings.into_iter().filter(|(key, _)| !key.ends_with("_URL"));
+    let output = run(&["suppressions".to_owned()], &others.chain(nowhere).collect::<Vec<_>>());
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!error.contains("setting") && !error.contains("unknown field"), "{error}");
+    assert!(!output.status.success());
 }
 
 #[test]

@@ -47,7 +47,7 @@ use sqlx::PgPool;
 use tokio::{
     net::TcpListener,
     sync::{Notify, OnceCell},
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
@@ -64,7 +64,7 @@ pub const ICON: &str = include_str!("../static/icon.svg");
 
 /// People wait for a page, so acquiring a database connection times out sooner than in a worker.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_millis(5_000);
-/// Time limit for closing the connections to RabbitMQ at shutdown.
+/// Time limits for closing the connections to RabbitMQ, and those to PostgreSQL, at shutdown.
 const CLOSE: Duration = Duration::from_secs(3);
 /// Connections reserved for the outbox publisher, the epoch and the health check, which must not wait for the pages.
 const BACKGROUND_CONNECTIONS: u32 = 3;
@@ -216,8 +216,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), WebError
     tokio::join!(server::serve(listener, routes::router(app), limits, &ending), tell);
     publishing.await?;
     broker.closed(CLOSE).await;
-    pool.close().await;
-    background.close().await;
+    // Nothing is in progress any more: a PostgreSQL that does not answer must not delay the end.
+    let _ = timeout(CLOSE, async { tokio::join!(pool.close(), background.close()) }).await;
     monitoring.stop().await;
     Ok(())
 }

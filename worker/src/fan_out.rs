@@ -156,7 +156,7 @@ impl FanOut {
             Err(error) => {
                 // A permanent error is retried as well, slowly and with a log line, because the run must not be forgotten.
                 let passing = !matches!(&error, StepError::Ledger(error) if !may_pass(error));
-                warn!(run_id = %message.run_id, %error, passing, "a step failed, trying again");
+                warn!(run_id = %message.run_id, %error, passing, "fan-out step failed, trying again");
                 sleep(PAUSE_AFTER_ERROR).await;
                 After::Wait
             }

@@ -19,8 +19,9 @@ use mailrun_core::{
 };
 use mailrun_ledger::{
     attempts::Granted,
+    invitations,
     progress::{OnSettled, Settled},
-    runs,
+    runs, test_mails,
 };
 use metrics::{Counter, Histogram, counter, histogram};
 use moka::sync::Cache;
@@ -42,6 +43,8 @@ const CACHED_RUNS: u64 = 256;
 const CACHED_KINDS: u64 = 16_384;
 /// Repetitions within one attempt, if the remote side accepts an immediate retry.
 const REPETITIONS: u32 = 1;
+/// The codes of withheld items up to this one are Mailrun's own.
+const RESERVED: u8 = 9;
 /// The wait before the first repetition. It doubles.
 const FIRST_REPETITION: Duration = Duration::from_millis(20);
 
@@ -59,8 +62,18 @@ impl Jobs {
     }
 
     /// Adds a job.
+    ///
+    /// # Panics
+    /// If its kind is taken, or a reason has a reserved code: both would be mixed up with Mailrun's own in the ledger.
     #[must_use]
-    pub fn with<J: Job>(mut self, job: J) -> Self {
+    pub fn with<J: Job>(self, job: J) -> Self {
+        assert!(![invitations::KIND, test_mails::KIND].contains(&J::KIND), "the kind {} is Mailrun's own", J::KIND);
+        assert!(J::WITHHELD.iter().all(|(code, _)| *code > RESERVED), "a job's own codes are 10 to 255");
+        self.with_own(job)
+    }
+
+    /// With one of Mailrun's own.
+    pub(crate) fn with_own<J: Job>(mut self, job: J) -> Self {
         self.0.push(Box::new(|installation| Arc::new(Typed::new(job, installation))));
         self
     }
@@ -189,7 +202,7 @@ impl OnSettled for Kinds {
         let mut by_kind: BTreeMap<&str, (Arc<dyn Kind>, Vec<Settled>)> = BTreeMap::new();
         for item in settled {
             let Some(kind) = kinds.get(&item.run_id).cloned().flatten() else {
-                error!(run_id = %item.run_id, item_id = item.item_id, "an item belongs to a job that this worker does not have");
+                error!(run_id = %item.run_id, item_id = item.item_id, "unknown job, its items are counted without it");
                 continue;
             };
             by_kind.entry(kind.name()).or_insert_with(|| (kind, Vec::new())).1.push(item.clone());

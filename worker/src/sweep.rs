@@ -202,7 +202,7 @@ impl Sweeper {
             let Mending { repairs, messages, results } = mending;
             if repairs != Repairs::default() {
                 let Repairs { put_back, buried, told_again, .. } = repairs;
-                info!(%run_id, put_back, buried, told_again, "missing items repaired");
+                info!(%run_id, put_back, buried, told_again, "stalled run repaired");
             }
             *all += repairs;
             self.context.publisher.publish_soon(messages).await?;

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The reason shown for an attempt whose worker died.
-pub const UNKNOWN: &str = "the worker died while it was sending; the invitation may have gone out or not";
+pub const UNKNOWN: &str = "the worker died during the attempt; it is unknown whether it had an effect";
 /// The reason shown when a worker gave up its claim because it had been cut off.
 const CUT_OFF: &str = "the worker was cut off before it began to send";
 
@@ -23,7 +23,7 @@ const STOPPED: &str = "not sent yet: the run was paused or cancelled";
 const NOT_DUE: &str = "not sent yet: the rate limit left no send time";
 
 /// The reason shown for an item whose person, run or data is no longer in the ledger.
-pub const DELETED: &str = "the person or the run was deleted from the database";
+pub const DELETED: &str = "the person, the run or the data of this item was deleted";
 
 /// The outcome of an attempt, decided where the error is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,7 +83,7 @@ pub enum Withdrawn {
     NotDue(Duration),
 }
 
-/// The policy for attempts of which nobody can know whether they went out.
+/// What follows an attempt whose effect is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnUnknown {

@@ -34,7 +34,7 @@ pub fn with_mail(jobs: Jobs, config: &Config, sends: bool) -> Result<(Jobs, Arc<
     let mailer = if sends { mailer::mailer(&config.mailer)? } else { mailer::none() };
     let ids = Arc::new(Ids::new(config.message_id_domain(), config.web.public_url.clone()));
     let invitations = Invitations::new(Arc::clone(&mailer), Arc::clone(&ids), config.suppressions);
-    let jobs = jobs.with(invitations).with(TestMails::new(Arc::clone(&mailer), ids));
+    let jobs = jobs.with_own(invitations).with_own(TestMails::new(Arc::clone(&mailer), ids));
     Ok((jobs, mailer))
 }
 

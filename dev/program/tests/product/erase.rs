@@ -122,7 +122,7 @@ async fn a_person_erased_before_sending_fails_with_a_reason_and_can_be_invited_a
     let end = world.until_over(&first).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed")), (1, 2), "{end}");
     let reasons = "SELECT count(*) FROM run_items WHERE state = 'failed'
-                   AND error = 'the person or the run was deleted from the database'";
+                   AND error = 'the person, the run or the data of this item was deleted'";
     assert_eq!(number(&world, reasons).await, 2);
     let second = world.invite("ann@erase.example").await;
     assert_eq!(count(&world.until_over(&second).await, "sent"), 1);
