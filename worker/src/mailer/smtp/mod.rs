@@ -308,7 +308,7 @@ impl Shared {
         };
         for trip in trips {
             let relay = self.relays.names().into_iter().nth(trip.relay).unwrap_or_default();
-            error!(%relay, reason = trip.reason, "relay stopped, waiting for an operator to answer whose fault the refusals are");
+            error!(%relay, reason = trip.reason, "relay stopped after unexplained refusals, see mailrun relay");
             self.relays.stop(trip.relay, &stopped_text(&trip.reason));
             let runs = trip.runs;
             self.stopped().push(Stopped { relay, reason: trip.reason, alike: trip.alike, runs });
