@@ -243,9 +243,14 @@ mod tests {
         let id = "00000000-0000-0000-0000-000000000007";
         let run = Outgoing::read("mailrun.run.v1", serde_json::json!({ "run_id": id })).unwrap();
         assert_eq!(run.properties().kind().as_ref().unwrap().as_str(), "mailrun.run.v1");
-        let test = Outgoing::read("mailrun.test.v1", serde_json::json!({ "test_id": id })).unwrap();
-        assert_eq!(test.properties().kind().as_ref().unwrap().as_str(), "mailrun.test.v1");
-        assert!(Outgoing::read("mailrun.test.v1", serde_json::json!({ "run_id": id })).is_err());
+        let item = serde_json::json!({ "run_id": id, "item_id": 1, "attempt": 1, "impersonal": true });
+        let item = Outgoing::read("mailrun.item.v2", item).unwrap();
+        assert_eq!(item.properties().kind().as_ref().unwrap().as_str(), "mailrun.item.v2");
+        assert!(Outgoing::read("mailrun.item.v2", serde_json::json!({ "run_id": id })).is_err());
+        assert!(
+            Outgoing::read("mailrun.test.v1", serde_json::json!({ "test_id": id })).is_err(),
+            "of an earlier version"
+        );
         assert!(Outgoing::read("mailrun.run.v9", serde_json::json!({ "run_id": id })).is_err());
     }
 }

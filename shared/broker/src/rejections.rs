@@ -14,7 +14,7 @@ use tracing::{debug, error};
 /// The shortest time between two log lines about the same queue.
 const LOG_EVERY: Duration = Duration::from_secs(60);
 /// A queue to which nothing was published for this time is no longer reported.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(300);
 
 /// Why the broker rejected a message.
 pub(super) const NO_QUEUE: &str = "there is no such queue";
