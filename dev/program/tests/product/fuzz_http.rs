@@ -536,7 +536,7 @@ async fn check_ledger(world: &World, fuzz: &Fuzz) {
         (
             "runs that are not started once",
             "SELECT count(*) FROM runs r WHERE 1 <> (SELECT count(*) FROM outbox o
-             WHERE o.message->>'run_id' = r.id::text AND (o.message->'command' ? 'release' OR (r.hidden AND o.kind = 'mailrun.item.v1')))",
+             WHERE o.message->>'run_id' = r.id::text AND (o.message->'command' ? 'release' OR (r.hidden AND o.kind = 'mailrun.item.v2')))",
         ),
         (
             "runs that are cancelled without a message, or the other way round",
