@@ -223,5 +223,5 @@ async fn an_unresponsive_relay_is_replaced_by_another_one() {
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "200 successful of 200");
     assert_eq!((sink.received(), sink.received_twice(), hanging.received()), (200, 0, 0));
-    until("the workers have noticed", async || world.log().contains("mail server")).await;
+    until("the workers have noticed", async || world.log().contains("probing it later")).await;
 }
