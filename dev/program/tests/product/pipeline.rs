@@ -440,6 +440,9 @@ async fn republishes_exactly_what_was_purged() {
     // Much later, it is swept.
     let later = "UPDATE run_progress SET updated_at = now() - interval '1 hour' WHERE finished_at IS NULL";
     sqlx::query(later).execute(&world.pool).await.unwrap();
+    // What was purged of a retry was due long ago, too.
+    let due = "UPDATE run_items SET due_at = due_at - interval '1 hour' WHERE state = 'retrying'";
+    sqlx::query(due).execute(&world.pool).await.unwrap();
     let end = world.until_over(&run).await;
     assert_eq!((count(&end, "sent"), count(&end, "failed"), count(&end, "unknown")), (87, 3, 0));
     assert_eq!(world.repairs(&run).await, Repairs { put_back: purged.into(), ..Repairs::default() });
