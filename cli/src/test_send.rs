@@ -23,8 +23,7 @@ pub async fn run(config: &Config, address: &str) -> Result<()> {
     };
     let template = Arc::new(Template::new(&config.web.subject, &config.web.body)?);
     let mailer = mailer::mailer(&config.mailer)?;
-    let message_id = format!("<test.{}@{}>", Uuid::new_v4(), config.message_id_domain());
-    let mail = test_mail(message_id, email, template, None);
+    let mail = test_mail(Uuid::new_v4(), &config.message_id_domain(), email, template, None);
     match mailer.send(&mail, &Attempt::unchecked()).await {
         Outcome::Sent if config.mailer.kind == MailerKind::Simulated => {
             println!("The simulated mailer accepted it: no mail left this machine. Set mailer.kind to send real mail.");

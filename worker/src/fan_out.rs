@@ -384,7 +384,7 @@ impl FanOut {
 
     /// A replayed item is pending before its message is published, so that the run is shown as running.
     fn replayed(&self, pass: &Pass, items: &[Item]) -> Vec<Outgoing> {
-        let messages: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).replayed()).collect();
+        let messages: Vec<ItemMessage> = items.iter().map(|item| item.message(pass.run_id).replayed()).collect();
         let results: Vec<ItemResult> =
             messages.iter().map(|message| message.result(ItemState::Pending, None)).collect();
         Outgoing::results(pass.run_id, &results, self.context.result_batch)
@@ -396,7 +396,7 @@ impl FanOut {
     /// Claims unclaimed items for no worker and reports them as cancelled. Attempts in progress settle themselves. The claims are
     /// committed with the step, after the results are published.
     async fn cancelled(&self, conn: &mut PgConnection, pass: &Pass, items: &[Item]) -> sqlx::Result<Vec<Outgoing>> {
-        let next: Vec<ItemMessage> = items.iter().map(|item| present(pass, item).awaited(item.state)).collect();
+        let next: Vec<ItemMessage> = items.iter().map(|item| item.message(pass.run_id).awaited(item.state)).collect();
         let keys: Vec<Key> = next.iter().map(|item| item.key()).collect();
         // The run is cancelled, so no claim is granted to a worker, and the worker id does not matter.
         let claimed = attempts::claim(conn, 0, None, &keys, &Receipt::default()).await?;
@@ -422,26 +422,8 @@ fn next_step(run_id: Uuid, pass: i32, step: i32) -> Outgoing {
     Outgoing::new(&RunMessage { run_id, command })
 }
 
-fn present(pass: &Pass, item: &Item) -> ItemMessage {
-    ItemMessage {
-        run_id: pass.run_id,
-        item_id: item.id,
-        attempt: item.attempt,
-        tries: item.tries,
-        replays: item.replays,
-        impersonal: item.impersonal,
-    }
-}
-
 /// The first attempt of an item. If a crash repeats the chunk, the fence absorbs it.
 fn release(pass: &Pass, item: &Item) -> Outgoing {
-    let first = ItemMessage {
-        run_id: pass.run_id,
-        item_id: item.id,
-        attempt: 1,
-        tries: 1,
-        replays: 0,
-        impersonal: item.impersonal,
-    };
+    let first = ItemMessage { attempt: 1, tries: 1, replays: 0, ..item.message(pass.run_id) };
     Outgoing::new(&first)
 }

@@ -356,7 +356,12 @@ fn start(
                 let kinds = Arc::clone(&context.kinds);
                 heartbeat.show_sender(Box::new(move || kinds.gate()), Arc::clone(&permits));
                 let pool = context.pool.clone();
-                parts.spawn(jobs::watch(pool.clone(), Arc::clone(mailer), context.answer_timeout, stop.clone()));
+                parts.spawn(jobs::watch_relay_stops(
+                    pool.clone(),
+                    Arc::clone(mailer),
+                    context.answer_timeout,
+                    stop.clone(),
+                ));
                 let pace = Pace::new(&config.fan_out, pool, context.answer_timeout);
                 let (queues, prefetch) = (context.broker.item_queues().to_vec(), config.send.prefetch);
                 let senders = Senders::new(context.clone(), Arc::clone(heartbeat), permits, pace, prefetch);

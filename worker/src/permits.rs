@@ -1,4 +1,4 @@
-//! Permits bound the attempts of this worker in progress of which only the claim is on disk.
+//! Permits limit how many attempts of this worker may be in progress with only their claim on disk.
 //!
 //! If the worker is killed, exactly those become unknown. A permit is taken before the claim. It is released when the outcome is
 //! on disk: when RabbitMQ has confirmed the result or, sooner, when the next claim has stored a receipt.

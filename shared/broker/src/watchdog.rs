@@ -74,7 +74,7 @@ enum Action {
 }
 
 const STARVED: &str = "messages wait on the queue, and none is delivered";
-const STALLED: &str = "a run stands still, and nothing is delivered";
+const STALLED: &str = "a run is stalled, and nothing is delivered";
 const STUCK: &str = "none of the messages in progress is finished";
 
 /// Counts consecutive checks with the same problem. If a new connection does not solve it, the limit doubles: each new connection

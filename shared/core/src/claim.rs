@@ -12,7 +12,7 @@ pub enum Withheld {
     Cancelled,
     /// The person was erased, or the person, the run or the item's data was deleted from the ledger.
     Deleted,
-    /// The job said so, with a code of its own: for invitations, a suppressed address or a person who is invited already.
+    /// The job withheld it. The code is the job's: for invitations, a suppressed address or a person who is already invited.
     ByJob(u8),
 }
 

@@ -16,7 +16,7 @@ const TRIES: u32 = 5;
 pub struct Unified {
     /// People whose address was not normalized.
     pub people: usize,
-    /// Those of them who were merged with a person who has the same mailbox.
+    /// People who were merged into another one with the same mailbox.
     pub merged: u64,
     /// Suppressions whose address was not normalized.
     pub suppressions: usize,

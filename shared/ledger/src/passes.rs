@@ -100,6 +100,15 @@ pub struct Item {
     pub impersonal: bool,
 }
 
+impl Item {
+    /// The message of the attempt that its state refers to.
+    #[must_use]
+    pub fn message(&self, run_id: Uuid) -> ItemMessage {
+        let Self { id: item_id, attempt, tries, replays, impersonal, .. } = *self;
+        ItemMessage { run_id, item_id, attempt, tries, replays, impersonal }
+    }
+}
+
 /// Locks a run for the fan-out until the transaction ends, creates the first pass if it is missing, and returns the current
 /// pass. `None`: there is no such run.
 pub async fn lock(conn: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Option<Pass>> {
@@ -432,7 +441,8 @@ pub async fn dropped_items(
     after: i32,
     limit: i64,
 ) -> sqlx::Result<Vec<Dropped>> {
-    let rows = sqlx::query!(
+    let items = sqlx::query_as!(
+        Item,
         r#"SELECT i.id, i.position, i.attempt, i.state AS "state: SqlState", i.tries, i.replays,
                   i.user_id IS NULL AS "impersonal!"
            FROM run_items i
@@ -450,18 +460,6 @@ pub async fn dropped_items(
     )
     .fetch_all(conn)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| {
-            let present = ItemMessage {
-                run_id,
-                item_id: row.id,
-                attempt: row.attempt,
-                tries: row.tries,
-                replays: row.replays,
-                impersonal: row.impersonal,
-            };
-            Dropped { next: present.awaited(row.state.into()), position: row.position }
-        })
-        .collect())
+    let dropped = |item: Item| Dropped { next: item.message(run_id).awaited(item.state), position: item.position };
+    Ok(items.into_iter().map(dropped).collect())
 }

@@ -4,7 +4,6 @@ use mailrun_core::{message_id::MessageIds, public_url::PublicUrl, signed_id::Nam
 use mailrun_ledger::signing;
 use sqlx::PgConnection;
 use tokio::sync::OnceCell;
-use uuid::Uuid;
 
 /// Creates both. The key is read when the first mail needs it.
 #[derive(Debug)]
@@ -51,10 +50,10 @@ impl Ids {
         self.public_url.as_ref().map(|public_url| signed.links.link(public_url, named))
     }
 
-    /// The `Message-ID` of a test mail, in angle brackets.
+    /// The part of a Message-ID behind the @.
     #[must_use]
-    pub fn test_message_id(&self, test_id: Uuid) -> String {
-        format!("<test.{test_id}@{}>", self.domain)
+    pub fn domain(&self) -> &str {
+        &self.domain
     }
 
     /// The unsubscribe link of a test mail, which shows the page without unsubscribing anyone.

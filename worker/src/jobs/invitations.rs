@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mailrun_core::{signed_id::Named, template::Template};
+use mailrun_core::signed_id::Named;
 use mailrun_ledger::{
     invitations::{self, Recipient, recipients},
     settings::SuppressionsConfig,
@@ -10,7 +10,7 @@ use mailrun_ledger::{
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::ids::{Ids, Signed};
+use super::{Text, ids::Ids};
 use crate::{
     attempt::Attempt,
     gate::Gate,
@@ -31,20 +31,14 @@ impl Invitations {
     }
 }
 
-/// What the invitations of a run share.
-pub(super) struct Run {
-    template: Arc<Template>,
-    signed: Signed,
-}
-
 impl Job for Invitations {
     const KIND: &'static str = invitations::KIND;
     const WITHHELD: &'static [(u8, &'static str)] = invitations::WITHHELD;
-    type Run = Run;
+    type Run = Text;
     type Item = Recipient;
 
-    async fn run(&self, ledger: &mut PgConnection, run_id: Uuid) -> Result<Run, JobError> {
-        Ok(Run { template: super::template(ledger, run_id).await?, signed: self.ids.signed(ledger).await? })
+    async fn run(&self, ledger: &mut PgConnection, run_id: Uuid) -> Result<Text, JobError> {
+        Text::load(ledger, run_id, &self.ids).await
     }
 
     async fn items(&self, ledger: &mut PgConnection, granted: &[Granted]) -> sqlx::Result<Items<Recipient>> {
@@ -53,7 +47,7 @@ impl Job for Invitations {
         Ok(recipients.map(|(id, recipient)| (id, recipient.map_or_else(Loaded::Withheld, Loaded::Item))).collect())
     }
 
-    async fn process(&self, attempt: &Attempt, run: &Run, recipient: &Recipient) -> Outcome {
+    async fn process(&self, attempt: &Attempt, run: &Text, recipient: &Recipient) -> Outcome {
         let key = attempt.key();
         let named = Named { run_id: key.run_id, item_id: key.item_id };
         let mail = Mail {

@@ -5,14 +5,13 @@ mod invitations;
 mod relay_stops;
 mod test_mails;
 
-use std::{panic::resume_unwind, sync::Arc, time::Duration};
+use std::{panic::resume_unwind, sync::Arc};
 
 use mailrun_app::config::Config;
 use mailrun_core::template::Template;
 use mailrun_ledger::runs;
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use tokio::task::spawn_blocking;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::{
@@ -21,8 +20,13 @@ use crate::{
     mailer::{self, Mailer, MailerError},
 };
 
-use self::{ids::Ids, invitations::Invitations, test_mails::TestMails};
+use self::{
+    ids::{Ids, Signed},
+    invitations::Invitations,
+    test_mails::TestMails,
+};
 
+pub(crate) use self::relay_stops::watch as watch_relay_stops;
 pub use self::test_mails::test_mail;
 
 /// Adds the jobs that send mail. A process that does not send gets them without a mailer: it needs their reasons and their
@@ -38,9 +42,16 @@ pub fn with_mail(jobs: Jobs, config: &Config, sends: bool) -> Result<(Jobs, Arc<
     Ok((jobs, mailer))
 }
 
-/// Synchronizes relay stops between the mailer and the ledger until `stop`.
-pub(crate) async fn watch(pool: PgPool, mailer: Arc<dyn Mailer>, limit: Duration, stop: CancellationToken) {
-    relay_stops::watch(pool, mailer, limit, stop).await;
+/// What the mails of a run share.
+struct Text {
+    template: Arc<Template>,
+    signed: Signed,
+}
+
+impl Text {
+    async fn load(conn: &mut PgConnection, run_id: Uuid, ids: &Ids) -> Result<Self, JobError> {
+        Ok(Self { template: template(conn, run_id).await?, signed: ids.signed(conn).await? })
+    }
 }
 
 /// The text of a run's mails.

@@ -13,7 +13,7 @@ use crate::mailer::{Mailer, Stopped};
 /// How often the ledger is queried: an answer takes effect within this time.
 const READ_EVERY: Duration = Duration::from_secs(1);
 
-/// Runs until `stop`, if the mailer can stop relays at all.
+/// Synchronizes relay stops between the mailer and the ledger until `stop`, if the mailer can stop relays at all.
 pub async fn watch(pool: PgPool, mailer: Arc<dyn Mailer>, limit: Duration, stop: CancellationToken) {
     if !mailer.stops_relays() {
         // If this task ended, the worker would end.

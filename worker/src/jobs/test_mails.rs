@@ -7,7 +7,7 @@ use mailrun_ledger::test_mails::{self, TestMail};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::ids::{Ids, Signed};
+use super::{Text, ids::Ids};
 use crate::{
     attempt::Attempt,
     job::{Granted, Items, Job, JobError, Outcome, RetryPolicy, from_data},
@@ -26,29 +26,23 @@ impl TestMails {
     }
 }
 
-/// The text, and what signs the link.
-pub(super) struct Run {
-    template: Arc<Template>,
-    signed: Signed,
-}
-
 impl Job for TestMails {
     const KIND: &'static str = test_mails::KIND;
     const HIDDEN: bool = true;
-    type Run = Run;
+    type Run = Text;
     type Item = TestMail;
 
-    async fn run(&self, ledger: &mut PgConnection, run_id: Uuid) -> Result<Run, JobError> {
-        Ok(Run { template: super::template(ledger, run_id).await?, signed: self.ids.signed(ledger).await? })
+    async fn run(&self, ledger: &mut PgConnection, run_id: Uuid) -> Result<Text, JobError> {
+        Text::load(ledger, run_id, &self.ids).await
     }
 
     async fn items(&self, _: &mut PgConnection, granted: &[Granted]) -> sqlx::Result<Items<TestMail>> {
         Ok(from_data(granted))
     }
 
-    async fn process(&self, attempt: &Attempt, run: &Run, TestMail { email }: &TestMail) -> Outcome {
-        let message_id = self.ids.test_message_id(attempt.key().run_id);
-        let mail = test_mail(message_id, email.clone(), Arc::clone(&run.template), self.ids.test_link(&run.signed));
+    async fn process(&self, attempt: &Attempt, run: &Text, TestMail { email }: &TestMail) -> Outcome {
+        let (test_id, link) = (attempt.key().run_id, self.ids.test_link(&run.signed));
+        let mail = test_mail(test_id, self.ids.domain(), email.clone(), Arc::clone(&run.template), link);
         match self.mailer.send(&mail, attempt).await {
             // The item would wait for the relay, but the person waits for an answer.
             Outcome::Later(reason) => Outcome::failed(reason),
@@ -63,8 +57,14 @@ impl Job for TestMails {
     }
 }
 
-/// A mail that belongs to no run of invitations.
+/// A mail that belongs to no run of invitations. `domain` is the part of its Message-ID behind the @.
 #[must_use]
-pub fn test_mail(message_id: String, email: String, template: Arc<Template>, unsubscribe: Option<String>) -> Mail {
-    Mail { message_id, run_id: None, email, name: None, template, unsubscribe }
+pub fn test_mail(
+    test_id: Uuid,
+    domain: &str,
+    email: String,
+    template: Arc<Template>,
+    unsubscribe: Option<String>,
+) -> Mail {
+    Mail { message_id: format!("<test.{test_id}@{domain}>"), run_id: None, email, name: None, template, unsubscribe }
 }

@@ -19,13 +19,14 @@ use mailrun_ledger::{
 };
 use sqlx::{Connection as _, PgConnection};
 use tracing::warn;
+use uuid::Uuid;
 
 use super::{Request, Senders};
 use crate::{
     attempt::Attempt,
     gate::Gate,
     held::Held,
-    kinds::{Batch, Reasons},
+    kinds::{Batch, Kind, Reasons},
     reporter::{Finished, Reporter},
 };
 
@@ -120,13 +121,14 @@ impl Senders {
         let read =
             async { kinds.of_runs(&mut *self.context.pool.acquire().await?, keys.iter().map(|key| key.run_id)).await };
         let of_runs = in_time(self.context.answer_timeout, read).await?;
-        let closed_until = |key: &Key| match of_runs.get(&key.run_id)?.as_ref()?.gate() {
-            Gate::Closed { until, .. } => Some(until),
+        let closed_until = |(run_id, kind): (Uuid, Option<Arc<dyn Kind>>)| match kind?.gate() {
+            Gate::Closed { until, .. } => Some((run_id, until)),
             Gate::Open | Gate::Trying => None,
         };
+        let closed_until: HashMap<Uuid, Instant> = of_runs.into_iter().filter_map(closed_until).collect();
         let mut closed: BTreeMap<Duration, Vec<Request>> = BTreeMap::new();
         keys.retain(|key| {
-            let Some(until) = closed_until(key) else { return true };
+            let Some(until) = closed_until.get(&key.run_id) else { return true };
             let wait = self.policy().delay_within(until.saturating_duration_since(Instant::now()));
             closed.entry(wait).or_default().extend(requests.remove(key));
             false

@@ -30,6 +30,7 @@ const CLAIM_BATCH: usize = 200;
 const LONGEST_UNCLAIMED: Duration = Duration::from_secs(4 * 60);
 /// How often this is checked while there is no permit.
 const CHECK_OLD_EVERY: Duration = Duration::from_secs(10);
+
 /// Messages that are claimed together.
 #[derive(Default)]
 struct Batch {

@@ -104,7 +104,7 @@ pub enum ReplyClass {
     Unknown,
 }
 
-/// What a refusal affects, and so who has to act.
+/// The scope of a refusal. It decides who must act.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Concern {
     /// Only this recipient.

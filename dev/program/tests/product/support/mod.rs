@@ -348,7 +348,7 @@ impl Drop for World {
             let _ = child.wait();
         }
         if std::thread::panicking() {
-            // Its database and virtual host stay for whoever looks for the reason.
+            // Keep the database and the virtual host of a failed test for debugging.
             eprintln!("{}", self.log());
             return;
         }
