@@ -13,12 +13,15 @@ use mailrun_core::{
     item::ItemState,
     run::{Counters, Phase, Wanted},
 };
-use mailrun_ledger::runs::{self, Progress};
+use mailrun_ledger::{
+    invitations,
+    runs::{self, Progress},
+};
 use moka::future::Cache;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{App, Shared, error::ErrorPage, view};
+use crate::{App, Shared, error::ErrorPage, view, view::Noun};
 
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct ProgressQuery {
@@ -93,8 +96,13 @@ impl Snapshot {
             left: if phase == Phase::Running { view::time_left(counters.open(), progress.rate) } else { None },
             note: note(progress, asked),
             skipped_note: (counters.of(ItemState::Skipped) > 0).then(|| {
-                let who = view::counted(counters.of(ItemState::Skipped), "person was", "people were");
-                format!("{who} skipped: suppressed after this run was accepted.")
+                let skipped = counters.of(ItemState::Skipped);
+                if progress.kind == invitations::KIND {
+                    let who = view::counted(skipped, "person was", "people were");
+                    format!("{who} skipped: suppressed after this run was accepted.")
+                } else {
+                    format!("{} skipped.", view::counted(skipped, "item was", "items were"))
+                }
             }),
         }
     }
@@ -132,6 +140,7 @@ fn is_stalled(progress: &Progress) -> bool {
 
 fn note(progress: &Progress, asked: bool) -> String {
     let counters = progress.counters;
+    let Noun { one, many } = Noun::of(&progress.kind);
     match progress.phase() {
         _ if progress.later.is_some() => {
             "A newer version of Mailrun handles this run. Nothing new is sent until all processes are upgraded."
@@ -158,16 +167,16 @@ fn note(progress: &Progress, asked: bool) -> String {
             None => "Nothing new is sent until you resume.".to_owned(),
         },
         Phase::Cancelling => "Sends in progress are completed first.".to_owned(),
-        Phase::Cancelled => "Cancelled. Invitations sent before are not affected.".to_owned(),
+        Phase::Cancelled => "Cancelled. What was sent before is not affected.".to_owned(),
         Phase::Finished if counters.of(ItemState::Sent) == counters.total => match counters.total {
-            1 => "The invitation was sent.".to_owned(),
-            total => format!("All {} invitations were sent.", view::grouped(total)),
+            1 => format!("The {one} was sent."),
+            total => format!("All {} {many} were sent.", view::grouped(total)),
         },
         Phase::Finished => match (counters.of(ItemState::Failed), counters.of(ItemState::Unknown)) {
             (0, 0) => "Finished.".to_owned(),
-            (_, 0) => "Finished. You can retry the failed invitations.".to_owned(),
-            (0, _) => "Finished. It is unknown whether some invitations were sent.".to_owned(),
-            _ => "Finished. Some invitations need your decision.".to_owned(),
+            (_, 0) => format!("Finished. You can retry the failed {many}."),
+            (0, _) => format!("Finished. It is unknown whether some {many} were sent."),
+            _ => format!("Finished. Some {many} need your decision."),
         },
     }
 }
@@ -252,6 +261,7 @@ mod tests {
         let now = Utc::now();
         Progress {
             run_id: Uuid::from_u128(7),
+            kind: invitations::KIND.to_owned(),
             created_at: now - TimeDelta::seconds(10),
             wanted: Wanted::Running,
             later: None,
@@ -289,6 +299,14 @@ mod tests {
         progress.held_up = None;
         progress.counters = Counters::of_items(&[(ItemState::Sent, 5), (ItemState::Retrying, 4)]);
         assert!(!note(&progress, false).contains("Nothing has been sent"), "they wait for their next try");
+    }
+
+    #[test]
+    fn calls_the_items_of_a_run_by_their_name() {
+        let mut progress = finished(1, 2, 0);
+        assert_eq!(note(&progress, false), "Finished. You can retry the failed invitations.");
+        progress.kind = "calls".to_owned();
+        assert_eq!(note(&progress, false), "Finished. You can retry the failed items.");
     }
 
     #[test]

@@ -7,8 +7,10 @@ use axum::{
 };
 use mailrun_core::{item::ItemState, run::Phase};
 use mailrun_ledger::{
-    runs::{self, Progress, Summary, Trouble},
+    invitations,
+    runs::{self, Progress, Trouble},
     stored::Stored,
+    submit::Tally,
     sweep::{self, Repairs},
 };
 use serde::Deserialize;
@@ -18,7 +20,7 @@ use crate::{
     App, Shared,
     error::{ErrorPage, html},
     progress::{Snapshot, load_snapshot, may_replay, replay_token},
-    view::{self, Moment},
+    view::{self, Moment, Noun},
 };
 
 /// Failures per page.
@@ -45,9 +47,10 @@ pub(crate) struct ResultsQuery {
 #[template(path = "results.html")]
 struct ResultsPage {
     now: Snapshot,
+    noun: Noun,
     created: Moment,
     legend: [Legend; 7],
-    summary: Summary,
+    tally: Tally,
     more_invalid: i32,
     asked: Option<Uuid>,
     after: i32,
@@ -73,6 +76,7 @@ struct Legend {
 #[template(path = "actions.html")]
 struct Actions {
     run_id: Uuid,
+    noun: Noun,
     asked: bool,
     retry: Option<Replay>,
     send_again: Option<Replay>,
@@ -96,6 +100,8 @@ struct Replay {
 #[template(path = "failures.html")]
 struct Failures {
     run_id: Uuid,
+    /// The heading of what identifies an item.
+    subject: &'static str,
     total: i32,
     after: i32,
     list: Vec<Trouble>,
@@ -125,6 +131,7 @@ impl Actions {
             confirming.filter(|action| if *action == "cancel" { cancel } else { retry.is_some() && progress.restored });
         Self {
             run_id: now.run_id,
+            noun: Noun::of(&progress.kind),
             asked: now.asked,
             retry,
             restored: progress.restored,
@@ -139,7 +146,7 @@ impl Actions {
 }
 
 impl Failures {
-    async fn load(app: &App, now: &Snapshot, after: i32) -> Result<Self, ErrorPage> {
+    async fn load(app: &App, progress: &Progress, now: &Snapshot, after: i32) -> Result<Self, ErrorPage> {
         let total = now.counters.of(ItemState::Failed) + now.counters.of(ItemState::Unknown);
         let mut list = match total {
             0 => Vec::new(),
@@ -149,7 +156,8 @@ impl Failures {
         let more = list.len() > PAGE;
         list.truncate(PAGE);
         let next = list.last().filter(|_| more).map(|last| last.position);
-        Ok(Self { run_id: now.run_id, total, after, list, next })
+        let subject = if progress.kind == invitations::KIND { "Address" } else { "Data" };
+        Ok(Self { run_id: now.run_id, subject, total, after, list, next })
     }
 }
 
@@ -188,7 +196,7 @@ fn repaired(repairs: Repairs) -> Option<String> {
     let repairs = [
         (driven + put_back, "republished", "missing message", "missing messages"),
         (buried, "gave up", "attempt of a dead worker", "attempts of dead workers"),
-        (told_again, "settled", "invitation with a lost result", "invitations with a lost result"),
+        (told_again, "settled", "item with a lost result", "items with a lost result"),
     ];
     let repairs = repairs.into_iter().filter(|repair| repair.0 > 0);
     let repairs: Vec<String> =
@@ -203,19 +211,20 @@ pub(crate) async fn show(
     Query(query): Query<ResultsQuery>,
 ) -> Result<Response, ErrorPage> {
     let (progress, now) = load_snapshot(&app, &id, query.asked.as_deref()).await?;
-    let summary = runs::summary(&app.pool, progress.run_id).await?.ok_or_else(ErrorPage::no_such_run)?;
+    let tally = runs::tally(&app.pool, progress.run_id).await?.ok_or_else(ErrorPage::no_such_run)?;
     let other_rate = match query.rate.as_deref() {
         Some(requested) => other_rate(requested, runs::rate_limit(&app.pool, progress.run_id).await?),
         None => None,
     };
     let actions = Actions::of(&progress, &now, query.confirming());
-    let failures = Failures::load(&app, &now, query.after()).await?;
-    let shown = i32::try_from(summary.invalid_entries.len()).unwrap_or(i32::MAX);
+    let failures = Failures::load(&app, &progress, &now, query.after()).await?;
+    let shown = i32::try_from(tally.invalid_entries.len()).unwrap_or(i32::MAX);
     Ok(html(&ResultsPage {
+        noun: actions.noun,
         created: Moment::new(progress.created_at, progress.now),
         legend: legend(&now),
-        more_invalid: summary.invalid - shown,
-        summary,
+        more_invalid: tally.invalid - shown,
+        tally,
         asked: query.asked.as_ref().and_then(|asked| asked.parse().ok()),
         after: query.after(),
         confirming: actions.confirming,
@@ -243,8 +252,8 @@ pub(crate) async fn failures(
     Path(id): Path<String>,
     Query(query): Query<ResultsQuery>,
 ) -> Result<Response, ErrorPage> {
-    let (_, now) = load_snapshot(&app, &id, query.asked.as_deref()).await?;
-    Ok(html(&Failures::load(&app, &now, query.after()).await?))
+    let (progress, now) = load_snapshot(&app, &id, query.asked.as_deref()).await?;
+    Ok(html(&Failures::load(&app, &progress, &now, query.after()).await?))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use mailrun_core::{
     item::ItemState,
     run::{Counters, Phase},
 };
-use mailrun_ledger::runs::Progress;
+use mailrun_ledger::{invitations, runs::Progress};
 
 /// The minimum width of a segment that is not empty, in percent, so that one failure among a million is visible.
 const LEAST_PERCENT: f64 = 2.0;
@@ -25,6 +25,29 @@ pub fn grouped(number: impl Into<i64>) -> String {
         text.push(digit);
     }
     text
+}
+
+/// What the items of a run are called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Noun {
+    pub(crate) one: &'static str,
+    pub(crate) many: &'static str,
+}
+
+impl Noun {
+    /// For runs of this kind.
+    pub(crate) fn of(kind: &str) -> Self {
+        if kind == invitations::KIND {
+            Self { one: "invitation", many: "invitations" }
+        } else {
+            Self { one: "item", many: "items" }
+        }
+    }
+
+    /// `1 invitation`, `2,000 invitations`
+    pub(crate) fn counted(self, number: i32) -> String {
+        counted(number, self.one, self.many)
+    }
 }
 
 /// `1 address`, `2,000 addresses`

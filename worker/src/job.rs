@@ -38,8 +38,7 @@ pub trait Job: Send + Sync + 'static {
     /// Loads what all items of a run share. Called once for each run and process, and then cached.
     fn run(&self, ledger: &mut PgConnection, run_id: Uuid) -> impl Future<Output = Result<Self::Run, JobError>> + Send;
 
-    /// Loads claimed items, in the transaction of the claim: one query for the batch, if any. An item that is not returned fails,
-    /// because it was deleted.
+    /// Loads claimed items: one query for the batch, if any. An item that is not returned fails, because it was deleted.
     fn items(
         &self,
         ledger: &mut PgConnection,

@@ -161,19 +161,15 @@ impl Kinds {
         Ok(found)
     }
 
-    /// Loads granted items, one batch for each kind, in the transaction of the claim.
+    /// Loads granted items, one batch for each kind.
     pub(crate) async fn load(&self, conn: &mut PgConnection, granted: Vec<Granted>) -> sqlx::Result<Vec<Batch>> {
-        let mut by_kind: BTreeMap<&str, (Arc<dyn Kind>, Vec<Granted>)> = BTreeMap::new();
-        for granted in granted {
-            // Claims are granted for these kinds only.
-            let Some((name, kind)) = granted.kind.as_deref().and_then(|name| self.by_name.get_key_value(name)) else {
-                continue;
-            };
-            by_kind.entry(name).or_insert_with(|| (Arc::clone(kind), Vec::new())).1.push(granted);
-        }
+        let kinds = self.of_runs(conn, granted.iter().map(|granted| granted.key.run_id)).await?;
         let mut batches = Vec::new();
-        for (kind, granted) in by_kind.into_values() {
-            batches.push(kind.load(conn, granted).await?);
+        for (kind, granted) in by_kind(&kinds, granted, |granted| granted.key.run_id) {
+            // Claims are granted for these kinds only.
+            if let Some(kind) = kind {
+                batches.push(kind.load(conn, granted).await?);
+            }
         }
         Ok(batches)
     }
@@ -197,21 +193,34 @@ impl fmt::Debug for Kinds {
 }
 
 impl OnSettled for Kinds {
-    async fn on_settled(&self, conn: &mut PgConnection, settled: &[Settled]) -> sqlx::Result<()> {
+    async fn on_settled(&self, conn: &mut PgConnection, settled: Vec<Settled>) -> sqlx::Result<()> {
         let kinds = self.of_runs(conn, settled.iter().map(|item| item.run_id)).await?;
-        let mut by_kind: BTreeMap<&str, (Arc<dyn Kind>, Vec<Settled>)> = BTreeMap::new();
-        for item in settled {
-            let Some(kind) = kinds.get(&item.run_id).cloned().flatten() else {
-                error!(run_id = %item.run_id, item_id = item.item_id, "unknown job, its items are counted without it");
-                continue;
-            };
-            by_kind.entry(kind.name()).or_insert_with(|| (kind, Vec::new())).1.push(item.clone());
-        }
-        for (kind, settled) in by_kind.into_values() {
-            kind.settled(conn, &settled).await?;
+        for (kind, settled) in by_kind(&kinds, settled, |item| item.run_id) {
+            match kind {
+                Some(kind) => kind.settled(conn, &settled).await?,
+                None => error!(items = settled.len(), "unknown job, its items are counted without it"),
+            }
         }
         Ok(())
     }
+}
+
+/// Groups items by the jobs of their runs. Usually all items of a batch belong to one run.
+fn by_kind<T>(
+    kinds: &HashMap<Uuid, Option<Arc<dyn Kind>>>,
+    items: Vec<T>,
+    run_of: impl Fn(&T) -> Uuid,
+) -> Vec<(Option<Arc<dyn Kind>>, Vec<T>)> {
+    let mut groups: Vec<(Option<Arc<dyn Kind>>, Vec<T>)> = Vec::new();
+    for item in items {
+        let kind = kinds.get(&run_of(&item)).and_then(Option::as_ref);
+        let name = |kind: Option<&Arc<dyn Kind>>| kind.map(|kind| kind.name());
+        match groups.iter_mut().find(|(of, _)| name(of.as_ref()) == name(kind)) {
+            Some((_, group)) => group.push(item),
+            None => groups.push((kind.cloned(), vec![item])),
+        }
+    }
+    groups
 }
 
 /// A job as the stages see it.
@@ -247,7 +256,7 @@ pub struct Batch {
     start: Start,
 }
 
-type Start = Box<dyn FnOnce(HashMap<Key, Attempt>, &Reporter) + Send>;
+type Start = Box<dyn FnOnce(Vec<Option<Attempt>>, &Reporter) + Send>;
 
 impl Batch {
     /// The items to process.
@@ -255,8 +264,8 @@ impl Batch {
         self.items.iter().map(|(key, _)| *key)
     }
 
-    /// Starts a task for each attempt, and reports the results.
-    pub(crate) fn start(self, attempts: HashMap<Key, Attempt>, reporter: &Reporter) {
+    /// Starts a task for each of these attempts at the items, and reports the results.
+    pub(crate) fn start(self, attempts: Vec<Option<Attempt>>, reporter: &Reporter) {
         (self.start)(attempts, reporter);
     }
 }
@@ -388,11 +397,11 @@ impl<J: Job> Kind for Typed<J> {
                 Loaded::Unusable(reason) => Err(reason.into()),
             };
             items.push((key, position));
-            to_start.push((key, item));
+            to_start.push(item);
         }
-        let start: Start = Box::new(move |mut attempts, reporter| {
-            for (key, item) in to_start {
-                let Some(attempt) = attempts.remove(&key) else { continue };
+        let start: Start = Box::new(move |attempts, reporter| {
+            for (item, attempt) in to_start.into_iter().zip(attempts) {
+                let Some(attempt) = attempt else { continue };
                 let (this, reporter) = (Arc::clone(&self), reporter.clone());
                 tokio::spawn(async move {
                     let next = match item {

@@ -53,7 +53,7 @@ pub(super) async fn examine(target: &Target, rabbitmq: Option<&RabbitMq>, report
         report.remark(
             CHECK,
             format!(
-                "{} unknown: it cannot be established whether the mail was sent. A person decides: Send again on the run's page \
+                "{} unknown: it cannot be established whether the mail was sent. A person decides: “Send … again” on the run's page \
                 sends it, perhaps a second time",
                 are(usize::try_from(unknown).unwrap_or_default(), "invitation", "invitations")
             ),

@@ -62,8 +62,12 @@ impl AmqpConfig {
         if !(1..=64).contains(&self.item_queues) {
             return Err(InvalidSetting::new("amqp.item_queues", "from 1 to 64"));
         }
-        if self.publish_lanes == 0 || self.heartbeat.is_zero() {
-            return Err(InvalidSetting::new("amqp.publish_lanes, amqp.heartbeat_s", "at least 1"));
+        if self.publish_lanes == 0 {
+            return Err(InvalidSetting::new("amqp.publish_lanes", "at least 1"));
+        }
+        // AMQP has 16 bits for it.
+        if !(1..=u64::from(u16::MAX)).contains(&self.heartbeat.as_secs()) {
+            return Err(InvalidSetting::new("amqp.heartbeat_s", "from 1 to 65535"));
         }
         if self.answer_timeout.is_zero() || self.answer_timeout > DAY {
             return Err(InvalidSetting::new("amqp.answer_timeout_ms", "from 1 to 86400000, which is a day"));
@@ -120,6 +124,15 @@ mod tests {
             ("amqp://[::1]:5672", false),
         ] {
             assert_eq!(amqp(url, allow_plaintext), Ok(()), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_heartbeat_fits_the_protocol() {
+        let amqp = |s| AmqpConfig { heartbeat: Duration::from_secs(s), ..AmqpConfig::default() }.check();
+        assert_eq!((amqp(1), amqp(65_535)), (Ok(()), Ok(())));
+        for s in [0, 65_536] {
+            assert!(amqp(s).unwrap_err().to_string().contains("amqp.heartbeat_s"));
         }
     }
 

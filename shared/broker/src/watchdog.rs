@@ -44,8 +44,8 @@ struct Snapshot {
     finished: u64,
     /// It has fewer unacked messages than its prefetch, and buffer space for the next one.
     has_room: bool,
-    /// Ready messages on its queue.
-    ready: u32,
+    /// Whether messages are ready on its queue. `None`: the broker did not answer.
+    ready: Option<bool>,
     /// A run that should be in progress has not moved since the last check.
     run_stalled: bool,
 }
@@ -145,7 +145,8 @@ impl Watch {
         if finished {
             self.stuck.reset_limit();
         }
-        let starved = self.starved.exceeds_limit(!received && now.has_room && now.ready > 0);
+        // Without an answer from the broker, a check neither confirms nor refutes that messages are waiting.
+        let starved = now.ready.is_some_and(|ready| self.starved.exceeds_limit(!received && now.has_room && ready));
         // With nothing in progress, a new connection costs nothing. It recovers messages that the broker considers delivered but
         // that never arrived.
         let stalled = self.stalled.exceeds_limit(!received && !in_hand && now.run_stalled);
@@ -210,16 +211,9 @@ impl Watchdog {
         loop {
             sleep(self.interval()).await;
             // Query the broker only for a consumer that received nothing and has capacity.
-            let mut ready = 0;
             let before = Snapshot::of(tally, prefetch, places());
             let idle = before.delivered == watch.last.delivered;
-            if idle && before.has_room {
-                match self.ready(queue).await {
-                    Some(now) => ready = now,
-                    // Without an answer from the broker, nothing can be decided.
-                    None => continue,
-                }
-            }
+            let ready = if idle && before.has_room { self.is_ready(queue).await } else { Some(false) };
             let run_stalled = idle && before.in_hand() == 0 && (self.standstill)(self.interval()).await;
             let now = Snapshot { ready, run_stalled, ..Snapshot::of(tally, prefetch, places()) };
             if let Action::Rebuild(why) = watch.check(now) {
@@ -230,10 +224,10 @@ impl Watchdog {
         }
     }
 
-    /// The number of ready messages on a queue. None: the query failed or the queue does not exist.
-    async fn ready(&self, queue: &str) -> Option<u32> {
+    /// Whether messages are ready on a queue. `None`: the query failed or the queue does not exist.
+    async fn is_ready(&self, queue: &str) -> Option<bool> {
         let looked = self.outlook.lock().await.depth(queue).await;
-        looked.inspect_err(|error| debug!(queue, %error, "can't query the queue")).ok().flatten()
+        looked.inspect_err(|error| debug!(queue, %error, "can't query the queue")).ok().flatten().map(|ready| ready > 0)
     }
 
     /// Closes the connection that it opened for queries.
@@ -262,7 +256,7 @@ mod tests {
 
     #[test]
     fn rebuilds_a_starved_consumer() {
-        let starved = Snapshot { has_room: true, ready: 7, ..Snapshot::default() };
+        let starved = Snapshot { has_room: true, ready: Some(true), ..Snapshot::default() };
         assert_eq!(given_up(&mut fresh(), |_| starved), Some((5, STARVED)));
         // Even if it still finishes earlier deliveries.
         let finishing = |number| Snapshot { delivered: 900, finished: number, ..starved };
@@ -274,7 +268,7 @@ mod tests {
         let snapshots = |number| Snapshot {
             delivered: number / 4,
             has_room: true,
-            ready: 7,
+            ready: Some(true),
             run_stalled: true,
             ..Snapshot::default()
         };
@@ -283,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_full_consumer_is_rebuilt_only_when_it_is_stuck() {
-        let full = Snapshot { delivered: 400, ready: 9_000, run_stalled: true, ..Snapshot::default() };
+        let full = Snapshot { delivered: 400, ready: Some(true), run_stalled: true, ..Snapshot::default() };
         assert_eq!(given_up(&mut fresh(), |number| Snapshot { finished: number / 30, ..full }), None);
         let mut watch = fresh();
         for checks in [u64::from(STUCK_FOR) + 2, 2 * u64::from(STUCK_FOR) + 2] {
@@ -293,8 +287,20 @@ mod tests {
     }
 
     #[test]
+    fn a_stuck_consumer_is_rebuilt_although_the_broker_does_not_answer() {
+        let silent = Snapshot { delivered: 7, has_room: true, ready: None, ..Snapshot::default() };
+        assert_eq!(given_up(&mut fresh(), |_| silent), Some((u64::from(STUCK_FOR) + 2, STUCK)));
+        // Nor does silence count as an empty queue.
+        let mut watch = fresh();
+        for ready in [Some(true), None, Some(true), None, Some(true), Some(true), Some(true)] {
+            assert_eq!(watch.check(Snapshot { ready, ..silent }), Action::Keep);
+        }
+        assert_eq!(watch.check(Snapshot { ready: Some(true), ..silent }), Action::Rebuild(STARVED));
+    }
+
+    #[test]
     fn an_empty_queue_is_normal_unless_a_run_is_stalled() {
-        let quiet = Snapshot { has_room: true, ..Snapshot::default() };
+        let quiet = Snapshot { has_room: true, ready: Some(false), ..Snapshot::default() };
         assert_eq!(given_up(&mut fresh(), |_| quiet), None);
         let mut watch = fresh();
         let stalled = Snapshot { run_stalled: true, ..quiet };

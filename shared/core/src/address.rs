@@ -205,6 +205,8 @@ mod tests {
 
     #[test]
     fn a_comma_belongs_to_the_name_before_an_address() {
+        // A name's limit counts characters, not bytes.
+        let long = "Ж".repeat(190);
         for (text, people) in [
             ("Ann Lee, PhD <ann@x.org>", &["Ann Lee, PhD = ann@x.org"][..]),
             ("Lee, Ann <ann@x.org>; Ray, Bob <bob@y.org>", &["Lee, Ann = ann@x.org", "Ray, Bob = bob@y.org"]),
@@ -213,6 +215,7 @@ mod tests {
             ("\"Lee, Ann\", PhD <ann@x.org>", &["Lee, Ann, PhD = ann@x.org"]),
             ("=?utf-8?Q?Lee,_Ann?= <ann@x.org>", &["Lee, Ann = ann@x.org"]),
             ("nobody; Ann <ann@x.org>", &["?", "Ann = ann@x.org"]),
+            (&format!("{long}, Пётр <ann@x.org>"), &[&format!("{long}, Пётр = ann@x.org")]),
             ("a, b, c, d, e, Ann <ann@x.org>", &["?", "?", "?", "?", "?", "Ann = ann@x.org"]),
         ] {
             assert_eq!(read(text), people, "{text}");

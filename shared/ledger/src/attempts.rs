@@ -27,8 +27,6 @@ use mailrun_core::{
 pub struct Granted {
     /// The claimed attempt.
     pub key: Key,
-    /// The kind of its run. `None`: the run was deleted.
-    pub kind: Option<String>,
     /// The item's position in its run, from 1.
     pub position: i32,
     /// The item's own data.
@@ -84,7 +82,7 @@ impl Columns {
 /// item must both match, because a message of another ledger may name an item id that exists here in another run.
 ///
 /// In a cancelled run the claim goes to no worker: the attempt will never be made, and any process may report that, now or
-/// later. Jobs withhold more in the same transaction: see [`withhold`].
+/// later. Jobs withhold more: see [`withhold`].
 ///
 /// The same statement writes the worker's receipt, whatever is granted.
 ///
@@ -100,7 +98,7 @@ pub async fn claim(
     let asked = Columns::of(keys);
     let rows = sqlx::query!(
         r#"WITH asked AS MATERIALIZED (
-               SELECT asked.item_id, asked.number, i.run_id, i.position, i.data, r.kind,
+               SELECT asked.item_id, asked.number, i.run_id, i.position, i.data,
                       CASE WHEN r.id IS NULL THEN $6 WHEN r.wanted = 'cancelled' THEN $5 ELSE $1::bigint END AS worker_id
                FROM unnest($2::uuid[], $3::bigint[], $4::integer[]) AS asked (run_id, item_id, number)
                JOIN run_items i ON i.id = asked.item_id AND i.run_id = asked.run_id
@@ -118,7 +116,7 @@ pub async fn claim(
                INSERT INTO receipts (worker_id, number, item_ids, attempts)
                SELECT $1, $7, $8::bigint[], $9::integer[] WHERE cardinality($8) > 0
            )
-           SELECT item_id AS "item_id!", number AS "number!", run_id, position, data, kind AS "kind?", worker_id AS "worker_id!"
+           SELECT item_id AS "item_id!", number AS "number!", run_id, position, data, worker_id AS "worker_id!"
            FROM asked WHERE ((item_id, number) IN (SELECT item_id, number FROM claimed)) IS TRUE"#,
         worker_id,
         &asked.run_ids,
@@ -137,7 +135,6 @@ pub async fn claim(
         .into_iter()
         .map(|row| Granted {
             key: Key { run_id: row.run_id, item_id: row.item_id, attempt: row.number },
-            kind: row.kind,
             position: row.position,
             data: row.data,
             withheld: withheld(row.worker_id),
@@ -145,7 +142,7 @@ pub async fn claim(
         .collect())
 }
 
-/// Withholds attempts that the caller's transaction has claimed: no worker will ever make them.
+/// Withholds attempts that were just claimed: no worker will ever make them.
 pub async fn withhold(conn: &mut PgConnection, claims: &[(Key, Withheld)]) -> sqlx::Result<()> {
     let keys: Vec<Key> = claims.iter().map(|(key, _)| *key).collect();
     let Columns { item_ids, numbers, .. } = Columns::of(&keys);

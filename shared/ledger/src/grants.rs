@@ -128,7 +128,7 @@ const TABLES: &[Table] = &[
     Table {
         name: "attempts",
         insert: &[(Send, "item_id number worker_id"), (FanOut, "item_id number worker_id")],
-        // Attempts that a job withholds, in the transaction of the claim.
+        // Attempts that a job withholds right after their claim.
         update: &[(Send, "worker_id")],
         delete: &[FanOut],
         filled_in: "started_at",

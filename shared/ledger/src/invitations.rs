@@ -34,11 +34,11 @@ pub struct Recipient {
     pub name: Option<String>,
 }
 
-/// The recipients of these items, by item id, or why their attempts are withheld.
+/// The recipients of these items, with the items' ids, or why their attempts are withheld.
 pub async fn recipients(
     conn: &mut PgConnection,
     item_ids: &[i64],
-) -> sqlx::Result<HashMap<i64, Result<Recipient, Withheld>>> {
+) -> sqlx::Result<Vec<(i64, Result<Recipient, Withheld>)>> {
     let rows = sqlx::query!(
         r#"SELECT i.id AS "id!", coalesce(i.typed, u.email) AS email, nullif(coalesce(i.name, u.name), '') AS name,
                   u.erased_at IS NOT NULL AS "erased!", s.email IS NOT NULL AS "suppressed!",
@@ -111,7 +111,7 @@ async fn suppress(conn: &mut PgConnection, settings: &SuppressionsConfig, settle
 pub(crate) struct ByPeople;
 
 impl OnSettled for ByPeople {
-    async fn on_settled(&self, conn: &mut PgConnection, items: &[Settled]) -> sqlx::Result<()> {
-        settled(conn, &SuppressionsConfig::default(), items).await
+    async fn on_settled(&self, conn: &mut PgConnection, items: Vec<Settled>) -> sqlx::Result<()> {
+        settled(conn, &SuppressionsConfig::default(), &items).await
     }
 }

@@ -64,7 +64,7 @@ pub struct Settled {
 /// The changes of jobs in the transaction that counts their results.
 pub trait OnSettled {
     /// Called once for each batch that settles items, after the counters are written.
-    fn on_settled(&self, conn: &mut PgConnection, settled: &[Settled])
+    fn on_settled(&self, conn: &mut PgConnection, settled: Vec<Settled>)
     -> impl Future<Output = sqlx::Result<()>> + Send;
 }
 
@@ -169,7 +169,7 @@ async fn apply_once(
         update_counters(&mut tx, &moved).await?;
         let settled = settled(&items, results, &erased);
         if !settled.is_empty() {
-            jobs.on_settled(&mut tx, &settled).await?;
+            jobs.on_settled(&mut tx, settled).await?;
         }
         tx.commit().await?;
         for item in items.values().filter(|item| item.winner.is_some()) {

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::{
     outbox,
     stored::{SqlState, SqlWanted, Stored},
-    submit::InvalidEntry,
+    submit::{InvalidEntry, Tally},
 };
 use mailrun_core::{
     item::ItemState,
@@ -24,6 +24,8 @@ const RATE_OVER_S: f64 = 5.0;
 pub struct Progress {
     /// The run.
     pub run_id: Uuid,
+    /// The kind of its job.
+    pub kind: String,
     /// When it was accepted.
     pub created_at: DateTime<Utc>,
     /// Its wanted state.
@@ -62,25 +64,6 @@ impl Progress {
     }
 }
 
-/// The contents of the list that a run was made from.
-#[derive(Clone, Debug)]
-pub struct Summary {
-    /// Accepted invitations.
-    pub total: i32,
-    /// People who were invited before, or are waiting in another run.
-    pub already_invited: i32,
-    /// People whose invitation in an earlier run failed or is unknown.
-    pub already_failed: i32,
-    /// Suppressed addresses.
-    pub suppressed: i32,
-    /// Repeated addresses.
-    pub repeated: i32,
-    /// Entries that are not an address.
-    pub invalid: i32,
-    /// The first invalid entries.
-    pub invalid_entries: Vec<InvalidEntry>,
-}
-
 /// An item that needs a person's attention.
 #[derive(Clone, Debug, Serialize)]
 pub struct Trouble {
@@ -115,7 +98,7 @@ async fn list_where(
     limit: i64,
 ) -> sqlx::Result<Vec<Progress>> {
     let rows = sqlx::query!(
-        r#"SELECT r.id, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Stored<Wanted>", p.total AS "total!", p.counts AS "counts!",
+        r#"SELECT r.id, r.kind, r.created_at, r.restored_at IS NOT NULL AS "restored!", r.wanted AS "wanted: Stored<Wanted>", p.total AS "total!", p.counts AS "counts!",
                   p.started_at AS "started_at!", p.updated_at AS "updated_at!", p.finished_at, clock_timestamp() AS "now!",
                   coalesce((SELECT (max(s.settled) - min(s.settled))::float8
                                    / greatest(extract(epoch FROM max(s.at) - min(s.at))::float8, 1)
@@ -139,6 +122,7 @@ async fn list_where(
         .into_iter()
         .map(|row| Progress {
             run_id: row.id,
+            kind: row.kind,
             created_at: row.created_at,
             later: row.wanted.later().map(str::to_owned),
             wanted: row.wanted.acted_on(),
@@ -154,8 +138,8 @@ async fn list_where(
         .collect())
 }
 
-/// The contents of a run's list. `None`: there is no such run.
-pub async fn summary(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Summary>> {
+/// The contents of the list that a run was made from. `None`: there is no such run.
+pub async fn tally(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Tally>> {
     let row = sqlx::query!(
         r#"SELECT total, already_invited, already_failed, suppressed, repeated, invalid,
                   invalid_entries AS "invalid_entries: Json<Vec<InvalidEntry>>"
@@ -164,8 +148,8 @@ pub async fn summary(pool: &PgPool, run_id: Uuid) -> sqlx::Result<Option<Summary
     )
     .fetch_optional(pool)
     .await?;
-    Ok(row.map(|row| Summary {
-        total: row.total,
+    Ok(row.map(|row| Tally {
+        accepted: row.total,
         already_invited: row.already_invited,
         already_failed: row.already_failed,
         suppressed: row.suppressed,

@@ -49,9 +49,9 @@ struct Claimed {
 
 impl Claimed {
     /// All granted claims, including withheld ones.
-    fn keys(&self) -> HashSet<Key> {
+    fn keys(&self) -> impl Iterator<Item = Key> {
         let withheld = self.withheld.iter().map(|(key, ..)| *key);
-        self.batches.iter().flat_map(Batch::keys).chain(withheld).collect()
+        self.batches.iter().flat_map(Batch::keys).chain(withheld)
     }
 }
 
@@ -79,19 +79,22 @@ impl Senders {
             }
         };
         let claimed_at = Instant::now();
-        let granted = claimed.keys();
         // Before any attempt is started. There is room for each delivery, and each claim has at least one delivery.
-        self.permits.begin(granted.len());
-        // Claims granted now were not granted before.
-        self.claims().answer_lost(lost_before.into_iter().filter(|key| !granted.contains(key)));
+        self.permits.begin(claimed.keys().count());
+        if !lost_before.is_empty() {
+            // Claims granted now were not granted before.
+            let granted: HashSet<Key> = claimed.keys().collect();
+            self.claims().answer_lost(lost_before.into_iter().filter(|key| !granted.contains(key)));
+        }
         for batch in claimed.batches {
-            let mut attempts = HashMap::with_capacity(batch.items.len());
+            let mut attempts = Vec::with_capacity(batch.items.len());
             for (key, position) in &batch.items {
-                let Some(Request { item, deliveries }) = requests.remove(key) else { continue };
-                self.claims().begin(*key, deliveries);
-                self.stopped.begin(key.run_id, 1);
-                let slot = claimed.slots.get(key).map(|wait| (claimed_at + *wait).into());
-                attempts.insert(*key, Attempt::new(item, *position, claimed_at.into(), slot, &self.checks));
+                attempts.push(requests.remove(key).map(|Request { item, deliveries }| {
+                    self.claims().begin(*key, deliveries);
+                    self.stopped.begin(key.run_id, 1);
+                    let slot = claimed.slots.get(key).map(|wait| (claimed_at + *wait).into());
+                    Attempt::new(item, *position, claimed_at.into(), slot, &self.checks)
+                }));
             }
             batch.start(attempts, reporter);
         }
@@ -170,8 +173,10 @@ impl Senders {
         }
         let accepted = self.permits.receipt();
         let receipt = self.claims().receipt(&accepted);
-        let claim =
-            async |conn: &mut PgConnection| self.claim_in_transaction(conn, keys, &receipt, limits.as_ref()).await;
+        let claim = async |conn: &mut PgConnection| match limits.as_ref() {
+            Some(limits) => self.claim_paced(conn, keys, &receipt, limits).await,
+            None => self.claim_due(conn, keys, &receipt).await,
+        };
         let begun = Instant::now();
         let claimed = session.run(self.context.answer_timeout, claim).await;
         self.claim_seconds.record(begun.elapsed());
@@ -190,22 +195,28 @@ impl Senders {
         claimed
     }
 
-    /// Claims, lets the jobs load or withhold what was granted, and reserves send times for the rest.
-    async fn claim_in_transaction(
+    /// Claims, and reserves send times for what was granted.
+    async fn claim_paced(
         &self,
         conn: &mut PgConnection,
         keys: &[Key],
         receipt: &Receipt,
-        limits: Option<&Limits>,
+        limits: &Limits,
     ) -> sqlx::Result<Claimed> {
-        let kinds = &self.context.kinds;
         let mut tx = conn.begin().await?;
-        let paced = match limits {
-            Some(limits) => Some(Paced::lock(&mut tx, keys, limits, AHEAD).await?),
-            None => None,
-        };
-        let due = paced.as_ref().map_or(keys, |paced| &paced.due);
-        let granted = attempts::claim(&mut tx, self.heartbeat.worker_id(), Some(kinds.names()), due, receipt).await?;
+        let paced = Paced::lock(&mut tx, keys, limits, AHEAD).await?;
+        let mut claimed = self.claim_due(&mut tx, &paced.due, receipt).await?;
+        let granted = claimed.batches.iter().flat_map(Batch::keys).collect();
+        (claimed.slots, claimed.not_due) = paced.reserve(&mut tx, &granted).await?;
+        tx.commit().await?;
+        Ok(claimed)
+    }
+
+    /// Claims, and lets the jobs load or withhold what was granted. Without a transaction around the statements, which would take
+    /// two more round trips: if a later one fails, the claims are ours, no attempt was started, and they are given back.
+    async fn claim_due(&self, conn: &mut PgConnection, due: &[Key], receipt: &Receipt) -> sqlx::Result<Claimed> {
+        let kinds = &self.context.kinds;
+        let granted = attempts::claim(conn, self.heartbeat.worker_id(), Some(kinds.names()), due, receipt).await?;
         let mut claimed = Claimed::default();
         let mut mine = Vec::with_capacity(granted.len());
         for granted in granted {
@@ -214,20 +225,15 @@ impl Senders {
                 None => mine.push(granted),
             }
         }
-        claimed.batches = kinds.load(&mut tx, mine).await?;
+        claimed.batches = kinds.load(conn, mine).await?;
         let mut by_jobs = Vec::new();
         for batch in &mut claimed.batches {
             by_jobs.extend_from_slice(&batch.withheld);
             claimed.withheld.extend(batch.withheld.drain(..).map(|(key, why)| (key, why, batch.reasons)));
         }
         if !by_jobs.is_empty() {
-            attempts::withhold(&mut tx, &by_jobs).await?;
+            attempts::withhold(conn, &by_jobs).await?;
         }
-        if let Some(paced) = paced {
-            let granted = claimed.batches.iter().flat_map(Batch::keys).collect();
-            (claimed.slots, claimed.not_due) = paced.reserve(&mut tx, &granted).await?;
-        }
-        tx.commit().await?;
         Ok(claimed)
     }
 }

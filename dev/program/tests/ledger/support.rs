@@ -454,7 +454,7 @@ pub struct Claimed {
 pub async fn claim(conn: &mut PgConnection, worker_id: i64, keys: &[Key]) -> Vec<Claimed> {
     let granted = attempts::claim(conn, worker_id, None, keys, &Receipt::default()).await.unwrap();
     let ids: Vec<i64> = granted.iter().map(|granted| granted.key.item_id).collect();
-    let mut recipients = invitations::recipients(conn, &ids).await.unwrap();
+    let mut recipients: HashMap<_, _> = invitations::recipients(conn, &ids).await.unwrap().into_iter().collect();
     let claimed: Vec<Claimed> = granted
         .into_iter()
         .map(|granted| {
@@ -499,8 +499,8 @@ pub async fn claim_paced(
 pub struct Invitations(pub SuppressionsConfig);
 
 impl OnSettled for Invitations {
-    async fn on_settled(&self, conn: &mut PgConnection, settled: &[Settled]) -> sqlx::Result<()> {
-        invitations::settled(conn, &self.0, settled).await
+    async fn on_settled(&self, conn: &mut PgConnection, settled: Vec<Settled>) -> sqlx::Result<()> {
+        invitations::settled(conn, &self.0, &settled).await
     }
 }
 

@@ -1,6 +1,6 @@
 //! Splits a line into entries: at commas and semicolons, and between adjacent people.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, ops::Range};
 
 use super::{
     name::{MAX_NAME_CHARS, closing_quote},
@@ -87,7 +87,7 @@ impl<'a> Entries<'a> {
                 Kind::Empty if piece.end == End::Comma => continue,
                 Kind::Named
                     if let Some(first) = held.first()
-                        && piece.at + piece.name_bytes - first.at <= MAX_NAME_CHARS =>
+                        && self.pieces.fits_a_name(first.at..piece.at + piece.name_bytes) =>
                 {
                     let end = piece.at + piece.text.len();
                     self.ready.push_back(&self.pieces.line[first.at..end]);
@@ -160,6 +160,10 @@ struct Pieces<'a> {
 impl<'a> Pieces<'a> {
     fn of(line: &'a str) -> Self {
         Self { line, at: Some(0), open_quote: false, open_comment: false }
+    }
+
+    fn fits_a_name(&self, name: Range<usize>) -> bool {
+        self.line[name].chars().take(MAX_NAME_CHARS + 1).count() <= MAX_NAME_CHARS
     }
 
     /// The offset after the quote that closes the one before `at`.
