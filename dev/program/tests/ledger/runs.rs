@@ -7,7 +7,7 @@ use mailrun_core::{
 use mailrun_ledger::{
     runs::{
         Granted, ReplayWish, Replayed, cancel, dead_by_error, emailed_in_domain, list, progress, rate_limit, replay,
-        set_paused, stopped, summary, text, troubles,
+        set_paused, stopped, tally, text, troubles,
     },
     stored::Stored,
 };
@@ -99,7 +99,7 @@ fn a_later_versions_wanted_state_is_shown_as_text_and_not_acted_on() {
 }
 
 #[test]
-fn reads_a_runs_summary_and_text() {
+fn reads_a_runs_list_and_text() {
     in_database(async |ledger| {
         let mut conn = ledger.acquire().await.unwrap();
         let run_id = run_of(&mut conn, &[Pending]).await.id;
@@ -109,17 +109,17 @@ fn reads_a_runs_summary_and_text() {
                                sends_per_second = 7, invalid_entries = '[{"line": 1, "text": "x", "reason": "no @"}]'"#,
         )
         .await;
-        let summary = summary(ledger, run_id).await.unwrap().unwrap();
-        assert_eq!((summary.total, summary.already_invited, summary.already_failed), (1, 2, 3));
-        assert_eq!((summary.suppressed, summary.repeated, summary.invalid), (4, 5, 6));
-        assert_eq!(summary.invalid_entries[0].reason, "no @");
+        let tally = tally(ledger, run_id).await.unwrap().unwrap();
+        assert_eq!((tally.accepted, tally.already_invited, tally.already_failed), (1, 2, 3));
+        assert_eq!((tally.suppressed, tally.repeated, tally.invalid), (4, 5, 6));
+        assert_eq!(tally.invalid_entries[0].reason, "no @");
         assert_eq!(rate_limit(ledger, run_id).await.unwrap(), Some(7));
         assert_eq!(
             text(&mut ledger.acquire().await.unwrap(), run_id).await.unwrap(),
             ("Hello".to_owned(), "Come!".to_owned())
         );
         let unknown = Uuid::new_v4();
-        assert!(mailrun_ledger::runs::summary(ledger, unknown).await.unwrap().is_none());
+        assert!(mailrun_ledger::runs::tally(ledger, unknown).await.unwrap().is_none());
         assert_eq!(rate_limit(ledger, unknown).await.unwrap(), None);
         assert!(matches!(
             text(&mut ledger.acquire().await.unwrap(), unknown).await.unwrap_err(),

@@ -55,9 +55,9 @@ fn a_list_becomes_a_run_with_its_items_and_its_first_message() {
             "SELECT string_agg(concat_ws(' ', i.position, email, coalesce(typed, '-'), i.name), ', ' ORDER BY i.position)
                      FROM run_items i JOIN users u ON u.id = i.user_id";
         assert_eq!(column(&mut conn, items).await, "1 ann@example.org Ann@example.org Ann, 2 bob@example.org - ");
-        let summary = mailrun_ledger::runs::summary(ledger, run_id).await.unwrap().unwrap();
-        assert_eq!((summary.total, summary.repeated, summary.invalid), (2, 1, 1));
-        assert_eq!((summary.invalid_entries[0].line, summary.invalid_entries[0].text.as_str()), (4, "nobody"));
+        let tally = mailrun_ledger::runs::tally(ledger, run_id).await.unwrap().unwrap();
+        assert_eq!((tally.accepted, tally.repeated, tally.invalid), (2, 1, 1));
+        assert_eq!((tally.invalid_entries[0].line, tally.invalid_entries[0].text.as_str()), (4, "nobody"));
         assert_eq!(mailrun_ledger::runs::rate_limit(ledger, run_id).await.unwrap(), Some(7));
         assert_eq!(outbox(&mut conn, run_id).await, [json!({"release": {"pass": 1, "step": 0}})]);
         assert_eq!(states(&mut conn, run_id).await, [Pending, Pending]);
@@ -142,9 +142,9 @@ fn leaves_out_people_with_an_invitation() {
         let mut emails: Vec<&str> = earlier.items.iter().map(|item| item.email.as_str()).collect();
         emails.extend(["old@example.org", "sam@example.org", "new@example.org"]);
         let run_id = accepted(ledger, list(&emails.join("\n"))).await;
-        let summary = mailrun_ledger::runs::summary(ledger, run_id).await.unwrap().unwrap();
-        assert_eq!((summary.total, summary.suppressed), (3, 1), "cancelled, skipped and new");
-        assert_eq!((summary.already_invited, summary.already_failed), (3, 2));
+        let tally = mailrun_ledger::runs::tally(ledger, run_id).await.unwrap().unwrap();
+        assert_eq!((tally.accepted, tally.suppressed), (3, 1), "cancelled, skipped and new");
+        assert_eq!((tally.already_invited, tally.already_failed), (3, 2));
         let positions = format!(
             "SELECT string_agg(position::text, ',' ORDER BY position) FROM run_items WHERE run_id = '{run_id}'"
         );
@@ -175,9 +175,9 @@ fn people_erased_after_an_invitation_stay_out() {
         }
         let run_id =
             accepted(ledger, list("sent@example.org\nfailed@example.org\nsam@example.org\nnew@example.org")).await;
-        let summary = mailrun_ledger::runs::summary(ledger, run_id).await.unwrap().unwrap();
+        let tally = mailrun_ledger::runs::tally(ledger, run_id).await.unwrap().unwrap();
         // An erased person who neither received mail nor refused it counts as a new person.
-        assert_eq!((summary.total, summary.already_invited, summary.suppressed), (2, 1, 1));
+        assert_eq!((tally.accepted, tally.already_invited, tally.suppressed), (2, 1, 1));
         let known = "SELECT count(*) FROM users WHERE email IN ('sent@example.org', 'sam@example.org')";
         assert_eq!(value::<i64>(&mut conn, known).await, 0);
     });
@@ -202,8 +202,8 @@ fn concurrent_lists_invite_each_person_once() {
         );
         assert_eq!(column(&mut conn, &invited).await, "1 bob@example.org, 2 cid@example.org");
         assert_eq!(states(&mut conn, other.id).await, [Pending]);
-        let summary = mailrun_ledger::runs::summary(ledger, run_id).await.unwrap().unwrap();
-        assert_eq!((summary.total, summary.already_invited), (2, 1));
+        let tally = mailrun_ledger::runs::tally(ledger, run_id).await.unwrap().unwrap();
+        assert_eq!((tally.accepted, tally.already_invited), (2, 1));
         counters_equal_counts(&mut conn).await;
     });
 }
