@@ -22,6 +22,7 @@ mod release;
 mod server;
 mod servers;
 mod state;
+pub mod supervise;
 mod tree;
 mod up_lock;
 
