@@ -12,12 +12,12 @@ use tokio::{
 };
 
 use super::{
-    cluster::{self, Nodes},
-    database,
+    cluster, database,
     error::{StackError, io_error},
     folder::Folder,
     lease,
     management::Management,
+    nodes::Nodes,
     ports::Ports,
     processes, rabbitmq,
     release::Release,
