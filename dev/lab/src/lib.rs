@@ -2,8 +2,8 @@
 
 pub mod bench;
 pub mod chaos;
+pub mod children;
 pub mod doubler;
 pub mod local;
 pub mod people;
-pub mod supervise;
 pub mod visitor;

@@ -14,8 +14,8 @@ use secrecy::{ExposeSecret, SecretString};
 use sqlx::PgPool;
 use tokio::process::Command;
 
-use crate::supervise::{Notice, Service, Supervisor};
-use mailrun_stack::{self, Console, Nodes, Stack, StackError};
+use crate::children::{Service, Supervisor};
+use mailrun_stack::{self, Console, Nodes, Stack, StackError, supervise::Event};
 
 /// The database and virtual host of `up` and `demo`.
 const NAME: &str = "mailrun";
@@ -376,13 +376,11 @@ async fn wait_for_pages(web_url: &str) -> Result<()> {
     }
 }
 
-fn tell(notice: Notice) {
-    match notice {
-        Notice::Started { .. } => {}
-        Notice::Died { name, how, pause, .. } => {
-            eprintln!("{name} ended unexpectedly ({how}); restarting in {pause:?}");
-        }
-        Notice::Killed { name } => eprintln!("{name} did not stop in time and was killed"),
+fn tell(name: &str, event: Event) {
+    match event {
+        Event::Died { how, pause, .. } => eprintln!("{name} {how}; restarting in {pause:?}"),
+        Event::Stopped(Ok(false)) => eprintln!("{name} did not stop in time and was killed"),
+        Event::Started { .. } | Event::Stopped(_) => {}
     }
 }
 

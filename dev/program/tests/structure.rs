@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const CRATES: [&str; 10] = [
+const CRATES: [&str; 11] = [
     "shared/core",
     "shared/app",
     "shared/ledger",
@@ -18,6 +18,7 @@ const CRATES: [&str; 10] = [
     "dev/lab",
     "dev/program",
     "dev/sink",
+    "dev/stack",
 ];
 
 /// A module's path below the crate's root.

@@ -10,11 +10,12 @@ use std::{
 use tokio::{process::Command, task::JoinHandle};
 
 use super::{
-    cluster::Nodes,
     error::{StackError, io_error},
     folder::{Folder, open_log, tail},
     keeper::KEEPER_LOCK,
-    lease, processes,
+    lease,
+    nodes::Nodes,
+    processes,
     release::{Release, VARIABLE},
     state::{Phase, ServerStatus, State, now_ms},
 };

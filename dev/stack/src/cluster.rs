@@ -3,35 +3,9 @@
 //! A cluster's nodes have their own folders and names, beside those of the single node, so that a stack can be started with one node
 //! today and with three tomorrow. The other broker's messages are at most work that the ledger has done meanwhile.
 
-use clap::ValueEnum;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use super::{Stack, error::StackError, management::Management, ports::Ports, state::Login};
-
-/// The nodes of a cluster besides the first.
-pub(crate) const PEERS: usize = 2;
-
-/// The number of RabbitMQ nodes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Nodes {
-    /// A single node.
-    #[default]
-    #[value(name = "1", help = "One node")]
-    One,
-    /// A cluster.
-    #[value(name = "3", help = "A cluster of three nodes")]
-    Three,
-}
-
-impl Nodes {
-    /// The value on the command line.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::One => "1",
-            Self::Three => "3",
-        }
-    }
-}
 
 /// A RabbitMQ node: its folder and name.
 #[derive(Clone, Debug)]
@@ -113,7 +87,6 @@ pub(crate) async fn is_whole(login: &Login, ports: Ports) -> bool {
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 pub struct Member {
     /// RabbitMQ's name for it.
-    /// RabbitMQ's name for it.
     pub name: String,
     /// Whether it is running.
     pub running: bool,
@@ -185,7 +158,7 @@ impl Stack {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ports::NodePorts;
+    use crate::{nodes::PEERS, ports::NodePorts};
 
     #[test]
     fn a_cluster_has_other_folders_than_the_single_node() {

@@ -12,16 +12,15 @@ use tokio::{
 };
 
 use super::{
-    cluster::{self, Nodes},
-    database,
+    cluster, database,
     error::{StackError, io_error},
     folder::Folder,
     lease,
     management::Management,
+    nodes::Nodes,
     ports::Ports,
     processes, rabbitmq,
     release::Release,
-    server::Wanted,
     servers::Servers,
     state::{Login, Phase, ServerStatus, State},
 };
@@ -169,9 +168,9 @@ async fn serve(
             state.write(folder)?;
         }
         for node in &servers.rabbitmq {
-            node.want(wanted(&folder.path(RABBITMQ_STOPPED)));
+            node.want(!folder.path(RABBITMQ_STOPPED).exists());
         }
-        servers.postgres.want(wanted(&folder.path(POSTGRES_STOPPED)));
+        servers.postgres.want(!folder.path(POSTGRES_STOPPED).exists());
         if watch.time_to_end(&folder.path(END_REQUEST))? {
             return Ok(());
         }
@@ -183,10 +182,6 @@ fn failure(state: &State) -> Option<String> {
         ServerStatus::Failed { why } => Some(why.clone()),
         _ => None,
     })
-}
-
-fn wanted(stopped: &Path) -> Wanted {
-    if stopped.exists() { Wanted::Stopped } else { Wanted::Running }
 }
 
 /// Watches whether a client holds the lease.

@@ -12,6 +12,7 @@ mod folder;
 mod keeper;
 mod lease;
 mod management;
+mod nodes;
 mod packages;
 mod ports;
 mod postgres;
@@ -22,6 +23,7 @@ mod release;
 mod server;
 mod servers;
 mod state;
+pub mod supervise;
 mod tree;
 mod up_lock;
 
@@ -34,20 +36,25 @@ use std::{
 pub use self::folder::open_log;
 use self::{
     client::KeeperCommand,
-    cluster::{Node, PEERS},
+    cluster::Node,
     error::io_error,
     folder::Folder,
     keeper::{END_REQUEST, LEASE, POSTGRES_STOPPED, RABBITMQ_STOPPED},
     lease::Lock,
     management::Management,
+    nodes::PEERS,
     ports::Ports,
+    rabbitmq::Programs,
     state::{Login, ServerStatus, State, USER},
 };
 pub use self::{
-    cluster::{Member, Nodes, Queue},
+    cluster::{Member, Queue},
     error::StackError,
     keeper::run as keep,
-    packages::{CHROMIUM, FAKETIME, POSTGRESQL, Package, RABBITMQ, ensure_packages, faketime_library},
+    nodes::Nodes,
+    packages::{CHROMIUM, FAKETIME, Package, ensure_packages, faketime_library},
+    postgres::POSTGRESQL,
+    rabbitmq::RABBITMQ,
     release::Release,
     up_lock::{Running, UpLock, UpLockRefused, running},
 };
@@ -268,7 +275,7 @@ impl Stack {
 /// Installs the programs of both servers, if they are missing. `report` gets one line per step.
 pub async fn ensure_servers(report: impl Fn(&str)) -> Result<(), StackError> {
     ensure_packages(&[POSTGRESQL], &report).await?;
-    Release::chosen().ensure(&report).await
+    Programs::ensure(&report).await
 }
 
 /// The folder of the stack of this checkout: MAILRUN_HOME, else `.mailrun` in the workspace that cargo runs or that contains the

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::process::Command;
 
-use super::{error::StackError, lease, postgres, rabbitmq};
+use super::{error::StackError, lease};
 
 /// The commands that install packages as root; see the file.
 const INSTALL: &str = include_str!("install.sh");
@@ -29,24 +29,6 @@ pub struct Package {
     /// Whether it is installed.
     pub present: fn() -> bool,
 }
-
-/// The message broker.
-pub const RABBITMQ: Package = Package {
-    name: "RabbitMQ",
-    purpose: "carry the messages between Mailrun's processes",
-    apt: &["rabbitmq-server"],
-    elsewhere: "RabbitMQ 3.10 or later (macOS: `brew install rabbitmq`; Fedora: `dnf install rabbitmq-server`)",
-    present: || rabbitmq::Programs::of_system().is_some(),
-};
-
-/// The database.
-pub const POSTGRESQL: Package = Package {
-    name: "PostgreSQL",
-    purpose: "keep runs, items and their outcomes",
-    apt: &["postgresql"],
-    elsewhere: "PostgreSQL 14 or later (macOS: `brew install postgresql@17`; Fedora: `dnf install postgresql-server`)",
-    present: || postgres::newest_programs().is_some(),
-};
 
 /// The browser of the page tests.
 pub const CHROMIUM: Package = Package {
@@ -202,6 +184,7 @@ pub(crate) fn versions(parent: &str, prefix: &str) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{POSTGRESQL, RABBITMQ};
 
     #[test]
     fn versions_are_ordered_numerically() {

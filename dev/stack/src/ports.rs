@@ -11,9 +11,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    cluster::{Nodes, PEERS},
     folder::write_private,
     lease,
+    nodes::{Nodes, PEERS},
 };
 
 /// How many ports from the preferred one on are tried before any free one.

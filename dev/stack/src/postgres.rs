@@ -17,9 +17,18 @@ use tokio::process::Command;
 use super::{
     error::{StackError, io_error},
     folder::{Folder, open_log, write_private},
-    packages::{on_path, versions},
+    packages::{Package, on_path, versions},
     server::Server,
     state::{Login, USER},
+};
+
+/// The database.
+pub const POSTGRESQL: Package = Package {
+    name: "PostgreSQL",
+    purpose: "keep runs, items and their outcomes",
+    apt: &["postgresql"],
+    elsewhere: "PostgreSQL 14 or later (macOS: `brew install postgresql@17`; Fedora: `dnf install postgresql-server`)",
+    present: || newest_programs().is_some(),
 };
 
 /// The folder of the newest PostgreSQL's programs.

@@ -20,12 +20,21 @@ use super::{
     error::{StackError, io_error},
     folder::{Folder, open_log, private_dir, write_private},
     management::Management,
-    packages::{on_path, versions},
+    packages::{Package, ensure_packages, on_path, versions},
     ports::Ports,
     release::Release,
     server::Server,
     state::{Login, USER},
     tree::Tree,
+};
+
+/// The message broker.
+pub const RABBITMQ: Package = Package {
+    name: "RabbitMQ",
+    purpose: "carry the messages between Mailrun's processes",
+    apt: &["rabbitmq-server"],
+    elsewhere: "RabbitMQ 3.10 or later (macOS: `brew install rabbitmq`; Fedora: `dnf install rabbitmq-server`)",
+    present: || Programs::of_system().is_some(),
 };
 
 /// The virtual host created on the first start.
@@ -49,6 +58,17 @@ impl Programs {
         match Release::chosen() {
             Release::System => system,
             release => system.filter(|programs| release.has(programs.version().as_deref())).or_else(Self::in_tree),
+        }
+    }
+
+    /// Installs those of the chosen release, if they are missing. `report` gets one line per step.
+    pub(crate) async fn ensure(report: impl Fn(&str)) -> Result<(), StackError> {
+        Release::check_environment()?;
+        let release = Release::chosen();
+        match release {
+            Release::System => ensure_packages(&[RABBITMQ], report).await,
+            _ if Self::of_system().is_some_and(|programs| release.has(programs.version().as_deref())) => Ok(()),
+            Release::Four => Tree::ensure(report).await,
         }
     }
 

@@ -4,12 +4,7 @@ use std::{env, sync::OnceLock};
 
 use clap::ValueEnum;
 
-use super::{
-    error::StackError,
-    packages::{RABBITMQ, ensure_packages},
-    rabbitmq::Programs,
-    tree::Tree,
-};
+use super::error::StackError;
 
 /// The environment variable used without an option; child processes inherit it.
 pub(crate) const VARIABLE: &str = "MAILRUN_BROKER";
@@ -48,17 +43,11 @@ impl Release {
         }
     }
 
-    /// Installs its programs, if they are missing. `report` gets one line per step.
-    pub(crate) async fn ensure(self, report: impl Fn(&str)) -> Result<(), StackError> {
-        if let Some(Err(why)) = named() {
-            return Err(StackError::Missing(format!("{VARIABLE} names no release of RabbitMQ: {why}.")));
-        }
-        match self {
-            Self::System => ensure_packages(&[RABBITMQ], report).await,
-            Self::Four if Programs::of_system().is_some_and(|programs| self.has(programs.version().as_deref())) => {
-                Ok(())
-            }
-            Self::Four => Tree::ensure(report).await,
+    /// Fails if the environment names no release.
+    pub(crate) fn check_environment() -> Result<(), StackError> {
+        match named() {
+            Some(Err(why)) => Err(StackError::Missing(format!("{VARIABLE} names no release of RabbitMQ: {why}."))),
+            _ => Ok(()),
         }
     }
 

@@ -10,26 +10,27 @@ use super::{
     ports::{Ports, is_free},
     postgres::Postgres,
     rabbitmq::{Epmd, Programs, RabbitMq},
-    server::{self, Server, Wanted},
+    server::{self, Server},
     state::{Login, ServerStatus, State},
 };
 
 /// One server, run by its own task.
 pub(crate) struct Supervised {
-    wanted: watch::Sender<Wanted>,
+    /// Dropping it stops the server for good.
+    wanted: watch::Sender<bool>,
     status: watch::Receiver<ServerStatus>,
     kept: JoinHandle<()>,
 }
 
 impl Supervised {
     fn start(server: impl Server) -> Self {
-        let (wanted, wanted_now) = watch::channel(Wanted::Running);
+        let (wanted, wanted_now) = watch::channel(true);
         let (status_now, status) = watch::channel(ServerStatus::Starting);
         Self { wanted, status, kept: tokio::spawn(server::keep(server, wanted_now, status_now)) }
     }
 
-    /// Sets the wanted state.
-    pub(crate) fn want(&self, wanted: Wanted) {
+    /// Starts or stops it.
+    pub(crate) fn want(&self, wanted: bool) {
         self.wanted.send_if_modified(|now| {
             let changed = *now != wanted;
             *now = wanted;
@@ -38,7 +39,7 @@ impl Supervised {
     }
 
     async fn end(self) {
-        self.want(Wanted::Ended);
+        drop(self.wanted);
         if let Err(error) = self.kept.await {
             eprintln!("The task of a server failed: {error}");
         }
