@@ -30,12 +30,13 @@ pub(crate) struct Checks {
     pub(crate) pace: Arc<Pace>,
 }
 
-/// One attempt, from its claim to its outcome.
+/// One attempt, from its claim to its outcome. Clones are the same attempt.
+#[derive(Clone)]
 pub struct Attempt {
     item: ItemMessage,
     position: i32,
     /// `None`: it is never checked.
-    claim: Option<Claim>,
+    claim: Option<Arc<Claim>>,
 }
 
 struct Claim {
@@ -68,7 +69,7 @@ impl Attempt {
             unused: AtomicI32::new(0),
             checks: Arc::clone(checks),
         };
-        Self { item, position, claim: Some(claim) }
+        Self { item, position, claim: Some(Arc::new(claim)) }
     }
 
     /// An attempt without checks, for mail that belongs to no run.
@@ -143,7 +144,7 @@ impl Attempt {
     /// # Errors
     /// Why these bytes must not be sent.
     pub fn may_commit(&self) -> Result<(), Withdrawn> {
-        self.claim.as_ref().map_or(Ok(()), Claim::may_commit)
+        self.claim.as_ref().map_or(Ok(()), |claim| claim.may_commit())
     }
 
     /// How many send times were reserved for this attempt and not used.

@@ -7,6 +7,7 @@
 // A lock taken in a match scrutinee is held until the end of the match, whose arms may lock again.
 #![warn(clippy::significant_drop_in_scrutinee)]
 
+mod ahead;
 pub mod attempt;
 mod claims;
 mod context;
@@ -188,7 +189,7 @@ async fn work(
 ) -> Result<(), WorkerError> {
     let (kinds, mailer) = kinds(&config, jobs, &roles)?;
     let pool = mailrun_ledger::open(&config.database, &format!("mailrun worker {names}"))?;
-    let permits = if roles.contains(&Role::Send) { config.permits() } else { 0 };
+    let permits = if roles.contains(&Role::Send) { config.usual_attempts() } else { 0 };
     let Some(heartbeat) = register(&pool, names, permits, &config, kinds.names(), health, &stop).await? else {
         return Ok(());
     };
@@ -352,7 +353,7 @@ fn start(
             Role::Send => {
                 metric::begin(metric::REPLIES, "class", mailer::reply_classes());
                 metric::begin(metric::ATTEMPTS, "outcome", Outcome::NAMES);
-                let permits = Arc::new(Permits::new(config.permits()));
+                let permits = Arc::new(Permits::new(config.send.permits, config.connections()));
                 let kinds = Arc::clone(&context.kinds);
                 heartbeat.show_sender(Box::new(move || kinds.gate()), Arc::clone(&permits));
                 let pool = context.pool.clone();

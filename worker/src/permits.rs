@@ -1,15 +1,19 @@
 //! Permits limit how many attempts of this worker may be in progress with only their claim on disk.
 //!
 //! If the worker is killed, exactly those become unknown. A permit is taken before the claim. It is released when the outcome is
-//! on disk: when RabbitMQ has confirmed the result or, sooner, when the next claim has stored a receipt.
+//! on disk: when RabbitMQ has confirmed the result or, sooner, when the next claim has stored a receipt. With few connections,
+//! fewer attempts are claimed than there are permits: see `ahead`.
 
 use std::{
     collections::HashSet,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use mailrun_core::item::{ItemState, Key};
 use tokio::sync::Notify;
+
+use crate::ahead::Ahead;
 
 /// The permits of a sender. One task takes them; any number of tasks release them.
 #[derive(Debug)]
@@ -24,17 +28,30 @@ struct State {
     free: usize,
     /// Accepted by the mail server, not yet on disk. A claim that stores a receipt for them may use their permits.
     accepted: HashSet<Key>,
+    /// `None`: as many as there are permits.
+    ahead: Option<Ahead>,
 }
 
 impl Permits {
-    pub fn new(all: usize) -> Self {
-        Self { all, state: Mutex::new(State { free: all, accepted: HashSet::new() }), changed: Notify::new() }
+    /// `lanes`: how many attempts are made at the same time, if that is limited.
+    pub fn new(all: usize, lanes: Option<usize>) -> Self {
+        let ahead = lanes.map(|lanes| Ahead::new(lanes, all, Instant::now()));
+        Self { all, state: Mutex::new(State { free: all, accepted: HashSet::new(), ahead }), changed: Notify::new() }
     }
 
     /// How many attempts may be claimed, if the claim stores the [`Self::receipt`].
     pub fn room(&self) -> usize {
         let state = self.state();
-        state.free + state.accepted.len()
+        let room = state.free + state.accepted.len();
+        let unfinished = self.all - room;
+        state.ahead.as_ref().map_or(room, |ahead| ahead.room(unfinished).min(room))
+    }
+
+    /// A claim was answered after this time.
+    pub fn claimed(&self, took: Duration) {
+        if let Some(ahead) = &mut self.state().ahead {
+            ahead.claimed(took, Instant::now());
+        }
     }
 
     /// Waits until an attempt may be claimed.
@@ -62,7 +79,12 @@ impl Permits {
 
     /// The mail server has accepted this attempt's mail.
     pub fn accepted(&self, key: Key) {
-        self.state().accepted.insert(key);
+        let mut state = self.state();
+        state.accepted.insert(key);
+        if let Some(ahead) = &mut state.ahead {
+            ahead.finished(1);
+        }
+        drop(state);
         self.changed.notify_one();
     }
 
@@ -106,7 +128,7 @@ mod tests {
 
     #[test]
     fn a_permit_is_released_when_the_outcome_is_on_disk() {
-        let permits = Permits::new(3);
+        let permits = Permits::new(3, None);
         permits.begin(3);
         assert_eq!((permits.room(), permits.in_use()), (0, 3));
         permits.accepted(key(1));
@@ -124,7 +146,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_waiting_claim_is_woken() {
-        let permits = Permits::new(1);
+        let permits = Permits::new(1, None);
         permits.begin(1);
         tokio::join!(permits.available(), async { permits.accepted(key(1)) });
         permits.receipt_written(&permits.receipt());

@@ -64,8 +64,11 @@ pub struct Settled {
 /// The changes of jobs in the transaction that counts their results.
 pub trait OnSettled {
     /// Called once for each batch that settles items, after the counters are written.
-    fn on_settled(&self, conn: &mut PgConnection, settled: Vec<Settled>)
-    -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn on_settled(
+        &self,
+        conn: &mut PgConnection,
+        settled: Vec<Settled>,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
 }
 
 /// An item before and after the batch.

@@ -184,6 +184,7 @@ impl Senders {
             Ok(_) => {
                 self.claims().receipt_written(receipt.number, &accepted);
                 self.permits.receipt_written(&accepted);
+                self.permits.claimed(begun.elapsed());
             }
             Err(_) => {
                 self.claims().receipt_lost(receipt.number);

@@ -209,16 +209,15 @@ async fn a_paused_run_sends_nothing_from_any_queue() {
 
 #[tokio::test]
 async fn an_attempt_claimed_when_its_run_is_paused_is_withdrawn() {
-    // One connection with a slow first mail: the others are claimed and wait for it.
+    // One connection with a slow first mail: the others are claimed and wait for it, one of them with its envelope sent.
     let (sink, meter) = server(|_, _| None).await;
     let mut world = world(&sink, &[("MAILRUN_MAILER__SMTP__CONNECTIONS", "1"), ("MAILRUN_SEND__PERMITS", "20")]).await;
     let noted = Arc::clone(&meter);
     sink.set_rule(rule(move |stage| match stage {
-        Stage::Mail => {
+        Stage::Message => {
             noted.note();
-            Action::GoOn
+            Action::Wait(Duration::from_secs(3))
         }
-        Stage::Message => Action::Wait(Duration::from_secs(3)),
         _ => Action::GoOn,
     }));
     world.workers();

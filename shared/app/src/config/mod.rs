@@ -185,8 +185,8 @@ impl Default for FanOutConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SendConfig {
-    /// The maximum number of sends in progress in one process; fewer with an SMTP relay, see [`Config::permits`]. A worker that is
-    /// killed leaves at most this many invitations in the state `unknown`.
+    /// The maximum number of attempts that a process has claimed and not finished. With SMTP it claims fewer: what its
+    /// connections need. A worker that is killed leaves at most this many invitations in the state `unknown`.
     pub permits: usize,
     /// The prefetch of the item consumers.
     pub prefetch: u16,
@@ -497,14 +497,19 @@ impl Config {
         }
     }
 
-    /// The maximum number of attempts in progress in one process. With SMTP that is one for each of `connections` and a quarter
-    /// more, so that a free connection finds the next mail ready.
+    /// How many mails a process sends at the same time. `None`: as many as there are permits.
     #[must_use]
-    pub fn permits(&self) -> usize {
+    pub fn connections(&self) -> Option<usize> {
         match self.mailer.kind {
-            MailerKind::Simulated => self.send.permits,
-            MailerKind::Smtp => (self.mailer.smtp.connections * 5 / 4 + 1).min(self.send.permits),
+            MailerKind::Simulated => None,
+            MailerKind::Smtp => Some(self.mailer.smtp.connections),
         }
+    }
+
+    /// How many attempts a process has in progress unless it is very fast: with SMTP, one on each connection and the next one.
+    #[must_use]
+    pub fn usual_attempts(&self) -> usize {
+        self.connections().map_or(self.send.permits, |connections| (2 * connections).min(self.send.permits))
     }
 
     /// The retry schedule: how long an item waits before its second, third, … try. By default minutes to hours with SMTP, since a
@@ -775,7 +780,7 @@ mod tests {
             for file in [None, Some(file.path())] {
                 match Config::read(file, environment.clone()) {
                     Ok(config) => {
-                        prop_assert!(config.permits() >= 1);
+                        prop_assert!(config.usual_attempts() >= 1);
                         let _ = (config.rungs(), config.message_id_domain(), format!("{config:?}"));
                     }
                     Err(reason) => prop_assert!(!reason.to_string().is_empty()),

@@ -13,6 +13,8 @@ use url::{Host, Url};
 /// - `auth=plain`, `login` or `xoauth2`: the SASL mechanism; by default `plain` or `login`, whichever the relay offers;
 /// - `tls=none`: no encryption; `tls=required` is the default;
 /// - `ca_file=/path`: a PEM file with the certificate authorities to trust, instead of the system's;
+/// - `pipelining=off`: never sends commands before the replies to the previous ones, for relays that mishandle it;
+/// - `chunking=on`: sends the message with its envelope (`BDAT`), where the relay offers it;
 /// - `password_file=/path`: a file with the password or token. It is read at each login, since tokens change.
 #[derive(Clone)]
 pub struct Relay {
@@ -28,6 +30,10 @@ pub struct Relay {
     pub ca_file: Option<PathBuf>,
     /// Its share of the mail, at least 1.
     pub weight: u32,
+    /// Whether to send commands together, if the relay offers that (RFC 2920).
+    pub pipelining: bool,
+    /// Whether to send messages in chunks, if the relay offers that (RFC 3030).
+    pub chunking: bool,
 }
 
 /// How a connection is encrypted.
@@ -112,10 +118,11 @@ impl Relay {
         };
         if !matches!(url.path(), "" | "/") || url.fragment().is_some() {
             return Err(
-                "has a path or fragment: after host and port only ?weight=, auth=, tls=, ca_file=, password_file= may follow",
+                "has a path or fragment: after host and port only ?weight=, auth=, tls=, pipelining=, chunking=, ca_file=, password_file= may follow",
             );
         }
         let (mut weight, mut mechanism, mut ca_file, mut password_file) = (1, None, None, None);
+        let (mut pipelining, mut chunking) = (true, false);
         for (key, value) in url.query_pairs() {
             match (&*key, &*value) {
                 ("weight", value) => {
@@ -130,11 +137,15 @@ impl Relay {
                 ("tls", "none") if tls == RelayTls::Implicit => return Err("has both smtps:// and tls=none"),
                 ("tls", "none") => tls = RelayTls::None,
                 ("tls", _) => return Err("has a tls other than required or none"),
+                ("pipelining", value) => {
+                    pipelining = on_or_off(value).ok_or("has a pipelining other than on or off")?
+                }
+                ("chunking", value) => chunking = on_or_off(value).ok_or("has a chunking other than on or off")?,
                 ("ca_file", path) => ca_file = Some(PathBuf::from(path)),
                 ("password_file", path) => password_file = Some(PathBuf::from(path)),
                 _ => {
                     return Err(
-                        "has an unknown parameter: only weight, auth, tls, ca_file and password_file are known",
+                        "has an unknown parameter: only weight, auth, tls, pipelining, chunking, ca_file and password_file are known",
                     );
                 }
             }
@@ -155,7 +166,7 @@ impl Relay {
             (true, Some(_)) => return Err("has a password, but no user"),
             (false, None) => return Err("has a user, but neither a password nor a password_file"),
         };
-        Ok(Self { host, port: url.port().unwrap_or(port), tls, login, ca_file, weight })
+        Ok(Self { host, port: url.port().unwrap_or(port), tls, login, ca_file, weight, pipelining, chunking })
     }
 
     /// Whether mail to it can't be read on the way: the connection is encrypted, or stays on this machine.
@@ -163,6 +174,14 @@ impl Relay {
     pub fn is_private(&self) -> bool {
         let loopback = self.host.parse::<IpAddr>().map_or(self.host == "localhost", |address| address.is_loopback());
         self.tls != RelayTls::None || loopback
+    }
+}
+
+fn on_or_off(value: &str) -> Option<bool> {
+    match value {
+        "on" => Some(true),
+        "off" => Some(false),
+        _ => None,
     }
 }
 
@@ -178,6 +197,9 @@ mod tests {
     fn parses_every_part_of_a_url() {
         let relay = parse("smtp://ann%40x.org:p%2fw@mail.example:2525?weight=3&auth=login&ca_file=/a").unwrap();
         assert_eq!((relay.host.as_str(), relay.port, relay.weight), ("mail.example", 2525, 3));
+        assert_eq!((relay.pipelining, relay.chunking), (true, false), "by default");
+        let other = parse("smtp://mail.example?pipelining=off&chunking=on").unwrap();
+        assert_eq!((other.pipelining, other.chunking), (false, true));
         assert_eq!((relay.tls, relay.ca_file), (RelayTls::StartTls, Some("/a".into())));
         let login = relay.login.unwrap();
         assert_eq!((login.user.as_str(), login.mechanism), ("ann@x.org", Some(Mechanism::Login)));
@@ -200,6 +222,8 @@ mod tests {
             "smtps://u:hunter2@h?tls=none",
             "smtp://u:hunter2@h?hunter2=1",
             "smtp://u:hunter2@h?weight=0",
+            "smtp://u:hunter2@h?pipelining=hunter2",
+            "smtp://u:hunter2@h?chunking=",
             "smtp://u:hunter2@h?auth=hunter2",
             "smtp://u:hunter2@h?password_file=/x",
             "smtp://:hunter2@h",

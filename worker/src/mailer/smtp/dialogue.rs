@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use futures::FutureExt as _;
+use memchr::memmem;
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     time::timeout,
@@ -75,13 +76,11 @@ impl Dialogue {
     /// # Errors
     /// If there is no reply within `limit`. A refusal is a reply.
     pub async fn command(&mut self, stage: Stage, line: &str, limit: Duration) -> Result<Reply, Failure> {
-        if let Some(cause) = self.unsolicited().await {
-            return Err(Failure { stage, cause });
-        }
+        self.quiet(stage).await?;
         self.exchange(stage, format!("{line}\r\n").as_bytes(), limit).await
     }
 
-    /// Reads a reply without sending a command: the greeting.
+    /// Reads a reply without sending a command: the greeting, or the reply to a command that was sent together with others.
     ///
     /// # Errors
     /// As for [`Self::command`].
@@ -89,19 +88,42 @@ impl Dialogue {
         self.exchange(stage, &[], limit).await
     }
 
-    /// Sends a message with its terminator and reads the reply. `message` uses CRLF line ends. `limit` applies to sending, and
-    /// again to the reply.
+    /// Sends commands together, or a message in one chunk. The replies are read with [`Self::listen`], one for each command.
+    ///
+    /// # Errors
+    /// If they could not be sent within `limit`; the server may have replied to some of them.
+    pub async fn send(&mut self, stage: Stage, bytes: &[u8], limit: Duration) -> Result<(), Failure> {
+        self.quiet(Stage::Mail).await?;
+        let cause = match timeout(limit, self.write(bytes)).await {
+            Ok(Ok(())) => return Ok(()),
+            // A server that closes the connection may have said why first.
+            Ok(Err(error)) => match timeout(limit, self.reply()).await {
+                Ok(Ok(reply)) if reply.code >= 400 => Cause::Refused(reply),
+                _ => Cause::Lost(error.to_string()),
+            },
+            Err(_) => Cause::TimedOut(limit),
+        };
+        Err(Failure { stage, cause })
+    }
+
+    /// Sends a message with its terminator, followed by the commands `next`, and reads the reply to the message. `message` uses
+    /// CRLF line ends. `limit` applies to sending, and again to the reply.
     ///
     /// # Errors
     /// As for [`Self::command`].
-    pub async fn message(&mut self, message: &[u8], limit: impl Fn() -> Duration) -> Result<Reply, Failure> {
+    pub async fn message(
+        &mut self,
+        message: &[u8],
+        next: &[u8],
+        limit: impl Fn() -> Duration,
+    ) -> Result<Reply, Failure> {
         // No byte of the message was sent yet.
-        if let Some(cause) = self.unsolicited().await {
-            return Err(Failure { stage: Stage::Data, cause });
-        }
+        self.quiet(Stage::Data).await?;
         let failed = |cause| Failure { stage: Stage::Content, cause };
+        let mut bytes = stuffed(message, next.len());
+        bytes.extend_from_slice(next);
         let hand_over = limit();
-        match timeout(hand_over, self.write(&stuffed(message))).await {
+        match timeout(hand_over, self.write(&bytes)).await {
             Ok(Ok(())) => {}
             // A server that closes the connection may have said why first.
             Ok(Err(error)) => {
@@ -114,6 +136,12 @@ impl Dialogue {
         }
         let answer = limit();
         timeout(answer, self.reply()).await.unwrap_or(Err(Cause::TimedOut(answer))).map_err(failed)
+    }
+
+    /// # Errors
+    /// If the server said something without being asked.
+    async fn quiet(&mut self, stage: Stage) -> Result<(), Failure> {
+        self.unsolicited().await.map_or(Ok(()), |cause| Err(Failure { stage, cause }))
     }
 
     async fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
@@ -161,17 +189,19 @@ impl Dialogue {
     }
 }
 
-/// The message with dot-stuffing and terminator: a line with a single dot would end it (RFC 5321, 4.5.2).
-fn stuffed(message: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(message.len() + 64);
-    let mut begins = true;
-    for &byte in message {
-        if begins && byte == b'.' {
-            out.push(b'.');
-        }
-        begins = byte == b'\n';
-        out.push(byte);
+/// The message with dot-stuffing and terminator, and room for more: a line with a single dot would end it (RFC 5321, 4.5.2).
+fn stuffed(message: &[u8], more: usize) -> Vec<u8> {
+    let mut out = Vec::with_capacity(message.len() + 64 + more);
+    if message.starts_with(b".") {
+        out.push(b'.');
     }
+    let mut written = 0;
+    for dot in memmem::find_iter(message, b"\n.").map(|line_end| line_end + 1) {
+        out.extend_from_slice(&message[written..dot]);
+        out.push(b'.');
+        written = dot;
+    }
+    out.extend_from_slice(&message[written..]);
     if !message.ends_with(b"\r\n") {
         out.extend_from_slice(b"\r\n");
     }
@@ -244,14 +274,14 @@ mod tests {
         theirs.write_all(b"354 go\r\n250 taken\r\n").await.unwrap();
         let mut dialogue = Dialogue::new(ours);
         dialogue.listen(Stage::Data, LIMIT).await.unwrap();
-        let failure = dialogue.message(b"a", || LIMIT).await.unwrap_err();
+        let failure = dialogue.message(b"a", b"", || LIMIT).await.unwrap_err();
         assert_eq!(failure.stage, Stage::Data);
     }
 
     #[test]
     fn leading_dots_are_doubled() {
-        assert_eq!(stuffed(b".\r\n..a\r\nb.\r\n"), b"..\r\n...a\r\nb.\r\n.\r\n");
-        assert_eq!(stuffed(b"a"), b"a\r\n.\r\n");
+        assert_eq!(stuffed(b".\r\n..a\r\nb.\r\n", 0), b"..\r\n...a\r\nb.\r\n.\r\n");
+        assert_eq!(stuffed(b"a", 0), b"a\r\n.\r\n");
     }
 
     proptest::proptest! {
@@ -266,7 +296,7 @@ mod tests {
 
         #[test]
         fn no_message_contains_its_terminator(message in "([a\\.]|\r\n){0,40}") {
-            let sent = String::from_utf8(stuffed(message.as_bytes())).unwrap();
+            let sent = String::from_utf8(stuffed(message.as_bytes(), 0)).unwrap();
             proptest::prop_assert_eq!(sent.find("\r\n.\r\n").unwrap_or(0) + 5, sent.len().max(5));
         }
     }

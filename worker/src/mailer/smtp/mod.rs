@@ -12,6 +12,7 @@ mod dialogue;
 mod domains;
 mod idle;
 mod limits;
+mod line;
 mod login;
 mod relays;
 mod reply;
@@ -20,6 +21,7 @@ mod tls;
 mod verdict;
 
 use std::{
+    future::pending,
     panic::resume_unwind,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -30,7 +32,7 @@ use std::{
 
 use async_trait::async_trait;
 use mailrun_app::config::{InvalidSetting, SmtpConfig};
-use mailrun_core::{metric, reply::ReplyClass};
+use mailrun_core::{metric, outcome::Withdrawn, reply::ReplyClass};
 use mailrun_ledger::{
     relay_stops::{Fault, RelayStop},
     stored::Stored,
@@ -50,6 +52,7 @@ use self::{
     domains::Domains,
     idle::Idle,
     limits::{Deadline, Limits},
+    line::{Following, Given, Line, News},
     relays::{Choice, Endpoint, Relays},
     reply::reason,
     session::Session,
@@ -97,6 +100,7 @@ struct Shared {
     /// connections.
     permits: Arc<Semaphore>,
     domains: Domains,
+    line: Line,
     idle: Idle,
     breaker: Mutex<Breaker>,
     /// Relays stopped by this process and not yet recorded in the ledger.
@@ -124,6 +128,7 @@ impl Smtp {
             relays: Relays::new(config.relays()?, probe_delay)?,
             permits: Arc::new(Semaphore::new(config.connections)),
             domains: Domains::new(config.per_domain),
+            line: Line::default(),
             idle: Idle::new(config.idle),
             breaker: Mutex::new(Breaker::new(config.breaker)),
             stopped: Mutex::default(),
@@ -145,21 +150,28 @@ impl Mailer for Smtp {
             None => {}
         }
         let composed = match self.0.compose(mail).await {
-            Ok(composed) => composed,
+            Ok(composed) => Arc::new(composed),
             Err(outcome) => return outcome,
         };
-        let turn = async {
-            let domain = self.0.domains.enter(&composed.domain).await;
-            (domain, Arc::clone(&self.0.permits).acquire_owned().await)
-        };
         let deadline = self.0.limits.begin();
+        let waiting = async {
+            let domain = self.0.domains.enter(&composed.domain).await;
+            (domain, self.0.turn(&composed, attempt).await)
+        };
         // Stop waiting for a connection when every relay closes, or when too little time is left to send the message.
-        let (_domain, permit) = select! {
-            (domain, Ok(permit)) = turn => (domain, permit),
+        let (_domain, turn) = select! {
+            turn = waiting => turn,
             reason = self.0.relays.closed() => return Outcome::Later(reason),
             () = sleep_until(deadline.before_message()) => return Outcome::Later(NO_CONNECTION.into()),
         };
-        self.0.try_relays(mail, &composed, attempt, permit, &deadline).await
+        match turn {
+            Turn::Withdrawn(withdrawn) => Outcome::Withdrawn(withdrawn),
+            Turn::Connect(permit) => self.0.try_relays(mail, &composed, attempt, permit, None, &deadline).await,
+            Turn::Given(given) => {
+                let Given { relay, session, permit } = *given;
+                self.0.try_relays(mail, &composed, attempt, permit, Some((relay, session)), &deadline).await
+            }
+        }
     }
 
     fn gate(&self) -> Gate {
@@ -193,6 +205,15 @@ impl Mailer for Smtp {
     }
 }
 
+/// How a mail gets a connection.
+enum Turn {
+    /// It may open a connection, or use an idle one.
+    Connect(OwnedSemaphorePermit),
+    /// Its envelope was sent on this connection.
+    Given(Box<Given>),
+    Withdrawn(Withdrawn),
+}
+
 /// The text shown for a stopped relay.
 fn stopped_text(reason: &str) -> String {
     format!(
@@ -214,13 +235,52 @@ impl Shared {
         }
     }
 
-    /// Tries the relays in turn until one settles the mail.
+    /// Waits for a connection: a permit, or the connection of a mail whose message is on its way. Dropping this future leaves the
+    /// line; a connection that is given then is closed.
+    async fn turn(&self, composed: &Arc<ComposedMail>, attempt: &Attempt) -> Turn {
+        loop {
+            if let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
+                return Turn::Connect(permit);
+            }
+            let Some(relay) = self.relays.draw(&[]) else { return self.permit().await };
+            let mut place = self.line.join(relay, Arc::clone(composed), attempt.clone());
+            let news = select! {
+                biased;
+                news = &mut place.news => news,
+                turn = self.permit() => {
+                    if place.leave() {
+                        return turn;
+                    }
+                    // It was chosen at the same moment.
+                    drop(turn);
+                    (&mut place.news).await
+                }
+            };
+            match news {
+                Ok(News::Given(given)) => return Turn::Given(given),
+                Ok(News::Withdrawn(withdrawn)) => return Turn::Withdrawn(withdrawn),
+                // That connection failed before anything was handed over.
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn permit(&self) -> Turn {
+        match Arc::clone(&self.permits).acquire_owned().await {
+            Ok(permit) => Turn::Connect(permit),
+            // The semaphore is never closed.
+            Err(_) => pending().await,
+        }
+    }
+
+    /// Tries the relays in turn until one settles the mail. `given`: the connection on which its envelope was sent.
     async fn try_relays(
         self: &Arc<Self>,
         mail: &Mail,
         composed: &ComposedMail,
         attempt: &Attempt,
         permit: OwnedSemaphorePermit,
+        mut given: Option<(usize, Session)>,
         deadline: &Deadline,
     ) -> Outcome {
         let mut tried = Vec::new();
@@ -228,22 +288,25 @@ impl Shared {
         loop {
             // Subscribe before choosing, so that no change in between is missed.
             let mut changes = self.relays.changes();
-            let ticket = match self.relays.choose(&tried) {
-                Choice::Relay(ticket) => ticket,
-                Choice::Wait => {
-                    let _ = changes.changed().await;
-                    continue;
-                }
-                Choice::None(reason) => return Outcome::Later(why.unwrap_or(reason)),
+            let (ticket, session) = match given.take() {
+                Some((number, session)) => (self.relays.on(number), Some(session)),
+                None => match self.relays.choose(&tried) {
+                    Choice::Relay(ticket) => (ticket, None),
+                    Choice::Wait => {
+                        let _ = changes.changed().await;
+                        continue;
+                    }
+                    Choice::None(reason) => return Outcome::Later(why.unwrap_or(reason)),
+                },
             };
             let number = ticket.number;
-            let (result, session) = self.deliver(number, ticket.endpoint, composed, attempt, deadline).await;
+            let (result, used) = self.deliver(number, ticket.endpoint, session, composed, attempt, deadline).await;
             let Err(failure) = result else {
                 counter!(metric::REPLIES, "class" => ACCEPTED).increment(1);
                 ticket.endpoint.blame().accepted(&composed.recipient);
                 self.breaker().answered(number, Instant::now());
                 ticket.answered();
-                self.keep_or_close(number, session, true, permit);
+                self.pass_on(number, used, permit);
                 return Outcome::Sent;
             };
             if let Some(class) = failure.class() {
@@ -258,11 +321,11 @@ impl Shared {
             match verdict {
                 Verdict::Refused(pause) | Verdict::Deferred(pause) if !concerns_relay => {
                     ticket.answered();
-                    self.keep_or_close(number, session, false, permit);
+                    self.pass_on(number, used, permit);
                     return Outcome::Retry(pause.reason);
                 }
                 Verdict::Unavailable(pause) | Verdict::Refused(pause) | Verdict::Deferred(pause) => {
-                    drop(session);
+                    drop(used);
                     why = Some(pause.reason.clone());
                     ticket.unavailable(pause);
                     tried.push(number);
@@ -272,12 +335,12 @@ impl Shared {
                         self.breaker().answered(number, Instant::now());
                     }
                     ticket.answered();
-                    self.keep_or_close(number, session, false, permit);
+                    self.pass_on(number, used, permit);
                     return outcome;
                 }
                 Verdict::Unexplained { reason, alike } => {
                     ticket.answered();
-                    self.keep_or_close(number, session, false, permit);
+                    self.pass_on(number, used, permit);
                     let Some(run_id) = mail.run_id else {
                         return Outcome::failed(reason);
                     };
@@ -287,7 +350,7 @@ impl Shared {
                 }
                 Verdict::Withdrawn(withdrawn) => {
                     // Dropping a trial ticket hands the trial to the next mail.
-                    self.keep_or_close(number, session, true, permit);
+                    self.pass_on(number, used, permit);
                     return Outcome::Withdrawn(withdrawn);
                 }
                 Verdict::Broken(outcome) => {
@@ -327,54 +390,69 @@ impl Shared {
         self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Delivers over an idle or a new connection. Also returns the connection, if it can be reused.
+    /// Delivers over a given, an idle or a new connection. Also returns the connection, if it can be used again.
     async fn deliver(
         &self,
         number: usize,
         endpoint: &Endpoint,
+        given: Option<Session>,
         composed: &ComposedMail,
         attempt: &Attempt,
         deadline: &Deadline,
-    ) -> (Result<(), Failure>, Option<Session>) {
-        if let Some(mut session) = self.idle.take(number, Instant::now()) {
-            match session.deliver(composed, attempt, deadline).await {
-                // The idle connection was dead, and no message was handed over: use a new one.
-                Err(failure) if failure.is_stale() => {}
-                result => return with_reusable(result, session),
+    ) -> (Result<(), Failure>, Used) {
+        if let Some(session) = given.or_else(|| self.idle.take(number, Instant::now())) {
+            match self.converse(number, session, composed, attempt, deadline).await {
+                // The connection was dead, and no message was handed over: use a new one.
+                (Err(failure), _) if failure.is_stale() => {}
+                done => return done,
             }
         }
         // The connection limit covers all relays: close an idle connection to another relay first.
         while let Some(session) = self.idle.beyond(self.permits.available_permits()) {
             session.quit().await;
         }
-        match Session::open(&endpoint.relay, endpoint.tls.as_ref(), self.hello.as_deref(), deadline).await {
-            Ok(mut session) => with_reusable(session.deliver(composed, attempt, deadline).await, session),
-            Err(failure) => (Err(failure), None),
+        let tls = endpoint.tls.as_ref();
+        match Session::open(&endpoint.relay, &endpoint.manners, tls, self.hello.as_deref(), deadline).await {
+            Ok(session) => self.converse(number, session, composed, attempt, deadline).await,
+            Err(failure) => (Err(failure), Used::default()),
         }
     }
 
-    /// Keeps the connection for the next mail, or closes it after `messages_per_connection`. RSET and QUIT run in the background
-    /// and hold the permit until they are done.
-    fn keep_or_close(
-        self: &Arc<Self>,
+    /// Delivers over this connection. If another mail waits for one, its envelope is sent with the message.
+    async fn converse(
+        &self,
         number: usize,
-        session: Option<Session>,
-        clean: bool,
-        permit: OwnedSemaphorePermit,
-    ) {
-        let Some(mut session) = session else { return };
-        let used_up = session.mails >= self.config.messages_per_connection;
-        if clean && !used_up {
+        mut session: Session,
+        composed: &ComposedMail,
+        attempt: &Attempt,
+        deadline: &Deadline,
+    ) -> (Result<(), Failure>, Used) {
+        let mut following = None;
+        let choose = |session: &Session| {
+            if session.mails() < self.config.messages_per_connection {
+                following = self.line.next(number, |mail| session.takes(mail));
+            }
+            following.as_ref().map(|following| Arc::clone(&following.mail))
+        };
+        let result = session.deliver(composed, attempt, deadline, choose).await;
+        let goes_on = result.as_ref().err().is_none_or(Failure::leaves_a_connection) && session.is_clean();
+        let used = if goes_on { Used { session: Some(session), following } } else { Used::default() };
+        (result, used)
+    }
+
+    /// Gives the connection to the mail whose envelope was sent, keeps it for the next one, or closes it after
+    /// `messages_per_connection`. QUIT runs in the background and holds the permit until it is done.
+    fn pass_on(self: &Arc<Self>, number: usize, used: Used, permit: OwnedSemaphorePermit) {
+        let Some(session) = used.session else { return };
+        if let Some(following) = used.following {
+            return following.give(Given { relay: number, session, permit });
+        }
+        if session.mails() < self.config.messages_per_connection {
             self.idle.put(number, session, Instant::now());
             drop(permit);
         } else {
-            let this = Arc::clone(self);
             tokio::spawn(async move {
-                if used_up {
-                    session.quit().await;
-                } else if session.reset().await {
-                    this.idle.put(number, session, Instant::now());
-                }
+                session.quit().await;
                 drop(permit);
             });
         }
@@ -399,10 +477,13 @@ async fn close_expired(shared: Weak<Shared>, idle: Duration) {
     }
 }
 
-/// The result, and the session if its connection can be reused.
-fn with_reusable(result: Result<(), Failure>, session: Session) -> (Result<(), Failure>, Option<Session>) {
-    let goes_on = result.as_ref().err().is_none_or(Failure::leaves_a_connection) && session.is_clean();
-    (result, goes_on.then_some(session))
+/// A connection after a mail.
+#[derive(Default)]
+struct Used {
+    /// `None`: it cannot be used again.
+    session: Option<Session>,
+    /// The mail whose envelope was sent on it.
+    following: Option<Following>,
 }
 
 /// The verdict without the recipient's address, fit to be stored and shown.

@@ -1,7 +1,7 @@
 //! Chooses the relay for a mail: by weight among those that accept mail, and one mail for each relay that is due for a probe.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -14,6 +14,7 @@ use tracing::{info, warn};
 use super::{
     blame::Blame,
     circuit::{Circuit, Pass, ProbeDelay},
+    session::Manners,
     tls::{TlsError, connector},
     verdict::Pause,
 };
@@ -27,6 +28,8 @@ pub struct Endpoint {
     pub tls: Option<TlsConnector>,
     circuit: Mutex<Circuit>,
     blame: Mutex<Blame>,
+    /// What was learned from its connections.
+    pub manners: Arc<Manners>,
 }
 
 impl Endpoint {
@@ -75,7 +78,13 @@ impl Relays {
     pub fn new(relays: Vec<Relay>, probe_delay: ProbeDelay) -> Result<Self, TlsError> {
         let endpoint = |relay: Relay| {
             let tls = (relay.tls != RelayTls::None).then(|| connector(relay.ca_file.as_ref())).transpose()?;
-            Ok(Endpoint { relay, tls, circuit: Mutex::new(Circuit::new(probe_delay)), blame: Mutex::default() })
+            Ok(Endpoint {
+                relay,
+                tls,
+                circuit: Mutex::new(Circuit::new(probe_delay)),
+                blame: Mutex::default(),
+                manners: Arc::default(),
+            })
         };
         Ok(Self {
             endpoints: relays.into_iter().map(endpoint).collect::<Result<_, TlsError>>()?,
@@ -104,16 +113,8 @@ impl Relays {
                 return ticket(number, endpoint, pass);
             }
         }
-        let open: Vec<_> = left().filter(|(_, endpoint)| endpoint.circuit().gate(now) == Gate::Open).collect();
-        let total: u32 = open.iter().map(|(_, endpoint)| endpoint.relay.weight).sum();
-        if total > 0 {
-            let mut drawn = rand::rng().random_range(0..total);
-            for (number, endpoint) in open {
-                match drawn.checked_sub(endpoint.relay.weight) {
-                    Some(rest) => drawn = rest,
-                    None => return ticket(number, endpoint, Pass::Free),
-                }
-            }
+        if let Some(number) = self.draw(tried) {
+            return ticket(number, &self.endpoints[number], Pass::Free);
         }
         if left().any(|(_, endpoint)| endpoint.circuit().is_tried()) {
             return Choice::Wait;
@@ -122,6 +123,32 @@ impl Relays {
             Gate::Closed { reason, .. } => reason,
             Gate::Open | Gate::Trying => "no mail server accepts mail at present".into(),
         })
+    }
+
+    /// Draws one of the relays that accept mail, by weight. The draw is no promise: see [`Self::choose`].
+    pub fn draw(&self, tried: &[usize]) -> Option<usize> {
+        let now = Instant::now();
+        let is_open = |(number, endpoint): &(usize, &Endpoint)| {
+            !tried.contains(number) && endpoint.circuit().gate(now) == Gate::Open
+        };
+        let open: Vec<_> = self.endpoints.iter().enumerate().filter(is_open).collect();
+        let total: u32 = open.iter().map(|(_, endpoint)| endpoint.relay.weight).sum();
+        if total == 0 {
+            return None;
+        }
+        let mut drawn = rand::rng().random_range(0..total);
+        open.into_iter().find_map(|(number, endpoint)| match drawn.checked_sub(endpoint.relay.weight) {
+            Some(rest) => {
+                drawn = rest;
+                None
+            }
+            None => Some(number),
+        })
+    }
+
+    /// The right to send a mail on a connection to this relay that is in use.
+    pub fn on(&self, number: usize) -> Ticket<'_> {
+        Ticket { relays: self, endpoint: &self.endpoints[number], number, pass: Pass::Free, settled: false }
     }
 
     /// Sends no mail to a relay until [`Self::release`].

@@ -3,13 +3,18 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
 use mailrun_app::config::{Relay, RelayTls};
-use smtp_proto::{EXT_8BIT_MIME, EXT_SIZE, EXT_SMTP_UTF8, EXT_START_TLS, EhloResponse};
+use smtp_proto::{EXT_8BIT_MIME, EXT_CHUNKING, EXT_PIPELINING, EXT_SIZE, EXT_SMTP_UTF8, EXT_START_TLS, EhloResponse};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
+use tracing::warn;
 
 use super::{
     super::message::ComposedMail,
@@ -26,6 +31,45 @@ use crate::attempt::Attempt;
 const QUIT_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long to wait for the reply to RSET.
 const RESET_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What a relay's connections have in common, learned from their conversations.
+#[derive(Debug, Default)]
+pub struct Manners {
+    /// It mishandles commands that are sent together, although it offers that (RFC 2920).
+    no_pipelining: AtomicBool,
+    /// How many connections in a row broke while such commands were outstanding.
+    broken: AtomicU32,
+}
+
+/// A relay that offers pipelining but closes this many connections in a row at pipelined commands gets one command at a time.
+const BROKEN_IN_A_ROW: u32 = 3;
+
+impl Manners {
+    fn mishandled(&self, relay: &Relay, why: &Failure) {
+        if !self.no_pipelining.swap(true, Ordering::Relaxed) {
+            warn!(%relay, reason = %why, "relay mishandles commands that are sent together, sending one at a time from now on");
+        }
+    }
+
+    /// Pipelined commands failed with something other than a proper reply.
+    fn failed(&self, relay: &Relay, why: &Failure) {
+        let mishandled = match &why.cause {
+            Cause::TimedOut(_) | Cause::BadReply(_) => true,
+            Cause::Lost(_) => self.broken.fetch_add(1, Ordering::Relaxed) + 1 >= BROKEN_IN_A_ROW,
+            Cause::Refused(_) | Cause::Unsupported(_) | Cause::Withdrawn(_) => false,
+        };
+        if mishandled {
+            self.mishandled(relay, why);
+        }
+    }
+}
+
+/// Commands whose replies are outstanding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Offered {
+    /// RSET comes before them.
+    reset: bool,
+}
 
 /// The server's capabilities from its EHLO reply, as bits of [`smtp_proto`].
 #[derive(Clone, Copy, Debug, Default)]
@@ -55,9 +99,17 @@ impl Capabilities {
 /// A connection that is ready for mail.
 pub struct Session {
     dialogue: Dialogue,
+    relay: Relay,
+    manners: Arc<Manners>,
     capabilities: Capabilities,
     /// How many mails were offered on this connection.
-    pub mails: u32,
+    mails: u32,
+    /// A mail was refused, and the server may still know its sender or recipient.
+    needs_reset: bool,
+    /// The envelope of the next mail was sent with the message before it.
+    offered: Option<Offered>,
+    /// Replies to earlier commands are missing.
+    is_lost: bool,
 }
 
 impl Session {
@@ -67,6 +119,7 @@ impl Session {
     /// If one of these steps fails.
     pub async fn open(
         relay: &Relay,
+        manners: &Arc<Manners>,
         tls: Option<&TlsConnector>,
         hello: Option<&str>,
         deadline: &Deadline,
@@ -107,10 +160,20 @@ impl Session {
         if let Some(login) = &relay.login {
             log_in(&mut dialogue, login, capabilities.logins, deadline.limit(Stage::Login)).await?;
         }
-        Ok(Self { dialogue, capabilities, mails: 0 })
+        Ok(Self {
+            dialogue,
+            relay: relay.clone(),
+            manners: Arc::clone(manners),
+            capabilities,
+            mails: 0,
+            needs_reset: false,
+            offered: None,
+            is_lost: false,
+        })
     }
 
-    /// Hands a mail to the server.
+    /// Hands a mail to the server. With pipelining, `following` may name a mail whose envelope is sent right behind this message;
+    /// the connection must then be given to that mail, whose own call continues the conversation.
     ///
     /// # Errors
     /// If the server did not confirm that it accepted the mail.
@@ -119,43 +182,233 @@ impl Session {
         composed: &ComposedMail,
         attempt: &Attempt,
         deadline: &Deadline,
+        following: impl FnOnce(&Self) -> Option<Arc<ComposedMail>>,
     ) -> Result<(), Failure> {
-        attempt.may_proceed().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
-        self.mails += 1;
+        let limit = |stage| deadline.limit(stage);
+        let given = self.offered.take();
+        let offered = match given {
+            Some(offered) => Some(offered),
+            None => {
+                attempt.may_proceed().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
+                if self.sends_chunks() {
+                    return self.deliver_chunk(composed, attempt, deadline).await;
+                }
+                self.offer(composed, deadline).await?
+            }
+        };
+        if let Some(offered) = offered {
+            self.answered_together(offered, deadline).await?;
+        }
+        // The last safe moment: without the content, the server has nothing to accept. An envelope that was sent with another message
+        // may have waited for that one's reply for long: the run may be paused by now.
+        let allowed = if given.is_some() { attempt.may_proceed().await } else { attempt.may_commit() };
+        allowed.map_err(|withdrawn| Failure::withdrawn(Stage::Content, withdrawn))?;
+        let next = if self.pipelines() { following(self) } else { None };
+        let envelope = next.map_or_else(String::new, |next| self.envelope(&next));
+        let reply = self.dialogue.message(&composed.bytes, envelope.as_bytes(), || limit(Stage::Content)).await?;
+        self.offered = (!envelope.is_empty()).then_some(Offered { reset: false });
+        positive(Stage::Content, reply)
+    }
+
+    /// Whether the server can be given this mail.
+    pub fn takes(&self, composed: &ComposedMail) -> bool {
+        !composed.needs_utf8 || self.capabilities.has(EXT_SMTP_UTF8)
+    }
+
+    /// How many mails were offered on this connection.
+    pub fn mails(&self) -> u32 {
+        self.mails
+    }
+
+    fn pipelines(&self) -> bool {
+        self.relay.pipelining
+            && self.capabilities.has(EXT_PIPELINING)
+            && !self.manners.no_pipelining.load(Ordering::Relaxed)
+    }
+
+    fn sends_chunks(&self) -> bool {
+        self.relay.chunking && self.capabilities.has(EXT_CHUNKING) && self.pipelines()
+    }
+
+    fn mail_command(&self, composed: &ComposedMail) -> String {
         let mut mail = format!("MAIL FROM:<{}>", composed.from);
         if self.capabilities.has(EXT_SIZE) {
             mail.push_str(&format!(" SIZE={}", composed.bytes.len()));
         }
         if composed.needs_utf8 {
-            if !self.capabilities.has(EXT_SMTP_UTF8) {
-                let why = "the mail server does not support non-ASCII characters before the @ sign (no SMTPUTF8)";
-                return Err(Failure { stage: Stage::Mail, cause: Cause::Unsupported(why.into()) });
-            }
             mail.push_str(if self.capabilities.has(EXT_8BIT_MIME) { " BODY=8BITMIME SMTPUTF8" } else { " SMTPUTF8" });
         }
+        mail
+    }
+
+    /// The commands of a mail that may be sent together (RFC 2920, 3.1).
+    fn envelope(&mut self, composed: &ComposedMail) -> String {
+        self.mails += 1;
+        format!("{}\r\nRCPT TO:<{}>\r\nDATA\r\n", self.mail_command(composed), composed.to)
+    }
+
+    /// Offers a mail: sends its envelope, together or one command at a time. Returns what is not yet answered.
+    async fn offer(&mut self, composed: &ComposedMail, deadline: &Deadline) -> Result<Option<Offered>, Failure> {
+        if !self.takes(composed) {
+            let why = "the mail server does not support non-ASCII characters before the @ sign (no SMTPUTF8)";
+            return Err(Failure { stage: Stage::Mail, cause: Cause::Unsupported(why.into()) });
+        }
         let limit = |stage| deadline.limit(stage);
+        let offered = Offered { reset: self.needs_reset };
+        if self.pipelines() {
+            let reset = if offered.reset { "RSET\r\n" } else { "" };
+            let commands = format!("{reset}{}", self.envelope(composed));
+            self.dialogue.send(Stage::Mail, commands.as_bytes(), limit(Stage::Mail)).await?;
+            return Ok(Some(offered));
+        }
+        if offered.reset {
+            let reply = self.dialogue.command(Stage::Mail, "RSET", RESET_TIMEOUT.min(limit(Stage::Mail))).await?;
+            self.was_reset(&reply)?;
+        }
+        self.mails += 1;
+        self.needs_reset = true;
+        let mail = self.mail_command(composed);
         positive(Stage::Mail, self.dialogue.command(Stage::Mail, &mail, limit(Stage::Mail)).await?)?;
         let rcpt = format!("RCPT TO:<{}>", composed.to);
         positive(Stage::Rcpt, self.dialogue.command(Stage::Rcpt, &rcpt, limit(Stage::Rcpt)).await?)?;
-        match self.dialogue.command(Stage::Data, "DATA", limit(Stage::Data)).await? {
-            reply if reply.code == 354 => {}
-            reply if reply.code >= 400 => return Err(refused(Stage::Data, reply)),
-            reply => return Err(bad_reply(Stage::Data, &reply)),
+        go_ahead(self.dialogue.command(Stage::Data, "DATA", limit(Stage::Data)).await?)?;
+        // The message ends the transaction, whatever the reply.
+        self.needs_reset = false;
+        Ok(None)
+    }
+
+    /// A server that refuses RSET cannot take another mail on this connection.
+    fn was_reset(&mut self, reply: &Reply) -> Result<(), Failure> {
+        self.needs_reset = !reply.is_positive();
+        if self.needs_reset {
+            let cause = Cause::Lost(format!("RSET was refused: {reply}"));
+            return Err(Failure { stage: Stage::Mail, cause });
         }
-        // The last safe moment: without the content, the server has nothing to accept.
-        attempt.may_commit().map_err(|withdrawn| Failure::withdrawn(Stage::Content, withdrawn))?;
-        positive(Stage::Content, self.dialogue.message(&composed.bytes, || limit(Stage::Content)).await?)
+        Ok(())
     }
 
-    /// Whether the connection may be reused: no unread bytes are left.
+    /// Reads the replies to an envelope that was sent at once: all of them, whatever the first one says (RFC 2920, 3.1).
+    async fn answered_together(&mut self, offered: Offered, deadline: &Deadline) -> Result<(), Failure> {
+        let result = self.read_together(offered, deadline).await;
+        if let Err(failure) = &result {
+            self.manners.failed(&self.relay, failure);
+        } else {
+            self.manners.broken.store(0, Ordering::Relaxed);
+        }
+        result
+    }
+
+    async fn read_together(&mut self, offered: Offered, deadline: &Deadline) -> Result<(), Failure> {
+        if offered.reset {
+            let reply = self.dialogue.listen(Stage::Mail, RESET_TIMEOUT.min(deadline.limit(Stage::Mail))).await?;
+            self.was_reset(&reply)?;
+        }
+        let mut refusal = None;
+        for stage in [Stage::Mail, Stage::Rcpt, Stage::Data] {
+            let reply = self.dialogue.listen(stage, deadline.limit(stage)).await;
+            let reply = match (reply, refusal) {
+                (Ok(reply), before) => {
+                    refusal = before;
+                    reply
+                }
+                // The refusal is the better reason.
+                (Err(_), Some(refusal)) => {
+                    self.is_lost = true;
+                    return Err(refusal);
+                }
+                (Err(failure), None) => return Err(failure),
+            };
+            if is_out_of_step(&reply) {
+                return Err(bad_reply(stage, &reply));
+            }
+            let is_last = reply.code == 421;
+            if refusal.is_some() && stage == Stage::Data && reply.code == 354 {
+                self.end_empty_message(deadline).await?;
+                self.needs_reset = false;
+                break;
+            }
+            let judged = if stage == Stage::Data { go_ahead(reply) } else { positive(stage, reply) };
+            if let Err(failure) = judged {
+                self.needs_reset = true;
+                if refusal.is_none() {
+                    if is_last || !matches!(failure.cause, Cause::Refused(_)) {
+                        return Err(failure);
+                    }
+                    refusal = Some(failure);
+                }
+            }
+        }
+        refusal.map_or(Ok(()), Err)
+    }
+
+    /// The server wants the message of a mail without a recipient: it gets an empty one, which it has to refuse (RFC 2920, 3.1).
+    async fn end_empty_message(&mut self, deadline: &Deadline) -> Result<(), Failure> {
+        // A failure here is one of the connection, before anything was accepted.
+        self.dialogue.command(Stage::Data, ".", deadline.limit(Stage::Data)).await.map(drop)
+    }
+
+    /// Sends a mail in one go, and then reads all replies.
+    async fn deliver_chunk(
+        &mut self,
+        composed: &ComposedMail,
+        attempt: &Attempt,
+        deadline: &Deadline,
+    ) -> Result<(), Failure> {
+        if !self.takes(composed) {
+            return self.offer(composed, deadline).await.map(drop);
+        }
+        attempt.may_commit().map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
+        self.mails += 1;
+        let reset = self.needs_reset;
+        let mut bytes = format!(
+            "{}{}\r\nRCPT TO:<{}>\r\nBDAT {} LAST\r\n",
+            if reset { "RSET\r\n" } else { "" },
+            self.mail_command(composed),
+            composed.to,
+            composed.bytes.len()
+        )
+        .into_bytes();
+        bytes.extend_from_slice(&composed.bytes);
+        self.needs_reset = true;
+        self.dialogue.send(Stage::Content, &bytes, deadline.limit(Stage::Content)).await?;
+        // From here on the server has all it needs, so a lost connection leaves the outcome unknown.
+        let content = |failure: Failure| Failure { stage: Stage::Content, ..failure };
+        if reset {
+            let reply = self.dialogue.listen(Stage::Content, deadline.limit(Stage::Content)).await?;
+            self.was_reset(&reply).map_err(content)?;
+            self.needs_reset = true;
+        }
+        let mut refusal = None;
+        for stage in [Stage::Mail, Stage::Rcpt, Stage::Content] {
+            let reply = match (self.dialogue.listen(Stage::Content, deadline.limit(Stage::Content)).await, refusal) {
+                (Ok(reply), before) => {
+                    refusal = before;
+                    reply
+                }
+                (Err(_), Some(refusal)) => {
+                    self.is_lost = true;
+                    return Err(refusal);
+                }
+                (Err(failure), None) => return Err(failure),
+            };
+            let is_last = reply.code == 421;
+            if let Err(failure) = positive(stage, reply)
+                && refusal.is_none()
+            {
+                match failure.cause {
+                    Cause::Refused(_) if is_last => return Err(failure),
+                    Cause::Refused(_) => refusal = Some(failure),
+                    _ => return Err(content(failure)),
+                }
+            }
+        }
+        self.needs_reset = refusal.is_some();
+        refusal.map_or(Ok(()), Err)
+    }
+
+    /// Whether the connection may be given to another mail: no unread bytes are left, unless they reply to its envelope.
     pub fn is_clean(&self) -> bool {
-        self.dialogue.is_clean()
-    }
-
-    /// Resets the server's state after a refused mail. Returns whether the connection can be reused.
-    pub async fn reset(&mut self) -> bool {
-        let reply = self.dialogue.command(Stage::Mail, "RSET", RESET_TIMEOUT).await;
-        reply.is_ok_and(|reply| reply.is_positive()) && self.is_clean()
+        !self.is_lost && (self.offered.is_some() || self.dialogue.is_clean())
     }
 
     /// Sends QUIT and closes the connection, whatever the reply.
@@ -237,6 +490,21 @@ async fn within<T>(stage: Stage, limit: Duration, step: impl Future<Output = io:
         Err(_) => Cause::TimedOut(limit),
     };
     Err(Failure { stage, cause })
+}
+
+/// Whether a reply is about the order of the commands: the server does not follow the pipelining that it offers.
+fn is_out_of_step(reply: &Reply) -> bool {
+    let text = reply.lines.join(" ").to_lowercase();
+    reply.code >= 500 && (text.contains("pipelin") || text.contains("synchroni"))
+}
+
+/// The reply to DATA.
+fn go_ahead(reply: Reply) -> Result<(), Failure> {
+    match reply.code {
+        354 => Ok(()),
+        400.. => Err(refused(Stage::Data, reply)),
+        _ => Err(bad_reply(Stage::Data, &reply)),
+    }
 }
 
 fn positive(stage: Stage, reply: Reply) -> Result<(), Failure> {

@@ -3,6 +3,7 @@
 mod composing;
 mod conversation;
 mod encryption;
+mod pipelining;
 mod pool;
 mod refusals;
 mod server;

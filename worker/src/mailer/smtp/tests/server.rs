@@ -3,13 +3,16 @@
 //! The mail sink is no substitute. It follows the protocol; these tests need servers whose replies are cut off, doubled, injected
 //! before STARTTLS, or never sent.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use tokio::{
-    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
     sync::watch,
 };
@@ -26,6 +29,10 @@ pub enum Step {
     Expect(&'static str, &'static str),
     /// Reads a message to its end, then sends a line.
     Content(&'static str),
+    /// Reads a message to its end, then closes the connection.
+    ContentAndDrop,
+    /// Waits for BDAT, reads that many bytes, then sends a line.
+    Chunk(&'static str),
     /// Reads any line or message to its end, then closes the connection.
     Drop,
     /// Sends nothing more and keeps the connection open.
@@ -38,11 +45,30 @@ pub enum Step {
     Loop,
 }
 
+impl fmt::Debug for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Say(line) => write!(f, "say {line:?}"),
+            Self::Expect(beginning, answer) => write!(f, "{beginning}: {answer:?}"),
+            Self::Content(answer) => write!(f, "message: {answer:?}"),
+            Self::ContentAndDrop => f.write_str("message: drop"),
+            Self::Chunk(answer) => write!(f, "BDAT: {answer:?}"),
+            Self::Drop => f.write_str("drop"),
+            Self::Hang => f.write_str("hang"),
+            Self::Gather(count) => write!(f, "gather {count}"),
+            Self::Encrypt(_) => f.write_str("encrypt"),
+            Self::Loop => f.write_str("loop"),
+        }
+    }
+}
+
 /// The server and its record.
 #[derive(Clone)]
 pub struct Server {
     pub port: u16,
     heard: Arc<Mutex<Vec<String>>>,
+    taken: Arc<Mutex<Vec<String>>>,
+    turns: Arc<AtomicUsize>,
     connections: watch::Sender<usize>,
     open: Arc<AtomicUsize>,
     most_open: Arc<AtomicUsize>,
@@ -55,6 +81,8 @@ impl Server {
         let server = Self {
             port: listener.local_addr().unwrap().port(),
             heard: Arc::default(),
+            taken: Arc::default(),
+            turns: Arc::default(),
             connections: watch::Sender::new(0),
             open: Arc::default(),
             most_open: Arc::default(),
@@ -85,6 +113,16 @@ impl Server {
     /// How many received lines have this beginning.
     pub fn count(&self, beginning: &str) -> usize {
         self.heard().iter().filter(|line| line.starts_with(beginning)).count()
+    }
+
+    /// The recipients whose messages were read to their ends and not refused.
+    pub fn taken(&self) -> Vec<String> {
+        self.taken.lock().unwrap().clone()
+    }
+
+    /// How often the server had to wait for the client, on all connections together: the client's round trips.
+    pub fn turns(&self) -> usize {
+        self.turns.load(Ordering::SeqCst)
     }
 
     /// How many connections were opened.
@@ -120,15 +158,27 @@ impl Server {
                     self.say(&mut stream, answer).await;
                 }
                 Step::Content(answer) => {
-                    loop {
-                        let mut line = String::new();
-                        if stream.read_line(&mut line).await.unwrap_or(0) == 0 {
-                            return;
-                        }
-                        if line == ".\r\n" {
-                            break;
-                        }
+                    if !self.read_message(&mut stream).await {
+                        return;
                     }
+                    self.take(answer);
+                    self.say(&mut stream, answer).await;
+                }
+                Step::ContentAndDrop => {
+                    if self.read_message(&mut stream).await {
+                        self.take("2");
+                    }
+                    return;
+                }
+                Step::Chunk(answer) => {
+                    let Some(line) = self.read(&mut stream).await else { return };
+                    let Some(size) = line.strip_prefix("BDAT ").and_then(|rest| rest.strip_suffix(" LAST")) else {
+                        return self.say(&mut stream, "500 not what the script says").await;
+                    };
+                    if stream.read_exact(&mut vec![0; size.parse().unwrap()]).await.is_err() {
+                        return;
+                    }
+                    self.take(answer);
                     self.say(&mut stream, answer).await;
                 }
                 Step::Drop => {
@@ -154,8 +204,38 @@ impl Server {
         }
     }
 
+    async fn read_message(&self, stream: &mut BufReader<Box<dyn Stream>>) -> bool {
+        loop {
+            let mut line = String::new();
+            self.wait(stream).await;
+            if stream.read_line(&mut line).await.unwrap_or(0) == 0 {
+                return false;
+            }
+            if line == ".\r\n" {
+                return true;
+            }
+        }
+    }
+
+    /// Records the last recipient, unless its message is refused.
+    fn take(&self, answer: &str) {
+        let recipient =
+            self.heard().into_iter().rev().find_map(|line| Some(line.strip_prefix("RCPT TO:<")?.to_owned()));
+        if answer.starts_with('2') {
+            self.taken.lock().unwrap().extend(recipient.map(|recipient| recipient.trim_end_matches('>').to_owned()));
+        }
+    }
+
+    async fn wait(&self, stream: &mut BufReader<Box<dyn Stream>>) {
+        if stream.buffer().is_empty() {
+            let _ = stream.fill_buf().await;
+            self.turns.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
     async fn read(&self, stream: &mut BufReader<Box<dyn Stream>>) -> Option<String> {
         let mut line = String::new();
+        self.wait(stream).await;
         if stream.read_line(&mut line).await.unwrap_or(0) == 0 {
             return None;
         }
