@@ -6,4 +6,5 @@ pub mod children;
 pub mod doubler;
 pub mod local;
 pub mod people;
+pub mod proxy;
 pub mod visitor;

@@ -17,6 +17,7 @@ mod raw;
 mod report;
 mod senders;
 mod small_run;
+mod smtp;
 mod statements;
 mod watchers;
 mod writes;
@@ -64,6 +65,15 @@ pub struct Options {
     /// Also measure with a relay that takes this long for each mail; can be repeated
     #[arg(long)]
     latency_ms: Vec<u64>,
+    /// Also measure real mail to a relay on this machine
+    #[arg(long)]
+    smtp: bool,
+    /// The round-trip times to that relay, for example 0,20
+    #[arg(long, requires = "smtp", value_delimiter = ',', default_value = "0", value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    rtt_ms: Vec<u64>,
+    /// The connections to that relay, of all senders together
+    #[arg(long, requires = "smtp", default_value_t = 40, value_parser = clap::value_parser!(u32).range(2..=1_000))]
+    connections: u32,
     /// Also measure with these numbers of sending processes, for example 1,2,4
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
     senders: Vec<u32>,
@@ -127,6 +137,11 @@ async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Options) -> R
     let mut results = Results::of(&rounds);
     for latency_ms in &options.latency_ms {
         results.slow_mail.push(latency(stack, settings, options, *latency_ms, results.drain_ceiling()).await?);
+    }
+    if options.smtp {
+        let connections = usize::try_from(options.connections)?;
+        results.smtp =
+            smtp::measure(stack, settings, &options.rtt_ms, connections, items, options.repeat).await?;
     }
     results.senders = senders::measure(stack, settings, options).await?;
     if let Some(watchers) = options.watchers {

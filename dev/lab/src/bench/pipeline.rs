@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsString,
+    net::SocketAddr,
     path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -28,19 +29,33 @@ use crate::{
 /// As often as the page polls, or slightly more often.
 pub(super) const POLL: Duration = Duration::from_millis(100);
 
+/// Repeated, a text of two kilobytes with the recipient's name in it.
+const LONG_TEXT: &str = "Dear {{ name | default(\"friend\") }}, join us on Saturday. We have cake.\n";
+const LONG_TEXT_TIMES: usize = 28;
+
 /// The set-up of Mailrun for a measurement.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
     /// Sending processes.
     pub(super) senders: usize,
-    /// The relay's latency per mail.
+    /// The simulated relay's latency per mail.
     pub(super) latency: Duration,
+    /// A real relay instead of the simulated one.
+    pub(super) relay: Option<Relay>,
+}
+
+/// A relay on this machine.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Relay {
+    pub(super) address: SocketAddr,
+    /// Connections of all senders together.
+    pub(super) connections: usize,
 }
 
 impl Default for Setup {
     /// As `mailrun up` starts it, with a relay that replies immediately.
     fn default() -> Self {
-        Self { senders: SENDERS, latency: Duration::ZERO }
+        Self { senders: SENDERS, latency: Duration::ZERO, relay: None }
     }
 }
 
@@ -84,7 +99,8 @@ pub(super) async fn measure(place: &Place<'_>, settings: &Settings<'_>, items: u
     let mailrun = Mailrun::start(place, settings, setup).await?;
     place.quiet(&mut conn).await?;
     let mut probe = DepthProbe::connect(place).await?;
-    let measured = probe.during(send(place, &mailrun, &mut conn, items)).await;
+    let text = setup.relay.map(|_| LONG_TEXT.repeat(LONG_TEXT_TIMES));
+    let measured = probe.during(send(place, &mailrun, &mut conn, items, text.as_deref())).await;
     let memory = Memory::now(&mailrun.services);
     mailrun.services.stop().await;
     let (submit, all, cpu, before, wal_bytes) = measured?;
@@ -98,8 +114,13 @@ async fn send(
     mailrun: &Mailrun,
     conn: &mut PgConnection,
     items: usize,
+    text: Option<&str>,
 ) -> Result<(Duration, Duration, Cpu, Writes, i64)> {
-    let form = mailrun.visitor.fill_in(&people("guest", items)).await?;
+    let emails = people("guest", items);
+    let form = match text {
+        Some(text) => mailrun.visitor.fill_in_text(&emails, "You are invited", text).await?,
+        None => mailrun.visitor.fill_in(&emails).await?,
+    };
     let before = Writes::now(conn).await?;
     let cpu = Cpu::now(place.stack, Some(&mailrun.services))?;
     let run = mailrun.submit(form).await?;
@@ -131,7 +152,10 @@ impl Mailrun {
     pub(super) async fn start(place: &Place<'_>, settings: &Settings<'_>, setup: Setup) -> Result<Self> {
         let mut environment = place.environment();
         environment.extend(settings.file.map(|file| ("MAILRUN_CONFIG".into(), file.into())));
-        environment.extend(mailer(setup.latency));
+        environment.extend(match setup.relay {
+            Some(relay) => smtp(relay, setup.senders),
+            None => mailer(setup.latency),
+        });
         let services = Services::start(
             own_program()?,
             settings.config,
@@ -192,6 +216,17 @@ fn mailer(latency: Duration) -> Vec<(OsString, OsString)> {
     [("DOWN_EVERY", 0), ("FLAKY_EVERY", 0), ("LATENCY_MS", latency.as_millis())]
         .map(|(key, value)| (format!("MAILRUN_MAILER__SIMULATED__{key}").into(), value.to_string().into()))
         .into()
+}
+
+/// The settings of a mailer that hands mail to this relay and keeps its connections.
+fn smtp(relay: Relay, senders: usize) -> Vec<(OsString, OsString)> {
+    let set = |name: &str, value: String| (format!("MAILRUN_MAILER__{name}").into(), value.into());
+    vec![
+        set("KIND", "smtp".into()),
+        set("SMTP__RELAYS", format!("smtp://{}?tls=none", relay.address)),
+        set("SMTP__CONNECTIONS", relay.connections.div_ceil(senders).to_string()),
+        set("SMTP__MESSAGES_PER_CONNECTION", "1000000".into()),
+    ]
 }
 
 fn log(home: &Path) -> std::path::PathBuf {

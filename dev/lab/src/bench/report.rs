@@ -13,6 +13,7 @@ use super::{
     raw::Raw,
     senders::Senders,
     small_run::Behind,
+    smtp::Smtp,
     watchers::Watched,
 };
 
@@ -74,6 +75,9 @@ pub(super) struct Results {
     /// With a slow relay.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) slow_mail: Vec<Latency>,
+    /// Real mail.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) smtp: Vec<Smtp>,
     /// With other numbers of sending processes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) senders: Vec<Senders>,
@@ -180,6 +184,7 @@ impl Results {
             pipeline_rounds,
             naive_rounds,
             slow_mail: Vec::new(),
+            smtp: Vec::new(),
             senders: Vec::new(),
             watchers: None,
             in_a_row: Vec::new(),
@@ -274,6 +279,9 @@ impl Results {
                 slow.items_per_second,
                 slow.ratio * 100.0
             )?;
+        }
+        for smtp in &self.smtp {
+            writeln!(text, "{}", smtp.line())?;
         }
         for senders in &self.senders {
             writeln!(text, "{senders}")?;

@@ -29,7 +29,8 @@ pub(super) async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Op
     let mut all = Vec::new();
     for latency_ms in LATENCIES_MS {
         for senders in &options.senders {
-            let setup = Setup { senders: usize::try_from(*senders)?, latency: Duration::from_millis(latency_ms) };
+            let latency = Duration::from_millis(latency_ms);
+            let setup = Setup { senders: usize::try_from(*senders)?, latency, relay: None };
             let bound = (latency_ms > 0).then(|| setup.bound(settings.config));
             // Only with a slow relay does a long list take too long.
             let recipients = items_within(bound.unwrap_or(f64::INFINITY), options);

@@ -7,7 +7,6 @@
 mod check;
 mod fault;
 mod plan;
-pub mod proxy;
 mod report;
 mod revision;
 mod signal;

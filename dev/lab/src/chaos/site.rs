@@ -24,7 +24,8 @@ use tokio::{
 };
 use url::Url;
 
-use super::{Setting, proxy::Proxy, revision::Revision, signal::send_signal, smtp_faults::SmtpFaults};
+use super::{Setting, revision::Revision, signal::send_signal, smtp_faults::SmtpFaults};
+use crate::proxy::Proxy;
 use crate::{
     doubler::Doubler,
     local::{SENDERS, Services, own_program, to_sink},

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 
 use crate::support::{World, until};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use mailrun_lab::chaos::proxy::Proxy;
+use mailrun_lab::proxy::Proxy;
 use rand::{Rng as _, RngExt as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

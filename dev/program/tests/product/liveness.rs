@@ -11,7 +11,7 @@ use std::{
 
 use crate::support::{World, people, until};
 use mailrun_broker::depth;
-use mailrun_lab::chaos::proxy::Proxy;
+use mailrun_lab::proxy::Proxy;
 use mailrun_sink::{Action, Options, Rule, Sink, Stage};
 use reqwest::Url;
 use rustix::process::Signal;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::support::{World, people, until};
-use mailrun_lab::chaos::proxy::{Filter, Proxy};
+use mailrun_lab::proxy::{Filter, Proxy};
 use reqwest::Url;
 
 const METHOD_FRAME: u8 = 1;

@@ -7,12 +7,10 @@ use rand::{RngExt as _, rngs::StdRng};
 use tokio::time::{Instant, sleep};
 
 use super::{
-    super::{
-        proxy::Proxy,
-        site::{ANSWER, HEARTBEAT},
-    },
+    super::site::{ANSWER, HEARTBEAT},
     Fault, Recovery, some_seconds,
 };
+use crate::proxy::Proxy;
 
 /// The faults of this file.
 pub(super) const FAULTS: &[Fault] = &[

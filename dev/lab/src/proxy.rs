@@ -1,6 +1,7 @@
 //! The network between our processes and one server: a TCP proxy that can cut, delay, hold, drop and filter traffic.
 
 use std::{
+    collections::VecDeque,
     io,
     net::{Ipv4Addr, SocketAddr},
     sync::Arc,
@@ -14,12 +15,14 @@ use tokio::{
         tcp::{ReadHalf, WriteHalf},
     },
     sync::watch,
-    time::sleep,
+    time::{Instant, sleep, sleep_until},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Maximum bytes forwarded at once.
 const CHUNK: usize = 64 * 1024;
+/// Maximum chunks on their way in one direction of a connection.
+const CHUNKS: usize = 256;
 /// Pause after an error of the listening socket, usually too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -101,6 +104,11 @@ impl Proxy {
         self.network.send_modify(|network| network.delay += delay);
         sleep(time).await;
         self.network.send_modify(|network| network.delay -= delay);
+    }
+
+    /// Delays all bytes from now on by this time each way, like a distant server.
+    pub fn delay(&self, each_way: Duration) {
+        self.network.send_modify(|network| network.delay = each_way);
     }
 
     /// Drops all bytes for this time without notice. Existing connections stay dead, and look open from both ends.
@@ -196,20 +204,35 @@ async fn forward(
     born: Network,
 ) {
     let mut chunk = vec![0; CHUNK];
+    // Delayed bytes, with the moment when they arrive.
+    let mut on_their_way: VecDeque<(Instant, Vec<u8>)> = VecDeque::new();
     let now = network.clone();
     let is_dead = || now.borrow().holes != born.holes;
-    // An error also ends it.
-    while let Ok(length @ 1..) = from.read(&mut chunk).await {
-        let delay = network.borrow().delay;
-        if delay > Duration::ZERO {
-            sleep(delay).await;
+    let mut is_open = true;
+    while is_open || !on_their_way.is_empty() {
+        if let Some((_, bytes)) = on_their_way.pop_front_if(|(due, _)| *due <= Instant::now()) {
+            if network.wait_for(|network| !network.is_held).await.is_err() {
+                return;
+            }
+            let filtered = filter.as_mut().map(|filter| filter(&bytes));
+            if !is_dead() && to.write_all(filtered.as_deref().unwrap_or(&bytes)).await.is_err() {
+                return;
+            }
+            continue;
         }
-        if network.wait_for(|network| !network.is_held).await.is_err() {
-            return;
-        }
-        let filtered = filter.as_mut().map(|filter| filter(&chunk[..length]));
-        if !is_dead() && to.write_all(filtered.as_deref().unwrap_or(&chunk[..length])).await.is_err() {
-            return;
+        let due = on_their_way.front().map(|(due, _)| *due);
+        tokio::select! {
+            // An error also ends it.
+            read = from.read(&mut chunk), if is_open && on_their_way.len() < CHUNKS => match read {
+                Ok(length @ 1..) => {
+                    let arrives = Instant::now() + now.borrow().delay;
+                    // Never before what was sent earlier.
+                    let last = on_their_way.back().map_or(arrives, |(due, _)| *due);
+                    on_their_way.push_back((arrives.max(last), chunk[..length].to_vec()));
+                }
+                _ => is_open = false,
+            },
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
         }
     }
     if !is_dead() {
@@ -280,6 +303,24 @@ mod tests {
                 assert_eq!(answer, [b'a', number]);
             }
         }
+        proxy.stop().await;
+    }
+
+    #[tokio::test]
+    async fn delayed_bytes_take_their_time_each_way_and_keep_their_order() {
+        let proxy = Proxy::start(echo().await).await.unwrap();
+        let delay = Duration::from_millis(30);
+        proxy.delay(delay);
+        let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+        let begun = Instant::now();
+        for number in 0..50 {
+            client.write_all(&[number]).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        let mut answer = [0; 50];
+        client.read_exact(&mut answer).await.unwrap();
+        assert!(begun.elapsed() >= 2 * delay);
+        assert!(answer.iter().copied().eq(0..50));
         proxy.stop().await;
     }
 
