@@ -48,6 +48,9 @@ const RESERVED: u8 = 9;
 /// The wait before the first repetition. It doubles.
 const FIRST_REPETITION: Duration = Duration::from_millis(20);
 
+/// The job of a run. `None`: this program has no such job.
+pub(crate) type KindOfRun = Option<Arc<dyn Kind>>;
+
 type MakeKind = Box<dyn FnOnce(&RetryPolicy) -> Arc<dyn Kind> + Send>;
 
 /// Jobs that a program adds to Mailrun's own.
@@ -92,7 +95,7 @@ pub struct Kinds {
     /// The configured retry policy.
     installation: RetryPolicy,
     /// The kinds of runs, which never change.
-    of_runs: Cache<Uuid, Option<Arc<dyn Kind>>>,
+    of_runs: Cache<Uuid, KindOfRun>,
 }
 
 impl Kinds {
@@ -134,12 +137,12 @@ impl Kinds {
         shown
     }
 
-    /// The jobs of these runs. `None`: this program has no such job. Runs that do not exist are missing from the result.
+    /// The jobs of these runs. Runs that do not exist are missing from the result.
     pub(crate) async fn of_runs(
         &self,
         conn: &mut PgConnection,
         run_ids: impl IntoIterator<Item = Uuid>,
-    ) -> sqlx::Result<HashMap<Uuid, Option<Arc<dyn Kind>>>> {
+    ) -> sqlx::Result<HashMap<Uuid, KindOfRun>> {
         let mut found = HashMap::new();
         let mut unread = Vec::new();
         for run_id in run_ids {
@@ -207,11 +210,11 @@ impl OnSettled for Kinds {
 
 /// Groups items by the jobs of their runs. Usually all items of a batch belong to one run.
 fn by_kind<T>(
-    kinds: &HashMap<Uuid, Option<Arc<dyn Kind>>>,
+    kinds: &HashMap<Uuid, KindOfRun>,
     items: Vec<T>,
     run_of: impl Fn(&T) -> Uuid,
-) -> Vec<(Option<Arc<dyn Kind>>, Vec<T>)> {
-    let mut groups: Vec<(Option<Arc<dyn Kind>>, Vec<T>)> = Vec::new();
+) -> Vec<(KindOfRun, Vec<T>)> {
+    let mut groups: Vec<(KindOfRun, Vec<T>)> = Vec::new();
     for item in items {
         let kind = kinds.get(&run_of(&item)).and_then(Option::as_ref);
         let name = |kind: Option<&Arc<dyn Kind>>| kind.map(|kind| kind.name());

@@ -26,7 +26,7 @@ use crate::{
     attempt::Attempt,
     gate::Gate,
     held::Held,
-    kinds::{Batch, Kind, Reasons},
+    kinds::{Batch, KindOfRun, Reasons},
     reporter::{Finished, Reporter},
 };
 
@@ -124,7 +124,7 @@ impl Senders {
         let read =
             async { kinds.of_runs(&mut *self.context.pool.acquire().await?, keys.iter().map(|key| key.run_id)).await };
         let of_runs = in_time(self.context.answer_timeout, read).await?;
-        let closed_until = |(run_id, kind): (Uuid, Option<Arc<dyn Kind>>)| match kind?.gate() {
+        let closed_until = |(run_id, kind): (Uuid, KindOfRun)| match kind?.gate() {
             Gate::Closed { until, .. } => Some((run_id, until)),
             Gate::Open | Gate::Trying => None,
         };

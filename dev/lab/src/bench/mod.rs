@@ -140,8 +140,7 @@ async fn measure(stack: &Stack, settings: &Settings<'_>, options: &Options) -> R
     }
     if options.smtp {
         let connections = usize::try_from(options.connections)?;
-        results.smtp =
-            smtp::measure(stack, settings, &options.rtt_ms, connections, items, options.repeat).await?;
+        results.smtp = smtp::measure(stack, settings, &options.rtt_ms, connections, items, options.repeat).await?;
     }
     results.senders = senders::measure(stack, settings, options).await?;
     if let Some(watchers) = options.watchers {

@@ -178,8 +178,9 @@ struct Postfix {
 impl Postfix {
     /// Installed, unpacked by an earlier bench, or from Debian's package.
     async fn find(home: &Path) -> Option<Self> {
-        let installed = env::split_paths(&env::var_os("PATH").unwrap_or_default()).chain([PathBuf::from("/usr/sbin")]);
-        if let Some(programs) = installed.into_iter().find(|folder| folder.join("smtp-source").is_file()) {
+        let path = env::var_os("PATH").unwrap_or_default();
+        let mut installed = env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]);
+        if let Some(programs) = installed.find(|folder| folder.join("smtp-source").is_file()) {
             return Some(Self { programs, libraries: None });
         }
         let unpacked = home.join("postfix");

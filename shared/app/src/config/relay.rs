@@ -138,7 +138,7 @@ impl Relay {
                 ("tls", "none") => tls = RelayTls::None,
                 ("tls", _) => return Err("has a tls other than required or none"),
                 ("pipelining", value) => {
-                    pipelining = on_or_off(value).ok_or("has a pipelining other than on or off")?
+                    pipelining = on_or_off(value).ok_or("has a pipelining other than on or off")?;
                 }
                 ("chunking", value) => chunking = on_or_off(value).ok_or("has a chunking other than on or off")?,
                 ("ca_file", path) => ca_file = Some(PathBuf::from(path)),

@@ -61,7 +61,7 @@ async fn a_relay_without_pipelining_gets_one_command_at_a_time() {
         let server = Server::start(vec![script]).await;
         let outcomes = send(&server, 3, parameters).await;
         assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Sent), "{outcomes:?}");
-        assert!(server.turns() >= 1 + 3 * 4, "{}", server.turns());
+        assert!(server.turns() > 3 * 4, "{}", server.turns());
         assert_eq!(server.count("RSET"), 0);
     }
 }
