@@ -11,7 +11,7 @@ const PERIOD: Duration = Duration::from_millis(100);
 /// The weight of the newest measurement in each average.
 const NEWEST: f64 = 0.3;
 /// How often attempts are claimed, if they end faster than that.
-const EVERY_S: f64 = 0.02;
+const EVERY_S: f64 = 0.05;
 
 /// The number of attempts to claim.
 #[derive(Debug)]

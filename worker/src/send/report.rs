@@ -15,7 +15,7 @@ use super::Senders;
 use crate::reporter::Finished;
 
 /// How long outcomes are gathered for a report. This hardly delays anything: the next claim releases the permits.
-const GATHER_OUTCOMES: Duration = Duration::from_millis(5);
+const GATHER_OUTCOMES: Duration = Duration::from_millis(20);
 
 impl Senders {
     /// Publishes follow-ups, then results, then acknowledges, in batches.
