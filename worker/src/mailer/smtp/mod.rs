@@ -89,6 +89,9 @@ pub enum SmtpError {
 /// The reason of an attempt that is deferred because it spent almost its whole time limit waiting for a connection.
 const NO_CONNECTION: &str = "no connection to the mail server became free in time";
 
+/// A mail that has waited this long for a certain connection may get any other.
+const LONGEST_IN_LINE: Duration = Duration::from_secs(60);
+
 /// The SMTP mailer.
 pub struct Smtp(Arc<Shared>);
 
@@ -247,6 +250,8 @@ impl Shared {
             let news = select! {
                 biased;
                 news = &mut place.news => news,
+                // Also if it was chosen: it does not wait for long for another message's reply.
+                () = sleep(LONGEST_IN_LINE) => continue,
                 turn = self.permit() => {
                     if place.leave() {
                         return turn;

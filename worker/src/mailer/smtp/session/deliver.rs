@@ -1,0 +1,258 @@
+//! Delivers a mail: its envelope together with the message before it, together with nothing else, or one command at a time.
+
+use std::{sync::Arc, time::Duration};
+
+use smtp_proto::{EXT_8BIT_MIME, EXT_CHUNKING, EXT_PIPELINING, EXT_SIZE};
+
+use super::{
+    super::{
+        super::message::ComposedMail,
+        limits::Deadline,
+        reply::Reply,
+        verdict::{Cause, Failure, Stage},
+    },
+    Offered, Session, bad_reply, positive, refused,
+};
+use crate::attempt::Attempt;
+
+/// How long to wait for the reply to RSET.
+const RESET_TIMEOUT: Duration = Duration::from_secs(30);
+
+impl Session {
+    /// Hands a mail to the server. With pipelining, `following` may name a mail whose envelope is sent right behind this message;
+    /// the connection must then be given to that mail, whose own call continues the conversation.
+    ///
+    /// # Errors
+    /// If the server did not confirm that it accepted the mail.
+    pub async fn deliver(
+        &mut self,
+        composed: &ComposedMail,
+        attempt: &Attempt,
+        deadline: &Deadline,
+        following: impl FnOnce(&Self) -> Option<Arc<ComposedMail>>,
+    ) -> Result<(), Failure> {
+        let limit = |stage| deadline.limit(stage);
+        let given = self.offered.take();
+        let offered = match given {
+            Some(offered) => Some(offered),
+            None => {
+                attempt.may_proceed().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
+                if self.sends_chunks() {
+                    return self.deliver_chunk(composed, attempt, deadline).await;
+                }
+                self.offer(composed, deadline).await?
+            }
+        };
+        if let Some(offered) = offered {
+            self.answered_together(offered, deadline).await?;
+        }
+        // The last safe moment: without the content, the server has nothing to accept. An envelope that was sent with another message
+        // may have waited for that one's reply for long: the run may be paused by now.
+        let allowed = if given.is_some() { attempt.may_proceed().await } else { attempt.may_commit() };
+        allowed.map_err(|withdrawn| Failure::withdrawn(Stage::Content, withdrawn))?;
+        let next = if self.pipelines() { following(self) } else { None };
+        let envelope = next.map_or_else(String::new, |next| self.envelope(&next));
+        let reply = self.dialogue.message(&composed.bytes, envelope.as_bytes(), || limit(Stage::Content)).await?;
+        self.offered = (!envelope.is_empty()).then_some(Offered { reset: false });
+        positive(Stage::Content, reply)
+    }
+
+    fn pipelines(&self) -> bool {
+        self.relay.pipelining && self.capabilities.has(EXT_PIPELINING) && self.manners.allow_pipelining()
+    }
+
+    fn sends_chunks(&self) -> bool {
+        self.relay.chunking && self.capabilities.has(EXT_CHUNKING) && self.pipelines()
+    }
+
+    fn mail_command(&self, composed: &ComposedMail) -> String {
+        let mut mail = format!("MAIL FROM:<{}>", composed.from);
+        if self.capabilities.has(EXT_SIZE) {
+            mail.push_str(&format!(" SIZE={}", composed.bytes.len()));
+        }
+        if composed.needs_utf8 {
+            mail.push_str(if self.capabilities.has(EXT_8BIT_MIME) { " BODY=8BITMIME SMTPUTF8" } else { " SMTPUTF8" });
+        }
+        mail
+    }
+
+    /// The commands of a mail that may be sent together (RFC 2920, 3.1).
+    fn envelope(&mut self, composed: &ComposedMail) -> String {
+        self.mails += 1;
+        format!("{}\r\nRCPT TO:<{}>\r\nDATA\r\n", self.mail_command(composed), composed.to)
+    }
+
+    /// Offers a mail: sends its envelope, together or one command at a time. Returns what is not yet answered.
+    async fn offer(&mut self, composed: &ComposedMail, deadline: &Deadline) -> Result<Option<Offered>, Failure> {
+        if !self.takes(composed) {
+            let why = "the mail server does not support non-ASCII characters before the @ sign (no SMTPUTF8)";
+            return Err(Failure { stage: Stage::Mail, cause: Cause::Unsupported(why.into()) });
+        }
+        let limit = |stage| deadline.limit(stage);
+        let offered = Offered { reset: self.needs_reset };
+        if self.pipelines() {
+            let reset = if offered.reset { "RSET\r\n" } else { "" };
+            let commands = format!("{reset}{}", self.envelope(composed));
+            self.dialogue.send(Stage::Mail, commands.as_bytes(), limit(Stage::Mail)).await?;
+            return Ok(Some(offered));
+        }
+        if offered.reset {
+            let reply = self.dialogue.command(Stage::Mail, "RSET", RESET_TIMEOUT.min(limit(Stage::Mail))).await?;
+            self.was_reset(&reply)?;
+        }
+        self.mails += 1;
+        self.needs_reset = true;
+        let mail = self.mail_command(composed);
+        positive(Stage::Mail, self.dialogue.command(Stage::Mail, &mail, limit(Stage::Mail)).await?)?;
+        let rcpt = format!("RCPT TO:<{}>", composed.to);
+        positive(Stage::Rcpt, self.dialogue.command(Stage::Rcpt, &rcpt, limit(Stage::Rcpt)).await?)?;
+        go_ahead(self.dialogue.command(Stage::Data, "DATA", limit(Stage::Data)).await?)?;
+        // The message ends the transaction, whatever the reply.
+        self.needs_reset = false;
+        Ok(None)
+    }
+
+    /// A server that refuses RSET cannot take another mail on this connection.
+    fn was_reset(&mut self, reply: &Reply) -> Result<(), Failure> {
+        self.needs_reset = !reply.is_positive();
+        if self.needs_reset {
+            let cause = Cause::Lost(format!("RSET was refused: {reply}"));
+            return Err(Failure { stage: Stage::Mail, cause });
+        }
+        Ok(())
+    }
+
+    /// Reads the replies to an envelope that was sent at once: all of them, whatever the first one says (RFC 2920, 3.1).
+    async fn answered_together(&mut self, offered: Offered, deadline: &Deadline) -> Result<(), Failure> {
+        let result = self.read_together(offered, deadline).await;
+        if let Err(failure) = &result {
+            self.manners.failed(&self.relay, failure);
+        } else {
+            self.manners.answered();
+        }
+        result
+    }
+
+    async fn read_together(&mut self, offered: Offered, deadline: &Deadline) -> Result<(), Failure> {
+        if offered.reset {
+            let reply = self.dialogue.listen(Stage::Mail, RESET_TIMEOUT.min(deadline.limit(Stage::Mail))).await?;
+            self.was_reset(&reply)?;
+        }
+        let mut refusal = None;
+        for stage in [Stage::Mail, Stage::Rcpt, Stage::Data] {
+            let reply = self.dialogue.listen(stage, deadline.limit(stage)).await;
+            let reply = match (reply, refusal) {
+                (Ok(reply), before) => {
+                    refusal = before;
+                    reply
+                }
+                // The refusal is the better reason.
+                (Err(_), Some(refusal)) => {
+                    self.is_lost = true;
+                    return Err(refusal);
+                }
+                (Err(failure), None) => return Err(failure),
+            };
+            if is_out_of_step(&reply) {
+                return Err(bad_reply(stage, &reply));
+            }
+            let is_last = reply.code == 421;
+            if refusal.is_some() && stage == Stage::Data && reply.code == 354 {
+                self.end_empty_message(deadline).await;
+                break;
+            }
+            let judged = if stage == Stage::Data { go_ahead(reply) } else { positive(stage, reply) };
+            if let Err(failure) = judged {
+                self.needs_reset = true;
+                if refusal.is_none() {
+                    if is_last || !matches!(failure.cause, Cause::Refused(_)) {
+                        return Err(failure);
+                    }
+                    refusal = Some(failure);
+                }
+            }
+        }
+        refusal.map_or(Ok(()), Err)
+    }
+
+    /// The server wants the message of a mail without a recipient: it gets an empty one, which it has to refuse (RFC 2920, 3.1).
+    async fn end_empty_message(&mut self, deadline: &Deadline) {
+        let ended = self.dialogue.command(Stage::Data, ".", deadline.limit(Stage::Data)).await;
+        self.needs_reset = false;
+        self.is_lost = ended.is_err();
+    }
+
+    /// Sends a mail in one go, and then reads all replies.
+    async fn deliver_chunk(
+        &mut self,
+        composed: &ComposedMail,
+        attempt: &Attempt,
+        deadline: &Deadline,
+    ) -> Result<(), Failure> {
+        if !self.takes(composed) {
+            return self.offer(composed, deadline).await.map(drop);
+        }
+        attempt.may_commit().map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
+        self.mails += 1;
+        let reset = self.needs_reset;
+        let mut bytes = format!(
+            "{}{}\r\nRCPT TO:<{}>\r\nBDAT {} LAST\r\n",
+            if reset { "RSET\r\n" } else { "" },
+            self.mail_command(composed),
+            composed.to,
+            composed.bytes.len()
+        )
+        .into_bytes();
+        bytes.extend_from_slice(&composed.bytes);
+        self.needs_reset = true;
+        self.dialogue.send(Stage::Content, &bytes, deadline.limit(Stage::Content)).await?;
+        // From here on the server has all it needs, so a lost connection leaves the outcome unknown.
+        let content = |failure: Failure| Failure { stage: Stage::Content, ..failure };
+        if reset {
+            let reply = self.dialogue.listen(Stage::Content, deadline.limit(Stage::Content)).await?;
+            self.was_reset(&reply).map_err(content)?;
+            self.needs_reset = true;
+        }
+        let mut refusal = None;
+        for stage in [Stage::Mail, Stage::Rcpt, Stage::Content] {
+            let reply = match (self.dialogue.listen(Stage::Content, deadline.limit(Stage::Content)).await, refusal) {
+                (Ok(reply), before) => {
+                    refusal = before;
+                    reply
+                }
+                (Err(_), Some(refusal)) => {
+                    self.is_lost = true;
+                    return Err(refusal);
+                }
+                (Err(failure), None) => return Err(failure),
+            };
+            let is_last = reply.code == 421;
+            if let Err(failure) = positive(stage, reply)
+                && refusal.is_none()
+            {
+                match failure.cause {
+                    Cause::Refused(_) if is_last => return Err(failure),
+                    Cause::Refused(_) => refusal = Some(failure),
+                    _ => return Err(content(failure)),
+                }
+            }
+        }
+        self.needs_reset = refusal.is_some();
+        refusal.map_or(Ok(()), Err)
+    }
+}
+
+/// Whether a reply is about the order of the commands: the server does not follow the pipelining that it offers.
+fn is_out_of_step(reply: &Reply) -> bool {
+    let text = reply.lines.join(" ").to_lowercase();
+    reply.code >= 500 && (text.contains("pipelin") || text.contains("synchroni"))
+}
+
+/// The reply to DATA.
+fn go_ahead(reply: Reply) -> Result<(), Failure> {
+    match reply.code {
+        354 => Ok(()),
+        400.. => Err(refused(Stage::Data, reply)),
+        _ => Err(bad_reply(Stage::Data, &reply)),
+    }
+}
