@@ -65,11 +65,11 @@ impl Ahead {
 mod tests {
     use super::*;
 
-    /// After a second of claims that take 10 ms each.
+    /// After three seconds of claims that take 10 ms each.
     fn measured(lanes: usize, per_second: usize) -> Ahead {
         let begin = Instant::now();
         let mut ahead = Ahead::new(lanes, 200, begin);
-        for claim in 1..=100_u32 {
+        for claim in 1..=300_u32 {
             ahead.finished(per_second / 100);
             ahead.claimed(Duration::from_millis(10), begin + claim * Duration::from_millis(10));
         }
@@ -81,9 +81,9 @@ mod tests {
         let unmeasured = Ahead::new(20, 200, Instant::now());
         assert_eq!((unmeasured.room(0), unmeasured.room(40), unmeasured.room(41)), (41, 1, 0));
         let slow = measured(20, 100);
-        assert_eq!((slow.room(41), slow.room(42)), (3, 0), "one in progress, the next one, and a few more");
+        assert_eq!((slow.room(41), slow.room(42)), (6, 0), "one in progress, the next one, and a few more");
         let fast = measured(20, 1_000);
-        assert_eq!((fast.room(50), fast.room(51)), (30, 0), "what 30 ms take");
+        assert_eq!((fast.room(50), fast.room(51)), (60, 0), "what 60 ms take");
         let faster = measured(20, 100_000);
         assert_eq!((faster.room(0), faster.room(199), faster.room(200)), (200, 1, 0), "never more than allowed");
         let one = Ahead::new(5, 1, Instant::now());

@@ -63,6 +63,22 @@ async fn a_private_authority_is_trusted_if_configured() {
     }
 }
 
+/// A full handshake costs a round trip more, and the server a signature.
+#[tokio::test]
+async fn a_new_connection_resumes_the_tls_session_of_an_earlier_one() {
+    let (file, acceptor) = authority("127.0.0.1");
+    for script in [start_tls(acceptor.clone()), implicit(acceptor)] {
+        let scheme = if matches!(script[0], Step::Encrypt(_)) { "smtps" } else { "smtp" };
+        let server = Server::start(vec![script]).await;
+        let relay = format!("{scheme}://127.0.0.1:{}?ca_file={}", server.port, file.path().display());
+        let mailer = mailer(&SmtpConfig { messages_per_connection: 1, ..config(&[relay]) });
+        for _ in 0..3 {
+            assert_eq!(mailer.send(&ann(), &Attempt::unchecked()).await, Outcome::Sent);
+        }
+        assert_eq!((server.connections(), server.resumed()), (3, 2), "{scheme}");
+    }
+}
+
 #[tokio::test]
 async fn no_mail_and_no_password_is_sent_without_encryption() {
     let server = Server::start(vec![takes_mail()]).await;

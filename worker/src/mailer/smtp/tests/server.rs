@@ -16,7 +16,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, rustls::HandshakeKind};
 
 use super::super::dialogue::Stream;
 
@@ -69,6 +69,7 @@ pub struct Server {
     heard: Arc<Mutex<Vec<String>>>,
     taken: Arc<Mutex<Vec<String>>>,
     turns: Arc<AtomicUsize>,
+    resumed: Arc<AtomicUsize>,
     connections: watch::Sender<usize>,
     open: Arc<AtomicUsize>,
     most_open: Arc<AtomicUsize>,
@@ -83,6 +84,7 @@ impl Server {
             heard: Arc::default(),
             taken: Arc::default(),
             turns: Arc::default(),
+            resumed: Arc::default(),
             connections: watch::Sender::new(0),
             open: Arc::default(),
             most_open: Arc::default(),
@@ -123,6 +125,11 @@ impl Server {
     /// How often the server had to wait for the client, on all connections together: the client's round trips.
     pub fn turns(&self) -> usize {
         self.turns.load(Ordering::SeqCst)
+    }
+
+    /// How many connections resumed the TLS session of an earlier one.
+    pub fn resumed(&self) -> usize {
+        self.resumed.load(Ordering::SeqCst)
     }
 
     /// How many connections were opened.
@@ -191,6 +198,8 @@ impl Server {
                 }
                 Step::Encrypt(acceptor) => {
                     let Ok(encrypted) = acceptor.accept(stream.into_inner()).await else { return };
+                    let is_resumed = encrypted.get_ref().1.handshake_kind() == Some(HandshakeKind::Resumed);
+                    self.resumed.fetch_add(usize::from(is_resumed), Ordering::SeqCst);
                     stream = BufReader::new(Box::new(encrypted));
                 }
                 Step::Loop => {
