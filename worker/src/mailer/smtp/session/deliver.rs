@@ -140,19 +140,7 @@ impl Session {
         }
         let mut refusal = None;
         for stage in [Stage::Mail, Stage::Rcpt, Stage::Data] {
-            let reply = self.dialogue.listen(stage, deadline.limit(stage)).await;
-            let reply = match (reply, refusal) {
-                (Ok(reply), before) => {
-                    refusal = before;
-                    reply
-                }
-                // The refusal is the better reason.
-                (Err(_), Some(refusal)) => {
-                    self.is_lost = true;
-                    return Err(refusal);
-                }
-                (Err(failure), None) => return Err(failure),
-            };
+            let reply = self.next_reply(stage, deadline, &mut refusal).await?;
             if is_out_of_step(&reply) {
                 return Err(bad_reply(stage, &reply));
             }
@@ -173,6 +161,18 @@ impl Session {
             }
         }
         refusal.map_or(Ok(()), Err)
+    }
+
+    /// The next of several replies. If the connection fails after a refusal, the refusal is the better reason.
+    async fn next_reply(
+        &mut self,
+        stage: Stage,
+        deadline: &Deadline,
+        refusal: &mut Option<Failure>,
+    ) -> Result<Reply, Failure> {
+        let reply = self.dialogue.listen(stage, deadline.limit(stage)).await;
+        self.is_lost |= reply.is_err();
+        reply.map_err(|failure| refusal.take().unwrap_or(failure))
     }
 
     /// The server wants the message of a mail without a recipient: it gets an empty one, which it has to refuse (RFC 2920, 3.1).
@@ -215,17 +215,7 @@ impl Session {
         }
         let mut refusal = None;
         for stage in [Stage::Mail, Stage::Rcpt, Stage::Content] {
-            let reply = match (self.dialogue.listen(Stage::Content, deadline.limit(Stage::Content)).await, refusal) {
-                (Ok(reply), before) => {
-                    refusal = before;
-                    reply
-                }
-                (Err(_), Some(refusal)) => {
-                    self.is_lost = true;
-                    return Err(refusal);
-                }
-                (Err(failure), None) => return Err(failure),
-            };
+            let reply = self.next_reply(Stage::Content, deadline, &mut refusal).await?;
             let is_last = reply.code == 421;
             if let Err(failure) = positive(stage, reply)
                 && refusal.is_none()
