@@ -79,7 +79,7 @@ fn unused_slots_return_to_both_meters() {
         meters.unused(run_id, 4);
         save(conn, &meters).await.unwrap();
         let least: i64 = value(conn, "SELECT min(owed_us) FROM pacing").await;
-        assert!((400_000..500_000).contains(&least), "{least}");
+        assert!((400_000..800_000).contains(&least), "{least}: once, and more if a slot is late");
     });
 }
 
