@@ -22,7 +22,8 @@ const BROKEN_IN_A_ROW: u32 = 3;
 impl Manners {
     fn mishandled(&self, relay: &Relay, why: &Failure) {
         if !self.no_pipelining.swap(true, Ordering::Relaxed) {
-            warn!(%relay, reason = %why, "relay mishandles commands that are sent together, sending one at a time from now on");
+            // Without the reply, which may quote a recipient.
+            warn!(%relay, stage = %why.stage, "relay mishandles commands that are sent together, sending one at a time from now on");
         }
     }
 
