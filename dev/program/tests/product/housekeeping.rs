@@ -138,6 +138,7 @@ async fn a_run_with_a_requested_replay_is_not_pruned_before_it() {
     world.worker("fan-out");
     world.until_progress(&run, "all sent", |progress| count(progress, "sent") == 100).await;
     world.counters_equal_counts().await;
+    assert!(!world.log().contains("there is no such run"));
 }
 
 #[tokio::test]
@@ -219,6 +220,7 @@ async fn a_run_that_cannot_be_swept_does_not_stop_the_sweep() {
     execute(&world, "UPDATE run_progress SET updated_at = now() - interval '1 minute'").await;
     world.worker("fan-out");
     until("the other one is swept", async || world.repairs(&runs[1]).await.put_back == 2).await;
+    until("that is logged", async || world.log().contains("a run can't be swept")).await;
     execute(&world, "DROP TRIGGER fail ON sweeps").await;
     world.worker("send");
     world.worker("progress");

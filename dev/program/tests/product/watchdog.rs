@@ -152,6 +152,7 @@ async fn rebuilds_a_consumer_cut_off_from_a_full_queue() {
     proxy.drop_deliveries();
     let end = world.until_over(&run).await;
     assert_eq!(end["text"], "396 successful, 4 failed of 400");
+    assert!(world.log().contains("messages wait on the queue, and none is delivered"), "{}", world.log());
     until("it is counted", async || rebuilds(&world).await >= 1).await;
     world.counters_equal_counts().await;
     world.assert_no_duplicates();
