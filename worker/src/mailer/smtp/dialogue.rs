@@ -94,16 +94,8 @@ impl Dialogue {
     /// If they could not be sent within `limit`; the server may have replied to some of them.
     pub async fn send(&mut self, stage: Stage, bytes: &[u8], limit: Duration) -> Result<(), Failure> {
         self.quiet(Stage::Mail).await?;
-        let cause = match timeout(limit, self.write(bytes)).await {
-            Ok(Ok(())) => return Ok(()),
-            // A server that closes the connection may have said why first.
-            Ok(Err(error)) => match timeout(limit, self.reply()).await {
-                Ok(Ok(reply)) if reply.code >= 400 => Cause::Refused(reply),
-                _ => Cause::Lost(error.to_string()),
-            },
-            Err(_) => Cause::TimedOut(limit),
-        };
-        Err(Failure { stage, cause })
+        let refusal = self.hand_over(bytes, || limit).await.map_err(|cause| Failure { stage, cause })?;
+        refusal.map_or(Ok(()), |reply| Err(Failure { stage, cause: Cause::Refused(reply) }))
     }
 
     /// Sends a message with its terminator, followed by the commands `next`, and reads the reply to the message. `message` uses
@@ -122,20 +114,22 @@ impl Dialogue {
         let failed = |cause| Failure { stage: Stage::Content, cause };
         let mut bytes = stuffed(message, next.len());
         bytes.extend_from_slice(next);
-        let hand_over = limit();
-        match timeout(hand_over, self.write(&bytes)).await {
-            Ok(Ok(())) => {}
-            // A server that closes the connection may have said why first.
-            Ok(Err(error)) => {
-                return match timeout(limit(), self.reply()).await {
-                    Ok(Ok(reply)) if reply.code >= 400 => Ok(reply),
-                    _ => Err(failed(Cause::Lost(error.to_string()))),
-                };
-            }
-            Err(_) => return Err(failed(Cause::TimedOut(hand_over))),
+        if let Some(refusal) = self.hand_over(&bytes, &limit).await.map_err(failed)? {
+            return Ok(refusal);
         }
         let answer = limit();
         timeout(answer, self.reply()).await.unwrap_or(Err(Cause::TimedOut(answer))).map_err(failed)
+    }
+
+    /// Sends bytes. If that fails, returns the refusal with which the server closed the connection, if any.
+    async fn hand_over(&mut self, bytes: &[u8], limit: impl Fn() -> Duration) -> Result<Option<Reply>, Cause> {
+        let within = limit();
+        let Ok(written) = timeout(within, self.write(bytes)).await else { return Err(Cause::TimedOut(within)) };
+        let Err(error) = written else { return Ok(None) };
+        match timeout(limit(), self.reply()).await {
+            Ok(Ok(reply)) if reply.code >= 400 => Ok(Some(reply)),
+            _ => Err(Cause::Lost(error.to_string())),
+        }
     }
 
     /// # Errors

@@ -79,11 +79,11 @@ impl Relays {
         let endpoint = |relay: Relay| {
             let tls = (relay.tls != RelayTls::None).then(|| connector(relay.ca_file.as_ref())).transpose()?;
             Ok(Endpoint {
+                manners: Arc::new(Manners::new(&relay)),
                 relay,
                 tls,
                 circuit: Mutex::new(Circuit::new(probe_delay)),
                 blame: Mutex::default(),
-                manners: Arc::default(),
             })
         };
         Ok(Self {

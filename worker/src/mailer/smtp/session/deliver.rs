@@ -1,6 +1,6 @@
 //! Delivers a mail: its envelope together with the message before it, together with nothing else, or one command at a time.
 
-use std::{sync::Arc, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use smtp_proto::{EXT_8BIT_MIME, EXT_CHUNKING, EXT_PIPELINING, EXT_SIZE};
 
@@ -11,7 +11,9 @@ use super::{
         reply::Reply,
         verdict::{Cause, Failure, Stage},
     },
-    Offered, Session, bad_reply, positive, refused,
+    Session, bad_reply,
+    manners::Sent,
+    positive, refused,
 };
 use crate::attempt::Attempt;
 
@@ -31,38 +33,38 @@ impl Session {
         deadline: &Deadline,
         following: impl FnOnce(&Self) -> Option<Arc<ComposedMail>>,
     ) -> Result<(), Failure> {
-        let limit = |stage| deadline.limit(stage);
-        let given = self.offered.take();
-        let offered = match given {
-            Some(offered) => Some(offered),
-            None => {
-                attempt.may_proceed().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
-                if self.sends_chunks() {
-                    return self.deliver_chunk(composed, attempt, deadline).await;
-                }
-                self.offer(composed, deadline).await?
+        let is_given = mem::take(&mut self.is_offered);
+        if is_given {
+            self.answers(Sent::Behind, deadline).await?;
+        } else {
+            attempt.may_proceed().await.map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
+            if !self.takes(composed) {
+                let why = "the mail server does not support non-ASCII characters before the @ sign (no SMTPUTF8)";
+                return Err(Failure { stage: Stage::Mail, cause: Cause::Unsupported(why.into()) });
             }
-        };
-        if let Some(offered) = offered {
-            self.answered_together(offered, deadline).await?;
+            if self.sends_chunks() {
+                return self.deliver_chunk(composed, attempt, deadline).await;
+            }
+            self.offer(composed, deadline).await?;
         }
-        // The last safe moment: without the content, the server has nothing to accept. An envelope that was sent with another message
+        // The last safe moment: without the content, the server has nothing to accept. An envelope that was sent behind another message
         // may have waited for that one's reply for long: the run may be paused by now.
-        let allowed = if given.is_some() { attempt.may_proceed().await } else { attempt.may_commit() };
+        let allowed = if is_given { attempt.may_proceed().await } else { attempt.may_commit() };
         allowed.map_err(|withdrawn| Failure::withdrawn(Stage::Content, withdrawn))?;
         let next = if self.pipelines() { following(self) } else { None };
-        let envelope = next.map_or_else(String::new, |next| self.envelope(&next));
-        let reply = self.dialogue.message(&composed.bytes, envelope.as_bytes(), || limit(Stage::Content)).await?;
-        self.offered = (!envelope.is_empty()).then_some(Offered { reset: false });
+        let envelope = next.as_ref().map_or_else(String::new, |next| self.envelope(next));
+        let limit = || deadline.limit(Stage::Content);
+        let reply = self.dialogue.message(&composed.bytes, envelope.as_bytes(), limit).await?;
+        self.is_offered = next.is_some();
         positive(Stage::Content, reply)
     }
 
     fn pipelines(&self) -> bool {
-        self.relay.pipelining && self.capabilities.has(EXT_PIPELINING) && self.manners.allow_pipelining()
+        self.capabilities.has(EXT_PIPELINING) && self.manners.pipelining()
     }
 
     fn sends_chunks(&self) -> bool {
-        self.relay.chunking && self.capabilities.has(EXT_CHUNKING) && self.pipelines()
+        self.capabilities.has(EXT_CHUNKING) && self.manners.chunking() && self.pipelines()
     }
 
     fn mail_command(&self, composed: &ComposedMail) -> String {
@@ -82,21 +84,15 @@ impl Session {
         format!("{}\r\nRCPT TO:<{}>\r\nDATA\r\n", self.mail_command(composed), composed.to)
     }
 
-    /// Offers a mail: sends its envelope, together or one command at a time. Returns what is not yet answered.
-    async fn offer(&mut self, composed: &ComposedMail, deadline: &Deadline) -> Result<Option<Offered>, Failure> {
-        if !self.takes(composed) {
-            let why = "the mail server does not support non-ASCII characters before the @ sign (no SMTPUTF8)";
-            return Err(Failure { stage: Stage::Mail, cause: Cause::Unsupported(why.into()) });
-        }
+    /// Sends the envelope of a mail, together or one command at a time, until the server waits for the message.
+    async fn offer(&mut self, composed: &ComposedMail, deadline: &Deadline) -> Result<(), Failure> {
         let limit = |stage| deadline.limit(stage);
-        let offered = Offered { reset: self.needs_reset };
         if self.pipelines() {
-            let reset = if offered.reset { "RSET\r\n" } else { "" };
-            let commands = format!("{reset}{}", self.envelope(composed));
+            let commands = format!("{}{}", self.reset_command(), self.envelope(composed));
             self.dialogue.send(Stage::Mail, commands.as_bytes(), limit(Stage::Mail)).await?;
-            return Ok(Some(offered));
+            return self.answers(Sent::Alone, deadline).await;
         }
-        if offered.reset {
+        if self.needs_reset {
             let reply = self.dialogue.command(Stage::Mail, "RSET", RESET_TIMEOUT.min(limit(Stage::Mail))).await?;
             self.was_reset(&reply)?;
         }
@@ -109,7 +105,11 @@ impl Session {
         go_ahead(self.dialogue.command(Stage::Data, "DATA", limit(Stage::Data)).await?)?;
         // The message ends the transaction, whatever the reply.
         self.needs_reset = false;
-        Ok(None)
+        Ok(())
+    }
+
+    fn reset_command(&self) -> &'static str {
+        if self.needs_reset { "RSET\r\n" } else { "" }
     }
 
     /// A server that refuses RSET cannot take another mail on this connection.
@@ -122,19 +122,18 @@ impl Session {
         Ok(())
     }
 
-    /// Reads the replies to an envelope that was sent at once: all of them, whatever the first one says (RFC 2920, 3.1).
-    async fn answered_together(&mut self, offered: Offered, deadline: &Deadline) -> Result<(), Failure> {
-        let result = self.read_together(offered, deadline).await;
-        if let Err(failure) = &result {
-            self.manners.failed(&self.relay, failure);
-        } else {
-            self.manners.answered();
+    /// Reads the replies to an envelope that was sent together: all of them, whatever the first one says (RFC 2920, 3.1).
+    async fn answers(&mut self, sent: Sent, deadline: &Deadline) -> Result<(), Failure> {
+        let result = self.read_answers(deadline).await;
+        match &result {
+            Err(failure) if !failure.leaves_a_connection() => self.manners.failed(sent, failure),
+            _ => self.manners.answered(sent),
         }
         result
     }
 
-    async fn read_together(&mut self, offered: Offered, deadline: &Deadline) -> Result<(), Failure> {
-        if offered.reset {
+    async fn read_answers(&mut self, deadline: &Deadline) -> Result<(), Failure> {
+        if self.needs_reset {
             let reply = self.dialogue.listen(Stage::Mail, RESET_TIMEOUT.min(deadline.limit(Stage::Mail))).await?;
             self.was_reset(&reply)?;
         }
@@ -142,6 +141,7 @@ impl Session {
         for stage in [Stage::Mail, Stage::Rcpt, Stage::Data] {
             let reply = self.next_reply(stage, deadline, &mut refusal).await?;
             if is_out_of_step(&reply) {
+                self.manners.mishandles(stage);
                 return Err(bad_reply(stage, &reply));
             }
             let is_last = reply.code == 421;
@@ -189,15 +189,12 @@ impl Session {
         attempt: &Attempt,
         deadline: &Deadline,
     ) -> Result<(), Failure> {
-        if !self.takes(composed) {
-            return self.offer(composed, deadline).await.map(drop);
-        }
         attempt.may_commit().map_err(|withdrawn| Failure::withdrawn(Stage::Mail, withdrawn))?;
         self.mails += 1;
         let reset = self.needs_reset;
         let mut bytes = format!(
             "{}{}\r\nRCPT TO:<{}>\r\nBDAT {} LAST\r\n",
-            if reset { "RSET\r\n" } else { "" },
+            self.reset_command(),
             self.mail_command(composed),
             composed.to,
             composed.bytes.len()

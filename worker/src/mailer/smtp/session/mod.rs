@@ -6,7 +6,6 @@ mod open;
 
 use std::{sync::Arc, time::Duration};
 
-use mailrun_app::config::Relay;
 use smtp_proto::{EXT_SMTP_UTF8, EhloResponse};
 
 use super::{
@@ -20,13 +19,6 @@ pub use manners::Manners;
 
 /// How long to wait for the reply to QUIT. Best effort.
 const QUIT_TIMEOUT: Duration = Duration::from_millis(500);
-
-/// Commands whose replies are outstanding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Offered {
-    /// RSET comes before them.
-    reset: bool,
-}
 
 /// The server's capabilities from its EHLO reply, as bits of [`smtp_proto`].
 #[derive(Clone, Copy, Debug, Default)]
@@ -56,15 +48,14 @@ impl Capabilities {
 /// A connection that is ready for mail.
 pub struct Session {
     dialogue: Dialogue,
-    relay: Relay,
     manners: Arc<Manners>,
     capabilities: Capabilities,
     /// How many mails were offered on this connection.
     mails: u32,
-    /// A mail was refused, and the server may still know its sender or recipient.
+    /// A mail was refused, and the server may still know its sender or recipient. RSET goes before the next envelope.
     needs_reset: bool,
-    /// The envelope of the next mail was sent with the message before it.
-    offered: Option<Offered>,
+    /// The envelope of the next mail was sent behind the message of the last one.
+    is_offered: bool,
     /// Replies to earlier commands are missing.
     is_lost: bool,
 }
@@ -82,7 +73,7 @@ impl Session {
 
     /// Whether the connection may be given to another mail: no unread bytes are left, unless they reply to its envelope.
     pub fn is_clean(&self) -> bool {
-        !self.is_lost && (self.offered.is_some() || self.dialogue.is_clean())
+        !self.is_lost && (self.is_offered || self.dialogue.is_clean())
     }
 
     /// Sends QUIT and closes the connection, whatever the reply.

@@ -73,12 +73,11 @@ impl Session {
         }
         Ok(Self {
             dialogue,
-            relay: relay.clone(),
             manners: Arc::clone(manners),
             capabilities,
             mails: 0,
             needs_reset: false,
-            offered: None,
+            is_offered: false,
             is_lost: false,
         })
     }
