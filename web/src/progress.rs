@@ -140,7 +140,7 @@ fn is_stalled(progress: &Progress) -> bool {
 
 fn note(progress: &Progress, asked: bool) -> String {
     let counters = progress.counters;
-    let Noun { one, many } = Noun::of(&progress.kind);
+    let Noun { one, many, .. } = Noun::of(&progress.kind);
     match progress.phase() {
         _ if progress.later.is_some() => {
             "A newer version of Mailrun handles this run. Nothing new is sent until all processes are upgraded."

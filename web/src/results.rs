@@ -7,7 +7,6 @@ use axum::{
 };
 use mailrun_core::{item::ItemState, run::Phase};
 use mailrun_ledger::{
-    invitations,
     runs::{self, Progress, Trouble},
     stored::Stored,
     submit::Tally,
@@ -100,8 +99,7 @@ struct Replay {
 #[template(path = "failures.html")]
 struct Failures {
     run_id: Uuid,
-    /// The heading of what identifies an item.
-    subject: &'static str,
+    noun: Noun,
     total: i32,
     after: i32,
     list: Vec<Trouble>,
@@ -156,8 +154,7 @@ impl Failures {
         let more = list.len() > PAGE;
         list.truncate(PAGE);
         let next = list.last().filter(|_| more).map(|last| last.position);
-        let subject = if progress.kind == invitations::KIND { "Address" } else { "Data" };
-        Ok(Self { run_id: now.run_id, subject, total, after, list, next })
+        Ok(Self { run_id: now.run_id, noun: Noun::of(&progress.kind), total, after, list, next })
     }
 }
 

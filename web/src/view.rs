@@ -32,21 +32,28 @@ pub fn grouped(number: impl Into<i64>) -> String {
 pub(crate) struct Noun {
     pub(crate) one: &'static str,
     pub(crate) many: &'static str,
+    /// The heading of what identifies one of them.
+    pub(crate) heading: &'static str,
 }
 
 impl Noun {
     /// For runs of this kind.
     pub(crate) fn of(kind: &str) -> Self {
         if kind == invitations::KIND {
-            Self { one: "invitation", many: "invitations" }
+            Self { one: "invitation", many: "invitations", heading: "Address" }
         } else {
-            Self { one: "item", many: "items" }
+            Self { one: "item", many: "items", heading: "Data" }
         }
     }
 
     /// `1 invitation`, `2,000 invitations`
     pub(crate) fn counted(self, number: i32) -> String {
         counted(number, self.one, self.many)
+    }
+
+    /// `1 failed invitation`, `2,000 failed invitations`
+    pub(crate) fn failed(self, number: i32) -> String {
+        format!("{} failed {}", grouped(number), if number == 1 { self.one } else { self.many })
     }
 }
 
@@ -241,6 +248,11 @@ mod tests {
         assert_eq!(
             (counted(1, "line", "lines"), counted(2_000, "line", "lines")),
             ("1 line".into(), "2,000 lines".into())
+        );
+        let invitations = Noun::of(invitations::KIND);
+        assert_eq!(
+            (invitations.failed(1), invitations.failed(2_000)),
+            ("1 failed invitation".into(), "2,000 failed invitations".into())
         );
     }
 

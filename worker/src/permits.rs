@@ -32,6 +32,15 @@ struct State {
     ahead: Option<Ahead>,
 }
 
+impl State {
+    /// Attempts have ended.
+    fn finished(&mut self, attempts: usize) {
+        if let Some(ahead) = &mut self.ahead {
+            ahead.finished(attempts);
+        }
+    }
+}
+
 impl Permits {
     /// `lanes`: how many attempts are made at the same time, if that is limited.
     pub fn new(all: usize, lanes: Option<usize>) -> Self {
@@ -81,9 +90,7 @@ impl Permits {
     pub fn accepted(&self, key: Key) {
         let mut state = self.state();
         state.accepted.insert(key);
-        if let Some(ahead) = &mut state.ahead {
-            ahead.finished(1);
-        }
+        state.finished(1);
         drop(state);
         self.changed.notify_one();
     }
@@ -106,8 +113,11 @@ impl Permits {
     pub fn confirmed(&self, results: impl IntoIterator<Item = (Key, ItemState)>) {
         let mut state = self.state();
         for (key, result) in results {
+            let is_sent = result == ItemState::Sent;
             // The permit of a sent item may have been released by a receipt.
-            state.free += usize::from(result != ItemState::Sent || state.accepted.remove(&key));
+            state.free += usize::from(!is_sent || state.accepted.remove(&key));
+            // Sent ones were counted when they were accepted.
+            state.finished(usize::from(!is_sent));
         }
         drop(state);
         self.changed.notify_one();
